@@ -1,0 +1,5 @@
+"""The NumPy backend: the readable, executable specification, in float32."""
+
+from edgeq.backends.numpy.ops import NumpyOps
+
+__all__ = ["NumpyOps"]

@@ -1,0 +1,92 @@
+"""Keys and values in pages, shared between the states that have them in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Self
+
+import numpy as np
+
+from edgeq.bf16 import Array, Float32, round_to, to_float32
+from edgeq.state import KVCache
+
+__all__ = ["PAGE", "Page", "PagedKV"]
+
+PAGE = 256  # tokens
+
+
+class Page:
+    """Room for PAGE tokens: keys and values [Hkv, PAGE, D], of which the first `written` are in use by somebody."""
+
+    __slots__ = ("keys", "values", "written")
+
+    def __init__(self, heads: int, dim: int, dtype: np.dtype[np.generic]) -> None:
+        self.keys: Array = np.empty((heads, PAGE, dim), dtype)
+        self.values: Array = np.empty((heads, PAGE, dim), dtype)
+        self.written = 0
+
+    def copy(self, length: int) -> Page:
+        """A page of its own with the first `length` tokens of this one."""
+        page = Page(self.keys.shape[0], self.keys.shape[2], self.keys.dtype)
+        page.keys[:, :length] = self.keys[:, :length]
+        page.values[:, :length] = self.values[:, :length]
+        page.written = length
+        return page
+
+
+class PagedKV(KVCache[Array]):
+    """The KV cache of one layer and sequence, as a value.
+
+    Caches that grew out of each other share pages. Appending writes behind the last token that any of them wrote;
+    where another cache has been there first (the state was branched or rolled back), only the last page is copied.
+    """
+
+    def __init__(self, heads: int, dim: int, dtype: np.dtype[np.generic]) -> None:
+        self.heads, self.dim, self.dtype = heads, dim, np.dtype(dtype)
+        self.pages: tuple[Page, ...] = ()
+        self.length = 0
+
+    def _with(self, pages: tuple[Page, ...], length: int) -> Self:
+        other = type(self)(self.heads, self.dim, self.dtype)
+        other.pages, other.length = pages, length
+        return other
+
+    def appended(self, keys: Float32, values: Float32) -> Self:
+        """This cache and then `keys`, `values` float32 [T, Hkv, D], rounded to the cache's dtype."""
+        pages, end = list(self.pages), self.length
+        new = (round_to(keys.swapaxes(0, 1), self.dtype), round_to(values.swapaxes(0, 1), self.dtype))
+        done = 0
+        while done < len(keys):
+            offset = end % PAGE
+            if offset == 0:
+                pages.append(Page(self.heads, self.dim, self.dtype))
+            elif pages[-1].written > offset:
+                pages[-1] = pages[-1].copy(offset)
+            count = min(PAGE - offset, len(keys) - done)
+            page = pages[-1]
+            page.keys[:, offset : offset + count] = new[0][:, done : done + count]
+            page.values[:, offset : offset + count] = new[1][:, done : done + count]
+            page.written = offset + count
+            done, end = done + count, end + count
+        return self._with(tuple(pages), end)
+
+    def truncated(self, length: int) -> Self:
+        if length == self.length:
+            return self
+        return self._with(self.pages[: -(-length // PAGE)], length)
+
+    def blocks(self) -> Iterator[tuple[Float32, Float32]]:
+        """Keys and values page by page, each float32 [Hkv, tokens, D]."""
+        for i, page in enumerate(self.pages):
+            used = min(PAGE, self.length - i * PAGE)
+            yield to_float32(page.keys[:, :used]), to_float32(page.values[:, :used])
+
+    def arrays(self) -> tuple[Array, Array]:
+        empty = np.zeros((self.heads, 0, self.dim), np.float32)
+        blocks = [(empty, empty), *self.blocks()]
+        keys, values = (np.concatenate(side, axis=1).swapaxes(0, 1) for side in zip(*blocks, strict=True))
+        return keys, values
+
+    @property
+    def nbytes(self) -> int:
+        return sum(page.keys.nbytes + page.values.nbytes for page in self.pages)

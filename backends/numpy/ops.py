@@ -1,0 +1,172 @@
+"""Every operation of the seam in plain NumPy, float32: slow, short, and the definition of right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from edgeq.backends.numpy.delta import delta_chunk, delta_step
+from edgeq.backends.numpy.kv import PagedKV
+from edgeq.backends.ops import Angles, Ops
+from edgeq.bf16 import Array, Float32, to_float32
+from edgeq.config import RopeConfig
+from edgeq.quant.affine import dequantize
+from edgeq.state import KVCache
+from edgeq.weights import Matrix, QMatrix
+
+__all__ = ["NumpyOps"]
+
+CHUNK = 64  # tokens of the chunked delta rule; the triangular system is CHUNK x CHUNK per head
+TILE = 1 << 20  # weights widened to float32 at a time: 4 MB, so a quantized model never exists in float32
+
+
+def sigmoid(x: Float32) -> Float32:
+    """1 / (1 + exp(-x)), without overflow at either end."""
+    e = np.exp(-np.abs(x))
+    return np.where(x >= 0, 1, e) / (1 + e)
+
+
+def silu(x: Float32) -> Float32:
+    """x * sigmoid(x)."""
+    return x * sigmoid(x)
+
+
+def softplus(x: Float32) -> Float32:
+    """log(1 + exp(x)), without overflow."""
+    return np.logaddexp(x, np.float32(0))
+
+
+def matrix_rows(w: Matrix[Array], rows: slice | Array) -> Float32:
+    """Some rows of a matrix as float32 [rows, in]."""
+    if isinstance(w, QMatrix):
+        return dequantize(w.codes[rows], w.scales[rows], w.biases[rows], w.bits, w.group_size)
+    return to_float32(w[rows])
+
+
+def tiles(w: Matrix[Array], width: int) -> Iterator[slice]:
+    """Row ranges of at most TILE weights."""
+    out = w.codes.shape[0] if isinstance(w, QMatrix) else w.shape[0]
+    step = max(1, TILE // width)
+    return (slice(row, row + step) for row in range(0, out, step))
+
+
+class NumpyOps(Ops[Array]):
+    """The specification."""
+
+    name = "numpy"
+
+    # --- the edge ----------------------------------------------------------------------------------------------------
+
+    def load(self, x: Array) -> Array:
+        return x
+
+    def array(self, x: Array) -> Array:
+        return x
+
+    def numpy(self, x: Array) -> Float32:
+        return to_float32(x)
+
+    def zeros(self, *shape: int) -> Array:
+        return np.zeros(shape, np.float32)
+
+    def kv_cache(self, keys: Float32, values: Float32) -> PagedKV:
+        return PagedKV(keys.shape[1], keys.shape[2], np.dtype(np.float32)).appended(keys, values)
+
+    def concat(self, xs: Sequence[Array]) -> Array:
+        return xs[0] if len(xs) == 1 else np.concatenate(xs)
+
+    # --- matrices ----------------------------------------------------------------------------------------------------
+
+    def embed(self, table: Matrix[Array], ids: Array) -> Array:
+        return matrix_rows(table, ids)
+
+    def linear(self, x: Array, w: Matrix[Array]) -> Array:
+        parts = [x @ matrix_rows(w, rows).T for rows in tiles(w, x.shape[1])]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    # --- norms and pointwise -----------------------------------------------------------------------------------------
+
+    def rms_norm(self, x: Array, gain: Array, eps: float) -> Array:
+        mean_square = np.mean(x * x, axis=-1, keepdims=True)
+        return x / np.sqrt(mean_square + np.float32(eps)) * gain
+
+    def gated_rms_norm(self, x: Array, gain: Array, z: Array, eps: float) -> Array:
+        return self.rms_norm(x, gain, eps) * silu(z)
+
+    def l2_norm(self, x: Array, eps: float) -> Array:
+        return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + np.float32(eps))
+
+    def add(self, x: Array, y: Array) -> Array:
+        return x + y
+
+    def silu_mul(self, gate: Array, up: Array) -> Array:
+        return silu(gate) * up
+
+    def sigmoid_mul(self, x: Array, gate: Array) -> Array:
+        return x * sigmoid(gate)
+
+    def delta_gates(self, a: Array, b: Array, A: Array, dt_bias: Array) -> tuple[Array, Array]:
+        return A * softplus(a + dt_bias), sigmoid(b)
+
+    # --- attention ---------------------------------------------------------------------------------------------------
+
+    def rope_angles(self, positions: Array, rope: RopeConfig) -> Angles[Array]:
+        pairs = rope.dim // 2
+        frequency = (1.0 / rope.theta ** (np.arange(pairs) * 2 / rope.dim)).astype(np.float32)
+        axis = np.zeros(pairs, np.intp)  # which of time, height, width a frequency follows
+        for i in (1, 2):
+            axis[i : 3 * rope.sections[i] : 3] = i
+        angles = positions.astype(np.float32)[axis].T * frequency  # [T, pairs]
+        return np.cos(angles), np.sin(angles)
+
+    def rope(self, x: Array, angles: Angles[Array]) -> Array:
+        cos, sin = (a[:, None, :] for a in angles)  # the same for every head
+        pairs = cos.shape[-1]
+        first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+    def attention(self, q: Array, k: Array, v: Array, cache: KVCache[Array]) -> tuple[Array, KVCache[Array]]:
+        assert isinstance(cache, PagedKV)
+        start, longer = cache.length, cache.appended(k, v)
+        T, heads, dim = q.shape
+        groups = q.reshape(T, longer.heads, -1, dim).transpose(1, 2, 0, 3)  # [Hkv, Hq / Hkv, T, D]
+        blocks = list(longer.blocks())
+        scores = np.concatenate([groups @ keys[:, None].mT for keys, _ in blocks], axis=-1) * np.float32(dim**-0.5)
+        visible = np.arange(longer.length) <= np.arange(start, longer.length)[:, None]  # [T, length]
+        scores = np.where(visible, scores, np.float32(-np.inf))
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        out, at = np.zeros_like(groups), 0
+        for _, values in blocks:
+            out += weights[..., at : at + values.shape[1]] @ values[:, None]
+            at += values.shape[1]
+        return out.transpose(2, 0, 1, 3).reshape(T, heads, dim), longer
+
+    # --- DeltaNet ----------------------------------------------------------------------------------------------------
+
+    def causal_conv_silu(self, x: Array, w: Array, tail: Array, keep: int = 0) -> tuple[Array, tuple[Array, ...]]:
+        T, width = x.shape[0], w.shape[1]
+        inputs = np.concatenate([tail, x])
+        y = sum(inputs[i : i + T] * w[:, i] for i in range(width))
+        return silu(np.asarray(y)), tuple(inputs[n : n + width - 1].copy() for n in range(T - keep, T + 1))
+
+    def delta_rule(
+        self, q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, keep: int = 0
+    ) -> tuple[Array, tuple[Array, ...]]:
+        T, value_heads = g.shape
+        repeat = value_heads // q.shape[1]
+        q, k = (np.repeat(x.swapaxes(0, 1), repeat, axis=0) for x in (q, k))  # [Hv, T, K]
+        v, g, beta = v.swapaxes(0, 1), g.T, beta.T  # [Hv, T, ...]
+        outputs = []
+        chunked = T - keep if T > 1 else 0
+        for start in range(0, chunked, CHUNK):
+            rows = slice(start, min(start + CHUNK, chunked))
+            o, state = delta_chunk(q[:, rows], k[:, rows], v[:, rows], g[:, rows], beta[:, rows], state)
+            outputs.append(o)
+        states = [state] if chunked == T - keep else []
+        for t in range(chunked, T):
+            o, state = delta_step(q[:, t], k[:, t], v[:, t], g[:, t], beta[:, t], state)
+            outputs.append(o[:, None])
+            states.append(state)
+        return np.concatenate(outputs, axis=1).swapaxes(0, 1), tuple(states[-keep - 1 :])

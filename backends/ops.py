@@ -1,0 +1,171 @@
+"""The seam: everything the model asks of a backend.
+
+The model (`edgeq.model`) is written once against these operations and treats arrays as opaque, apart from what
+every array type offers: `shape`, slicing and `reshape`. The NumPy backend is the specification of each operation;
+any other backend is held to it by one suite (tests/test_ops.py).
+
+Shapes: T tokens; Hq, Hkv attention heads of width D; Hk, Hv DeltaNet heads of widths K, V; C channels.
+T may hold the tokens of several sequences one after another (`Batch.lengths`); only `delta_net` and
+`gated_attention` care, and hand each sequence to the stateful operations by itself.
+
+The small operations are abstract. The larger pieces (`linears`, `mlp`, `delta_net`, `gated_attention`) have a body
+in terms of the small ones; a backend overrides one only where it has something fused, and must agree with the body.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+
+from edgeq.bf16 import Array, Float32
+from edgeq.config import RopeConfig, TextConfig
+from edgeq.model import layers
+from edgeq.state import DeltaState, KVCache
+from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights
+
+__all__ = ["Angles", "ArrayLike", "Ops"]
+
+
+class ArrayLike(Protocol):
+    """What the model may do with a backend's array without asking the backend."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __getitem__(self, index: Any, /) -> Self: ...
+    def reshape(self, *shape: int) -> Self: ...
+
+
+A = TypeVar("A", bound=ArrayLike)
+Angles = tuple[A, A]
+"""Cosine and sine of the rotary angles, each [T, rotary dim / 2]."""
+
+
+class Ops(ABC, Generic[A]):
+    """A backend's operations. One object may serve several models; it holds no model and no sequence."""
+
+    name: ClassVar[str]
+
+    # --- the edge ----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def load(self, x: Array) -> A:
+        """A weight from the file (uint16 is bfloat16, see `edgeq.bf16`) to the backend's array; no copy if possible."""
+
+    @abstractmethod
+    def array(self, x: Array) -> A:
+        """A NumPy array of numbers (float32, int32) as the backend's array."""
+
+    @abstractmethod
+    def numpy(self, x: A) -> Float32:
+        """The backend's array as float32 NumPy; waits for a lazy backend."""
+
+    @abstractmethod
+    def zeros(self, *shape: int) -> A:
+        """float32 zeros."""
+
+    @abstractmethod
+    def kv_cache(self, keys: Float32, values: Float32) -> KVCache[A]:
+        """A cache that holds `keys` and `values`, each [length, Hkv, D]; length may be 0."""
+
+    @abstractmethod
+    def concat(self, xs: Sequence[A]) -> A:
+        """Join along the first axis."""
+
+    # --- matrices ----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def embed(self, table: Matrix[A], ids: A) -> A:
+        """Rows of `table` [vocabulary, hidden] for `ids` int32 [T] -> [T, hidden]."""
+
+    @abstractmethod
+    def linear(self, x: A, w: Matrix[A]) -> A:
+        """y = x @ w^T: x [T, in], w [out, in] -> [T, out]."""
+
+    def linears(self, x: A, ws: Sequence[Matrix[A]]) -> tuple[A, ...]:
+        """Several projections of the same input."""
+        return tuple(self.linear(x, w) for w in ws)
+
+    # --- norms and pointwise -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def rms_norm(self, x: A, gain: A, eps: float) -> A:
+        """y = x / sqrt(mean(x^2) + eps) * gain over the last axis: x [..., n], gain [n]."""
+
+    @abstractmethod
+    def gated_rms_norm(self, x: A, gain: A, z: A, eps: float) -> A:
+        """rms_norm(x, gain, eps) * silu(z): x, z [..., n], gain [n]; the gate is no part of the variance."""
+
+    @abstractmethod
+    def l2_norm(self, x: A, eps: float) -> A:
+        """y = x / sqrt(sum(x^2) + eps) over the last axis."""
+
+    @abstractmethod
+    def add(self, x: A, y: A) -> A:
+        """x + y, same shape."""
+
+    @abstractmethod
+    def silu_mul(self, gate: A, up: A) -> A:
+        """silu(gate) * up, same shape."""
+
+    @abstractmethod
+    def sigmoid_mul(self, x: A, gate: A) -> A:
+        """x * sigmoid(gate), same shape."""
+
+    @abstractmethod
+    def delta_gates(self, a: A, b: A, A_: A, dt_bias: A) -> tuple[A, A]:
+        """DeltaNet's log decay and write strength: g = A * softplus(a + dt_bias), beta = sigmoid(b); all [T, Hv]."""
+
+    # --- attention ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def rope_angles(self, positions: A, rope: RopeConfig) -> Angles[A]:
+        """Angles of interleaved mRoPE: positions int32 [3, T] (time, height, width)."""
+
+    @abstractmethod
+    def rope(self, x: A, angles: Angles[A]) -> A:
+        """Rotate the first entries of every head, pairs (i, i + dim / 2); the rest passes: x [T, H, D]."""
+
+    @abstractmethod
+    def attention(self, q: A, k: A, v: A, cache: KVCache[A]) -> tuple[A, KVCache[A]]:
+        """Append k, v [T, Hkv, D] of one sequence and attend causally, scale D^-0.5: q [T, Hq, D] -> [T, Hq, D]."""
+
+    # --- DeltaNet ----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def causal_conv_silu(self, x: A, w: A, tail: A, keep: int = 0) -> tuple[A, tuple[A, ...]]:
+        """Depthwise causal convolution of one sequence, then SiLU.
+
+        x [T, C], w [C, width], tail [width - 1, C] (the inputs before x) -> y [T, C] and keep + 1 tails, entry i
+        being the tail after T - keep + i tokens.
+        """
+
+    @abstractmethod
+    def delta_rule(self, q: A, k: A, v: A, g: A, beta: A, state: A, keep: int = 0) -> tuple[A, tuple[A, ...]]:
+        """Gated delta rule of one sequence (Yang et al., "Gated Delta Networks", arXiv:2412.06464).
+
+        For every token and value head h with its key head h // (Hv / Hk):
+            S <- exp(g) S;  d = beta (v - S k);  S <- S + d k^T;  o = K^-0.5 S q
+        q, k [T, Hk, K] of unit length, v [T, Hv, V], g, beta [T, Hv], state S [Hv, V, K] -> o [T, Hv, V] and
+        keep + 1 states, entry i being S after T - keep + i tokens.
+        """
+
+    # --- larger pieces -----------------------------------------------------------------------------------------------
+
+    def mlp(self, x: A, w: MLPWeights[A]) -> A:
+        """Feed-forward of a layer: x [T, hidden] -> [T, hidden]."""
+        return layers.mlp(self, x, w)
+
+    def delta_net(
+        self, x: A, w: DeltaNetWeights[A], c: TextConfig, states: Sequence[DeltaState[A]], lengths: Sequence[int],
+        keep: int = 0,
+    ) -> tuple[A, list[tuple[DeltaState[A], ...]]]:  # fmt: skip
+        """Gated DeltaNet mixer: x [T, hidden] -> [T, hidden] and keep + 1 states for each sequence."""
+        return layers.delta_net(self, x, w, c, states, lengths, keep)
+
+    def gated_attention(
+        self, x: A, w: AttentionWeights[A], c: TextConfig, angles: Angles[A], caches: Sequence[KVCache[A]],
+        lengths: Sequence[int],
+    ) -> tuple[A, list[KVCache[A]]]:  # fmt: skip
+        """Gated attention mixer: x [T, hidden] -> [T, hidden] and the longer cache of each sequence."""
+        return layers.gated_attention(self, x, w, c, angles, caches, lengths)

@@ -1,0 +1,59 @@
+"""What can go wrong, told to the person at the prompt.
+
+    EdgeqError                  1  anything that failed while running
+    ├── UsageError              2  the request itself makes no sense
+    ├── MemoryBudgetError       3  it does not fit
+    ├── ModelError              4  a model file is damaged, incomplete or of an unknown kind
+    ├── NetworkError            5  a download failed, or is not allowed offline
+    └── QualityError            6  a quantized result fails its check
+
+The number is the exit code of the command line; 130 means interrupted (Ctrl-C).
+A message names the thing, what was found and what was expected; `hint` is the next step.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+__all__ = ["EdgeqError", "MemoryBudgetError", "ModelError", "NetworkError", "QualityError", "UsageError"]
+
+
+class EdgeqError(Exception):
+    """Root of every error edgeq raises on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(EdgeqError):
+    """The request makes no sense: a bad option, an impossible combination, an unknown name."""
+
+    exit_code = 2
+
+
+class MemoryBudgetError(EdgeqError):
+    """The request does not fit: the context, the file or the memory that it would need."""
+
+    exit_code = 3
+
+
+class ModelError(EdgeqError):
+    """A model is damaged, incomplete, inconsistent or not supported."""
+
+    exit_code = 4
+
+
+class NetworkError(EdgeqError):
+    """A download failed, or was needed while offline."""
+
+    exit_code = 5
+
+
+class QualityError(EdgeqError):
+    """A quantized result fails the check that it was asked to pass."""
+
+    exit_code = 6

@@ -1,0 +1,1 @@
+"""The model, written once against the operations of `edgeq.backends.ops`."""

@@ -1,0 +1,60 @@
+"""What a sequence carries from one call to the next.
+
+A state is a *value*: the model takes one and returns another, and the old one stays good. DeltaNet layers have a
+constant-size state; attention layers keep the keys and values of every token. Because a DeltaNet state cannot be
+cut back, speculation asks the model to `keep` the states after each of the last tokens and picks one (see
+`edgeq.model.text.forward`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
+
+A = TypeVar("A")
+
+__all__ = ["DeltaState", "KVCache", "LayerState", "State"]
+
+
+class DeltaState(NamedTuple, Generic[A]):
+    """State of a Gated DeltaNet layer, of constant size.
+
+    conv: [width - 1, channels], the last raw inputs of the causal convolution, oldest first.
+    matrix: float32 [value heads, V, K], the associative memory; a row per value entry.
+    """
+
+    conv: A
+    matrix: A
+
+
+class KVCache(ABC, Generic[A]):
+    """Rotated keys and values of the tokens so far: a value of `length` tokens, held however the backend likes."""
+
+    length: int
+
+    @abstractmethod
+    def truncated(self, length: int) -> KVCache[A]:
+        """The same cache after only its first `length` tokens."""
+
+    @abstractmethod
+    def arrays(self) -> tuple[A, A]:
+        """Keys and values, each [length, KV heads, head dim]."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes held, spare room included."""
+
+
+LayerState: TypeAlias = DeltaState[A] | KVCache[A]
+
+
+class State(NamedTuple, Generic[A]):
+    """A sequence: one LayerState per layer, the number of tokens, and where the next token stands.
+
+    `next_position` differs from `length` after an image, whose tokens share positions (mRoPE).
+    """
+
+    layers: tuple[LayerState[A], ...]
+    length: int
+    next_position: int
