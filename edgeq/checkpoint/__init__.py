@@ -1,0 +1,18 @@
+"""Readers: whatever is on disk becomes a `Checkpoint` with neutral names and conventions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgeq.checkpoint.base import Checkpoint, Storage
+from edgeq.checkpoint.folder import FolderCheckpoint
+from edgeq.errors import ModelError
+
+__all__ = ["Checkpoint", "FolderCheckpoint", "Storage", "open_checkpoint"]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint folder and check everything about it but the values."""
+    if path.is_dir():
+        return FolderCheckpoint(path)
+    raise ModelError(f"{path} is not a checkpoint folder", hint="give a folder with config.json and safetensors files")

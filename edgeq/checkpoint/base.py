@@ -1,0 +1,58 @@
+"""What every kind of checkpoint offers, whatever file it came from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from edgeq.bf16 import Array, Float32
+from edgeq.config import ModelConfig
+from edgeq.weights import Matrix, TensorSpec, TextWeights, text_weights
+
+if TYPE_CHECKING:
+    from edgeq.text.template import ChatTemplate
+    from edgeq.text.tokenizer import Tokenizer
+
+__all__ = ["Checkpoint", "Storage"]
+
+
+class Storage(NamedTuple):
+    """How a tensor is stored: the type as people write it ("BF16", "4-bit g64", "Q4_K") and all its bytes."""
+
+    type: str
+    nbytes: int
+
+
+class Checkpoint(ABC):
+    """A model on disk, opened and checked. Tensors go by their neutral names (see `edgeq.weights`)."""
+
+    path: Path
+    config: ModelConfig
+    format: str  # in a few words, for people
+    eos_token_ids: tuple[int, ...]  # from the configuration files; the tokenizer knows its own
+
+    @abstractmethod
+    def matrix(self, name: str) -> Matrix[Array]:
+        """A matrix [out, in] as stored, without copying where the format allows it."""
+
+    @abstractmethod
+    def vector(self, name: str) -> Float32:
+        """A small tensor in the neutral convention (see `edgeq.weights`), float32."""
+
+    @abstractmethod
+    def storage(self) -> Iterator[tuple[TensorSpec, Storage]]:
+        """Every tensor that the checkpoint holds."""
+
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer | None:
+        """The checkpoint's tokenizer; None if it has none."""
+
+    @abstractmethod
+    def template(self) -> ChatTemplate | None:
+        """The checkpoint's chat template; None if it has none."""
+
+    def text_weights(self) -> TextWeights[Array]:
+        """The language model's weights."""
+        return text_weights(self.config.text, self.matrix, self.vector)

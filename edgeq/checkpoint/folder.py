@@ -1,0 +1,326 @@
+"""Checkpoint folders: the hub's safetensors, edgeq's own output, and what mlx-lm and mlx-vlm write.
+
+Three things differ between them, and none is guessed from values:
+
+* names: by their prefixes (`_PREFIXES`);
+* conventions: MLX files store norms with the 1 already added, the convolution as [C, width, 1] and the patch
+  embedding channels-last. The convolution's axes tell which: that is mlx-lm's own rule for these files.
+* storage: a matrix is quantized if `scales` lie beside it; bits and group size are in config.json's `quantization`,
+  by module where a module differs, and must agree with the shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from edgeq.bf16 import Array, Float32, to_float32
+from edgeq.checkpoint.base import Checkpoint, Storage
+from edgeq.checkpoint.safetensors import SafetensorsFile, TensorInfo
+from edgeq.config import parse_config, read_json
+from edgeq.errors import ModelError
+from edgeq.quant.affine import BITS, GROUP_SIZES
+from edgeq.weights import Matrix, QMatrix, Role, TensorSpec, all_tensors, text_tensors
+
+if TYPE_CHECKING:
+    from edgeq.text.template import ChatTemplate
+    from edgeq.text.tokenizer import Tokenizer
+
+__all__ = ["FolderCheckpoint", "Quantization"]
+
+_PREFIXES = (  # of names in files, and what stands for them in neutral names; the first that fits counts
+    ("model.language_model.", ""),
+    ("model.visual.", "visual."),
+    ("language_model.model.", ""),
+    ("language_model.mtp.", "mtp."),
+    ("language_model.lm_head.", "lm_head."),
+    ("vision_tower.", "visual."),
+    ("mtp.", "mtp."),
+    ("lm_head.", "lm_head."),
+    ("model.", ""),
+)
+_FLOATS = ("F32", "F16", "BF16")
+_SHOWN = 12  # problems listed before "and N more"
+
+Layout = Literal["hub", "mlx"]
+
+
+class Quantization(NamedTuple):
+    """Bits per code and weights per scale of one matrix."""
+
+    bits: int
+    group_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """Where a tensor of the table is stored; `quantization` if it is a triple of codes, scales and biases."""
+
+    spec: TensorSpec
+    file_name: str
+    quantization: Quantization | None
+
+
+def neutral_name(file_name: str) -> str | None:
+    """The neutral name of a tensor in a file; None for a name of no known layout."""
+    for prefix, neutral in _PREFIXES:
+        if file_name.startswith(prefix):
+            return neutral + file_name[len(prefix) :]
+    return None
+
+
+class FolderCheckpoint(Checkpoint):
+    """A folder with config.json and safetensors files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        values = read_json(path / "config.json")
+        self.config = parse_config(values)
+        self.files = tuple(SafetensorsFile(file) for file in _weight_files(path))
+        self._where = {name: file for file in self.files for name in file.tensors}
+        self.layout: Layout = self._find_layout()
+        self.quantization = _QuantizationTable(values)
+        self.tensors = self._match_table()
+        self.eos_token_ids = self.config.text.eos_token_ids + _generation_eos(path)
+        self.format = {"hub": "safetensors", "mlx": "MLX safetensors"}[self.layout]
+        if any(t.quantization for t in self.tensors.values()):
+            self.format += ", group-quantized"
+
+    # --- tensors -----------------------------------------------------------------------------------------------------
+
+    def raw(self, name: str) -> Array:
+        """An unquantized tensor exactly as stored: a view of the mapped file."""
+        return self._array(self.tensors[name].file_name)
+
+    def file_name(self, name: str) -> str:
+        """The name of a tensor in its file."""
+        return self.tensors[name].file_name
+
+    def matrix(self, name: str) -> Matrix[Array]:
+        tensor = self.tensors[name]
+        if tensor.quantization is None:
+            return self._array(tensor.file_name)
+        module = tensor.file_name.removesuffix(".weight")
+        triple = (self._array(f"{module}.{part}") for part in ("weight", "scales", "biases"))
+        return QMatrix(*triple, *tensor.quantization)
+
+    def vector(self, name: str) -> Float32:
+        x = to_float32(self.raw(name))
+        if not np.isfinite(x).all():
+            raise ModelError(f"{self.path}: {self.file_name(name)} holds NaN or infinity", hint="the file is damaged")
+        match self.tensors[name].spec.role:
+            case Role.NORM:
+                return x if self.layout == "mlx" else 1 + x
+            case Role.CONV:
+                return x.reshape(x.shape[0], -1)
+            case Role.DECAY:
+                return -np.exp(x)
+            case _:
+                return np.array(x)
+
+    def storage(self) -> Iterator[tuple[TensorSpec, Storage]]:
+        for tensor in self.tensors.values():
+            if tensor.quantization is None:
+                info = self._info(tensor.file_name)
+                yield tensor.spec, Storage(info.dtype, info.end - info.start)
+            else:
+                module = tensor.file_name.removesuffix(".weight")
+                parts = [self._info(f"{module}.{part}") for part in ("weight", "scales", "biases")]
+                kind = "{}-bit g{}".format(*tensor.quantization)
+                yield tensor.spec, Storage(kind, sum(info.end - info.start for info in parts))
+
+    def tokenizer(self) -> Tokenizer | None:
+        from edgeq.text.tokenizer import Tokenizer
+
+        return Tokenizer.from_folder(self.path) if (self.path / "tokenizer.json").exists() else None
+
+    def template(self) -> ChatTemplate | None:
+        from edgeq.text.template import ChatTemplate
+
+        return ChatTemplate.from_folder(self.path)
+
+    def drop_pages(self) -> None:
+        """Let the system forget the pages read so far (they count as this process's memory until it does)."""
+        for file in self.files:
+            file.drop_pages()
+
+    def _array(self, file_name: str) -> Array:
+        return self._where[file_name].array(file_name)
+
+    def _info(self, file_name: str) -> TensorInfo:
+        return self._where[file_name].tensors[file_name]
+
+    # --- opening -----------------------------------------------------------------------------------------------------
+
+    def _find_layout(self) -> Layout:
+        """mlx-lm's rule: its files have the convolution's channel axis last but one. Without one, the file's mark."""
+        shapes = {self._info(name).shape[1:2] for name in self._where if name.endswith("conv1d.weight")}
+        if len(shapes) > 1:
+            raise ModelError(f"{self.path} mixes the hub's and MLX's layout of conv1d.weight", hint="convert it again")
+        if shapes:
+            return "hub" if shapes == {(1,)} else "mlx"
+        return "mlx" if any(file.metadata.get("format") == "mlx" for file in self.files) else "hub"
+
+    def _match_table(self) -> dict[str, _Tensor]:
+        """Find every tensor of the table, and report everything that does not fit in one message."""
+        found: dict[str, str] = {}
+        problems: list[str] = []
+        for file_name in self._where:
+            name = neutral_name(file_name)
+            if name in found:
+                problems.append(f"{file_name} and {found[name]} are the same tensor")
+            elif name is not None:
+                found[name] = file_name
+        tensors, absent = {}, []
+        for spec in all_tensors(self.config):
+            if spec.name in found:
+                tensors[spec.name] = self._check_tensor(spec, found[spec.name], problems)
+            else:
+                absent.append(spec)
+        problems += [f"missing {spec.name} {list(spec.shape)}" for spec in self._required(absent, tensors)]
+        problems += [f"unexpected {name}" for name in self._unexpected(tensors)]
+        if problems:
+            shown = "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
+            more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+            raise ModelError(
+                f"{self.path} does not hold the tensors that its config.json describes:{shown}{more}",
+                hint="config.json and weights are of different models, or the download is incomplete",
+            )
+        return tensors
+
+    def _required(self, absent: list[TensorSpec], present: Mapping[str, _Tensor]) -> list[TensorSpec]:
+        """The language model must be whole; the MTP head and the vision tower may be left out, but not in part."""
+        text = {spec.name for spec in text_tensors(self.config.text)}
+        partial = tuple(part for part in ("mtp.", "visual.") if any(name.startswith(part) for name in present))
+        return [spec for spec in absent if spec.name in text or (partial and spec.name.startswith(partial))]
+
+    def _unexpected(self, tensors: Mapping[str, _Tensor]) -> list[str]:
+        known: set[str] = set()
+        for tensor in tensors.values():
+            module = tensor.file_name.removesuffix(".weight")
+            known |= {tensor.file_name} if tensor.quantization is None else {
+                f"{module}.weight", f"{module}.scales", f"{module}.biases"
+            }  # fmt: skip
+        spare = ("lm_head.",) if self.config.text.tie_word_embeddings else ()  # a stored copy of the tied head
+        spare += ("mtp.",) if not self.config.text.mtp_num_hidden_layers else ()
+        return [n for n in self._where if n not in known and not (neutral_name(n) or n).startswith(spare or ("\0",))]
+
+    def _check_tensor(self, spec: TensorSpec, file_name: str, problems: list[str]) -> _Tensor:
+        module = file_name.removesuffix(".weight")
+        if f"{module}.scales" in self._where:
+            quantization = self.quantization.of(module, spec.name)
+            problem = self._triple_problem(spec, module, quantization)
+            if problem:
+                problems.append(problem)
+            return _Tensor(spec, file_name, quantization)
+        info = self._info(file_name)
+        if info.shape != (shape := _file_shape(spec, self.layout)):
+            problems.append(f"{file_name} is {list(info.shape)}, expected {list(shape)}")
+        elif info.dtype not in _FLOATS:
+            problems.append(f"{file_name} is {info.dtype}, expected {', '.join(_FLOATS)} or a quantized triple")
+        return _Tensor(spec, file_name, None)
+
+    def _triple_problem(self, spec: TensorSpec, module: str, quantization: Quantization | None) -> str | None:
+        """What is wrong with a quantized matrix, if anything."""
+        if f"{module}.biases" not in self._where:
+            return f"{module} has scales but no biases: only affine quantization is supported"
+        if quantization is None:
+            return f"{module} has scales, but config.json says nothing of its quantization"
+        if spec.role in (Role.NORM, Role.GATED_NORM, Role.CONV, Role.DECAY, Role.VECTOR) or len(spec.shape) != 2:
+            return f"{module} is quantized, which edgeq supports for matrices only"
+        (out, width), (bits, group) = spec.shape, quantization
+        groups = (out, width // group)
+        expected = {"weight": (out, width * bits // 32), "scales": groups, "biases": groups}
+        for part, shape in expected.items():
+            info = self._info(f"{module}.{part}")
+            if width % group or info.shape != shape:
+                return f"{module}.{part} is {list(info.shape)}, expected {list(shape)} at {bits} bits, groups of {group}"
+            if info.dtype not in (("U32",) if part == "weight" else _FLOATS):
+                return f"{module}.{part} is {info.dtype}"
+        return None
+
+
+class _QuantizationTable:
+    """config.json's `quantization`: the default and the modules that differ."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        block = values.get("quantization", values.get("quantization_config"))
+        if block is not None and not isinstance(block, Mapping):
+            raise ModelError(f"config.json: quantization is {block!r}, expected an object")
+        self._block: Mapping[str, Any] = block or {}
+        method = self._block.get("quant_method")
+        if method not in (None, "affine"):
+            raise ModelError(
+                f"config.json: quant_method {method!r} is not supported",
+                hint="edgeq reads unquantized and MLX-quantized safetensors, and GGUF",
+            )
+        self._default = self._entry("quantization", self._block) if self._block else None
+        self._modules = {
+            _module_name(path): self._entry(f"quantization.{path}", entry)
+            for path, entry in self._block.items()
+            if isinstance(entry, Mapping)
+        }
+
+    def of(self, module: str, name: str) -> Quantization | None:
+        """Quantization of a module, by its path in the file or its neutral name."""
+        return self._modules.get(name.removesuffix(".weight"), self._default)
+
+    def _entry(self, where: str, entry: Mapping[str, Any]) -> Quantization:
+        bits, group = entry.get("bits"), entry.get("group_size", self._block.get("group_size"))
+        mode = entry.get("mode", "affine")
+        if mode != "affine":
+            raise ModelError(f"config.json: {where}.mode is {mode!r}; only 'affine' is supported")
+        if bits not in BITS or group not in GROUP_SIZES:
+            raise ModelError(
+                f"config.json: {where} has bits {bits!r} and group_size {group!r}, "
+                f"expected bits of {BITS} and group_size of {GROUP_SIZES}"
+            )
+        return Quantization(bits, group)
+
+
+def _module_name(path: str) -> str:
+    return (neutral_name(f"{path}.") or f"{path}.")[:-1]
+
+
+def _file_shape(spec: TensorSpec, layout: Layout) -> tuple[int, ...]:
+    """A tensor's shape in the file: MLX moves the channels of convolutions to the end."""
+    if layout == "mlx" and (spec.role is Role.CONV or spec.name == "visual.patch_embed.proj.weight"):
+        return (spec.shape[0], *spec.shape[2:], spec.shape[1])
+    return spec.shape
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The index names the files, if there is one; else they are the folder's."""
+    index = path / "model.safetensors.index.json"
+    if not index.exists():
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise ModelError(f"{path} holds no .safetensors files", hint="is this a complete checkpoint folder?")
+        return files
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise ModelError(f"{index}: weight_map is not an object of file names")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise ModelError(f"{index} names {name!r}, which is outside of the folder")
+    absent = [name for name in names if not (path / name).exists()]
+    if absent:
+        raise ModelError(f"{path} lacks {', '.join(absent)}", hint="the download is incomplete; fetch the missing files")
+    return [path / name for name in names]
+
+
+def _generation_eos(path: Path) -> tuple[int, ...]:
+    """The stop ids of generation_config.json, which the hub's small models do not have."""
+    file = path / "generation_config.json"
+    if not file.exists():
+        return ()
+    value = read_json(file).get("eos_token_id", [])
+    ids = [value] if type(value) is int else value
+    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+        raise ModelError(f"{file}: eos_token_id is {value!r}, expected an id or a list of ids")
+    return tuple(ids)

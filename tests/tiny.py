@@ -1,0 +1,113 @@
+"""Tiny Qwen3.5 checkpoints with random weights, for tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeq.bf16 import Array, from_float32, round_to
+from edgeq.checkpoint.safetensors import DTYPES, SafetensorsWriter
+from edgeq.config import ModelConfig, parse_config
+from edgeq.weights import Role, TensorSpec, all_tensors
+
+
+def config_values(*, vision: bool = False, mtp: bool = False, **text: Any) -> dict[str, Any]:
+    """A config.json of the multimodal layout; `text` overrides fields of text_config."""
+    layers = text.pop("layer_types", ["linear_attention"] * 3 + ["full_attention"])
+    values: dict[str, Any] = {
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "model_type": "qwen3_5",
+        "image_token_id": 1036,
+        "video_token_id": 1037,
+        "vision_start_token_id": 1033,
+        "vision_end_token_id": 1034,
+        "tie_word_embeddings": text.pop("tie_word_embeddings", True),
+        "text_config": {
+            "model_type": "qwen3_5_text",
+            "vocab_size": 288,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": len(layers),
+            "layer_types": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_conv_kernel_dim": 4,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 4096,
+            "hidden_act": "silu",
+            "attn_output_gate": True,
+            "mtp_num_hidden_layers": int(mtp),
+            "eos_token_id": 1,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.25,
+                "mrope_interleaved": True,
+                "mrope_section": [2, 1, 1],
+            },
+            **text,
+        },
+    }
+    if vision:
+        values["vision_config"] = {
+            "depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "in_channels": 3,
+            "patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2, "num_position_embeddings": 16,
+            "out_hidden_size": values["text_config"]["hidden_size"], "hidden_act": "gelu_pytorch_tanh",
+            "deepstack_visual_indexes": [], "model_type": "qwen3_5",
+        }  # fmt: skip
+    return values
+
+
+def hub_name(name: str) -> str:
+    """A tensor's name in the hub's multimodal layout."""
+    if name.startswith("visual."):
+        return f"model.{name}"
+    return name if name.startswith(("mtp.", "lm_head.")) else f"model.language_model.{name}"
+
+
+def random_values(spec: TensorSpec, rng: np.random.Generator) -> Array:
+    """Values of the kind a trained model has, so that every operation matters: float32."""
+    x = rng.standard_normal(spec.shape).astype(np.float32)
+    match spec.role:
+        case Role.NORM:
+            return x * np.float32(0.2)
+        case Role.GATED_NORM:
+            return 1 + x * np.float32(0.2)
+        case Role.DECAY:
+            return np.log(rng.uniform(0.5, 16, spec.shape)).astype(np.float32)
+        case Role.CONV:
+            return x * np.float32(0.5)
+        case Role.VECTOR:
+            return x
+        case _:
+            return x * np.float32(2 / np.sqrt(spec.shape[-1]))
+
+
+def write_checkpoint(
+    folder: Path, values: dict[str, Any] | None = None, *, seed: int = 0, dtype: str = "BF16"
+) -> ModelConfig:
+    """Write config.json and model.safetensors in the hub's layout: F32 for A_log and the gated norm, else `dtype`."""
+    values = values or config_values()
+    config = parse_config(values)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(values))
+    rng = np.random.default_rng(seed)
+    specs = list(all_tensors(config))
+    dtypes = {s.name: "F32" if s.role in (Role.DECAY, Role.GATED_NORM) else dtype for s in specs}
+    specs.sort(key=lambda s: dtypes[s.name] != "F32")
+    entries = {hub_name(s.name): (dtypes[s.name], s.shape) for s in specs}
+    with SafetensorsWriter(folder / "model.safetensors", entries) as file:
+        for spec in specs:
+            file.write(hub_name(spec.name), round_to(random_values(spec, rng), DTYPES[dtypes[spec.name]]))
+    return config
+
+
+__all__ = ["config_values", "from_float32", "hub_name", "random_values", "write_checkpoint"]
