@@ -1,0 +1,55 @@
+"""Notices that the model goes round in circles: exactly the same tokens, again and again.
+
+Small models fall into such loops while thinking, whatever the sampler does. Only exact repetition is looked for, and a
+lot of it, since what people ask for repeats too: rulers, indentation, tables, arrays of zeros, refrains.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["LoopGuard"]
+
+MAX_PERIOD = 128
+"""Longest cycle looked for, in tokens: a paragraph."""
+
+MIN_COPIES = 3
+"""Said three times over, word for word. Twice happens: a quotation, a refrain, a corrected listing."""
+
+MIN_TOKENS = 256
+"""Shortest stretch of repetition. Short rows of a table or a listing may well be equal ten times over."""
+
+MIN_TOKENS_MONOTONOUS = 512
+"""The same, where the cycle has fewer than `VARIED` distinct tokens: a blank line, a ruler, a 10 x 10 grid of zeros
+(330 tokens of Qwen3.5's) are data more often than circles."""
+
+VARIED = 8
+"""Distinct tokens that make a cycle language rather than a pattern; a short sentence has as many."""
+
+
+class LoopGuard:
+    """Watches a stream of token ids for a cycle of 1 to `MAX_PERIOD` tokens, 3 copies and 256 or 512 tokens long.
+
+    For every period p it counts how many of the latest tokens in a row are equal to the one p before. That makes an
+    answer at every token cost a few operations on vectors of 128.
+    """
+
+    def __init__(self) -> None:
+        periods = np.arange(1, MAX_PERIOD + 1)
+        self._recent = np.full(MAX_PERIOD, -1, dtype=np.int64)  # [p - 1]: the token p before the next
+        self._run = np.zeros(MAX_PERIOD, dtype=np.int64)  # [p - 1]: latest tokens equal to the one p before
+        self._needed = np.maximum(MIN_COPIES * periods, MIN_TOKENS) - periods  # the first copy repeats nothing
+
+    def observe(self, token: int) -> bool:
+        """Take the next token; True if it is at the end of a cycle that was repeated long enough."""
+        self._run += 1
+        self._run *= self._recent == token
+        self._recent[1:] = self._recent[:-1]
+        self._recent[0] = token
+        return bool((self._run >= self._needed).any()) and self._long_enough()
+
+    def _long_enough(self) -> bool:
+        """Whether the shortest cycle is long enough for its variety (its multiples are the same repetition)."""
+        period = int(np.argmax(self._run >= self._needed)) + 1
+        varied = len(np.unique(self._recent[:period])) >= VARIED
+        return varied or int(self._run[period - 1]) + period >= MIN_TOKENS_MONOTONOUS

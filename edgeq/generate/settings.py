@@ -1,0 +1,110 @@
+"""What a user may ask of generation, and what the model cards recommend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from dataclasses import replace as dataclass_replace
+from typing import Any
+
+from edgeq.errors import UsageError
+
+__all__ = ["GenerationSettings", "preset"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationSettings:
+    """How the next token is chosen, and when to stop.
+
+    The defaults are those of a raw completion: livelier than greedy, calmer than the distribution itself, and no
+    penalty, because a text that is to be continued (code, a list, a table) repeats itself for good reason. Chats start
+    from `preset`.
+    """
+
+    temperature: float = 0.7
+    """Divides the logits; 0 takes the most likely token always (greedy), the lowest id of equals."""
+    top_k: int = 20
+    """Only the k most likely tokens stay (and those that tie with the last of them); 0 is off."""
+    top_p: float = 0.95
+    """Only the most likely tokens that together reach this probability stay; 1 is off."""
+    min_p: float = 0.0
+    """Only tokens at least this likely, relative to the most likely one, stay; 0 is off."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of a token that was already generated in this reply; the prompt does not count."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for every time that the token was generated in this reply; the prompt does not count."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens seen in prompt or reply are divided by it if positive, multiplied if negative; 1 is off."""
+    seed: int | None = None
+    """The same seed, settings and logits give the same tokens; None draws a fresh one."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer; they are not part of it."""
+    max_tokens: int | None = None
+    """Longest answer, in sampled tokens, thinking apart; None is up to the end of the context."""
+    thinking_budget: int | None = None
+    """Longest thinking, in sampled tokens, before it is closed and the answer begins; None is unlimited."""
+    loop_guard: bool = True
+    """End thinking, or else the reply, when the same tokens come round again and again."""
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature, 0, 10)
+        _check_number("top_p", self.top_p, 0, 1, open_low=True)
+        _check_number("min_p", self.min_p, 0, 1)
+        _check_number("presence_penalty", self.presence_penalty, -2, 2)
+        _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.1, 10)
+        _check_integer("top_k", self.top_k, 0)
+        for option, value, low in (
+            ("seed", self.seed, 0),
+            ("max_tokens", self.max_tokens, 1),
+            ("thinking_budget", self.thinking_budget, 0),
+        ):
+            if value is not None:
+                _check_integer(option, value, low)
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
+            raise UsageError(f"stop is {self.stop!r}; it has to be a tuple of texts, none of them empty")
+
+    def replace(self, **given: Any) -> GenerationSettings:
+        """These settings with those of `given` that are not None: what was asked for goes over a preset."""
+        names = [field.name for field in fields(self)]
+        for option in given:
+            if option not in names:
+                raise UsageError(
+                    f"there is no generation option {option!r}", hint=f"the options are {', '.join(names)}"
+                )
+        return dataclass_replace(self, **{option: value for option, value in given.items() if value is not None})
+
+
+def preset(thinking: bool, vision: bool = False) -> GenerationSettings:
+    """What the Qwen3.5 model cards recommend for chats ("Best Practices", sampling parameters).
+
+    | mode, input              | temperature | top_p | presence_penalty |
+    |--------------------------|-------------|-------|------------------|
+    | thinking, text           | 1.0         | 0.95  | 1.5              |
+    | thinking, vision         | 0.6         | 0.95  | 0                |
+    | not thinking, text       | 1.0         | 1.0   | 2.0              |
+    | not thinking, vision     | 0.7         | 0.8   | 1.5              |
+
+    All with top_k 20, min_p 0 and no repetition penalty. The cards of 0.8B and 2B give this table; the thinking rows
+    are the same for 4B.
+    """
+    temperature, top_p, presence_penalty = {
+        (True, False): (1.0, 0.95, 1.5),
+        (True, True): (0.6, 0.95, 0.0),
+        (False, False): (1.0, 1.0, 2.0),
+        (False, True): (0.7, 0.8, 1.5),
+    }[thinking, vision]
+    return GenerationSettings(temperature=temperature, top_p=top_p, presence_penalty=presence_penalty)
+
+
+def _check_number(option: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    """Raise a UsageError unless `value` is a number from `low` (or above it, if `open_low`) to `high`."""
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else float("nan")
+    if not low <= number <= high or (open_low and number == low):
+        bounds = f"above {low} and at most {high}" if open_low else f"from {low} to {high}"
+        raise UsageError(f"{option} is {value!r}; it has to be a number {bounds}")
+
+
+def _check_integer(option: str, value: object, low: int) -> None:
+    """Raise a UsageError unless `value` is a whole number of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise UsageError(f"{option} is {value!r}; it has to be a whole number of at least {low}")

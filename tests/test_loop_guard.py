@@ -1,0 +1,136 @@
+"""The loop guard: every cycle is caught, and nothing that people ask for is."""
+
+import inspect
+import re
+import textwrap
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgeq.generate import LoopGuard
+from edgeq.generate.loop_guard import MAX_PERIOD, MIN_COPIES, MIN_TOKENS, MIN_TOKENS_MONOTONOUS, VARIED
+
+
+def first_alarm(ids):
+    """How many tokens the guard saw when it gave its first alarm; None if it never did."""
+    guard = LoopGuard()
+    return next((n for n, token in enumerate(ids, 1) if guard.observe(token)), None)
+
+
+def reference_alarm(ids):
+    """The same, from the definition: the end of the text is a cycle repeated often and long enough."""
+    for n in range(1, len(ids) + 1):
+        for period in range(1, min(MAX_PERIOD, n) + 1):
+            length = period
+            while length < n and ids[n - 1 - length] == ids[n - 1 - length + period]:
+                length += 1
+            if length >= max(MIN_COPIES * period, MIN_TOKENS):  # the shortest such period decides
+                if len(set(ids[n - period : n])) >= VARIED or length >= MIN_TOKENS_MONOTONOUS:
+                    return n
+                break
+    return None
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 7, 8, 16, 17, 40, 85, 86, 100, 127, 128])
+def test_every_cycle_is_caught_as_soon_as_it_is_long_enough(period):
+    text = list(range(1000, 1300))
+    cycle = list(range(period))
+    needed = max(MIN_COPIES * period, MIN_TOKENS if period >= VARIED else MIN_TOKENS_MONOTONOUS)
+    assert first_alarm(text + cycle * 600) == len(text) + needed
+
+
+def test_a_longer_period_than_looked_for_is_let_through():
+    assert first_alarm(list(range(MAX_PERIOD + 1)) * 20) is None
+
+
+def test_two_copies_are_fine_whatever_their_length():
+    paragraph = list(range(MAX_PERIOD))
+    assert first_alarm([*paragraph, *paragraph, 999, *paragraph, *paragraph]) is None
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    period=st.integers(1, 140),
+    distinct=st.integers(1, 40),
+    length=st.integers(200, 700),
+)
+def test_the_vectors_do_what_the_definition_says(seed, period, distinct, length):
+    random = np.random.default_rng(seed)
+    cycle = random.integers(0, distinct, period).tolist()
+    ids = [*random.integers(0, distinct, 30).tolist(), *(cycle * (length // period + 1))[:length], 77, 78]
+    alarm = first_alarm(ids)
+    assert alarm == reference_alarm(ids)
+
+
+LOOPS = {
+    "word": "the " * 600,
+    "phrase": "I am sorry, " * 200,
+    "bangs": "! " * 600,
+    "sentence": "Wait, let me check that again. The answer should be 42, so I need to verify it. " * 30,
+    "paragraph": "Let me reconsider the question. The user asks for a name. I do not know the name. Perhaps the user "
+    "wants me to guess.\n\n" * 20,
+    "code": "    if x == 0:\n        return x\n" * 60,
+}
+
+ZEROS = "[\n" + "    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0],\n" * 10 + "]\n"
+VERSES = [
+    "Ten green bottles hanging on the wall,\nTen green bottles hanging on the wall,\n",
+    "And if one green bottle should accidentally fall,\n",
+]
+NUMBERS = ["Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten"]
+
+HONEST = {
+    "rulers": ("-" * 100 + "\n" + "=" * 100 + "\n" + "| Name | Value |\n|" + "-" * 60 + "|" + "-" * 60 + "|\n") * 2,
+    "numbers": ", ".join(str(n) for n in range(2000)),
+    "numbered list": "\n".join(f"{n}. Step {n}: press the button and wait." for n in range(1, 300)),
+    "table": "\n".join(f"| {n} | {'yes' if n % 3 else 'no'} | {n * n % 7} | ok |" for n in range(300)),
+    "table with equal rows": "| item | count |\n|------|-------|\n" + "| none | 0 |\n" * 20,
+    "grid of zeros": ZEROS,
+    "empty board": ("+---" * 8 + "+\n" + "|   " * 8 + "|\n") * 6,
+    "blank lines": "a\n" + "\n" * 60 + "b" + " " * 200 + "c",
+    "indentation": "\n".join(" " * 4 * (n % 30) + f"level_{n}()" for n in range(200)),
+    "poem": "".join(
+        line.replace("Ten", NUMBERS[n]).replace("one", "just one") for n in range(10, 0, -1) for line in VERSES
+    ),
+    "chorus": "Na na na, hey hey, goodbye!\n" * 6,
+    "html": "<tr>" + "<td></td>" * 8 + "</tr>\n",
+    "json": ",\n".join(f'{{"id": {n}, "name": "item", "tags": [], "price": 0.0}}' for n in range(100)),
+    "hex": ", ".join(["0x00"] * 40 + [f"0x{n * 37 % 256:02x}" for n in range(400)]),
+    "csv": "\n".join(f"2024-01-{1 + n % 28:02d},0,0,0,{n % 13}" for n in range(300)),
+    "boilerplate": "\n".join(f"    self.assertEqual(f({n}), {n})" for n in range(200)),
+    "binary": " ".join(f"{n:08b}" for n in range(256)),
+    "a long number": str(3**2000),
+    "code": textwrap.dedent(inspect.getsource(np.lib._function_base_impl)),
+    "more code": inspect.getsource(inspect) + inspect.getsource(textwrap) + inspect.getsource(re),
+}
+
+
+def by_characters(text):
+    return [ord(character) for character in text]
+
+
+def by_bytes(text):
+    return list(text.encode())
+
+
+def by_words(text):
+    """Roughly as a tokenizer cuts: words with the space before, single digits, runs of punctuation and of blanks."""
+    words = re.findall(r" ?[^\W\d_]+|\d| ?[^\w\s]+|_+|\s+", text)
+    numbers = {}
+    return [numbers.setdefault(word, len(numbers)) for word in words]
+
+
+@pytest.mark.parametrize("cut", [by_characters, by_words])
+@pytest.mark.parametrize("name", LOOPS)
+def test_loops_of_text_are_caught(name, cut):
+    assert first_alarm(cut("Some text before it, which is different.") + cut(LOOPS[name])) is not None
+
+
+@pytest.mark.parametrize("cut", [by_characters, by_bytes, by_words])
+@pytest.mark.parametrize("name", HONEST)
+def test_no_false_alarm(name, cut):
+    ids = cut(HONEST[name])[:60_000]
+    assert first_alarm(ids) is None
