@@ -1,0 +1,202 @@
+#include "kernels/threads.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "kernels/cores.h"
+
+namespace edgeq {
+namespace {
+
+// How long a thread polls before it sleeps. Waking one takes 5 to 50 microseconds, the gaps between the operations of
+// a token are shorter than that; see "Threads" in docs/speed.md for the measurement.
+constexpr std::chrono::microseconds spin_time{60};
+
+void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+// Polls `ready` for at most spin_time; false if it never was.
+template <class Condition>
+bool spin_until(Condition ready) {
+    auto deadline = std::chrono::steady_clock::now() + spin_time;
+    do {
+        for (int i = 0; i < 32; i++) {
+            if (ready()) return true;
+            pause();
+        }
+    } while (std::chrono::steady_clock::now() < deadline);
+    return false;
+}
+
+thread_local bool inside_piece = false;
+
+// Pieces still to be taken from one thread's share: the end in the upper half, the next one in the lower, so that one
+// atomic addition takes a piece and tells whether there was one.
+struct alignas(64) Share {
+    std::atomic<uint64_t> range{0};
+
+    void set(int begin, int end) { range.store(uint64_t(end) << 32 | uint32_t(begin), std::memory_order_release); }
+
+    // The next piece, or -1.
+    int take() {
+        if (empty(range.load(std::memory_order_relaxed))) return -1;
+        uint64_t taken = range.fetch_add(1, std::memory_order_acq_rel);
+        return empty(taken) ? -1 : int(uint32_t(taken));
+    }
+
+    static bool empty(uint64_t r) { return uint32_t(r) >= (r >> 32); }
+};
+
+class Pool {
+public:
+    explicit Pool(int threads) : threads_(threads), shares_(new Share[threads]) {
+        for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
+    }
+
+    ~Pool() {
+        {
+            std::lock_guard lock(sleep_);
+            stop_ = true;
+        }
+        wake_.notify_all();
+        for (auto& worker : workers_) worker.join();
+    }
+
+    int threads() const { return threads_; }
+
+    void run(int pieces, void (*function)(void*, int), void* context) {
+        // A worker reads these only while it holds a piece, and no piece is left when the last run returned.
+        function_ = function;
+        context_ = context;
+        unfinished_.store(pieces, std::memory_order_relaxed);
+        int sharers = std::min(threads_, pieces);
+        for (int i = 0; i < sharers; i++)
+            shares_[i].set(int(int64_t(pieces) * i / sharers), int(int64_t(pieces) * (i + 1) / sharers));
+        job_.fetch_add(1);
+        if (sleepers_.load() > 0) {
+            { std::lock_guard lock(sleep_); }
+            wake_.notify_all();
+        }
+        take_pieces(0);
+        if (!spin_until([&] { return finished(); })) {
+            std::unique_lock lock(sleep_);
+            caller_sleeps_ = true;
+            done_.wait(lock, [&] { return unfinished_.load() == 0; });
+            caller_sleeps_ = false;
+        }
+    }
+
+private:
+    bool finished() const { return unfinished_.load(std::memory_order_acquire) == 0; }
+
+    // Everything of the thread's own share, then of the others'.
+    void take_pieces(int thread) {
+        inside_piece = true;
+        for (int i = 0; i < threads_; i++) {
+            Share& share = shares_[(thread + i) % threads_];
+            for (int piece; (piece = share.take()) >= 0;) {
+                function_(context_, piece);
+                if (unfinished_.fetch_sub(1) == 1 && caller_sleeps_.load()) {
+                    { std::lock_guard lock(sleep_); }
+                    done_.notify_one();
+                }
+            }
+        }
+        inside_piece = false;
+    }
+
+    void work(int thread) {
+        for (;;) {
+            uint32_t seen = job_.load();
+            take_pieces(thread);
+            auto news = [&] { return job_.load(std::memory_order_acquire) != seen; };
+            if (spin_until([&] { return news() || stop_.load(std::memory_order_relaxed); }) && !stop_) continue;
+            std::unique_lock lock(sleep_);
+            sleepers_.fetch_add(1);
+            wake_.wait(lock, [&] { return job_.load() != seen || stop_; });
+            sleepers_.fetch_sub(1);
+            if (stop_) return;
+        }
+    }
+
+    const int threads_;
+    std::unique_ptr<Share[]> shares_;
+    void (*function_)(void*, int) = nullptr;
+    void* context_ = nullptr;
+    alignas(64) std::atomic<uint32_t> job_{0};
+    std::atomic<int> sleepers_{0};
+    std::atomic<bool> stop_{false};
+    alignas(64) std::atomic<int> unfinished_{0};
+    std::atomic<bool> caller_sleeps_{false};
+    std::mutex sleep_;
+    std::condition_variable wake_, done_;
+    std::vector<std::thread> workers_;
+};
+
+// What fork leaves behind cannot be used or freed (its threads are gone, its locks in any state): the child forgets
+// it and starts afresh. Never destroyed, since a detached Python thread may still compute while the process exits.
+struct Process {
+    std::mutex callers;
+    std::atomic<int> threads{0};  // 0: not yet decided
+    Pool* pool = nullptr;
+};
+
+Process* process;
+
+void start_afresh() {
+    auto* fresh = new Process;
+    if (process) fresh->threads = process->threads.load();
+    process = fresh;
+}
+
+Process& here() {
+    static bool once = [] {
+        start_afresh();
+        pthread_atfork(nullptr, nullptr, start_afresh);
+        return true;
+    }();
+    (void)once;
+    return *process;
+}
+
+}  // namespace
+
+int thread_count() {
+    Process& p = here();
+    if (p.threads == 0) p.threads = default_thread_count();
+    return p.threads;
+}
+
+void set_thread_count(int threads) { here().threads = std::max(1, threads); }
+
+void detail::run(int pieces, void (*function)(void*, int), void* context) {
+    int threads = thread_count();
+    if (pieces <= 1 || threads == 1 || inside_piece) {
+        for (int i = 0; i < pieces; i++) function(context, i);
+        return;
+    }
+    Process& p = here();
+    std::lock_guard lock(p.callers);
+    if (p.pool && p.pool->threads() != threads) {
+        delete p.pool;
+        p.pool = nullptr;
+    }
+    if (!p.pool) p.pool = new Pool(threads);
+    p.pool->run(pieces, function, context);
+}
+
+}  // namespace edgeq
