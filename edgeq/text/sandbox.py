@@ -1,0 +1,297 @@
+"""Jinja for templates from strangers: no way out, and an end to everything.
+
+Jinja's own sandbox keeps a template away from Python's internals, but not from a loop in a loop or from doubling a
+string forty times. So a render here has a tank of fuel. The syntax tree is rewritten before it is compiled: whatever
+loops, calls, joins, compares or builds a value first pays for its size, and an empty tank is an error. Fuel is
+counted, not timed, so a template that renders does so on every machine. Operations whose cost cannot be told from
+their operands (formatting with widths, padding, powers, most of Jinja's filters) are not there at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
+from functools import wraps
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.filters import make_attrgetter
+from jinja2.runtime import Context, LoopContext, Macro, Undefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
+
+__all__ = ["MAX_OUTPUT", "MAX_SOURCE", "Sandbox"]
+
+FUEL = 100_000_000  # characters handled and syntax nodes run: a few seconds at worst, a million times a usual turn
+MAX_SOURCE = 1 << 18  # characters of a template; the family's have 8,000
+MAX_OUTPUT = 1 << 24  # characters of a rendering; a full context is some 10^6
+_MAX_INT_BITS = 1024
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Filters that look at the elements of a value, paid by its length, and those that look at all of it.
+_SHALLOW_FILTERS = _names(
+    "abs count d default first float int items last length list map reject rejectattr reverse safe select selectattr"
+)
+_DEEP_FILTERS = _names("capitalize dictsort e escape lower max min sort string title trim unique upper")
+_FREE_TESTS = _names(
+    "boolean callable defined false filter float integer iterable mapping none number sequence string test true undefined"
+)
+_DEEP_TESTS = _names("!= < <= == > >= eq equalto ge greaterthan gt in le lessthan lower lt ne sameas upper")
+
+_METHODS = {
+    str: _names(
+        "capitalize count endswith find index isalnum isalpha isdigit islower isnumeric isspace isupper join lower "
+        "lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split splitlines "
+        "startswith strip title upper"
+    ),
+    dict: _names("get items keys values"),
+    list: _names("count index"),
+    tuple: _names("count index"),
+}
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """The Jinja environment of chat templates, as transformers sets it up, with a bound on a render's work."""
+
+    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            optimized=False,  # or constant expressions would run, unmetered, while compiling
+            finalize=_finalize,
+            extensions=["jinja2.ext.loopcontrols"],
+        )
+        self._fuel = 0
+        self._step = 1
+        filters: dict[str, Any] = self.filters
+        tests: dict[str, Any] = self.tests
+        self.filters = {name: self._metered(filters[name], self.pay_length) for name in _SHALLOW_FILTERS}
+        self.filters |= {name: self._metered(filters[name], self.pay) for name in _DEEP_FILTERS}
+        self.filters |= {"join": self._join, "replace": self._replace, "tojson": self._tojson}
+        self.filters |= {name: getattr(self, f"_{name.strip()}") for name in _INTERNAL_FILTERS}
+        self.tests = {name: tests[name] for name in _FREE_TESTS}
+        self.tests |= {name: self._metered(tests[name], self.pay) for name in _DEEP_TESTS}
+        self.tests |= {"even": lambda n: int(n) % 2 == 0, "odd": lambda n: int(n) % 2 == 1}
+        self.globals = {
+            "dict": dict,
+            "namespace": _OpaqueNamespace,
+            "raise_exception": _raise_exception,
+            "range": safe_range,
+            "strftime_now": lambda format: datetime.now().strftime(format),
+        }
+
+    def compile_template(self, source: str) -> jinja2.Template:
+        """Parse and compile `source`; raises whatever Jinja and Python raise for it."""
+        if len(source) > MAX_SOURCE:
+            raise SecurityError(f"it has {len(source)} characters, expected at most {MAX_SOURCE}")
+        tree = self.parse(source)
+        self._step = sum(1 for _ in tree.find_all(nodes.Node))
+        return jinja2.Template.from_code(self, self.compile(_Metering().visit(tree)), self.make_globals(None))
+
+    def refuel(self) -> None:
+        """Fill the tank; to be called before each render."""
+        self._fuel = FUEL
+
+    # Paying
+
+    def spend(self, amount: int) -> None:
+        """Use up fuel; SecurityError when there is not enough."""
+        self._fuel -= amount
+        if self._fuel < 0:
+            raise SecurityError("it does not come to an end, or builds values that are too large")
+
+    def pay(self, value: object) -> None:
+        """Pay for everything inside `value`, which also bounds the cost of comparing, hashing or printing it."""
+        stack = [value]
+        while stack:
+            item = stack.pop()
+            self.pay_length(item)
+            if isinstance(item, Mapping):
+                stack += item.keys()
+                stack += item.values()
+            elif isinstance(item, list | tuple):
+                stack += item
+
+    def pay_length(self, value: object) -> None:
+        """Pay for the characters or elements of `value` itself."""
+        if isinstance(value, int) and value.bit_length() > _MAX_INT_BITS:
+            raise SecurityError("it computes with absurdly large numbers")
+        self.spend(1 + (len(value) if isinstance(value, str | list | tuple | range | Mapping) else 0))
+
+    def text(self, value: object) -> str:
+        """`value` as the template prints it, paid for."""
+        self.pay(value)
+        return str(value)
+
+    # What compiled templates call
+
+    def concat(self, parts: Iterable[str]) -> str:
+        return "".join(map(self._paid, parts))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" or (operator == "%" and isinstance(left, str)):
+            raise SecurityError(f"the operator {operator} is not available here")
+        self.pay(left)
+        self.pay(right)
+        if operator == "*":
+            self._pay_repetition(left, right)
+            self._pay_repetition(right, left)
+        return super().call_binop(context, operator, left, right)
+
+    def _pay_repetition(self, value: object, times: object) -> None:
+        if isinstance(value, str | list | tuple) and isinstance(times, int):
+            before = self._fuel
+            self.pay(value)
+            self.spend((before - self._fuel) * max(times, 0))
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        self, owner = __self, getattr(__obj, "__self__", None)
+        self.spend(self._step)
+        self.pay([owner, *args, *kwargs.values()])
+        if isinstance(owner, str) and __obj.__name__ == "join":
+            return self._join(args[0], owner)
+        if isinstance(owner, str) and __obj.__name__ == "replace":
+            return self._replace(owner, *args, **kwargs)
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        if not super().is_safe_attribute(obj, attr, value):
+            return False
+        for kind, methods in _METHODS.items():
+            if isinstance(obj, kind):
+                return attr in methods
+        return isinstance(obj, Namespace | LoopContext | Macro | Undefined)
+
+    def wrap_str_format(self, value: Any) -> None:
+        """No str.format: is_safe_attribute then refuses it like any other method that is not listed."""
+
+    def _metered(self, function: Callable[..., Any], pay: Callable[[object], None]) -> Callable[..., Any]:
+        @wraps(function)  # also carries over Jinja's marks for functions that want the context
+        def metered(*args: Any, **kwargs: Any) -> Any:
+            for value in (*args, *kwargs.values()):
+                pay(value)
+            result = function(*args, **kwargs)
+            self.pay_length(result)
+            return result
+
+        return metered
+
+    # Filters that need to know their cost before they run
+
+    def _join(self, items: Iterable[object], separator: str = "", attribute: str | int | None = None) -> str:
+        if attribute is not None:
+            items = map(make_attrgetter(self, attribute), items)
+        texts = [self.text(item) for item in items]
+        separator = str(separator)
+        self.spend(len(separator) * len(texts))
+        return separator.join(texts)
+
+    def _replace(self, value: object, old: str, new: str, count: int | None = None) -> str:
+        text, old, new = self.text(value), self.text(old), self.text(new)
+        self.spend(len(new) * text.count(old))
+        return text.replace(old, new, -1 if count is None else count)
+
+    def _tojson(
+        self,
+        value: object,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        if indent is not None and not (isinstance(indent, int) and 0 <= indent <= 8):
+            raise SecurityError(f"tojson: indent is {indent!r}, expected 0 to 8")
+        self.pay(value)
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    # What _Metering puts into the tree
+
+    def _each(self, items: Iterable[Any]) -> Iterator[Any]:
+        for item in items:
+            self.spend(self._step)
+            yield item
+
+    def _paid(self, value: Any) -> Any:
+        self.pay(value)
+        return value
+
+    def _copied(self, value: Any) -> Any:
+        self.pay_length(value)
+        return value
+
+    def _concat(self, values: list[Any]) -> str:
+        return "".join([self.text(value) for value in values])
+
+
+# Names that no template can spell.
+_INTERNAL_FILTERS = (" each", " paid", " copied", " concat")
+
+
+class _Metering(NodeTransformer):
+    """Rewrites a template's syntax tree so that its loops, literals, slices, keys and comparisons pay."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        return self._visit(node, iter=_filter(node.iter, " each"))
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        parts = nodes.List([self.visit(part) for part in node.nodes], lineno=node.lineno)
+        return _filter(parts, " concat")
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        for operand in node.ops:
+            operand.expr = _filter(operand.expr, " paid")
+        return self._visit(node, expr=_filter(node.expr, " paid"))
+
+    def visit_List(self, node: nodes.List) -> nodes.Node:
+        return _filter(self._visit(node), " paid")
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
+        return _filter(self._visit(node), " paid")
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        if node.ctx != "load":  # the names that a loop or `set` assigns to
+            return self._visit(node)
+        return self.visit(nodes.List(node.items, lineno=node.lineno))  # type: ignore[no-any-return]
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        if isinstance(node.arg, nodes.Slice):
+            return _filter(self._visit(node), " copied")
+        return self._visit(node, arg=_filter(node.arg, " paid"))
+
+    def _visit(self, node: nodes.Node, **changed: nodes.Node) -> nodes.Node:
+        for name, value in changed.items():
+            setattr(node, name, value)
+        return self.generic_visit(node)
+
+
+def _filter(node: nodes.Expr | nodes.Node, name: str) -> nodes.Filter:
+    assert isinstance(node, nodes.Expr)
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+
+class _OpaqueNamespace(Namespace):
+    """Can hold anything, itself included, so its contents are not printed."""
+
+    def __repr__(self) -> str:
+        return "<namespace>"
+
+
+@jinja2.pass_context  # and so it is not applied while compiling
+def _finalize(context: Context, value: object) -> str:
+    environment = context.environment
+    assert isinstance(environment, Sandbox)
+    return environment.text(value)
+
+
+def _raise_exception(message: object) -> NoReturn:
+    raise jinja2.TemplateError(str(message))
