@@ -15,8 +15,8 @@ in terms of the small ones; a backend overrides one only where it has something 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from edgeq.bf16 import Array, Float32
 from edgeq.config import RopeConfig, TextConfig
@@ -32,8 +32,9 @@ class ArrayLike(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]: ...
-    def __getitem__(self, index: Any, /) -> Self: ...
-    def reshape(self, *shape: int) -> Self: ...
+    def __getitem__(self, index: Any, /) -> Any: ...
+    @property
+    def reshape(self) -> Callable[..., Any]: ...
 
 
 A = TypeVar("A", bound=ArrayLike)
@@ -113,8 +114,9 @@ class Ops(ABC, Generic[A]):
         """x * sigmoid(gate), same shape."""
 
     @abstractmethod
-    def delta_gates(self, a: A, b: A, A_: A, dt_bias: A) -> tuple[A, A]:
-        """DeltaNet's log decay and write strength: g = A * softplus(a + dt_bias), beta = sigmoid(b); all [T, Hv]."""
+    def delta_gates(self, a: A, b: A, decay: A, dt_bias: A) -> tuple[A, A]:
+        """DeltaNet's log decay and write strength: g = decay * softplus(a + dt_bias) and beta = sigmoid(b):
+        a, b [T, Hv], decay, dt_bias [Hv] -> [T, Hv]."""
 
     # --- attention ---------------------------------------------------------------------------------------------------
 

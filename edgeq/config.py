@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from edgeq.errors import ModelError
 
@@ -138,7 +138,7 @@ class _Section:
             value = float(value)
         if type(value) is not kind:
             raise self.error(key, value, f"a value of type {kind.__name__}")
-        return cast(T, value)
+        return value
 
     def size(self, key: str, default: int | None = None, *, low: int = 1, high: int = _MAX_SIZE) -> int:
         value = self.get(key, int, default)

@@ -6,7 +6,7 @@ role; loading, quantizing and the report of missing or misshapen tensors are dri
 
 Names are edgeq's neutral ones: the hub's, without `model.language_model.` and with `visual.` for `model.visual.`.
 Values in the trees are neutral too, whatever the file's conventions were: a norm's `gain` is the factor that is
-applied (1 + w for the zero-centred norms), `A` is -exp(A_log), the convolution is [channels, width], and value
+applied (1 + w for the zero-centred norms), `decay` is -exp(A_log), the convolution is [channels, width], and value
 heads are grouped by key head. Vectors are float32; matrices keep their storage (see `Matrix`).
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from enum import Enum
 from math import prod
-from typing import Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from edgeq.config import ModelConfig, TextConfig, VisionConfig
 
@@ -186,7 +186,7 @@ class DeltaNetWeights(NamedTuple, Generic[A]):
     in_proj_b: Matrix[A]
     in_proj_a: Matrix[A]
     conv: A  # [channels, width]
-    A: A  # [value heads], -exp(A_log)
+    decay: A  # [value heads], -exp(A_log)
     dt_bias: A  # [value heads]
     norm: A  # gain [value head dim]
     out_proj: Matrix[A]
@@ -235,7 +235,7 @@ def text_weights(c: TextConfig, matrix: Callable[[str], Matrix[A]], vector: Call
             in_proj_b=matrix(f"{p}in_proj_b.weight"),
             in_proj_a=matrix(f"{p}in_proj_a.weight"),
             conv=vector(f"{p}conv1d.weight"),
-            A=vector(f"{p}A_log"),
+            decay=vector(f"{p}A_log"),
             dt_bias=vector(f"{p}dt_bias"),
             norm=vector(f"{p}norm.weight"),
             out_proj=matrix(f"{p}out_proj.weight"),
@@ -244,7 +244,10 @@ def text_weights(c: TextConfig, matrix: Callable[[str], Matrix[A]], vector: Call
     def attention(p: str) -> AttentionWeights[A]:
         p += "self_attn."
         return AttentionWeights(
-            *(matrix(f"{p}{name}_proj.weight") for name in "qkvo"),
+            q_proj=matrix(f"{p}q_proj.weight"),
+            k_proj=matrix(f"{p}k_proj.weight"),
+            v_proj=matrix(f"{p}v_proj.weight"),
+            o_proj=matrix(f"{p}o_proj.weight"),
             q_norm=vector(f"{p}q_norm.weight"),
             k_norm=vector(f"{p}k_norm.weight"),
         )
@@ -275,8 +278,8 @@ def map_text(weights: TextWeights[A], convert: Callable[[A], B]) -> TextWeights[
         return convert(m)
 
     def mixer(m: DeltaNetWeights[A] | AttentionWeights[A]) -> DeltaNetWeights[B] | AttentionWeights[B]:
-        kind = DeltaNetWeights if isinstance(m, DeltaNetWeights) else AttentionWeights
-        return kind(*(matrix(leaf) for leaf in m))
+        leaves: list[Any] = [matrix(leaf) for leaf in m]
+        return DeltaNetWeights(*leaves) if isinstance(m, DeltaNetWeights) else AttentionWeights(*leaves)
 
     embed_tokens = matrix(weights.embed_tokens)
     return TextWeights(

@@ -51,5 +51,5 @@ def delta_chunk(
 
     o = from_start * (q @ state.mT) + (decay * (q @ k.mT)) @ d
     to_end = decay[:, -1, :, None]  # e^{G_T - G_j} [H, T, 1]
-    new = from_start[:, -1, :, None] * state + d.mT @ (to_end * k)
+    new = from_start[:, -1, :, None] * state + np.asarray(d.mT, np.float32) @ (to_end * k)
     return o * np.float32(q.shape[-1] ** -0.5), new

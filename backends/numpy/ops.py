@@ -24,7 +24,7 @@ TILE = 1 << 20  # weights widened to float32 at a time: 4 MB, so a quantized mod
 def sigmoid(x: Float32) -> Float32:
     """1 / (1 + exp(-x)), without overflow at either end."""
     e = np.exp(-np.abs(x))
-    return np.where(x >= 0, 1, e) / (1 + e)
+    return np.asarray(np.where(x >= 0, 1, e) / (1 + e))
 
 
 def silu(x: Float32) -> Float32:
@@ -89,13 +89,13 @@ class NumpyOps(Ops[Array]):
 
     def rms_norm(self, x: Array, gain: Array, eps: float) -> Array:
         mean_square = np.mean(x * x, axis=-1, keepdims=True)
-        return x / np.sqrt(mean_square + np.float32(eps)) * gain
+        return np.asarray(x / np.sqrt(mean_square + np.float32(eps)) * gain)
 
     def gated_rms_norm(self, x: Array, gain: Array, z: Array, eps: float) -> Array:
         return self.rms_norm(x, gain, eps) * silu(z)
 
     def l2_norm(self, x: Array, eps: float) -> Array:
-        return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + np.float32(eps))
+        return np.asarray(x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + np.float32(eps)))
 
     def add(self, x: Array, y: Array) -> Array:
         return x + y
@@ -106,8 +106,8 @@ class NumpyOps(Ops[Array]):
     def sigmoid_mul(self, x: Array, gate: Array) -> Array:
         return x * sigmoid(gate)
 
-    def delta_gates(self, a: Array, b: Array, A: Array, dt_bias: Array) -> tuple[Array, Array]:
-        return A * softplus(a + dt_bias), sigmoid(b)
+    def delta_gates(self, a: Array, b: Array, decay: Array, dt_bias: Array) -> tuple[Array, Array]:
+        return decay * softplus(a + dt_bias), sigmoid(b)
 
     # --- attention ---------------------------------------------------------------------------------------------------
 

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from edgeq.bf16 import Array, Float32
+import numpy as np
+
+from edgeq.bf16 import Array, Float32, to_float32
 from edgeq.config import ModelConfig
-from edgeq.weights import Matrix, TensorSpec, TextWeights, text_weights
+from edgeq.weights import Matrix, QMatrix, TensorSpec, TextWeights, text_tensors, text_weights
 
 if TYPE_CHECKING:
     from edgeq.text.template import ChatTemplate
@@ -56,3 +58,14 @@ class Checkpoint(ABC):
     def text_weights(self) -> TextWeights[Array]:
         """The language model's weights."""
         return text_weights(self.config.text, self.matrix, self.vector)
+
+    def find_non_finite(self) -> str | None:
+        """The first matrix of the language model with NaN or infinity in its weights or scales; reads all of them."""
+        for spec in text_tensors(self.config.text):
+            if len(spec.shape) != 2:
+                continue
+            matrix = self.matrix(spec.name)
+            parts = (matrix.scales, matrix.biases) if isinstance(matrix, QMatrix) else (matrix,)
+            if not all(np.isfinite(to_float32(rows)).all() for part in parts for rows in part):
+                return spec.name
+        return None

@@ -105,8 +105,8 @@ class FolderCheckpoint(Checkpoint):
         if tensor.quantization is None:
             return self._array(tensor.file_name)
         module = tensor.file_name.removesuffix(".weight")
-        triple = (self._array(f"{module}.{part}") for part in ("weight", "scales", "biases"))
-        return QMatrix(*triple, *tensor.quantization)
+        codes, scales, biases = (self._array(f"{module}.{part}") for part in ("weight", "scales", "biases"))
+        return QMatrix(codes, scales, biases, *tensor.quantization)
 
     def vector(self, name: str) -> Float32:
         x = to_float32(self.raw(name))
@@ -141,7 +141,10 @@ class FolderCheckpoint(Checkpoint):
     def template(self) -> ChatTemplate | None:
         from edgeq.text.template import ChatTemplate
 
-        return ChatTemplate.from_folder(self.path)
+        config = self.path / "tokenizer_config.json"
+        if (self.path / "chat_template.jinja").exists() or (config.exists() and "chat_template" in read_json(config)):
+            return ChatTemplate.from_folder(self.path)
+        return None
 
     def drop_pages(self) -> None:
         """Let the system forget the pages read so far (they count as this process's memory until it does)."""
@@ -205,9 +208,12 @@ class FolderCheckpoint(Checkpoint):
             known |= {tensor.file_name} if tensor.quantization is None else {
                 f"{module}.weight", f"{module}.scales", f"{module}.biases"
             }  # fmt: skip
-        spare = ("lm_head.",) if self.config.text.tie_word_embeddings else ()  # a stored copy of the tied head
-        spare += ("mtp.",) if not self.config.text.mtp_num_hidden_layers else ()
-        return [n for n in self._where if n not in known and not (neutral_name(n) or n).startswith(spare or ("\0",))]
+        spare: list[str] = []
+        if self.config.text.tie_word_embeddings:
+            spare.append("lm_head.")  # a stored copy of the tied head
+        if not self.config.text.mtp_num_hidden_layers:
+            spare.append("mtp.")
+        return [n for n in self._where if n not in known and not (neutral_name(n) or n).startswith(tuple(spare))]
 
     def _check_tensor(self, spec: TensorSpec, file_name: str, problems: list[str]) -> _Tensor:
         module = file_name.removesuffix(".weight")
@@ -238,7 +244,9 @@ class FolderCheckpoint(Checkpoint):
         for part, shape in expected.items():
             info = self._info(f"{module}.{part}")
             if width % group or info.shape != shape:
-                return f"{module}.{part} is {list(info.shape)}, expected {list(shape)} at {bits} bits, groups of {group}"
+                return (
+                    f"{module}.{part} is {list(info.shape)}, expected {list(shape)} at {bits} bits, groups of {group}"
+                )
             if info.dtype not in (("U32",) if part == "weight" else _FLOATS):
                 return f"{module}.{part} is {info.dtype}"
         return None
@@ -310,7 +318,9 @@ def _weight_files(path: Path) -> list[Path]:
             raise ModelError(f"{index} names {name!r}, which is outside of the folder")
     absent = [name for name in names if not (path / name).exists()]
     if absent:
-        raise ModelError(f"{path} lacks {', '.join(absent)}", hint="the download is incomplete; fetch the missing files")
+        raise ModelError(
+            f"{path} lacks {', '.join(absent)}", hint="the download is incomplete; fetch the missing files"
+        )
     return [path / name for name in names]
 
 

@@ -47,7 +47,7 @@ def delta_net(
         c.linear_num_key_heads, c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim,
     )  # fmt: skip
     qkv, z, b, a = ops.linears(x, (w.in_proj_qkv, w.in_proj_z, w.in_proj_b, w.in_proj_a))
-    g, beta = ops.delta_gates(a, b, w.A, w.dt_bias)  # [T, Hv]
+    g, beta = ops.delta_gates(a, b, w.decay, w.dt_bias)  # [T, Hv]
     outputs, after = [], []
     for rows, state in zip(spans(lengths), states, strict=True):
         mixed, tails = ops.causal_conv_silu(qkv[rows], w.conv, state.conv, keep)  # [T, C]

@@ -1,0 +1,71 @@
+"""edgeq: Qwen3.5 0.8B, 2B and 4B on laptops, Apple Silicon and Raspberry Pi-class boards.
+
+    import edgeq
+
+    edgeq.quantize("Qwen/Qwen3.5-2B", "q2b", bits=4)
+    model = edgeq.load("q2b")
+    for piece in model.chat().send("Hello!"):
+        print(piece.text, end="")
+
+`load` and `quantize` are imported when first used, so that `import edgeq` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgeq.errors import (
+    EdgeqError,
+    MemoryBudgetError,
+    ModelError,
+    NetworkError,
+    QualityError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from edgeq.chat import Chat
+    from edgeq.generate import GenerationSettings
+    from edgeq.quant import quantize
+    from edgeq.reply import Reply, Usage
+    from edgeq.runtime import Model, load
+    from edgeq.text.channels import Piece
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Chat": "edgeq.chat",
+    "GenerationSettings": "edgeq.generate",
+    "Model": "edgeq.runtime",
+    "Piece": "edgeq.text.channels",
+    "Reply": "edgeq.reply",
+    "Usage": "edgeq.reply",
+    "load": "edgeq.runtime",
+    "quantize": "edgeq.quant",
+}
+
+__all__ = [
+    "Chat",
+    "EdgeqError",
+    "GenerationSettings",
+    "MemoryBudgetError",
+    "Model",
+    "ModelError",
+    "NetworkError",
+    "Piece",
+    "QualityError",
+    "Reply",
+    "Usage",
+    "UsageError",
+    "__version__",
+    "load",
+    "quantize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in _LAZY:
+        raise AttributeError(f"module 'edgeq' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

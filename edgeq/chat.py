@@ -1,0 +1,140 @@
+"""A conversation with a model: every turn is appended, nothing is ever processed twice.
+
+chat = model.chat(thinking=True, system="Answer in one sentence.")
+for piece in chat.send("Why is the sky blue?"):
+    print(piece.text, end="")        # piece.channel is "thinking" or "answer"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from edgeq.errors import EdgeqError, ModelError, UsageError
+from edgeq.generate import Decoding, GenerationSettings, preset
+from edgeq.reply import Reply
+from edgeq.runtime import Context
+from edgeq.state import State
+from edgeq.text.channels import ChannelParser, ends_in_thinking
+from edgeq.text.conversation import Conversation
+
+if TYPE_CHECKING:
+    from edgeq.runtime import Model
+
+__all__ = ["Chat"]
+
+
+class _Turn(NamedTuple):
+    """Where the conversation stood before a turn, and what was then said."""
+
+    text: str
+    mark: Any
+    state: State[Any]
+
+
+class Chat:
+    """A conversation that keeps the ids actually generated and the model's state after them.
+
+    thinking: whether the model thinks before it answers; None is the template's default.
+    settings: replaces the model card's preset for the mode; `options` (fields of GenerationSettings) go over either.
+    on_prefill(done, total): called while a long prompt goes through the model.
+    """
+
+    def __init__(
+        self, model: Model, *, thinking: bool | None = None, system: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None, settings: GenerationSettings | None = None,
+        on_prefill: Callable[[int, int], None] | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        tokenizer = model.need_tokenizer()
+        if model.template is None:
+            raise ModelError(
+                f"{model.checkpoint.path} has no chat template",
+                hint="`edgeq generate` continues plain text without one",
+            )
+        self.model = model
+        self.thinking = model.template.thinking_default if thinking is None else thinking
+        self.options = options
+        self.system = system
+        self._settings = settings
+        self._context = Context(model, on_prefill=on_prefill)
+        self._conversation = Conversation(tokenizer, model.template, system=system, tools=tools)
+        self._last: _Turn | None = None
+        self._reply: Reply | None = None
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """Every token of the conversation so far."""
+        return self._conversation.ids
+
+    @property
+    def settings(self) -> GenerationSettings:
+        """What the next reply is generated with."""
+        return (self._settings or preset(self.thinking)).replace(**self.options)
+
+    def send(self, text: str, *, images: Sequence[object] = ()) -> Reply:
+        """Say something; iterate over the result to generate the reply (see `edgeq.reply.Reply`).
+
+        A reply that was left early counts as far as it went. Raises MemoryBudgetError if the turn does not fit the
+        context; the conversation is then as it was before.
+        """
+        if images:
+            raise UsageError("this version of edgeq reads text only", hint="send the text without images")
+        self._settle()
+        turn = _Turn(text, self._conversation.mark(), self._context.state)
+        self._conversation.append_user(text, enable_thinking=self.thinking)
+        return self._start(turn)
+
+    def send_tool_results(self, *results: str) -> Reply:
+        """Give the results of the tools that the last reply called, in order; like `send`."""
+        self._settle()
+        turn = _Turn("", self._conversation.mark(), self._context.state)
+        self._conversation.append_tool(*results, enable_thinking=self.thinking)
+        return self._start(turn)
+
+    def undo(self) -> str:
+        """Take back the last turn and its reply; returns what was said. Only one turn can be taken back."""
+        self._settle()
+        if self._last is None:
+            raise UsageError("there is no turn to take back")
+        turn, self._last = self._last, None
+        self._restore(turn)
+        return turn.text
+
+    def regenerate(self) -> Reply:
+        """Take back the last reply and generate another."""
+        return self.send(self.undo())
+
+    def _start(self, turn: _Turn) -> Reply:
+        try:
+            reply = self._new_reply()
+        except EdgeqError:
+            self._restore(turn)
+            raise
+        self._last, self._reply = turn, reply
+        return reply
+
+    def _new_reply(self) -> Reply:
+        model, ids, cached = self.model, self._conversation.ids, self._context.position
+        settings = self.settings
+        sampler = model.sampler(settings)
+        sampler.observe_prompt(ids[:cached])
+        think = model.think_tokens()
+        decoding = Decoding(
+            self._context, ids[cached:], sampler, eos_ids=model.eos_ids, think=think,
+            starts_in_thinking=think is not None and ends_in_thinking(ids, model.need_tokenizer()),
+        )  # fmt: skip
+        parser = ChannelParser(model.need_tokenizer(), ids)
+        return Reply(decoding, parser, settings.stop, cached=cached, prompt=len(ids), on_end=self._record)
+
+    def _record(self, reply: Reply) -> None:
+        self._conversation.append_generated(reply.ids)
+
+    def _settle(self) -> None:
+        """End a reply that nobody listened to until its end."""
+        if self._reply is not None:
+            self._reply.close()
+            self._reply = None
+
+    def _restore(self, turn: _Turn) -> None:
+        self._conversation.rewind(turn.mark)
+        self._context.state = turn.state

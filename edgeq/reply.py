@@ -1,0 +1,142 @@
+"""A reply while it is being generated: tokens become pieces of text, and the whole becomes figures.
+
+Iterating over a Reply generates it. Leaving early is fine; `finish` and `usage` then tell what there was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from time import perf_counter
+from typing import NamedTuple, Protocol
+
+from edgeq.generate import Decoding, Finish, StopReason, StopStrings
+from edgeq.text.channels import Piece
+from edgeq.text.detokenizer import StreamingDetokenizer
+from edgeq.text.tokenizer import Tokenizer
+
+__all__ = ["PlainText", "Reply", "Transcript", "Usage"]
+
+
+class Transcript(Protocol):
+    """Makes pieces of text out of tokens."""
+
+    def push(self, token: int) -> Piece:
+        """The piece of the next token."""
+
+    def flush(self) -> Piece:
+        """What was still undecided when the tokens ended."""
+
+
+class PlainText:
+    """The transcript of a raw completion: every token's text as it is; no text without a tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._text = StreamingDetokenizer(tokenizer) if tokenizer else None
+        self._silent = frozenset(tokenizer.eos_token_ids) if tokenizer else frozenset()
+
+    def push(self, token: int) -> Piece:
+        shown = self._text is not None and token not in self._silent
+        return Piece("answer", self._text.push(token) if self._text and shown else "", token)
+
+    def flush(self) -> Piece:
+        return Piece("answer", self._text.flush() if self._text else "", None)
+
+
+class Usage(NamedTuple):
+    """What a reply took. Tokens of the prompt that the state already held count as cached."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    thinking_tokens: int
+    answer_tokens: int
+    prompt_seconds: float
+    generate_seconds: float
+
+    @property
+    def generated_tokens(self) -> int:
+        return self.thinking_tokens + self.answer_tokens
+
+    @property
+    def prompt_tok_per_s(self) -> float:
+        """New prompt tokens per second, up to the first token generated."""
+        return (self.prompt_tokens - self.cached_tokens) / self.prompt_seconds if self.prompt_seconds else 0.0
+
+    @property
+    def generate_tok_per_s(self) -> float:
+        """Tokens per second after the first."""
+        return max(0, self.generated_tokens - 1) / self.generate_seconds if self.generate_seconds else 0.0
+
+
+class Reply:
+    """A reply in progress: an iterator of `Piece(channel, text, token)`.
+
+    A piece per token, with its text as far as it is certain, and at the end one without a token for what was held
+    back. `text` and `thinking` collect the two channels, `ids` the tokens, those put in by force included.
+    `on_end`, if given, is called once, however the reply ends.
+    """
+
+    def __init__(
+        self, decoding: Decoding, transcript: Transcript, stop: tuple[str, ...], *, cached: int, prompt: int,
+        on_end: Callable[[Reply], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.ids: list[int] = []
+        self.text = ""
+        self.thinking = ""
+        self._decoding, self._transcript, self._stop = decoding, transcript, StopStrings(stop)
+        self._cached, self._prompt, self._on_end = cached, prompt, on_end
+        self._prompt_seconds = self._generate_seconds = 0.0
+        self._pieces = self._generate()
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self._pieces
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """End the reply here; further pieces are not generated."""
+        self._pieces.close()
+        self._end()
+
+    @property
+    def finish(self) -> Finish:
+        """How the reply ended, or would if it were left now."""
+        return self._decoding.finish
+
+    @property
+    def usage(self) -> Usage:
+        """What it took so far."""
+        finish = self.finish
+        return Usage(
+            self._prompt, self._cached, finish.thinking_tokens, finish.answer_tokens,
+            self._prompt_seconds, self._generate_seconds,
+        )  # fmt: skip
+
+    def _generate(self) -> Generator[Piece, None, None]:
+        started = perf_counter()
+        try:
+            for token in self._decoding:
+                if not self.ids:
+                    self._prompt_seconds, started = perf_counter() - started, perf_counter()
+                self.ids.append(token.id)
+                self._generate_seconds = perf_counter() - started
+                yield self._collect(self._transcript.push(token.id))
+                if self._stop.matched is not None:
+                    self._decoding.stop(StopReason.STOP_STRING)
+            yield self._collect(self._transcript.flush(), last=True)
+        finally:
+            self._end()
+
+    def _collect(self, piece: Piece, *, last: bool = False) -> Piece:
+        """Pass the answer through the stop strings, and remember what is shown."""
+        if piece.channel == "thinking":
+            self.thinking += piece.text
+            return piece
+        shown = self._stop.push(piece.text) + (self._stop.flush() if last else "")
+        self.text += shown
+        return piece._replace(text=shown)
+
+    def _end(self) -> None:
+        if self._on_end:
+            on_end, self._on_end = self._on_end, None
+            on_end(self)

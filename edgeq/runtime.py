@@ -1,0 +1,237 @@
+"""A loaded model: logits, resumable states, raw completion; and the context that generation grows.
+
+model = load("Qwen/Qwen3.5-2B")                   # a folder, a .gguf file, a hub id, or "demo"
+logits, state = model.forward(ids, model.state())
+for piece in model.generate("Once upon a time", max_tokens=64): ...
+chat = model.chat(thinking=True)                  # see edgeq.chat
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.backends import select
+from edgeq.backends.ops import Ops
+from edgeq.bf16 import Float32
+from edgeq.checkpoint import Checkpoint, open_checkpoint
+from edgeq.errors import MemoryBudgetError, ModelError, UsageError
+from edgeq.generate import THINKING_CUT, Decoding, GenerationSettings, Sampler, ThinkTokens
+from edgeq.hub import find_model
+from edgeq.model import text
+from edgeq.reply import PlainText, Reply, Transcript
+from edgeq.state import State
+from edgeq.weights import map_text
+
+if TYPE_CHECKING:
+    from edgeq.chat import Chat
+    from edgeq.text.template import ChatTemplate
+    from edgeq.text.tokenizer import Tokenizer
+
+__all__ = ["Context", "Model", "load"]
+
+PREFILL = 512  # tokens of a prompt that go through the model together
+ALL_LOGITS = 64  # of which so many are read out at a time where every position's logits are wanted
+
+
+def load(model: str | Path, *, backend: str = "auto", threads: int | None = None, context: int | None = None) -> Model:
+    """Load a model.
+
+    model: a checkpoint folder, a .gguf file, a hub id ("Qwen/Qwen3.5-2B"), or "demo".
+    backend: "auto", "numpy", "cpu", "mlx", or the name of an installed plug-in.
+    threads: for backends that have their own; None lets the backend choose.
+    context: most tokens of a sequence; None is what the model was made for.
+    """
+    checkpoint = open_checkpoint(find_model(model))
+    ops = select(None if backend == "auto" else backend, threads=threads)
+    return Model(checkpoint, ops, context=context)
+
+
+class Model:
+    """A checkpoint on a backend. Holds no sequence: states are values that the caller keeps.
+
+    `tokenizer` and `template` are None for a checkpoint without them; token ids still work.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, ops: Ops[Any], *, context: int | None = None) -> None:
+        self.checkpoint, self.ops = checkpoint, ops
+        self.config = checkpoint.config
+        self.context_limit = _context_limit(context, self.config.text.max_position_embeddings)
+        self.tokenizer: Tokenizer | None = checkpoint.tokenizer()
+        self.template: ChatTemplate | None = checkpoint.template()
+        self._weights = map_text(checkpoint.text_weights(), ops.load)
+
+    # --- the model itself --------------------------------------------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding, padding rows included: the length of a vector of logits."""
+        return self.config.text.vocab_size
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Every token that ends a text: of the configuration files and the tokenizer together."""
+        ids = self.checkpoint.eos_token_ids + (self.tokenizer.eos_token_ids if self.tokenizer else ())
+        return frozenset(i for i in ids if i < self.vocab_size)
+
+    def state(self) -> State[Any]:
+        """The state of an empty sequence."""
+        return text.initial_state(self.ops, self.config.text)
+
+    def forward(self, ids: Sequence[int], state: State[Any]) -> tuple[Float32, State[Any]]:
+        """Run `ids` from `state`: the logits after the last of them, float32 [vocab_size], and the new state.
+
+        Any split of the tokens over calls gives the same; `state` stays valid. Raises UsageError for ids that the
+        vocabulary does not have, MemoryBudgetError where the context is full.
+        """
+        tokens = self._checked(ids, state)
+        for start in range(0, len(tokens), PREFILL):
+            hidden, state = self._run(tokens[start : start + PREFILL], state)
+        return self._last_logits(hidden), state
+
+    def logits(self, ids: Sequence[int]) -> Float32:
+        """Logits after each of `ids` from an empty state: float32 [len(ids), vocab_size]."""
+        state = self.state()
+        tokens = self._checked(ids, state)
+        out = np.empty((len(tokens), self.vocab_size), np.float32)
+        for start in range(0, len(tokens), PREFILL):
+            hidden, state = self._run(tokens[start : start + PREFILL], state)
+            for row in range(0, hidden.shape[0], ALL_LOGITS):
+                rows = text.logits(self.ops, self._weights, hidden[row : row + ALL_LOGITS])
+                out[start + row : start + row + rows.shape[0]] = self.ops.numpy(rows)
+        return out
+
+    def _run(self, tokens: NDArray[np.int32], state: State[Any]) -> tuple[Any, State[Any]]:
+        batch = text.text_batch([tokens], [state])
+        hidden, states = text.forward(self.ops, self.config.text, self._weights, batch, [state])
+        return hidden, states[0][-1]
+
+    def _last_logits(self, hidden: Any) -> Float32:
+        logits: Float32 = self.ops.numpy(text.logits(self.ops, self._weights, hidden[-1:]))[0]
+        if not np.isfinite(logits).all():
+            culprit = self.checkpoint.find_non_finite()
+            raise ModelError(
+                f"{self.checkpoint.path}: the model's output is not a number"
+                + (f", because {culprit} holds NaN or infinity" if culprit else ""),
+                hint="the checkpoint is damaged; fetch or quantize it again",
+            )
+        return logits
+
+    def _checked(self, ids: Sequence[int], state: State[Any]) -> NDArray[np.int32]:
+        """`ids` as an array, if the vocabulary has them and the context has room."""
+        if len(ids) == 0:
+            raise UsageError("there are no tokens to run", hint="give at least one token id")
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise UsageError(f"token id {wrong} is outside of the vocabulary of {self.vocab_size}")
+        if state.length + len(ids) > self.context_limit:
+            raise MemoryBudgetError(
+                f"{state.length + len(ids)} tokens do not fit the context of {self.context_limit}",
+                hint="shorten the text or use a larger context",
+            )
+        return np.asarray(ids, np.int32)
+
+    # --- text --------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompt: str | Sequence[int], *, settings: GenerationSettings | None = None, ignore_eos: bool = False,
+        on_prefill: Callable[[int, int], None] | None = None, **options: Any,
+    ) -> Reply:  # fmt: skip
+        """Continue a text or token ids as they are, without a chat template; iterate over the result's pieces.
+
+        `options` are fields of GenerationSettings (temperature, top_p, max_tokens, seed, stop, ...). Control tokens
+        spelled in a text are text; give ids to use them. `ignore_eos` goes on past the end of a text.
+        """
+        if isinstance(prompt, str):
+            prompt = self.need_tokenizer().encode(prompt)
+        chosen = (settings or GenerationSettings()).replace(**options)
+        decoding = Decoding(
+            Context(self, on_prefill=on_prefill), list(prompt), self.sampler(chosen),
+            eos_ids=() if ignore_eos else self.eos_ids,
+        )  # fmt: skip
+        transcript: Transcript = PlainText(self.tokenizer)
+        return Reply(decoding, transcript, chosen.stop, cached=0, prompt=len(prompt))
+
+    def chat(
+        self, *, thinking: bool | None = None, system: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None, settings: GenerationSettings | None = None,
+        on_prefill: Callable[[int, int], None] | None = None, **options: Any,
+    ) -> Chat:  # fmt: skip
+        """Start a conversation. thinking: None is the chat template's default. See `edgeq.chat.Chat`."""
+        from edgeq.chat import Chat
+
+        return Chat(
+            self, thinking=thinking, system=system, tools=tools, settings=settings, on_prefill=on_prefill, **options
+        )
+
+    def sampler(self, settings: GenerationSettings) -> Sampler:
+        """A sampler over the tokens that exist; the vocabulary's padding rows are never drawn."""
+        tokens = self.tokenizer.vocab_size if self.tokenizer else self.vocab_size
+        return Sampler(settings, vocab_size=min(tokens, self.vocab_size))
+
+    def need_tokenizer(self) -> Tokenizer:
+        """The tokenizer, or a ModelError that says what is missing."""
+        if self.tokenizer is None:
+            raise ModelError(
+                f"{self.checkpoint.path} has no tokenizer.json, which text needs",
+                hint="copy the tokenizer files of the original checkpoint into it, or give token ids",
+            )
+        return self.tokenizer
+
+    def think_tokens(self) -> ThinkTokens | None:
+        """The ids around a thinking block and of its forced end, if the tokenizer has thinking."""
+        tokenizer = self.need_tokenizer()
+        opened, closed = tokenizer.token_id("<think>"), tokenizer.token_id("</think>")
+        if opened is None or closed is None:
+            return None
+        return ThinkTokens(opened, closed, tuple(tokenizer.encode(THINKING_CUT)), tuple(tokenizer.encode("\n\n")))
+
+
+class Context:
+    """One sequence that grows: the engine of `edgeq.generate.Decoding`.
+
+    on_prefill(done, total) is called as a prompt of more than one chunk goes through the model.
+    """
+
+    def __init__(
+        self, model: Model, state: State[Any] | None = None, *, on_prefill: Callable[[int, int], None] | None = None
+    ) -> None:
+        self.model = model
+        self.state = state if state is not None else model.state()
+        self._on_prefill = on_prefill
+
+    @property
+    def position(self) -> int:
+        return self.state.length
+
+    @property
+    def context_limit(self) -> int:
+        return self.model.context_limit
+
+    def feed(self, ids: Sequence[int]) -> Float32:
+        """Append `ids`, a chunk at a time, so that an interruption loses one chunk at most."""
+        *chunks, last = _chunks(ids)
+        for done, chunk in enumerate(chunks):
+            if self._on_prefill:
+                self._on_prefill(done * PREFILL, len(ids))
+            _, self.state = self.model.forward(chunk, self.state)
+        logits, self.state = self.model.forward(last, self.state)
+        if self._on_prefill and chunks:
+            self._on_prefill(len(ids), len(ids))
+        return logits
+
+
+def _chunks(ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    return (ids[start : start + PREFILL] for start in range(0, len(ids), PREFILL))
+
+
+def _context_limit(asked: int | None, most: int) -> int:
+    if asked is None:
+        return most
+    if not 1 <= asked <= most:
+        raise UsageError(f"a context of {asked} tokens is not possible; this model takes 1 to {most}")
+    return asked
