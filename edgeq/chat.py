@@ -16,7 +16,7 @@ from edgeq.reply import Reply
 from edgeq.runtime import Context
 from edgeq.state import State
 from edgeq.text.channels import ChannelParser, ends_in_thinking
-from edgeq.text.conversation import Conversation
+from edgeq.text.conversation import Conversation, Mark
 
 if TYPE_CHECKING:
     from edgeq.runtime import Model
@@ -28,7 +28,7 @@ class _Turn(NamedTuple):
     """Where the conversation stood before a turn, and what was then said."""
 
     text: str
-    mark: Any
+    mark: Mark
     state: State[Any]
 
 

@@ -47,9 +47,10 @@ def delta_chunk(
     from_start = np.exp(total)[:, :, None]  # e^{G_i} [H, T, 1]
 
     system = np.tril(beta[:, :, None] * decay * (k @ k.mT), -1) + np.eye(q.shape[1], dtype=np.float32)
-    d = np.linalg.solve(system, beta[:, :, None] * (v - from_start * (k @ state.mT)))  # [H, T, V]
+    rhs = beta[:, :, None] * (v - from_start * (k @ state.mT))
+    d = np.linalg.solve(system, rhs).astype(np.float32, copy=False)  # [H, T, V]
 
     o = from_start * (q @ state.mT) + (decay * (q @ k.mT)) @ d
     to_end = decay[:, -1, :, None]  # e^{G_T - G_j} [H, T, 1]
-    new = from_start[:, -1, :, None] * state + np.asarray(d.mT, np.float32) @ (to_end * k)
+    new = from_start[:, -1, :, None] * state + d.mT @ (to_end * k)
     return o * np.float32(q.shape[-1] ** -0.5), new

@@ -9,18 +9,25 @@ for the turns before it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgeq.errors import ModelError, UsageError
 from edgeq.text.channels import ends_in_thinking
 from edgeq.text.template import ChatTemplate, Content, Message
 from edgeq.text.tokenizer import Tokenizer
 
-__all__ = ["Conversation"]
+__all__ = ["Conversation", "Mark"]
 
 # Stands for a reply in the stand-in history. A lone surrogate: neither templates nor protected text contain it.
 _REPLY = "\udfff"
 _STAND_IN: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _REPLY}]
+
+
+class Mark(NamedTuple):
+    """A place in a conversation to which it can be rewound."""
+
+    length: int
+    reply_start: int | None
 
 
 class Conversation:
@@ -82,6 +89,15 @@ class Conversation:
         if ids and ids[-1] in self._tokenizer.eos_token_ids and ids[-1] != self._close[0]:
             ids = ids[:-1]
         self._ids += ids
+
+    def mark(self) -> Mark:
+        """Where the conversation stands, for `rewind`."""
+        return Mark(len(self._ids), self._reply_start)
+
+    def rewind(self, mark: Mark) -> None:
+        """Forget everything since `mark`. The model's state of that moment has to be taken up again with it."""
+        del self._ids[mark.length :]
+        self._reply_start = mark.reply_start
 
     def _append(self, turn: list[Message], enable_thinking: bool | None) -> list[int]:
         thinking = self._enable_thinking if enable_thinking is None else enable_thinking
