@@ -47,6 +47,11 @@ class Ops(ABC, Generic[A]):
 
     name: ClassVar[str]
 
+    @classmethod
+    def describe(cls) -> str:
+        """How it runs on this machine, in a few words: library, instruction set, device."""
+        return "available"
+
     # --- the edge ----------------------------------------------------------------------------------------------------
 
     @abstractmethod

@@ -56,6 +56,7 @@ class Chat:
         self.options = options
         self.system = system
         self._settings = settings
+        self._tools, self._on_prefill = tools, on_prefill
         self._context = Context(model, on_prefill=on_prefill)
         self._conversation = Conversation(tokenizer, model.template, system=system, tools=tools)
         self._last: _Turn | None = None
@@ -103,6 +104,13 @@ class Chat:
     def regenerate(self) -> Reply:
         """Take back the last reply and generate another."""
         return self.send(self.undo())
+
+    def fresh(self, *, system: str | None = None) -> Chat:
+        """A new, empty conversation with the same model and settings."""
+        return Chat(
+            self.model, thinking=self.thinking, system=system, tools=self._tools, settings=self._settings,
+            on_prefill=self._on_prefill, **self.options,
+        )  # fmt: skip
 
     def _start(self, turn: _Turn) -> Reply:
         try:

@@ -56,6 +56,10 @@ class NumpyOps(Ops[Array]):
 
     name = "numpy"
 
+    @classmethod
+    def describe(cls) -> str:
+        return f"NumPy {np.__version__}, float32: the reference"
+
     # --- the edge ----------------------------------------------------------------------------------------------------
 
     def load(self, x: Array) -> Array:

@@ -1,0 +1,141 @@
+"""`edgeq info`: what is in a model, and what this installation can do."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections import Counter
+from typing import Annotated, Any
+
+import typer
+
+import edgeq
+from edgeq.backends import available, choose
+from edgeq.checkpoint import Checkpoint, open_checkpoint
+from edgeq.errors import UsageError
+from edgeq.hub import find_model
+from edgeq.weights import text_tensors
+
+__all__ = ["info"]
+
+
+def info(
+    ctx: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A checkpoint folder, a .gguf file, a hub id, or demo.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check every file of a quantized model against its provenance record.")
+    ] = False,
+    config: Annotated[
+        bool, typer.Option("--config", help="Show every option's value and where it comes from.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what is in a model: shapes, types, template, provenance. Without MODEL: this installation and its backends.
+
+    edgeq info demo
+
+    edgeq info q2b --verify
+    """
+    if config:
+        facts = _options(ctx)
+    elif model is None:
+        if verify:
+            raise UsageError("--verify needs a model", hint="edgeq info FOLDER --verify")
+        facts = _installation()
+    else:
+        path = find_model(model)
+        facts = _model(open_checkpoint(path))
+        if verify:
+            from edgeq.quant import verify as verify_files
+
+            facts["verified"] = f"{len(verify_files(path))} files match their record"
+    print(json.dumps(facts, ensure_ascii=False, indent=2) if as_json else "\n".join(_lines(facts)))
+
+
+def _installation() -> dict[str, Any]:
+    chosen = choose()
+    return {
+        "edgeq": edgeq.__version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "backend": f"{chosen.name} ({chosen.reason})",
+        "backends": {
+            b.name: (b.ops.describe() if b.ops is not None else f"not available: {b.reason}") for b in available()
+        },
+    }
+
+
+def _model(checkpoint: Checkpoint) -> dict[str, Any]:
+    text = checkpoint.config.text
+    stored = list(checkpoint.storage())
+    names = {spec.name for spec, _ in stored}
+    in_text = {spec.name for spec in text_tensors(text)}
+    weights = sum(spec.size for spec, _ in stored if spec.name in in_text)
+    nbytes = sum(storage.nbytes for spec, storage in stored if spec.name in in_text)
+    template, tokenizer = checkpoint.template(), checkpoint.tokenizer()
+    kinds = Counter(text.layer_types)
+    return {
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "language model": f"{weights / 1e6:,.1f} M parameters, {nbytes / 1e6:,.1f} MB, {8 * nbytes / weights:.3f} bits each",
+        "layers": f"{kinds['linear_attention']} Gated DeltaNet, {kinds['full_attention']} gated attention",
+        "hidden size": text.hidden_size,
+        "attention heads": f"{text.num_attention_heads} ({text.num_key_value_heads} KV) x {text.head_dim}",
+        "DeltaNet heads": f"{text.linear_num_value_heads} value x {text.linear_value_head_dim}, "
+        f"{text.linear_num_key_heads} key x {text.linear_key_head_dim}",
+        "vocabulary": f"{text.vocab_size:,} rows" + (f", {tokenizer.vocab_size:,} tokens" if tokenizer else ""),
+        "context": f"{text.max_position_embeddings:,} tokens",
+        "head": "tied to the embedding" if text.tie_word_embeddings else "its own",
+        "MTP head": "yes" if any(name.startswith("mtp.") for name in names) else "no",
+        "vision tower": "yes" if any(name.startswith("visual.") for name in names) else "no",
+        "tokenizer": "yes" if tokenizer else "none: token ids only",
+        "chat template": ("thinking is " + ("on" if template.thinking_default else "off") + " by default")
+        if template
+        else "none",
+        "tensors": _by_type(stored),
+    }
+
+
+def _by_type(stored: list[Any]) -> dict[str, str]:
+    """Kinds of tensors and how they are stored: "MLP gate_proj: 24 x 4-bit g64, 49.5 MB"."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for spec, storage in stored:
+        kind = ".".join("N" if part.isdigit() else part for part in spec.name.split("."))
+        groups.setdefault((kind, storage.type), []).append(storage.nbytes)
+    return {
+        f"{kind} [{stored_as}]": f"{len(sizes)} x, {sum(sizes) / 1e6:,.2f} MB"
+        for (kind, stored_as), sizes in groups.items()
+    }
+
+
+def _options(ctx: typer.Context) -> dict[str, Any]:
+    """Value and origin of every option: environment, configuration file, or the default."""
+    parent: Any = ctx.parent
+    result: dict[str, Any] = {}
+    for name, command in parent.command.commands.items():
+        file_values = (parent.default_map or {}).get(name, {})
+        sub = type(ctx)(command, parent=parent, info_name=name)
+        for option in command.params:
+            if option.name is None or not option.envvar:
+                continue
+            value, origin = option.get_default(sub), "default"
+            if option.name in file_values:
+                value, origin = file_values[option.name], "configuration file"
+            if (given := option.value_from_envvar(sub)) is not None:
+                value, origin = given, f"environment ({option.envvar})"
+            result[f"{name}.{option.name}"] = f"{value} ({origin})"
+    return result
+
+
+def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
+    lines = []
+    width = max((len(key) for key, value in facts.items() if not isinstance(value, dict)), default=0)
+    if indent:
+        width = max(map(len, facts), default=0)
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{key}", *_lines(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{key:{width}}  {value}")
+    return lines

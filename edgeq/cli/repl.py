@@ -1,0 +1,212 @@
+"""The conversation at the prompt: line editing, history, multi-line input, slash commands.
+
+Ctrl-C while the model talks stops the reply; at the prompt it clears the line, and a second time leaves. Ctrl-D leaves.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+
+from edgeq.chat import Chat
+from edgeq.cli.console import dim, error_line, usage_line
+from edgeq.errors import EdgeqError, UsageError
+from edgeq.generate import GenerationSettings
+from edgeq.reply import Reply
+
+__all__ = ["Repl", "show_reply"]
+
+_FENCE = '"""'
+
+
+def show_reply(reply: Reply) -> bool:
+    """Print a reply as it comes, then its figures; False if Ctrl-C ended it."""
+    channel, finished = "answer", True
+    try:
+        for piece in reply:
+            if piece.channel != channel and (piece.text or piece.channel == "answer"):
+                if channel == "thinking":
+                    print("\n", file=sys.stderr)
+                channel = piece.channel
+            if channel == "thinking":
+                print(dim(piece.text) if piece.text else "", end="", file=sys.stderr, flush=True)
+            elif piece.text:
+                print(piece.text, end="", flush=True)
+    except KeyboardInterrupt:
+        reply.close()
+        finished = False
+    print(flush=True)
+    print(dim(usage_line(reply)), file=sys.stderr, flush=True)
+    return finished
+
+
+class Repl:
+    """A conversation read from a terminal."""
+
+    def __init__(self, chat: Chat, name: str) -> None:
+        self._chat, self._name = chat, name
+        self._last: Reply | None = None
+        self._commands: dict[str, tuple[Callable[[list[str]], None], str]] = {
+            "/help": (self._help, "this list"),
+            "/exit": (self._exit, "leave (also /bye, /quit, Ctrl-D)"),
+            "/clear": (self._clear, "forget the conversation (also /reset)"),
+            "/undo": (self._undo, "take back the last question and its answer"),
+            "/regen": (self._regenerate, "answer the last question again"),
+            "/think": (lambda _: self._think(True), "think before answering"),
+            "/nothink": (lambda _: self._think(False), "answer at once"),
+            "/set": (self._set, "/set temperature 0.5: change a setting"),
+            "/show": (self._show, "the settings in force"),
+            "/system": (self._system, "/system TEXT: a new system prompt; forgets the conversation"),
+            "/stats": (self._stats, "figures of the last reply"),
+        }
+        self._synonyms = {"/bye": "/exit", "/quit": "/exit", "/reset": "/clear", "/?": "/help", "/no_think": "/nothink"}
+
+    def run(self) -> None:
+        """Read, answer, repeat, until the user leaves."""
+        self._greet()
+        session: PromptSession[str] = PromptSession(history=_history())
+        leaving = False
+        while True:
+            try:
+                line = self._read(session)
+                leaving = False
+                if line.strip():
+                    self._handle(line)
+            except KeyboardInterrupt:
+                if leaving:
+                    return
+                leaving = True
+                _say("(Ctrl-C again, or Ctrl-D, leaves)")
+            except EOFError:
+                return
+            except EdgeqError as error:
+                _say(error_line(error))
+
+    def _read(self, session: PromptSession[str]) -> str:
+        """A line, or everything between two lines of three quotes."""
+        line = session.prompt(">>> ")
+        if not line.strip().startswith(_FENCE):
+            return line
+        lines = [line.strip()[len(_FENCE) :]]
+        while not lines[-1].rstrip().endswith(_FENCE):
+            lines.append(session.prompt("... "))
+        lines[-1] = lines[-1].rstrip()[: -len(_FENCE)]
+        return "\n".join(lines).strip("\n")
+
+    def _handle(self, line: str) -> None:
+        word = line.split(maxsplit=1)[0]
+        command = self._commands.get(self._synonyms.get(word, word))
+        if command is not None:
+            command[0](_arguments(line))
+        elif word.startswith("/") and "/" not in word[1:]:
+            raise UsageError(f"there is no command {word}", hint="/help lists them")
+        else:
+            self._answer(self._chat.send(line))
+
+    def _answer(self, reply: Reply) -> None:
+        self._last = reply
+        show_reply(reply)
+
+    # --- commands ----------------------------------------------------------------------------------------------------
+
+    def _greet(self) -> None:
+        mode = "thinks before it answers" if self._chat.thinking else "answers at once"
+        _say(f"{self._name} on the {self._chat.model.ops.name} backend; it {mode}. /help lists commands, /exit leaves.")
+        if self._name == "demo":
+            _say(
+                "This is the built-in 10 MB demo: it shows that everything works, and knows very little.\n"
+                "For a real model: edgeq chat Qwen/Qwen3.5-2B"
+            )
+
+    def _help(self, _: list[str]) -> None:
+        for name, (_run, text) in self._commands.items():
+            _say(f"{name:10} {text}")
+        _say(f"{_FENCE:10} begins and ends a text of several lines")
+
+    def _exit(self, _: list[str]) -> None:
+        raise EOFError
+
+    def _clear(self, _: list[str]) -> None:
+        self._restart(self._chat.system)
+
+    def _system(self, words: list[str]) -> None:
+        self._restart(" ".join(words) or None)
+
+    def _restart(self, system: str | None) -> None:
+        self._chat = self._chat.fresh(system=system)
+        self._last = None
+        _say("the conversation begins anew")
+
+    def _undo(self, _: list[str]) -> None:
+        _say(f"taken back: {self._chat.undo()}")
+
+    def _regenerate(self, _: list[str]) -> None:
+        self._answer(self._chat.regenerate())
+
+    def _think(self, thinking: bool) -> None:
+        self._chat.thinking = thinking
+        _say("thinking is on" if thinking else "thinking is off")
+
+    def _set(self, words: list[str]) -> None:
+        if len(words) != 2:
+            raise UsageError("/set takes a name and a value", hint="/show lists the settings")
+        name, value = words
+        setting = {**self._chat.options, name: _value(value)}
+        self._chat.settings.replace(**{name: setting[name]})  # says what is wrong with it, if anything is
+        self._chat.options = setting
+
+    def _show(self, _: list[str]) -> None:
+        settings = self._chat.settings
+        for field in fields(GenerationSettings):
+            _say(f"{field.name:20} {getattr(settings, field.name)}")
+        _say(f"{'thinking':20} {self._chat.thinking}\n{'system':20} {self._chat.system}")
+
+    def _stats(self, _: list[str]) -> None:
+        if self._last is None:
+            raise UsageError("there is no reply yet")
+        _say(usage_line(self._last))
+        _say(f"context: {len(self._chat.ids)} of {self._chat.model.context_limit} tokens")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _arguments(line: str) -> list[str]:
+    try:
+        return shlex.split(line)[1:]
+    except ValueError:  # an apostrophe, not a quotation
+        return line.split()[1:]
+
+
+def _value(text: str) -> Any:
+    """A setting's value as the user wrote it."""
+    known = {"true": True, "on": True, "false": False, "off": False}
+    if text.lower() in known:
+        return known[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return (text,)
+
+
+def _history() -> History:
+    """Lines of earlier conversations, in the user's state folder; off with EDGEQ_NOHISTORY."""
+    if os.environ.get("EDGEQ_NOHISTORY"):
+        return InMemoryHistory()
+    folder = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "edgeq"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(folder / "history"))
