@@ -1,0 +1,275 @@
+"""Whole conversations: mixed small turns, recall over a distance, tool calls, pictures; as chat-template messages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+
+from PIL import Image
+
+from . import facts, pictures
+from .skills import Turn, draw, held_out
+
+Message = dict[str, object]
+
+
+@dataclass
+class Conversation:
+    """Messages in the chat template's form. `right` judges the last assistant message, which evaluation generates."""
+
+    messages: list[Message]
+    tools: list[dict] = field(default_factory=list)
+    thinking: bool = False
+    images: list[Image.Image] = field(default_factory=list)
+    right: Callable[[str], bool] = lambda text: False
+
+    @property
+    def prompt(self) -> list[Message]:
+        return self.messages[:-1]
+
+
+def user(text: object) -> Message:
+    return {"role": "user", "content": text}
+
+
+def assistant(answer: str, thought: str = "") -> Message:
+    return {"role": "assistant", "content": answer, "reasoning_content": thought}
+
+
+def single(turn: Turn, thinking: bool) -> Conversation:
+    reply = assistant(turn.answer, turn.thought if thinking else "")
+    return Conversation([user(turn.user), reply], thinking=thinking, right=turn.right)
+
+
+# How often each skill occurs among the small turns of a conversation, without thinking and with it.
+DIRECT = {
+    "about": 12, "small talk": 9, "unknown": 4, "sum of two": 22, "product": 5, "sum of many": 3, "word problem": 2,
+    "copy": 9, "reverse": 11, "sort": 12, "count": 10, "prose": 5,
+}  # fmt: skip
+THINKING = {
+    "about": 5, "small talk": 4, "unknown": 2, "sum of two": 18, "product": 3, "sum of many": 24, "word problem": 18,
+    "copy": 3, "reverse": 5, "sort": 6, "count": 12, "prose": 1,
+}  # fmt: skip
+
+
+def pick(rng: Random, weights: dict[str, int]) -> str:
+    return rng.choices(list(weights), list(weights.values()))[0]
+
+
+def mixed(rng: Random, room: int, cost: Callable[[str], int], thinking: bool = False) -> Conversation:
+    """Turns of all skills until `room` tokens are used; with `thinking`, the last turn is a thought-out one."""
+    messages: list[Message] = []
+    if thinking:
+        last = draw(pick(rng, THINKING), rng)
+        room -= cost(last.user + last.answer + last.thought) + 16
+    while room > 0 and not (thinking and messages and rng.random() < 0.3):
+        turn = draw(pick(rng, DIRECT), rng)
+        room -= cost(turn.user + turn.answer) + 10
+        if room < 0 and (messages or thinking):
+            break
+        messages += [user(turn.user), assistant(turn.answer)]
+    if thinking:
+        messages += [user(last.user), assistant(last.answer, last.thought)]
+    return Conversation(messages, thinking=thinking)
+
+
+# -- recall ----------------------------------------------------------------------------------------------------------
+
+
+def code(rng: Random) -> str:
+    return "".join(rng.choice("0123456789") for _ in range(rng.choice((3, 4))))
+
+
+# thing: (value generator, ways to say it, acknowledgement, ways to ask, answer)
+FACTS: dict[str, tuple[Callable[[Random], str], list[str], str, list[str], str]] = {
+    "name": (lambda r: r.choice(facts.NAMES), ["My name is {}.", "I am called {}.", "Call me {}.", "Hello, my name is {}."],
+             "Nice to meet you, {}.", ["What is my name?", "Do you remember my name?", "What am I called?"], "Your name is {}."),
+    "cat": (lambda r: r.choice(facts.NAMES), ["My cat is called {}.", "I have a cat named {}.", "The name of my cat is {}."],
+            "{} is a nice name for a cat.", ["What is my cat called?", "What is the name of my cat?"], "Your cat is called {}."),
+    "dog": (lambda r: r.choice(facts.NAMES), ["My dog is called {}.", "I have a dog named {}.", "The name of my dog is {}."],
+            "{} is a nice name for a dog.", ["What is my dog called?", "What is the name of my dog?"], "Your dog is called {}."),
+    "sister": (lambda r: r.choice(facts.NAMES), ["My sister is called {}.", "I have a sister named {}."],
+               "I will remember that your sister is called {}.", ["What is my sister called?", "What is the name of my sister?"], "Your sister is called {}."),
+    "city": (lambda r: r.choice(facts.CITIES), ["I live in {}.", "My home is in {}.", "I come from {}."],
+             "{} is a nice place.", ["Where do I live?", "Which city do I live in?", "Where is my home?"], "You live in {}."),
+    "colour": (lambda r: r.choice(facts.COLOURS), ["My favourite colour is {}.", "I like the colour {} best."],
+               "I will remember that you like {}.", ["What is my favourite colour?", "Which colour do I like best?"], "Your favourite colour is {}."),
+    "word": (lambda r: r.choice(facts.WORDS), ["The secret word is {}.", "Remember the secret word: {}.", "The password is {}."],
+             "I will remember the word {}.", ["What is the secret word?", "What was the secret word?", "Which word did I tell you?"], "The secret word is {}."),
+    "code": (code, ["The code of the door is {}.", "Remember this code: {}.", "The door code is {}."],
+             "I will remember the code {}.", ["What is the code of the door?", "What was the code?", "Which code did I tell you?"], "The code is {}."),
+}  # fmt: skip
+
+
+def recall(rng: Random, room: int, cost: Callable[[str], int], thinking: bool = False, facts_told: int = 0, evaluation: bool = False) -> Conversation:
+    """Facts told at the start, other talk in between, then questions about them."""
+    n = facts_told or rng.choice((1, 2, 2, 3, 4))
+    while True:
+        things = rng.sample(list(FACTS), n)
+        values = [FACTS[t][0](rng) for t in things]
+        if held_out(" ".join(things[:1] + values[:1])) == evaluation:
+            break
+    told = [
+        (FACTS[t][1], FACTS[t][2].format(v), FACTS[t][3], FACTS[t][4].format(v), v) for t, v in zip(things, values, strict=True)
+    ]
+    messages: list[Message] = []
+    for ways, reply, *_, value in told:
+        messages += [user(rng.choice(ways).format(value)), assistant(reply)]
+    questions = told[:]
+    rng.shuffle(questions)
+    if evaluation:
+        questions = [told[0]]
+    fixed = messages + [user(rng.choice(q[2])) if i == 0 else assistant(q[3]) for q in questions for i in (0, 1)]
+    room -= sum(cost(str(m["content"])) + 5 for m in fixed) + 12
+    while room > 0:
+        turn = draw("prose" if room > 400 and rng.random() < 0.35 else pick(rng, DIRECT), rng)
+        room -= cost(turn.user + turn.answer) + 10
+        if room < 0:
+            break
+        messages += [user(turn.user), assistant(turn.answer)]
+    messages += fixed[2 * n :]
+    if thinking:
+        messages[-1]["reasoning_content"] = "I was told this before in our conversation."
+    last = questions[-1][4].lower()
+    return Conversation(messages, thinking=thinking, right=lambda text: last in text.lower())
+
+
+# -- tools -----------------------------------------------------------------------------------------------------------
+
+SKIES = "sunny cloudy rainy windy foggy snowy".split()
+
+
+@dataclass(frozen=True)
+class Tool:
+    """One function as the user describes it; its names vary, so that the model must read them in the description."""
+
+    names: tuple[str, ...]
+    about: str
+    parameters: tuple[tuple[tuple[str, ...], str, Callable[[Random], str]], ...]  # (names, type, value)
+    asks: tuple[str, ...]
+    result: Callable[[Random], dict]
+    answer: str
+
+
+TOOLS = [
+    Tool(("get_weather", "weather", "lookup_weather", "weather_report"), "The weather in a city.",
+         ((("city", "location", "place"), "string", lambda r: r.choice(facts.CITIES)),),
+         ("What is the weather in {0}?", "How is the weather in {0}?", "Is it warm in {0}?", "Tell me the weather in {0}."),
+         lambda r: {"sky": r.choice(SKIES), "degrees": r.randrange(1, 40)}, "It is {sky} in {0}, with {degrees} degrees."),
+    Tool(("get_time", "clock", "current_time", "time_in"), "The local time in a city.",
+         ((("city", "location", "place"), "string", lambda r: r.choice(facts.CITIES)),),
+         ("What time is it in {0}?", "How late is it in {0}?", "Tell me the time in {0}."),
+         lambda r: {"time": f"{r.randrange(24):02d}:{r.randrange(60):02d}"}, "It is {time} in {0}."),
+    Tool(("multiply", "calculator", "product", "calc_product"), "The product of two numbers.",
+         ((("a", "x", "first"), "integer", lambda r: str(r.randrange(11, 100))), (("b", "y", "second"), "integer", lambda r: str(r.randrange(11, 100)))),
+         ("What is {0} * {1}?", "Multiply {0} by {1}.", "How much is {0} times {1}?"),
+         lambda r: {"result": r.randrange(121, 9802)}, "The product of {0} and {1} is {result}."),
+    Tool(("find_phone", "phone_book", "get_phone", "lookup_phone"), "The phone number of a person.",
+         ((("name", "person", "who"), "string", lambda r: r.choice(facts.NAMES)),),
+         ("What is the phone number of {0}?", "How can I call {0}?", "Find the number of {0}."),
+         lambda r: {"phone": str(r.randrange(1000, 10000))}, "The phone number of {0} is {phone}."),
+    Tool(("set_timer", "timer", "start_timer"), "Start a timer.",
+         ((("minutes", "duration", "time"), "integer", lambda r: str(r.randrange(1, 60))),),
+         ("Set a timer for {0} minutes.", "Wake me in {0} minutes.", "Start a timer of {0} minutes."),
+         lambda r: {"status": "started"}, "The timer is set for {0} minutes."),
+    Tool(("get_price", "price", "shop_price", "lookup_price"), "The price of an item in the shop.",
+         ((("item", "article", "thing"), "string", lambda r: r.choice(facts.WORDS)),),
+         ("What does a {0} cost?", "What is the price of a {0}?", "How expensive is a {0}?"),
+         lambda r: {"price": r.randrange(1, 100)}, "A {0} costs {price} coins."),
+]  # fmt: skip
+
+
+@dataclass
+class BoundTool:
+    """A tool with the names it has in this conversation."""
+
+    tool: Tool
+    name: str
+    parameters: list[str]
+
+    def schema(self) -> dict:
+        properties = {p: {"type": kind} for p, (_, kind, _) in zip(self.parameters, self.tool.parameters, strict=True)}
+        parameters = {"type": "object", "properties": properties, "required": self.parameters}
+        function = {"name": self.name, "description": self.tool.about, "parameters": parameters}
+        return {"type": "function", "function": function}
+
+
+def bind(rng: Random, tool: Tool) -> BoundTool:
+    return BoundTool(tool, rng.choice(tool.names), [rng.choice(names) for names, *_ in tool.parameters])
+
+
+def call_text(bound: BoundTool, values: list[str]) -> str:
+    """The family's call format, as the chat template prints it."""
+    body = "".join(f"<parameter={p}>\n{v}\n</parameter>\n" for p, v in zip(bound.parameters, values, strict=True))
+    return f"<tool_call>\n<function={bound.name}>\n{body}</function>\n</tool_call>"
+
+
+def tool_exchange(rng: Random, bound: BoundTool) -> tuple[list[Message], list[str]]:
+    """user, call, result, answer."""
+    tool = bound.tool
+    values = [make(rng) for _, _, make in tool.parameters]
+    result = tool.result(rng)
+    call = {"name": bound.name, "arguments": dict(zip(bound.parameters, values, strict=True))}
+    messages = [
+        user(rng.choice(tool.asks).format(*values)),
+        {**assistant("", f"I need the function {bound.name} for this."), "tool_calls": [{"type": "function", "function": call}]},
+        {"role": "tool", "content": json.dumps(result)},
+        assistant(tool.answer.format(*values, **result), "The result is there, so I can answer."),
+    ]
+    return messages, values
+
+
+def tool_use(rng: Random, room: int, cost: Callable[[str], int], thinking: bool = False) -> Conversation:
+    """One to three tools, several exchanges, now and then a turn that needs none."""
+    bound = [bind(rng, t) for t in rng.sample(TOOLS, rng.choice((1, 2, 3)))]
+    room -= 250 + 75 * len(bound)
+    messages: list[Message] = []
+    while room > 0:
+        if rng.random() < 0.25:
+            turn = draw(pick(rng, {**DIRECT, "prose": 0, "product": 0}), rng)
+            new: list[Message] = [user(turn.user), assistant(turn.answer, turn.thought)]
+        else:
+            new, _ = tool_exchange(rng, rng.choice(bound))
+        room -= sum(cost(str(m.get("content")) + str(m.get("tool_calls", ""))) + 8 for m in new)
+        if room < 0 and messages:
+            break
+        messages += new
+    if not thinking:
+        for m in messages:
+            m.pop("reasoning_content", None)
+    return Conversation(messages, [b.schema() for b in bound], thinking)
+
+
+def tool_cases(rng: Random, thinking: bool) -> tuple[Conversation, Conversation]:
+    """Two evaluation cases of one exchange: the call, and the answer from its result."""
+    bound = [bind(rng, t) for t in rng.sample(TOOLS, rng.choice((1, 2, 3)))]
+    chosen = rng.choice(bound)
+    while True:
+        messages, values = tool_exchange(rng, chosen)
+        if held_out(chosen.name + str(messages[2]["content"]) + str(messages[0]["content"])):
+            break
+    if not thinking:
+        for m in messages:
+            m.pop("reasoning_content", None)
+    schemas, call, answer = [b.schema() for b in bound], call_text(chosen, values), str(messages[3]["content"])
+    return (
+        Conversation(messages[:2], schemas, thinking, right=lambda text: call in text),
+        Conversation(messages, schemas, thinking, right=lambda text: answer.lower() in text.lower()),
+    )
+
+
+# -- pictures --------------------------------------------------------------------------------------------------------
+
+
+def looking(rng: Random, evaluation: bool = False, kind: str = "") -> Conversation:
+    """One scene (or two frames) with one to three questions about it."""
+    scene = pictures.scene(rng, kind)
+    questions = scene.questions if not evaluation else scene.questions[:1]
+    images = [{"type": "image"}] * len(scene.images)
+    messages: list[Message] = []
+    for i, (ask, answer) in enumerate(questions):
+        messages += [user([*images, {"type": "text", "text": ask}] if i == 0 else ask), assistant(answer)]
+    last = questions[-1][1].lower()
+    return Conversation(messages, images=scene.images, right=lambda text: last in text.lower())

@@ -1,0 +1,74 @@
+"""What can be evaluated: the folder through transformers, or through edgeq on any of its backends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+
+def end_tokens(path: Path) -> list[int]:
+    """<|endoftext|> and <|im_end|>."""
+    end_of_text = json.loads((path / "config.json").read_text())["text_config"]["eos_token_id"]
+    return [end_of_text, end_of_text + 2]
+
+
+class TransformersRunner:
+    """float32, batches of prompts padded on the left."""
+
+    sees = True
+
+    def __init__(self, path: Path, batch: int = 16):
+        import torch
+        from transformers import Qwen3_5ForConditionalGeneration
+
+        self.torch, self.batch, self.ends = torch, batch, end_tokens(path)
+        self.model = Qwen3_5ForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+
+    def __call__(self, prompts: list[list[int]], images: list[np.ndarray], max_tokens: int) -> list[list[int]]:
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        out: list[list[int]] = [[] for _ in prompts]
+        for start in range(0, len(order), self.batch):
+            rows = order[start : start + self.batch]
+            answers = self.generate([prompts[i] for i in rows], [images[i] for i in rows], max_tokens)
+            for i, answer in zip(rows, answers, strict=True):
+                out[i] = answer
+        return out
+
+    def generate(self, prompts: list[list[int]], images: list[np.ndarray], max_tokens: int) -> list[list[int]]:
+        torch, pad = self.torch, self.ends[0]
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        extra = {}
+        patches = [p for p in images if len(p)]
+        if patches:
+            pixels = torch.from_numpy(np.concatenate(patches))
+            extra["pixel_values"] = pixels.flatten(0, 1)
+            extra["image_grid_thw"] = torch.tensor([[1, 6, 6]] * len(pixels))
+            extra["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
+        with torch.inference_mode():
+            done = self.model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False,
+                eos_token_id=self.ends, pad_token_id=pad, **extra,
+            )  # fmt: skip
+        return [self.cut(row.tolist()) for row in done[:, longest:]]
+
+    def cut(self, ids: list[int]) -> list[int]:
+        ends = [i for i, t in enumerate(ids) if t in self.ends]
+        return ids[: ends[0]] if ends else ids
+
+
+class EdgeqRunner:
+    """Any edgeq folder (bf16 or quantized) on any backend, one prompt at a time, text only."""
+
+    sees = False
+
+    def __init__(self, path: Path, backend: str):
+        import edgeq
+
+        self.model = edgeq.load(path, backend=backend)
+
+    def __call__(self, prompts: list[list[int]], images: list[np.ndarray], max_tokens: int) -> list[list[int]]:
+        return [[p.token for p in self.model.generate(ids, max_tokens, temperature=0.0)] for ids in prompts]

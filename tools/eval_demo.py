@@ -1,0 +1,54 @@
+#!/usr/bin/env python3
+"""Score every skill of the demo model on held-out generated cases and print a table.
+
+    tools/eval_demo.py                                   the shipped folder, by transformers
+    tools/eval_demo.py --backend cpu --model OUT         a quantized folder, by edgeq
+    tools/eval_demo.py --only sum --show-wrong 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from demo.evaluation import Runner, Score, score, tasks
+from demo.runners import EdgeqRunner, TransformersRunner
+
+DEMO = Path(__file__).parent.parent / "edgeq" / "demo"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DEMO)
+    parser.add_argument("--backend", default="transformers", help="transformers, or a backend of edgeq: numpy, cpu, mlx")
+    parser.add_argument("--cases", type=int, default=100, help="cases per row")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--show-wrong", type=int, default=0, metavar="N", help="print up to N wrong answers per row")
+    parser.add_argument("--json", action="store_true", help="one JSON line per row instead of the table")
+    args = parser.parse_args()
+    tok = Tokenizer.from_file(str(args.model / "tokenizer.json"))
+    run: Runner = TransformersRunner(args.model) if args.backend == "transformers" else EdgeqRunner(args.model, args.backend)
+    for task in tasks(lambda text: len(tok.encode(text, add_special_tokens=False).ids)):
+        if args.only in task.name and (run.sees or not task.visual):
+            cases = min(args.cases, 20) if task.name.startswith("recall at") and not args.only else args.cases
+            show(score(task, run, tok, cases, args.seed), args.json, args.show_wrong)
+
+
+def show(s: Score, as_json: bool, wrong: int) -> None:
+    mode = "thinking" if s.task.thinking else "direct"
+    if as_json:
+        line = json.dumps({"skill": s.task.name, "mode": mode, "right": s.right, "cases": s.cases})
+    else:
+        line = f"{s.task.name:16} {mode:9} {100 * s.right / s.cases:5.1f} %  of {s.cases}"
+    print(line, flush=True)
+    for prompt, said in s.wrong[:wrong]:
+        print(f"    {prompt!r} -> {said!r}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
