@@ -1,0 +1,138 @@
+// kernels_bench [threads] [isa]: the matrix kernels on shapes of the 0.8B and 2B models.
+//
+// One token: GB/s of weights read, over matrices that together exceed the caches, beside the rate of a plain read of
+// the same memory. Many tokens: 10^9 operations (two for a multiply-add) a second. Medians of several passes.
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "kernels/isa.h"
+#include "kernels/linear.h"
+#include "kernels/threads.h"
+
+using namespace edgeq;
+
+namespace {
+
+double seconds() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+template <class Function>
+double median_seconds(int passes, Function&& function) {
+    std::vector<double> times;
+    for (int i = 0; i < passes; i++) {
+        double start = seconds();
+        function();
+        times.push_back(seconds() - start);
+    }
+    std::sort(times.begin(), times.end());
+    return times[times.size() / 2];
+}
+
+struct Storage {
+    std::vector<uint64_t> data;
+    std::vector<uint16_t> scales, biases;
+    Matrix w;
+};
+
+Storage make(int64_t out, int64_t in, int bits, int group) {
+    Storage s;
+    std::mt19937_64 random(1);
+    s.data.resize(out * (bits ? in * bits / 8 : in * 2) / 8);
+    for (auto& x : s.data) x = bits ? random() : 0x3c003c013c023c03;
+    if (bits) {
+        s.scales.assign(out * (in / group), 0x3c00);
+        s.biases.assign(out * (in / group), 0xbd00);
+    }
+    s.w = {s.data.data(), s.scales.data(), s.biases.data(), out, in, bits, group, Type::bf16};
+    return s;
+}
+
+double read_rate() {
+    std::vector<uint64_t> memory(64 << 20, 1);
+    const int pieces = 64 * thread_count();
+    const size_t share = memory.size() / pieces;
+    std::vector<uint64_t> sums(pieces);
+    double best = 1e9;
+    for (int pass = 0; pass < 5; pass++) {
+        double start = seconds();
+        parallel_for(pieces, [&](int piece) {
+            const uint64_t* p = memory.data() + piece * share;
+            uint64_t a = 0, b = 0, c = 0, d = 0;
+            for (size_t i = 0; i + 16 <= share; i += 16) {
+                a += p[i] + p[i + 1] + p[i + 2] + p[i + 3];
+                b += p[i + 4] + p[i + 5] + p[i + 6] + p[i + 7];
+                c += p[i + 8] + p[i + 9] + p[i + 10] + p[i + 11];
+                d += p[i + 12] + p[i + 13] + p[i + 14] + p[i + 15];
+            }
+            sums[piece] = a + b + c + d;
+        });
+        best = std::min(best, seconds() - start);
+    }
+    return double(memory.size()) * 8 / best * 1e-9;
+}
+
+void decode(int bits, int group, int64_t out, int64_t in, int tokens) {
+    double nbytes = double(out) * (bits ? in * bits / 8.0 + 4.0 * (in / group) : in * 2.0);
+    int count = std::max(1, int(256e6 / nbytes));
+    Storage s = make(out * count, in, bits, group);
+    std::vector<float> x(in * tokens, 0.5f), y(out * count * tokens);
+    std::vector<Matrix> ws;
+    for (int i = 0; i < count; i++) {
+        Matrix w = s.w;
+        w.data = static_cast<const char*>(w.data) + int64_t(row_nbytes(w)) * out * i;
+        if (bits) {
+            w.scales = static_cast<const uint16_t*>(w.scales) + out * (in / group) * i;
+            w.biases = static_cast<const uint16_t*>(w.biases) + out * (in / group) * i;
+        }
+        w.out = out;
+        ws.push_back(w);
+    }
+    double time = median_seconds(7, [&] {
+        for (int i = 0; i < count; i++) {
+            float* out_i = y.data() + i * out * tokens;
+            linears(x.data(), tokens, &ws[i], 1, &out_i);
+        }
+    });
+    std::printf("  %d bits group %3d  %5ld x %5ld  T %d  %6.1f GB/s  %7.1f us a call\n", bits, group, long(out), long(in),
+                tokens, nbytes * count / time * 1e-9, time / count * 1e6);
+}
+
+void prefill(int bits, int group, int64_t out, int64_t in, int64_t tokens) {
+    Storage s = make(out, in, bits, group);
+    std::vector<float> x(in * tokens), y(out * tokens);
+    for (size_t i = 0; i < x.size(); i++) x[i] = float(i % 17) - 8;
+    float* ys = y.data();
+    double time = median_seconds(5, [&] { linears(x.data(), tokens, &s.w, 1, &ys); });
+    std::printf("  %d bits group %3d  %5ld x %5ld  T %4ld  %7.1f GOP/s\n", bits, group, long(out), long(in), long(tokens),
+                2.0 * double(out) * double(in) * double(tokens) / time * 1e-9);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    if (argc > 1) set_thread_count(std::atoi(argv[1]));
+    if (argc > 2) set_isa(argv[2]);
+    std::printf("%s, %d threads, plain read %.1f GB/s\n", isa_name(active_isa()), thread_count(), read_rate());
+    std::printf("one token and few\n");
+    for (int bits : {4, 8, 6, 5, 3, 0}) decode(bits, 64, 3584, 1024, 1);
+    decode(4, 32, 3584, 1024, 1);
+    decode(4, 128, 3584, 1024, 1);
+    decode(4, 64, 1024, 3584, 1);
+    decode(4, 64, 1024, 1024, 1);
+    decode(4, 64, 6144, 2048, 1);
+    decode(4, 64, 3584, 1024, 2);
+    decode(4, 64, 3584, 1024, 4);
+    std::printf("many tokens\n");
+    for (int bits : {4, 8, 6, 5, 3, 0}) prefill(bits, 64, 3584, 1024, 512);
+    prefill(4, 32, 3584, 1024, 512);
+    prefill(4, 128, 3584, 1024, 512);
+    prefill(4, 64, 1024, 3584, 512);
+    prefill(4, 64, 3584, 1024, 8);
+    prefill(4, 64, 3584, 1024, 64);
+    prefill(4, 64, 6144, 2048, 2048);
+}

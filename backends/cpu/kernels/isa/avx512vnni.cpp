@@ -1,0 +1,161 @@
+// AVX-512 with VNNI and VBMI: Ice Lake, Sapphire Rapids, Zen 4 and later.
+#include <immintrin.h>
+#include <string.h>
+
+#include "kernels/kernels.h"
+
+namespace edgeq {
+namespace {
+
+constexpr int lanes = 16;
+constexpr int row_vectors = 2, tile_tokens = 6;  // 12 integer and 12 float sums, 2 weights, 1 activation: 27 of 32
+constexpr bool signed_bytes = false;
+
+using F = __m512;
+using I = __m512i;
+using B = __m512i;
+
+F f_zero() { return _mm512_setzero_ps(); }
+F f_set(float x) { return _mm512_set1_ps(x); }
+F f_load(const float* p) { return _mm512_loadu_ps(p); }
+void f_store(float* p, F v) { _mm512_storeu_ps(p, v); }
+F f_add(F a, F b) { return _mm512_add_ps(a, b); }
+F f_mul(F a, F b) { return _mm512_mul_ps(a, b); }
+F f_max(F a, F b) { return _mm512_max_ps(a, b); }
+F f_abs(F a) { return _mm512_abs_ps(a); }
+F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+float f_sum(F v) { return _mm512_reduce_add_ps(v); }
+float f_max_lane(F v) { return _mm512_reduce_max_ps(v); }
+
+__mmask16 first(int n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : __mmask16((1u << n) - 1); }
+F f_load_some(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+void f_store_some(float* p, F v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
+
+F f_widen(const void* p, Type type, int64_t i) {
+    if (type == Type::f32) return _mm512_loadu_ps(static_cast<const float*>(p) + i);
+    __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(p) + i));
+    if (type == Type::f16) return _mm512_cvtph_ps(v);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+}
+
+void f_store_int8(int8_t* p, F v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+
+I i_zero() { return _mm512_setzero_si512(); }
+I i_set(int n) { return _mm512_set1_epi32(n); }
+I i_first(int n) { return _mm512_zextsi128_si512(_mm_cvtsi32_si128(n)); }
+F i_float(I v) { return _mm512_cvtepi32_ps(v); }
+
+B b_load(const void* p) { return _mm512_loadu_si512(p); }
+void b_store(void* p, B v) { _mm512_storeu_si512(p, v); }
+
+B b_broadcast(const int8_t* p) {
+    int four;
+    memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+}
+
+// Codes of 3, 5 or 6 bits: every 64-bit lane gets the `bits` bytes of its 8 codes, then every byte of it the 8 bits
+// that begin with its code.
+template <int bits>
+B unpack_stream(const uint8_t* p) {
+    alignas(64) static constexpr struct Tables {
+        uint8_t gather[64] = {}, shift[64] = {};
+        constexpr Tables() {
+            for (int i = 0; i < 64; i++) {
+                gather[i] = uint8_t(i / 8 * bits + i % 8);
+                shift[i] = uint8_t(i % 8 * bits);
+            }
+        }
+    } tables;
+    __m512i bytes = _mm512_maskz_loadu_epi8((1ull << (8 * bits)) - 1, p);
+    __m512i spread = _mm512_permutexvar_epi8(_mm512_load_si512(tables.gather), bytes);
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(_mm512_load_si512(tables.shift), spread),
+                            _mm512_set1_epi8((1 << bits) - 1));
+}
+
+template <int bits>
+B unpack(const uint8_t* p) {
+    if constexpr (bits == 8) {
+        return b_load(p);
+    } else if constexpr (bits == 4) {
+        __m512i v = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        return _mm512_and_si512(_mm512_or_si512(v, _mm512_slli_epi16(v, 4)), _mm512_set1_epi8(15));
+    } else if constexpr (bits == 2) {
+        __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        v = _mm512_or_si512(v, _mm512_slli_epi32(v, 12));
+        return _mm512_and_si512(_mm512_or_si512(v, _mm512_slli_epi32(v, 6)), _mm512_set1_epi8(3));
+    } else {
+        return unpack_stream<bits>(p);
+    }
+}
+
+void nibbles(const uint8_t* p, B* low, B* high) {
+    __m512i v = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(15);
+    *low = _mm512_and_si512(v, mask);
+    *high = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
+}
+
+I dot(I acc, B w, B a) { return _mm512_dpbusd_epi32(acc, w, a); }
+I dot8(I acc, B w, B a) { return _mm512_dpbusd_epi32(acc, w, a); }
+I dot_rows(I acc, B w, B a) { return _mm512_dpbusd_epi32(acc, w, a); }
+I dot8_rows(I acc, B w, B a) { return _mm512_dpbusd_epi32(acc, w, a); }
+
+template <int n>
+F f_spread(const float* p) {
+    if constexpr (n == 1) {
+        return _mm512_set1_ps(*p);
+    } else if constexpr (n == 2) {
+        double two;
+        memcpy(&two, p, 8);
+        F v = _mm512_castpd_ps(_mm512_set1_pd(two));
+        return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), v);
+    } else {
+        static_assert(n == 4);
+        F v = _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+        return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3), v);
+    }
+}
+
+// 16 x 16 of 32 bits: pairs of rows, pairs of pairs, then quarters of vectors.
+void transpose_vectors(__m512i* r) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 4) {
+        __m512i a = _mm512_unpacklo_epi32(r[i], r[i + 1]), b = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+        __m512i c = _mm512_unpacklo_epi32(r[i + 2], r[i + 3]), d = _mm512_unpackhi_epi32(r[i + 2], r[i + 3]);
+        t[i] = _mm512_unpacklo_epi64(a, c);
+        t[i + 1] = _mm512_unpackhi_epi64(a, c);
+        t[i + 2] = _mm512_unpacklo_epi64(b, d);
+        t[i + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+    for (int j = 0; j < 4; j++) {
+        __m512i a = _mm512_shuffle_i32x4(t[j], t[4 + j], 0x88), b = _mm512_shuffle_i32x4(t[j], t[4 + j], 0xdd);
+        __m512i c = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0x88), d = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0xdd);
+        r[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+        r[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
+        r[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
+        r[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
+}
+
+void transpose(const uint8_t* p, int n, uint8_t* out) {
+    __m512i r[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(p + i * n);
+    transpose_vectors(r);
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + 64 * i, r[i]);
+}
+
+void f_transpose(const float* p, int n, F* out) {
+    __m512i r[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(p + i * n);
+    transpose_vectors(r);
+    for (int i = 0; i < 16; i++) out[i] = _mm512_castsi512_ps(r[i]);
+}
+
+}  // namespace
+}  // namespace edgeq
+
+#include "kernels/linear-inl.h"
+
+const edgeq::LinearKernels edgeq::linear_avx512vnni = {quantize, gemv, gemm, tile_rows};

@@ -1,0 +1,25 @@
+// AVX2 with AVX-VNNI: Alder Lake, Zen 5 and later.
+#include "kernels/kernels.h"
+
+namespace edgeq {
+namespace {
+constexpr bool signed_bytes = false;
+}
+}  // namespace edgeq
+
+#include "kernels/isa/avx2-inl.h"
+
+namespace edgeq {
+namespace {
+
+I dot(I acc, B w, B a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
+I dot8(I acc, B w, B a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
+I dot_rows(I acc, B w, B a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
+I dot8_rows(I acc, B w, B a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
+
+}  // namespace
+}  // namespace edgeq
+
+#include "kernels/linear-inl.h"
+
+const edgeq::LinearKernels edgeq::linear_avxvnni = {quantize, gemv, gemm, tile_rows};

@@ -1,0 +1,69 @@
+// What the matrix kernels work on, and the table that every instruction set fills in (kernels/isa/).
+//
+// Arithmetic, the same for every set: an activation row is quantized to int8, symmetrically, one scale for every group
+// of the weight's group size; with weight = s * code + b and activation = a * q,
+//
+//     y = sum over groups of  (s a) * sum(code q)  +  b * (a sum(q))
+//
+// The sums over a group are exact integers (int32) and therefore equal on every set. The float sum over groups runs in
+// an order of the set's own; test.cpp bounds the difference. No contraction (-ffp-contract=off): a set uses a fused
+// multiply-add where it says so, not where the compiler feels like it.
+//
+// Included by files that are compiled for different instruction sets: nothing here may be an inline function with
+// external linkage, or the linker could keep the copy that this machine cannot run.
+#pragma once
+
+#include <stdint.h>
+
+namespace edgeq {
+
+enum class Type : int { f32, f16, bf16 };
+
+// A matrix [out, in], rows contiguous. bits = 0: values of `type`. Otherwise group-quantized in the MLX affine
+// layout: rows of `bits`-bit codes, one stream, lowest bit first; scales and biases [out, in / group] of `type`.
+// in is a multiple of group (32, 64 or 128).
+struct Matrix {
+    const void* data;
+    const void* scales;
+    const void* biases;
+    int64_t out, in;
+    int bits, group;
+    Type type;
+};
+
+// The order of an activation's codes in memory. Natural, or for 4-bit weights: in every block of 128 the 64 even ones,
+// then the 64 odd ones, because a byte's low nibble holds an even code and its high nibble the odd one after it.
+enum class Order : int { natural, even_odd };
+
+constexpr int order_block = 128;
+
+// An input of `tokens` rows. `values` for plain matrices; the rest, quantized for one group size, for the others.
+// Rows of codes are padded with zeros to whole blocks of 128, rows of scales and sums to whole sixteens.
+struct Activations {
+    const float* values;    // [tokens, in]
+    const int8_t* codes;    // [tokens, stride]
+    const float* scales;    // [tokens, groups]: a
+    const float* sums;      // [tokens, groups]: a * sum(q)
+    const int32_t* totals;  // [tokens, groups]: sum(q)
+    int64_t tokens, in, stride, groups;
+};
+
+constexpr int gemv_tokens = 4;  // most tokens that gemv takes
+
+struct LinearKernels {
+    // Quantize a row of n values; codes, scales, sums and totals are already zero beyond the row.
+    void (*quantize)(const float* x, int64_t n, int group, Order order, int8_t* codes, float* scales, float* sums,
+                     int32_t* totals);
+    // y[t * stride + row] for rows [row0, row1) and all of at most gemv_tokens tokens. Reads the weights once.
+    // 4-bit matrices take even_odd activations, all others natural ones.
+    void (*gemv)(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride);
+    // The same for tokens [t0, t1) of many; natural activations.
+    void (*gemm)(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, int64_t t0, int64_t t1, float* y,
+                 int64_t stride);
+    int gemm_rows;  // gemm works on tiles of so many rows
+};
+
+extern const LinearKernels linear_scalar, linear_avx2, linear_avxvnni, linear_avx512vnni, linear_neon,
+    linear_neon_dotprod, linear_neon_i8mm;
+
+}  // namespace edgeq

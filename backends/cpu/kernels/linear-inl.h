@@ -1,0 +1,411 @@
+// The matrix kernels, written once on top of a few vector operations and compiled for every instruction set but scalar.
+//
+// Before including this, a file of kernels/isa/ defines in an unnamed namespace inside edgeq:
+//
+//   lanes                     32-bit lanes of a vector
+//   row_vectors, tile_tokens  the register block of gemm: row_vectors * lanes rows by tile_tokens tokens
+//   signed_bytes              whether dot8 takes codes - 128 (there is no unsigned by signed product of full range)
+//   F, I, B                   vectors of float, int32, bytes
+//   f_zero f_set f_load f_store f_add f_mul f_max f_abs f_fma(a, b, c) = a * b + c, f_sum, f_max_lane
+//   f_widen(p, type, i)       lanes values from index i of an array of `type`, as float
+//   f_store_int8(p, v)        lanes bytes: v rounded to nearest even
+//   i_zero i_set i_first(n) (n, 0, 0, ...), i_float
+//   b_load, b_broadcast(p)    4 * lanes bytes; the same 4 bytes in every lane
+//   unpack<bits>(p)           4 * lanes codes (minus 128 for 8 bits and signed_bytes); reads no byte beyond theirs
+//   nibbles(p, low, high)     4 * lanes bytes of 4-bit codes: the even ones, the odd ones
+//   dot(acc, w, a)            acc + sums of 4 (or, where signed_bytes, any) neighbouring products; codes below 64
+//   dot8(acc, w, a)           the same for 8-bit codes
+//   dot_rows, dot8_rows       the same, every lane the sum of its own 4 bytes
+//   f_spread<n>(p)            lanes / n times p[0], then p[1], ...
+//   transpose(p, n, out)      lanes rows of 4 * lanes bytes, n bytes apart: out[i] = the i-th 4 bytes of every row
+//   f_transpose(p, n, out)    lanes rows of lanes floats, n floats apart, transposed
+namespace edgeq {
+namespace {
+
+constexpr int sixteen = 16;  // groups whose scales are treated together; rows of scales are padded to this
+
+// --- activations -----------------------------------------------------------------------------------------------------
+
+// One group: codes to q, the sum of the codes returned, the scale to *scale.
+int quantize_group(const float* x, int group, int8_t* q, float* scale) {
+    F largest = f_zero();
+    for (int i = 0; i < group; i += lanes) largest = f_max(largest, f_abs(f_load(x + i)));
+    float amax = f_max_lane(largest);
+    if (amax < 1e-30f) {  // its reciprocal would overflow
+        *scale = 0;
+        for (int i = 0; i < group; i++) q[i] = 0;
+        return 0;
+    }
+    F inverse = f_set(127.0f / amax);
+    for (int i = 0; i < group; i += lanes) f_store_int8(q + i, f_mul(f_load(x + i), inverse));
+    *scale = amax / 127.0f;
+    int total = 0;
+    for (int i = 0; i < group; i++) total += q[i];
+    return total;
+}
+
+void quantize(const float* x, int64_t n, int group, Order order, int8_t* codes, float* scales, float* sums,
+              int32_t* totals) {
+    for (int64_t g = 0; g < n / group; g++) {
+        int8_t q[128];
+        totals[g] = quantize_group(x + g * group, group, q, &scales[g]);
+        sums[g] = scales[g] * float(totals[g]);
+        if (order == Order::natural) {
+            for (int i = 0; i < group; i++) codes[g * group + i] = q[i];
+        } else {
+            int64_t first = g * group;
+            int8_t* even = codes + first / order_block * order_block + first % order_block / 2;
+            for (int i = 0; i < group / 2; i++) {
+                even[i] = q[2 * i];
+                even[order_block / 2 + i] = q[2 * i + 1];
+            }
+        }
+    }
+}
+
+// --- few tokens ------------------------------------------------------------------------------------------------------
+
+// n of the scales (or biases) of an array, the rest of a vector zero.
+F widen_some(const void* p, Type type, int64_t i, int n) {
+    if (n >= lanes) return f_widen(p, type, i);
+    uint32_t some[lanes] = {};
+    if (n > 0) {
+        int size = type == Type::f32 ? 4 : 2;
+        memcpy(some, static_cast<const char*>(p) + i * size, n * size);
+    }
+    return f_widen(some, type, 0);
+}
+
+// The codes that gemv takes at a time.
+template <int bits>
+constexpr int unit = bits == 4 ? 8 * lanes : 4 * lanes;
+
+// d[t] += codes of one unit at `src` times those of every token at `q`, from code `c`.
+template <int bits, int tokens>
+inline void dot_unit(const uint8_t* src, const int8_t* q, int64_t stride, int64_t c, I* d) {
+    if constexpr (bits == 4) {
+        B low, high;
+        nibbles(src, &low, &high);
+        const int8_t* even = q + c / order_block * order_block + c % order_block / 2;
+        for (int t = 0; t < tokens; t++) {
+            d[t] = dot(d[t], low, b_load(even + t * stride));
+            d[t] = dot(d[t], high, b_load(even + t * stride + order_block / 2));
+        }
+    } else {
+        B w = unpack<bits>(src);
+        for (int t = 0; t < tokens; t++) {
+            B a = b_load(q + t * stride + c);
+            d[t] = bits == 8 ? dot8(d[t], w, a) : dot(d[t], w, a);
+        }
+    }
+}
+
+template <int bits, int group, int tokens>
+void gemv_rows(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
+    constexpr int codes = unit<bits>;
+    constexpr int step = group > codes ? group : codes;  // codes for one floating-point multiply-add
+    constexpr int nbytes = codes * bits / 8;
+    const int64_t groups = w.in / group, row_bytes = w.in * bits / 8;
+    for (int64_t row = row0; row < row1; row++) {
+        const uint8_t* src = static_cast<const uint8_t*>(w.data) + row * row_bytes;
+        const uint8_t* end = src + row_bytes;
+        F acc[tokens], bias[tokens];
+        for (int t = 0; t < tokens; t++) acc[t] = bias[t] = f_zero();
+        for (int64_t g0 = 0; g0 < groups; g0 += sixteen) {
+            int64_t rest = groups - g0;
+            int some = rest < sixteen ? int(rest) : sixteen;
+            alignas(64) float products[tokens][sixteen];  // scale of the weight times scale of the activation
+            for (int i = 0; i < sixteen; i += lanes) {
+                F s = widen_some(w.scales, w.type, row * groups + g0 + i, some - i);
+                F b = widen_some(w.biases, w.type, row * groups + g0 + i, some - i);
+                for (int t = 0; t < tokens; t++) {
+                    int64_t at = t * a.groups + g0 + i;
+                    f_store(products[t] + i, f_mul(s, f_load(a.scales + at)));
+                    bias[t] = f_fma(b, f_load(a.sums + at), bias[t]);
+                }
+            }
+            for (int64_t c = g0 * group, last = (g0 + some) * group; c < last; c += step) {
+                int g = int(c / group - g0);
+                I d[tokens];
+                for (int t = 0; t < tokens; t++)
+                    d[t] = signed_bytes && bits == 8 ? i_first(128 * a.totals[t * a.groups + g0 + g]) : i_zero();
+                for (int u = 0; u < step; u += codes, src += nbytes) {
+                    if (end - src >= nbytes) {
+                        dot_unit<bits, tokens>(src, a.codes, a.stride, c + u, d);
+                    } else {  // the last part of a row that is no whole number of units
+                        uint8_t rest_of_row[nbytes] = {};
+                        memcpy(rest_of_row, src, end - src);
+                        dot_unit<bits, tokens>(rest_of_row, a.codes, a.stride, c + u, d);
+                    }
+                }
+                for (int t = 0; t < tokens; t++)
+                    acc[t] = f_fma(i_float(d[t]), f_spread<step / group>(products[t] + g), acc[t]);
+            }
+        }
+        for (int t = 0; t < tokens; t++) y[t * stride + row] = f_sum(f_add(acc[t], bias[t]));
+    }
+}
+
+template <int tokens>
+void gemv_plain(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
+    for (int64_t row = row0; row < row1; row++) {
+        F even[tokens], odd[tokens];  // two sums, since one would wait for itself
+        for (int t = 0; t < tokens; t++) even[t] = odd[t] = f_zero();
+        int64_t i = 0, at = row * w.in;
+        for (; i + 2 * lanes <= w.in; i += 2 * lanes) {
+            F w0 = f_widen(w.data, w.type, at + i), w1 = f_widen(w.data, w.type, at + i + lanes);
+            for (int t = 0; t < tokens; t++) {
+                const float* x = a.values + t * w.in + i;
+                even[t] = f_fma(w0, f_load(x), even[t]);
+                odd[t] = f_fma(w1, f_load(x + lanes), odd[t]);
+            }
+        }
+        for (; i < w.in; i += lanes) {
+            int some = w.in - i < lanes ? int(w.in - i) : lanes;
+            F w0 = widen_some(w.data, w.type, at + i, some);
+            for (int t = 0; t < tokens; t++)
+                even[t] = f_fma(w0, widen_some(a.values + t * w.in, Type::f32, i, some), even[t]);
+        }
+        for (int t = 0; t < tokens; t++) y[t * stride + row] = f_sum(f_add(even[t], odd[t]));
+    }
+}
+
+template <int bits, int group>
+void gemv_group(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
+    switch (a.tokens) {
+        case 1: return gemv_rows<bits, group, 1>(w, a, row0, row1, y, stride);
+        case 2: return gemv_rows<bits, group, 2>(w, a, row0, row1, y, stride);
+        case 3: return gemv_rows<bits, group, 3>(w, a, row0, row1, y, stride);
+        default: return gemv_rows<bits, group, 4>(w, a, row0, row1, y, stride);
+    }
+}
+
+template <int bits>
+void gemv_bits(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
+    switch (w.group) {
+        case 32: return gemv_group<bits, 32>(w, a, row0, row1, y, stride);
+        case 64: return gemv_group<bits, 64>(w, a, row0, row1, y, stride);
+        default: return gemv_group<bits, 128>(w, a, row0, row1, y, stride);
+    }
+}
+
+void gemv(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
+    switch (w.bits) {
+        case 2: return gemv_bits<2>(w, a, row0, row1, y, stride);
+        case 3: return gemv_bits<3>(w, a, row0, row1, y, stride);
+        case 4: return gemv_bits<4>(w, a, row0, row1, y, stride);
+        case 5: return gemv_bits<5>(w, a, row0, row1, y, stride);
+        case 6: return gemv_bits<6>(w, a, row0, row1, y, stride);
+        case 8: return gemv_bits<8>(w, a, row0, row1, y, stride);
+    }
+    switch (a.tokens) {
+        case 1: return gemv_plain<1>(w, a, row0, row1, y, stride);
+        case 2: return gemv_plain<2>(w, a, row0, row1, y, stride);
+        case 3: return gemv_plain<3>(w, a, row0, row1, y, stride);
+        default: return gemv_plain<4>(w, a, row0, row1, y, stride);
+    }
+}
+
+// --- many tokens -----------------------------------------------------------------------------------------------------
+
+constexpr int tile_rows = row_vectors * lanes;
+constexpr int tile_depth = 512;        // codes of a row unpacked at a time: the tile stays in the first-level cache
+constexpr int plain_tile_depth = 128;  // the same for floats
+
+// A block of weights made ready: codes as [row vector][depth / 4][lane][4], scales and biases as [group][row].
+struct Tile {
+    alignas(64) uint8_t codes[tile_rows * tile_depth];
+    alignas(64) float scales[tile_depth / 32][tile_rows];
+    alignas(64) float biases[tile_depth / 32][tile_rows];
+};
+
+// Natural codes [c, c + n) of a row; n is a multiple of 32, the output has room for whole vectors.
+template <int bits>
+void unpack_row(const uint8_t* src, int n, uint8_t* out) {
+    constexpr int codes = 4 * lanes, nbytes = codes * bits / 8;
+    for (int i = 0; i < n; i += codes, src += nbytes) {
+        if (n - i >= codes) {
+            b_store(out + i, unpack<bits>(src));
+        } else {
+            uint8_t rest[nbytes] = {};
+            memcpy(rest, src, (n - i) * bits / 8);
+            b_store(out + i, unpack<bits>(rest));
+        }
+    }
+}
+
+void unpack_any(int bits, const uint8_t* src, int n, uint8_t* out) {
+    switch (bits) {
+        case 2: return unpack_row<2>(src, n, out);
+        case 3: return unpack_row<3>(src, n, out);
+        case 4: return unpack_row<4>(src, n, out);
+        case 5: return unpack_row<5>(src, n, out);
+        case 6: return unpack_row<6>(src, n, out);
+        case 8: return unpack_row<8>(src, n, out);
+    }
+}
+
+// Scales and biases of a row's groups [g0, g0 + n) into column `r` of the tile.
+void unpack_scales(const Matrix& w, int64_t row, int64_t g0, int n, int r, Tile& tile) {
+    for (int i = 0; i < n; i += lanes) {
+        int some = n - i < lanes ? n - i : lanes;
+        int64_t at = row * (w.in / w.group) + g0 + i;
+        float s[lanes], b[lanes];
+        f_store(s, widen_some(w.scales, w.type, at, some));
+        f_store(b, widen_some(w.biases, w.type, at, some));
+        for (int j = 0; j < some; j++) {
+            tile.scales[i + j][r] = s[j];
+            tile.biases[i + j][r] = b[j];
+        }
+    }
+}
+
+// Codes [c, c + n) of the tile's rows from `row`; rows beyond row1 become zero.
+void unpack_tile(const Matrix& w, int64_t row, int64_t row1, int64_t c, int n, Tile& tile) {
+    alignas(64) uint8_t rows[lanes * tile_depth];
+    const int64_t row_bytes = w.in * w.bits / 8;
+    for (int v = 0; v < row_vectors; v++) {
+        for (int r = 0; r < lanes; r++) {
+            int64_t at = row + v * lanes + r;
+            int column = v * lanes + r;
+            if (at < row1) {
+                const uint8_t* src = static_cast<const uint8_t*>(w.data) + at * row_bytes + c * w.bits / 8;
+                unpack_any(w.bits, src, n, rows + r * tile_depth);
+                unpack_scales(w, at, c / w.group, n / w.group, column, tile);
+            } else {
+                memset(rows + r * tile_depth, 0, n);
+                for (int g = 0; g < n / w.group; g++) tile.scales[g][column] = tile.biases[g][column] = 0;
+            }
+        }
+        uint8_t* out = tile.codes + v * lanes * tile_depth;
+        for (int i = 0; i < n; i += 4 * lanes) transpose(rows + i, tile_depth, out + i * lanes);
+    }
+}
+
+// One register block: acc[v][t] over the groups of a tile, added to y (or stored, for the first tile of a row).
+template <int tokens, bool eight>
+void multiply(const Tile& tile, const Activations& a, int group, int64_t c, int n, int64_t t0, bool first, int rows,
+              float* y, int64_t stride) {
+    F acc[row_vectors][tokens];
+    for (int v = 0; v < row_vectors; v++)
+        for (int t = 0; t < tokens; t++)
+            acc[v][t] = first ? f_zero() : f_load_some(y + t * stride + v * lanes, rows - v * lanes);
+    const int8_t* q = a.codes + t0 * a.stride + c;
+    const int64_t at = t0 * a.groups + c / group;
+    for (int g = 0; g < n / group; g++) {
+        I d[row_vectors][tokens];
+        for (int t = 0; t < tokens; t++) {
+            I start = signed_bytes && eight ? i_set(128 * a.totals[at + t * a.groups + g]) : i_zero();
+            for (int v = 0; v < row_vectors; v++) d[v][t] = start;
+        }
+        const uint8_t* codes = tile.codes + g * group * lanes;
+        for (int k = 0; k < group; k += 4) {
+            B w[row_vectors];
+            for (int v = 0; v < row_vectors; v++) w[v] = b_load(codes + v * lanes * tile_depth + k * lanes);
+            for (int t = 0; t < tokens; t++) {
+                B x = b_broadcast(q + t * a.stride + g * group + k);
+                for (int v = 0; v < row_vectors; v++)
+                    d[v][t] = eight ? dot8_rows(d[v][t], w[v], x) : dot_rows(d[v][t], w[v], x);
+            }
+        }
+        for (int v = 0; v < row_vectors; v++) {
+            F s = f_load(tile.scales[g] + v * lanes), b = f_load(tile.biases[g] + v * lanes);
+            for (int t = 0; t < tokens; t++) {
+                int64_t i = at + t * a.groups + g;
+                F product = f_mul(s, f_set(a.scales[i]));
+                acc[v][t] = f_fma(i_float(d[v][t]), product, acc[v][t]);
+                acc[v][t] = f_fma(b, f_set(a.sums[i]), acc[v][t]);
+            }
+        }
+    }
+    for (int v = 0; v < row_vectors; v++)
+        for (int t = 0; t < tokens; t++) f_store_some(y + t * stride + v * lanes, acc[v][t], rows - v * lanes);
+}
+
+template <bool eight>
+void multiply_tokens(const Tile& tile, const Activations& a, int group, int64_t c, int n, int64_t t0, int64_t t1,
+                     int rows, float* y, int64_t stride) {
+    bool first = c == 0;
+    int64_t t = t0;
+    for (; t + tile_tokens <= t1; t += tile_tokens)
+        multiply<tile_tokens, eight>(tile, a, group, c, n, t, first, rows, y + t * stride, stride);
+    for (; t + 2 <= t1; t += 2) multiply<2, eight>(tile, a, group, c, n, t, first, rows, y + t * stride, stride);
+    for (; t < t1; t++) multiply<1, eight>(tile, a, group, c, n, t, first, rows, y + t * stride, stride);
+}
+
+// The tile of a plain matrix: [depth][row] as float.
+struct PlainTile {
+    alignas(64) float values[plain_tile_depth][tile_rows];
+};
+
+void unpack_plain(const Matrix& w, int64_t row, int64_t row1, int64_t c, int n, PlainTile& tile) {
+    alignas(64) float rows[lanes][plain_tile_depth];
+    for (int v = 0; v < row_vectors; v++) {
+        for (int r = 0; r < lanes; r++) {
+            int64_t at = row + v * lanes + r;
+            for (int i = 0; i < n; i += lanes) {
+                int some = n - i < lanes ? n - i : lanes;
+                f_store(rows[r] + i, at < row1 ? widen_some(w.data, w.type, at * w.in + c + i, some) : f_zero());
+            }
+        }
+        for (int i = 0; i < n; i += lanes) {
+            F columns[lanes];
+            f_transpose(rows[0] + i, plain_tile_depth, columns);
+            for (int j = 0; j < lanes; j++) f_store(tile.values[i + j] + v * lanes, columns[j]);
+        }
+    }
+}
+
+template <int tokens>
+void multiply_plain(const PlainTile& tile, const Activations& a, int64_t c, int n, int64_t t0, int rows, float* y,
+                    int64_t stride) {
+    F acc[row_vectors][tokens];
+    for (int v = 0; v < row_vectors; v++)
+        for (int t = 0; t < tokens; t++)
+            acc[v][t] = c == 0 ? f_zero() : f_load_some(y + t * stride + v * lanes, rows - v * lanes);
+    const float* x = a.values + t0 * a.in + c;
+    for (int k = 0; k < n; k++) {
+        F w[row_vectors];
+        for (int v = 0; v < row_vectors; v++) w[v] = f_load(tile.values[k] + v * lanes);
+        for (int t = 0; t < tokens; t++) {
+            F value = f_set(x[t * a.in + k]);
+            for (int v = 0; v < row_vectors; v++) acc[v][t] = f_fma(w[v], value, acc[v][t]);
+        }
+    }
+    for (int v = 0; v < row_vectors; v++)
+        for (int t = 0; t < tokens; t++) f_store_some(y + t * stride + v * lanes, acc[v][t], rows - v * lanes);
+}
+
+void gemm_plain(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, int64_t t0, int64_t t1, float* y,
+                int64_t stride) {
+    PlainTile tile;
+    for (int64_t row = row0; row < row1; row += tile_rows) {
+        int rows = row1 - row < tile_rows ? int(row1 - row) : tile_rows;
+        for (int64_t c = 0; c < w.in; c += plain_tile_depth) {
+            int n = w.in - c < plain_tile_depth ? int(w.in - c) : plain_tile_depth;
+            unpack_plain(w, row, row1, c, n, tile);
+            int64_t t = t0;
+            for (; t + tile_tokens <= t1; t += tile_tokens)
+                multiply_plain<tile_tokens>(tile, a, c, n, t, rows, y + t * stride + row, stride);
+            for (; t < t1; t++) multiply_plain<1>(tile, a, c, n, t, rows, y + t * stride + row, stride);
+        }
+    }
+}
+
+void gemm(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, int64_t t0, int64_t t1, float* y,
+          int64_t stride) {
+    if (w.bits == 0) return gemm_plain(w, a, row0, row1, t0, t1, y, stride);
+    Tile tile;
+    for (int64_t row = row0; row < row1; row += tile_rows) {
+        int rows = row1 - row < tile_rows ? int(row1 - row) : tile_rows;
+        for (int64_t c = 0; c < w.in; c += tile_depth) {
+            int n = w.in - c < tile_depth ? int(w.in - c) : tile_depth;
+            unpack_tile(w, row, row1, c, n, tile);
+            auto tokens = w.bits == 8 ? multiply_tokens<true> : multiply_tokens<false>;
+            tokens(tile, a, w.group, c, n, t0, t1, rows, y + row, stride);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace edgeq

@@ -1,0 +1,205 @@
+#include "kernels/linear.h"
+
+#include <algorithm>
+#include <cassert>
+#include <cstring>
+#include <vector>
+
+#include "kernels/isa.h"
+#include "kernels/threads.h"
+
+namespace edgeq {
+namespace {
+
+// --- quantized activations -------------------------------------------------------------------------------------------
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// One quantization of an input; several matrices may use it.
+struct Quantized {
+    int group;
+    Order order;
+    Activations a;
+    std::vector<char> memory;
+
+    bool serves(const Matrix& w, Order needed) const { return w.bits && w.group == group && order == needed; }
+};
+
+void quantize(const float* x, int64_t tokens, int64_t in, int group, Order order, Quantized& result) {
+    Activations& a = result.a;
+    a = {x, nullptr, nullptr, nullptr, nullptr, tokens, in, round_up(in, order_block), round_up(in / group, 16)};
+    result.group = group;
+    result.order = order;
+    const int64_t codes = tokens * a.stride, numbers = tokens * a.groups * 4;
+    result.memory.resize(codes + 3 * numbers + 64);
+    char* p = result.memory.data() + (64 - reinterpret_cast<uintptr_t>(result.memory.data()) % 64) % 64;
+    auto* q = reinterpret_cast<int8_t*>(p);
+    auto* scales = reinterpret_cast<float*>(p + codes);
+    auto* sums = reinterpret_cast<float*>(p + codes + numbers);
+    auto* totals = reinterpret_cast<int32_t*>(p + codes + 2 * numbers);
+    a.codes = q, a.scales = scales, a.sums = sums, a.totals = totals;
+
+    const bool padded = a.stride != in || a.groups != in / group;
+    const LinearKernels& kernels = linear_kernels();
+    auto rows = [&](int64_t t0, int64_t t1) {
+        for (int64_t t = t0; t < t1; t++) {
+            if (padded) {
+                std::memset(q + t * a.stride, 0, a.stride);
+                for (void* row : {(void*)(scales + t * a.groups), (void*)(sums + t * a.groups),
+                                  (void*)(totals + t * a.groups)})
+                    std::memset(row, 0, a.groups * 4);
+            }
+            kernels.quantize(x + t * in, in, group, order, q + t * a.stride, scales + t * a.groups,
+                             sums + t * a.groups, totals + t * a.groups);
+        }
+    };
+    const int64_t piece = std::max<int64_t>(1, 65536 / in);  // tokens; some 10 microseconds
+    if (tokens <= piece) return rows(0, tokens);
+    parallel_for(int((tokens + piece - 1) / piece), [&](int i) { rows(i * piece, std::min(tokens, (i + 1) * piece)); });
+}
+
+// Scratch of the calling thread, kept from call to call. It holds one int8 copy of the largest input per layout.
+thread_local std::vector<Quantized> scratch;
+
+const Activations* quantized_for(const Matrix& w, Order order, const float* x, int64_t tokens, size_t& used) {
+    for (size_t i = 0; i < used; i++)
+        if (scratch[i].serves(w, order)) return &scratch[i].a;
+    assert(used < scratch.size());
+    quantize(x, tokens, w.in, w.group, order, scratch[used]);
+    return &scratch[used++].a;
+}
+
+// --- pieces of work --------------------------------------------------------------------------------------------------
+
+// The part of one matrix that a piece works on: rows [i * rows, (i + 1) * rows) by a block of tokens.
+struct Job {
+    const Matrix* w;
+    const Activations* a;
+    float* y;
+    int64_t rows;  // in a piece
+    int row_pieces, first_piece;
+};
+
+constexpr int64_t token_block = 512;  // of a gemm piece: its activations stay in the second-level cache
+
+// Bytes of weights in a piece of gemv: 8 pieces for a thread, no smaller than what a thread streams in a microsecond.
+int64_t gemv_piece_nbytes(const Matrix* ws, int count) {
+    int64_t nbytes = 0;
+    for (int i = 0; i < count; i++) nbytes += ws[i].out * int64_t(row_nbytes(ws[i]));
+    return std::clamp<int64_t>(nbytes / (8 * thread_count()), 16 << 10, 256 << 10);
+}
+
+}  // namespace
+
+size_t type_size(Type type) { return type == Type::f32 ? 4 : 2; }
+
+size_t row_nbytes(const Matrix& w) { return w.bits ? size_t(w.in) * w.bits / 8 : size_t(w.in) * type_size(w.type); }
+
+const LinearKernels& linear_kernels() {
+    switch (active_isa()) {
+#if defined(__x86_64__)
+        case Isa::avx2: return linear_avx2;
+        case Isa::avxvnni: return linear_avxvnni;
+        case Isa::avx512vnni: return linear_avx512vnni;
+#elif defined(__aarch64__)
+        case Isa::neon: return linear_neon;
+        case Isa::neon_dotprod: return linear_neon_dotprod;
+        case Isa::neon_i8mm: return linear_neon_i8mm;
+#endif
+        default: return linear_scalar;
+    }
+}
+
+void linears(const float* x, int64_t tokens, const Matrix* ws, int count, float* const* ys) {
+    if (tokens == 0 || count == 0) return;
+    const LinearKernels& kernels = linear_kernels();
+    const bool few = tokens <= gemv_tokens;
+    const Activations plain = {x, nullptr, nullptr, nullptr, nullptr, tokens, ws[0].in, 0, 0};
+    const int64_t piece_nbytes = few ? gemv_piece_nbytes(ws, count) : 0;
+    const int token_pieces = few ? 1 : int((tokens + token_block - 1) / token_block);
+
+    if (int(scratch.size()) < count) scratch.resize(count);
+    std::vector<Job> jobs(count);
+    size_t used = 0;
+    int pieces = 0;
+    for (int i = 0; i < count; i++) {
+        const Matrix& w = ws[i];
+        assert(w.in == ws[0].in);
+        Order order = few && w.bits == 4 ? Order::even_odd : Order::natural;
+        Job& job = jobs[i];
+        job.w = &w;
+        job.a = w.bits ? quantized_for(w, order, x, tokens, used) : &plain;
+        job.y = ys[i];
+        job.rows = few ? std::max<int64_t>(1, piece_nbytes / int64_t(row_nbytes(w))) : kernels.gemm_rows;
+        job.row_pieces = int((w.out + job.rows - 1) / job.rows);
+        job.first_piece = pieces;
+        pieces += job.row_pieces * token_pieces;
+    }
+    parallel_for(pieces, [&](int piece) {
+        int i = count - 1;
+        while (jobs[i].first_piece > piece) i--;
+        const Job& job = jobs[i];
+        const int at = piece - job.first_piece;
+        const int64_t row0 = at % job.row_pieces * job.rows, row1 = std::min(job.w->out, row0 + job.rows);
+        if (few) return kernels.gemv(*job.w, *job.a, row0, row1, job.y, job.w->out);
+        const int64_t t0 = at / job.row_pieces * token_block, t1 = std::min(tokens, t0 + token_block);
+        kernels.gemm(*job.w, *job.a, row0, row1, t0, t1, job.y, job.w->out);
+    });
+}
+
+// --- embedding -------------------------------------------------------------------------------------------------------
+
+namespace {
+
+float value_at(const void* p, Type type, int64_t i) {
+    if (type == Type::f32) return static_cast<const float*>(p)[i];
+    uint16_t half = static_cast<const uint16_t*>(p)[i];
+    uint32_t sign = uint32_t(half >> 15) << 31, exponent = half >> 10 & 31, fraction = half & 1023;
+    uint32_t bits = uint32_t(half) << 16;
+    if (type == Type::f16) {
+        if (exponent == 0) {  // zero and subnormals: fraction * 2^-24
+            float value = float(fraction) * 0x1p-24f;
+            return sign ? -value : value;
+        }
+        bits = sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
+    }
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+void dequantize_row(const Matrix& w, int64_t row, float* y) {
+    const auto* src = static_cast<const uint8_t*>(w.data) + row * int64_t(row_nbytes(w));
+    const int64_t groups = w.in / w.group;
+    const uint32_t mask = (1u << w.bits) - 1;
+    uint64_t window = 0;
+    int held = 0;  // bits in the window
+    for (int64_t g = 0; g < groups; g++) {
+        float scale = value_at(w.scales, w.type, row * groups + g), bias = value_at(w.biases, w.type, row * groups + g);
+        for (int i = 0; i < w.group; i++) {
+            if (held < w.bits) {
+                window |= uint64_t(*src++) << held;
+                held += 8;
+            }
+            y[g * w.group + i] = scale * float(window & mask) + bias;
+            window >>= w.bits;
+            held -= w.bits;
+        }
+    }
+}
+
+}  // namespace
+
+void embed(const Matrix& table, const int32_t* ids, int64_t count, float* y) {
+    auto row = [&](int64_t i) {
+        float* out = y + i * table.in;
+        if (table.bits) return dequantize_row(table, ids[i], out);
+        for (int64_t c = 0; c < table.in; c++) out[c] = value_at(table.data, table.type, ids[i] * table.in + c);
+    };
+    const int64_t piece = 8;
+    parallel_for(int((count + piece - 1) / piece), [&](int p) {
+        for (int64_t i = p * piece; i < std::min(count, (p + 1) * piece); i++) row(i);
+    });
+}
+
+}  // namespace edgeq

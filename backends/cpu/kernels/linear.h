@@ -1,0 +1,27 @@
+// Products with matrices, quantized or not: what the rest of the backend calls.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/kernels.h"
+
+namespace edgeq {
+
+size_t type_size(Type type);
+
+// Bytes of a row of codes or values.
+size_t row_nbytes(const Matrix& w);
+
+// ys[i] [tokens, ws[i].out] = x [tokens, in] @ ws[i]^T; all matrices have x's width. One quantization of x and one
+// call of the thread pool for all of them.
+void linears(const float* x, int64_t tokens, const Matrix* ws, int count, float* const* ys);
+
+// y [count, in]: rows `ids` of the matrix as float32; for quantized ones scale * code + bias in float32, rounded
+// twice, which is what edgeq.quant.affine.dequantize computes. Every id is below table.out.
+void embed(const Matrix& table, const int32_t* ids, int64_t count, float* y);
+
+// The active instruction set's table.
+const LinearKernels& linear_kernels();
+
+}  // namespace edgeq

@@ -1,0 +1,267 @@
+// kernels_test: every instruction set that this machine has against scalar, and the thread pool. No Python.
+//
+// Integer parts must be equal: with scales that are powers of two and biases that are small multiples of them, every
+// float on the way is exact, so equal integers give equal results and nothing else does. Float parts: NMSE = sum of
+// squared differences over sum of squares, at most 1e-12: sums of up to 72 terms in another order, float32.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "kernels/isa.h"
+#include "kernels/linear.h"
+#include "kernels/threads.h"
+
+using namespace edgeq;
+
+namespace {
+
+int failures = 0;
+
+void check(bool right, const char* what, const char* isa, const char* detail) {
+    if (right) return;
+    failures++;
+    std::printf("FAILED %s: %s %s\n", isa, what, detail);
+}
+
+constexpr double largest_nmse = 1e-12;
+
+double nmse(const std::vector<float>& expected, const std::vector<float>& found) {
+    double error = 0, power = 0;
+    for (size_t i = 0; i < expected.size(); i++) {
+        double d = double(expected[i]) - found[i];
+        error += d * d;
+        power += double(expected[i]) * expected[i];
+    }
+    return error == 0 ? 0 : error / power;
+}
+
+uint16_t to_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return uint16_t(bits >> 16);
+}
+
+// Cuts off what half precision cannot hold; its subnormals become zero.
+uint16_t to_f16(float x) {
+    if (std::fabs(x) < 0x1p-14f) return 0;
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return uint16_t((bits >> 16 & 0x8000) | (((bits >> 23 & 255) - 112) << 10) | (bits >> 13 & 1023));
+}
+
+// A matrix that ends exactly where its memory ends, so that a sanitizer sees any read beyond it.
+struct TestMatrix {
+    std::vector<char> data, scales, biases;
+    Matrix w;
+
+    static std::vector<char> store(const std::vector<float>& values, Type type) {
+        std::vector<char> bytes(values.size() * type_size(type));
+        for (size_t i = 0; i < values.size(); i++) {
+            if (type == Type::f32) {
+                std::memcpy(&bytes[4 * i], &values[i], 4);
+            } else {
+                uint16_t half = type == Type::f16 ? to_f16(values[i]) : to_bf16(values[i]);
+                std::memcpy(&bytes[2 * i], &half, 2);
+            }
+        }
+        return bytes;
+    }
+
+    // exact: scales and biases are powers of two.
+    TestMatrix(int64_t out, int64_t in, int bits, int group, Type type, bool exact, std::mt19937& random) {
+        std::uniform_real_distribution<float> uniform(0.5f, 2.0f);
+        auto number = [&] { return exact ? std::ldexp(1.0f, int(random() % 3) - 1) : uniform(random); };
+        if (bits) {
+            data.resize(out * in * bits / 8);
+            for (auto& byte : data) byte = char(random());
+            std::vector<float> s(out * (in / group)), b(s.size());
+            for (auto& x : s) x = number() / 8;
+            for (auto& x : b) x = -number();
+            scales = store(s, type);
+            biases = store(b, type);
+        } else {
+            std::vector<float> values(out * in);
+            for (auto& x : values) x = number() - 1;
+            data = store(values, type);
+        }
+        w = {data.data(), scales.data(), biases.data(), out, in, bits, group, type};
+    }
+};
+
+// exact: every group's largest magnitude is 127 / 16, so that its scale is a power of two.
+std::vector<float> make_input(int64_t tokens, int64_t in, bool exact, std::mt19937& random) {
+    std::normal_distribution<float> normal;
+    std::vector<float> x(tokens * in);
+    for (size_t i = 0; i < x.size(); i++)
+        x[i] = !exact ? normal(random) : i % 32 == 7 ? 127 / 16.0f : float(int(random() % 255) - 127) / 16;
+    return x;
+}
+
+std::vector<float> product(const char* isa, const TestMatrix& m, const std::vector<float>& x, int64_t tokens) {
+    set_isa(isa);
+    std::vector<float> y(tokens * m.w.out, NAN);
+    float* ys = y.data();
+    linears(x.data(), tokens, &m.w, 1, &ys);
+    return y;
+}
+
+void test_matrix(const char* isa, int64_t out, int64_t in, int bits, int group, Type type, int64_t tokens) {
+    std::mt19937 random(unsigned(out + in + bits + group + tokens));
+    char detail[160];
+    for (bool exact : {true, false}) {
+        TestMatrix m(out, in, bits, group, type, exact, random);
+        auto x = make_input(tokens, in, exact, random);
+        auto expected = product("scalar", m, x, tokens), found = product(isa, m, x, tokens);
+        double error = nmse(expected, found);
+        std::snprintf(detail, sizeof detail, "[%ld, %ld] bits %d group %d type %d tokens %ld: nmse %g", long(out),
+                      long(in), bits, group, int(type), long(tokens), error);
+        if (exact && bits) check(expected == found, "integer part", isa, detail);
+        check(error <= largest_nmse, "float part", isa, detail);
+    }
+}
+
+void test_matrices(const char* isa) {
+    for (int bits : {2, 3, 4, 5, 6, 8})
+        for (int group : {32, 64, 128})
+            for (int64_t tokens : {1, 2, 3, 4, 5, 13})
+                for (int64_t in : {1, 3, 17}) test_matrix(isa, 37, in * group, bits, group, Type::bf16, tokens);
+    for (Type type : {Type::f32, Type::f16, Type::bf16}) {
+        test_matrix(isa, 5, 640, 4, 64, type, 1);
+        test_matrix(isa, 5, 640, 4, 64, type, 9);
+        for (int64_t in : {1, 31, 64, 301})
+            for (int64_t tokens : {1, 4, 11}) test_matrix(isa, 35, in, 0, 0, type, tokens);
+    }
+    test_matrix(isa, 1, 64, 4, 64, Type::bf16, 1);
+    test_matrix(isa, 70, 1024, 4, 64, Type::bf16, 600);  // more than one block of tokens
+}
+
+void test_quantize(const char* isa) {
+    std::mt19937 random(3);
+    const int64_t n = 384;
+    for (int group : {32, 64, 128})
+        for (Order order : {Order::natural, Order::even_odd})
+            for (int kind = 0; kind < 4; kind++) {
+                auto x = make_input(1, n, false, random);
+                for (auto& v : x) v *= kind == 1 ? 0 : kind == 2 ? 1e-38f : 1;
+                if (kind == 3) x[200] = INFINITY;
+                struct Result {
+                    int8_t codes[n] = {};
+                    float scales[n / 32] = {}, sums[n / 32] = {};
+                    int32_t totals[n / 32] = {};
+                } results[2];
+                for (int i = 0; i < 2; i++) {
+                    set_isa(i ? isa : "scalar");
+                    auto& r = results[i];
+                    linear_kernels().quantize(x.data(), n, group, order, r.codes, r.scales, r.sums, r.totals);
+                    if (kind == 3) {  // what a group with an infinity gives is not defined, except that it shows
+                        check(!std::isfinite(r.scales[200 / group]), "infinity must show", isa, "");
+                        int64_t first = 200 / 128 * 128;
+                        std::memset(r.codes + first, 0, 128);
+                        r.scales[200 / group] = r.sums[200 / group] = 0;
+                        r.totals[200 / group] = 0;
+                    }
+                }
+                check(std::memcmp(&results[0], &results[1], sizeof results[0]) == 0, "quantize", isa, "");
+            }
+}
+
+void test_several(const char* isa) {
+    std::mt19937 random(5);
+    for (int64_t tokens : {1, 7}) {
+        TestMatrix a(33, 256, 4, 64, Type::bf16, true, random), b(65, 256, 8, 32, Type::f16, true, random),
+            c(16, 256, 0, 0, Type::bf16, true, random), d(40, 256, 4, 64, Type::f32, true, random);
+        auto x = make_input(tokens, 256, true, random);
+        std::vector<float> ya(33 * tokens), yb(65 * tokens), yc(16 * tokens), yd(40 * tokens);
+        float* ys[] = {ya.data(), yb.data(), yc.data(), yd.data()};
+        Matrix ws[] = {a.w, b.w, c.w, d.w};
+        set_isa(isa);
+        linears(x.data(), tokens, ws, 4, ys);
+        check(ya == product(isa, a, x, tokens) && yb == product(isa, b, x, tokens) &&
+                  yc == product(isa, c, x, tokens) && yd == product(isa, d, x, tokens),
+              "several matrices", isa, "");
+    }
+}
+
+void test_pool() {
+    for (int threads : {1, 2, 3, 4, 7}) {
+        set_thread_count(threads);
+        for (int pieces : {0, 1, 2, 3, 5, 64, 1000}) {
+            for (int repeat = 0; repeat < 50; repeat++) {
+                std::vector<std::atomic<int>> done(pieces);
+                parallel_for(pieces, [&](int i) { done[i]++; });
+                bool once = true;
+                for (auto& d : done) once = once && d == 1;
+                check(once, "every piece once", "pool", "");
+            }
+        }
+    }
+    std::atomic<int> sum{0};
+    parallel_for(8, [&](int) { parallel_for(10, [&](int i) { sum += i; }); });
+    check(sum == 8 * 45, "nested", "pool", "");
+
+    std::atomic<int> total{0};
+    std::vector<std::thread> callers;
+    for (int i = 0; i < 3; i++)
+        callers.emplace_back([&] {
+            for (int j = 0; j < 200; j++) parallel_for(20, [&](int) { total++; });
+        });
+    for (auto& caller : callers) caller.join();
+    check(total == 3 * 200 * 20, "several callers", "pool", "");
+
+    for (int i = 0; i < 3; i++) {  // with a pause the threads sleep
+        std::this_thread::sleep_for(std::chrono::milliseconds(2));
+        std::atomic<int> n{0};
+        parallel_for(16, [&](int) { n++; });
+        check(n == 16, "after sleep", "pool", "");
+    }
+}
+
+void test_fork() {
+    pid_t child = fork();
+    if (child == 0) {
+        std::atomic<int> n{0};
+        parallel_for(100, [&](int) { n++; });
+        _exit(n == 100 ? 0 : 1);
+    }
+    int status = -1;
+    waitpid(child, &status, 0);
+    check(status == 0, "fork", "pool", "");
+}
+
+void test_forcing() {
+    bool unknown = false;
+    try {
+        set_isa("mmx");
+    } catch (const std::exception&) {
+        unknown = true;
+    }
+    check(unknown, "an unknown set is an error", "dispatch", "");
+}
+
+}  // namespace
+
+int main() {
+    std::printf("dispatch chooses %s\n", isa_name(active_isa()));
+    test_pool();
+    test_fork();
+    test_forcing();
+    set_thread_count(2);
+    for (int i = 0; i < isa_count; i++) {
+        Isa isa = static_cast<Isa>(i);
+        if (!isa_supported(isa)) continue;
+        int before = failures;
+        test_quantize(isa_name(isa));
+        test_matrices(isa_name(isa));
+        test_several(isa_name(isa));
+        std::printf("%s: %s\n", isa_name(isa), failures == before ? "ok" : "FAILED");
+    }
+    return failures ? 1 : 0;
+}
