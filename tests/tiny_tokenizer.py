@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 BPE_TOKENS = 1024
 IM_START, IM_END, END_OF_TEXT = BPE_TOKENS + 1, BPE_TOKENS + 2, BPE_TOKENS
 THINK, THINK_END = BPE_TOKENS + 24, BPE_TOKENS + 25
@@ -44,8 +46,9 @@ men say small every found still between name should home big give air line set o
 along while might next sound below saw something thought both few those always looked show large often together asked
 house world going want school important until form food keep children feet land side without boy once animals enough
 took sometimes four head above kind began almost live page got earth need far hand high year mother light parts
-question answer hello system user assistant model token return function value string number integer class import print
-für über größe naïve café señor año été garçon мир слово привет вода 中文 你好 世界 日本語 テスト مرحبا שלום नमस्ते 안녕 😀 🚀
+question answer hello system user assistant model token return function value string number integer
+class import print für
+über größe naïve café señor año été garçon мир слово привет вода 中文 你好 世界 日本語 テスト مرحبا שלום नमस्ते 안녕 😀
 """)
 
 TEMPLATE = """\
@@ -110,6 +113,17 @@ def build_tiny_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_spec(), ensure_ascii=False), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(), indent=2), encoding="utf-8")
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+
+
+def link_real_tokenizer(folder: Path, size: str = "0.8b") -> None:
+    """Put the hub's tokenizer files of a model size into `folder`; skips the test where they are not at hand."""
+    shared = Path(__file__).resolve().parents[2] / "shared"
+    if not (shared / "assets" / "tokenizer.json").is_file():
+        pytest.skip("needs the real tokenizer in ../shared")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").symlink_to(shared / "assets" / "tokenizer.json")
+    for name in ("tokenizer_config.json", "chat_template.jinja", "config.json"):
+        (folder / name).symlink_to(shared / "qwen3.5" / size / name)
 
 
 def tokenizer_spec() -> dict:

@@ -10,7 +10,7 @@ their operands (formatting with widths, padding, powers, most of Jinja's filters
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from functools import wraps
 from typing import Any, NoReturn
@@ -26,7 +26,8 @@ from jinja2.visitor import NodeTransformer
 
 __all__ = ["MAX_OUTPUT", "MAX_SOURCE", "Sandbox"]
 
-FUEL = 100_000_000  # characters handled and syntax nodes run: a few seconds at worst, a million times a usual turn
+FUEL = 1 << 26  # characters handled, syntax nodes run: a second or two at worst, ten thousand times a usual turn
+_OPERATION = 50  # what any operation costs, in characters
 MAX_SOURCE = 1 << 18  # characters of a template; the family's have 8,000
 MAX_OUTPUT = 1 << 24  # characters of a rendering; a full context is some 10^6
 _MAX_INT_BITS = 1024
@@ -42,11 +43,12 @@ _SHALLOW_FILTERS = _names(
 )
 _DEEP_FILTERS = _names("capitalize dictsort e escape lower max min sort string title trim unique upper")
 _FREE_TESTS = _names(
-    "boolean callable defined false filter float integer iterable mapping none number sequence string test true undefined"
+    "boolean callable defined false filter float integer iterable mapping none number sequence string test true "
+    "undefined"
 )
 _DEEP_TESTS = _names("!= < <= == > >= eq equalto ge greaterthan gt in le lessthan lower lt ne sameas upper")
 
-_METHODS = {
+_METHODS: dict[type[Any], frozenset[str]] = {
     str: _names(
         "capitalize count endswith find index isalnum isalpha isdigit islower isnumeric isspace isupper join lower "
         "lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split splitlines "
@@ -95,7 +97,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if len(source) > MAX_SOURCE:
             raise SecurityError(f"it has {len(source)} characters, expected at most {MAX_SOURCE}")
         tree = self.parse(source)
-        self._step = sum(1 for _ in tree.find_all(nodes.Node))
+        self._step = _OPERATION + sum(1 for _ in tree.find_all(nodes.Node))  # no iteration or call runs more than all
         return jinja2.Template.from_code(self, self.compile(_Metering().visit(tree)), self.make_globals(None))
 
     def refuel(self) -> None:
@@ -116,7 +118,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         while stack:
             item = stack.pop()
             self.pay_length(item)
-            if isinstance(item, Mapping):
+            if isinstance(item, dict):
                 stack += item.keys()
                 stack += item.values()
             elif isinstance(item, list | tuple):
@@ -126,7 +128,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Pay for the characters or elements of `value` itself."""
         if isinstance(value, int) and value.bit_length() > _MAX_INT_BITS:
             raise SecurityError("it computes with absurdly large numbers")
-        self.spend(1 + (len(value) if isinstance(value, str | list | tuple | range | Mapping) else 0))
+        self.spend(_OPERATION + (len(value) if isinstance(value, str | list | tuple | dict | range) else 0))
 
     def text(self, value: object) -> str:
         """`value` as the template prints it, paid for."""
@@ -176,9 +178,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """No str.format: is_safe_attribute then refuses it like any other method that is not listed."""
 
     def _metered(self, function: Callable[..., Any], pay: Callable[[object], None]) -> Callable[..., Any]:
-        @wraps(function)  # also carries over Jinja's marks for functions that want the context
+        first = 1 if hasattr(function, "jinja_pass_arg") else 0  # such functions are handed the context first
+
+        @wraps(function)  # carries over that mark
         def metered(*args: Any, **kwargs: Any) -> Any:
-            for value in (*args, *kwargs.values()):
+            for value in (*args[first:], *kwargs.values()):
                 pay(value)
             result = function(*args, **kwargs)
             self.pay_length(result)

@@ -129,7 +129,7 @@ class Tokenizer:
         name = config.get("eos_token")
         if isinstance(name, Mapping):
             name = name.get("content")
-        if name is not None and name not in self._control:
+        if name is not None and not (isinstance(name, str) and name in self._control):
             raise ModelError(f"tokenizer_config.json: eos_token is {name!r}, which is not a control token")
         names = dict.fromkeys([name, "<|endoftext|>"])
         return tuple(self._control[name] for name in names if name in self._control)
