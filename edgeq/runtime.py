@@ -107,7 +107,8 @@ class Model:
 
     def _run(self, tokens: NDArray[np.int32], state: State[Any]) -> tuple[Any, State[Any]]:
         batch = text.text_batch([tokens], [state])
-        hidden, states = text.forward(self.ops, self.config.text, self._weights, batch, [state])
+        with np.errstate(all="ignore"):  # a damaged checkpoint shows in its logits, in one clear message
+            hidden, states = text.forward(self.ops, self.config.text, self._weights, batch, [state])
         return hidden, states[0][-1]
 
     def _last_logits(self, hidden: Any) -> Float32:

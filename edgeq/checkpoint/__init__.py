@@ -6,13 +6,19 @@ from pathlib import Path
 
 from edgeq.checkpoint.base import Checkpoint, Storage
 from edgeq.checkpoint.folder import FolderCheckpoint
+from edgeq.checkpoint.gguf import GGUFCheckpoint
 from edgeq.errors import ModelError
 
-__all__ = ["Checkpoint", "FolderCheckpoint", "Storage", "open_checkpoint"]
+__all__ = ["Checkpoint", "FolderCheckpoint", "GGUFCheckpoint", "Storage", "open_checkpoint"]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint folder and check everything about it but the values."""
+    """Open a checkpoint folder or a GGUF file and check everything about it but the values."""
     if path.is_dir():
         return FolderCheckpoint(path)
-    raise ModelError(f"{path} is not a checkpoint folder", hint="give a folder with config.json and safetensors files")
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        return GGUFCheckpoint(path)
+    raise ModelError(
+        f"{path} is neither a checkpoint folder nor a .gguf file",
+        hint="give a folder with config.json and safetensors files, or a .gguf file",
+    )

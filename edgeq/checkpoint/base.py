@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -54,6 +54,10 @@ class Checkpoint(ABC):
     @abstractmethod
     def template(self) -> ChatTemplate | None:
         """The checkpoint's chat template; None if it has none."""
+
+    @abstractmethod
+    def tokenizer_files(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """The contents of tokenizer.json and tokenizer_config.json, stored so or not; None if there is no tokenizer."""
 
     def text_weights(self) -> TextWeights[Array]:
         """The language model's weights."""

@@ -146,6 +146,11 @@ class FolderCheckpoint(Checkpoint):
             return ChatTemplate.from_folder(self.path)
         return None
 
+    def tokenizer_files(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        if not (self.path / "tokenizer.json").exists():
+            return None
+        return read_json(self.path / "tokenizer.json"), read_json(self.path / "tokenizer_config.json")
+
     def drop_pages(self) -> None:
         """Let the system forget the pages read so far (they count as this process's memory until it does)."""
         for file in self.files:
@@ -302,12 +307,12 @@ def _file_shape(spec: TensorSpec, layout: Layout) -> tuple[int, ...]:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The index names the files, if there is one; else they are the folder's."""
+    """The index names the files; without one they are the folder's model*.safetensors, as everywhere in this field."""
     index = path / "model.safetensors.index.json"
     if not index.exists():
-        files = sorted(path.glob("*.safetensors"))
+        files = sorted(path.glob("model*.safetensors"))
         if not files:
-            raise ModelError(f"{path} holds no .safetensors files", hint="is this a complete checkpoint folder?")
+            raise ModelError(f"{path} holds no model*.safetensors files", hint="is this a complete checkpoint folder?")
         return files
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):

@@ -21,7 +21,7 @@ import numpy as np
 from edgeq.bf16 import Array
 from edgeq.errors import ModelError
 
-__all__ = ["DTYPES", "SafetensorsFile", "SafetensorsWriter", "TensorInfo", "dtype_name"]
+__all__ = ["DTYPES", "SafetensorsFile", "SafetensorsWriter", "TensorInfo", "dtype_name", "map_file"]
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -58,7 +58,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._map = _map_file(path)
+        self._map = map_file(path)
         header, self._data_start = self._read_header()
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         self.tensors = {name: self._tensor_info(name, entry) for name, entry in header.items()}
@@ -128,7 +128,7 @@ class SafetensorsFile:
             raise self._error(f"the tensors need {end:,} bytes, the file holds {have:,}")
 
 
-def _map_file(path: Path) -> mmap.mmap:
+def map_file(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -78,7 +78,8 @@ def _model(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "path": str(checkpoint.path),
         "format": checkpoint.format,
-        "language model": f"{weights / 1e6:,.1f} M parameters, {nbytes / 1e6:,.1f} MB, {8 * nbytes / weights:.3f} bits each",
+        "language model": f"{weights / 1e6:,.1f} M parameters in {nbytes / 1e6:,.1f} MB",
+        "bits per weight": f"{8 * nbytes / weights:.3f}, every byte of the language model counted",
         "layers": f"{kinds['linear_attention']} Gated DeltaNet, {kinds['full_attention']} gated attention",
         "hidden size": text.hidden_size,
         "attention heads": f"{text.num_attention_heads} ({text.num_key_value_heads} KV) x {text.head_dim}",

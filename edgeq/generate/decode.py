@@ -81,7 +81,7 @@ class Decoding:
         reply = Decoding(engine, prompt_ids, sampler, eos_ids={248044, 248046})
         for token in reply:
             ...                                            # leaving early is fine
-        reply.finish, reply.pending
+        reply.finish, reply.reply_ids, reply.pending
 
     **Ends** with the first of `eos_ids` in the answer, `max_tokens` of the answer, a loop in the answer, or a full
     context (see `Finish.reason`); or when the consumer stops asking (INTERRUPTED), or calls `stop` with a reason that
@@ -92,8 +92,8 @@ class Decoding:
     is one block: after its end, or if `<think>` never comes, everything is answer. `starts_in_thinking`: the prompt
     ends inside the block.
 
-    **State.** The engine's context is what it held before, the prompt, and every token yielded, less `pending`: usually
-    the last token, which no one needed the logits of. A next turn starts with `pending`.
+    **State.** The engine's context is what it held before, the prompt and `reply_ids`, less `pending`: usually the last
+    token, which no one needed the logits of. A next turn starts with `pending`.
 
     Raises UsageError for an empty prompt, MemoryBudgetError for one that leaves no room for a reply, before any work.
     """
@@ -118,6 +118,7 @@ class Decoding:
         self._think = think
         self._guard = LoopGuard() if sampler.settings.loop_guard else None
         self._start = engine.position
+        self._prompt_length = len(prompt_ids)
         self._ids = list(prompt_ids)
         self._thinking = starts_in_thinking
         self._may_think = think is not None and not starts_in_thinking
@@ -137,6 +138,11 @@ class Decoding:
                 yield from self._close_thinking(StopReason.STOP_TOKEN)
             else:
                 yield self._take(token)
+
+    @property
+    def reply_ids(self) -> tuple[int, ...]:
+        """Ids of the reply so far: those yielded, and after Ctrl-C perhaps one that was just about to be."""
+        return tuple(self._ids[self._prompt_length :])
 
     @property
     def pending(self) -> tuple[int, ...]:

@@ -1,0 +1,268 @@
+"""GGUF files, memory-mapped: the container, whatever the model in it.
+
+A file is the magic, a version, the numbers of tensors and of metadata entries, the entries, the tensors' names,
+shapes, types and offsets, then, aligned, their data (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+
+Why not the reader of the `gguf` package: it makes one NumPy array per array element, so a vocabulary of 248,320
+tokens costs seconds and hundreds of megabytes, and it believes every count in the file, so that 60 wrong bytes keep
+it busy for ever. Here every count is held against the bytes that are left before anything is done with it, arrays stay
+in the file until they are asked for, and all tensors must lie inside the file without overlap.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from edgeq.bf16 import Array
+from edgeq.checkpoint.safetensors import map_file
+from edgeq.errors import ModelError
+from edgeq.quant.ggml import TYPES, GGMLType, type_name
+
+__all__ = ["GGUFFile", "TensorInfo"]
+
+# Limits that no model of the family comes near: beyond them a file is damaged or hostile.
+_MAX_ENTRIES = 1 << 16
+_MAX_NAME = 1 << 16  # bytes
+_MAX_STRINGS = 1 << 22  # elements of string arrays, which have to be walked one by one
+_MAX_DIMS = 4
+_MAX_ALIGNMENT = 1 << 16
+
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+_SCALARS: Mapping[int, np.dtype[Any]] = {
+    0: np.dtype("u1"),
+    1: np.dtype("i1"),
+    2: np.dtype("<u2"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<u4"),
+    5: np.dtype("<i4"),
+    6: np.dtype("<f4"),
+    7: np.dtype("?"),
+    10: np.dtype("<u8"),
+    11: np.dtype("<i8"),
+    12: np.dtype("<f8"),
+}
+_STRING, _ARRAY = 8, 9
+
+T = TypeVar("T", int, float, bool, str)
+
+
+class TensorInfo(NamedTuple):
+    """A tensor's place: `shape` in NumPy's order (GGUF's is reversed), `start` from the beginning of the file."""
+
+    type: GGMLType
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+class _Strings(NamedTuple):
+    """An array of strings, still in the file."""
+
+    start: int
+    length: int
+
+
+class GGUFFile:
+    """A mapped file: `metadata` typed by `get`, `array` and `strings`; `tensors`, and their bytes from `data`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._map = map_file(path)
+        cursor = _Cursor(self)
+        tensors, entries = self._read_preamble(cursor)
+        self._values: dict[str, Any] = {}
+        for _ in range(entries):
+            self._read_entry(cursor)
+        self.alignment = self._alignment()
+        infos = [self._read_tensor(cursor) for _ in range(tensors)]
+        self.tensors = self._place(infos, -(-cursor.at // self.alignment) * self.alignment)
+
+    # --- metadata ----------------------------------------------------------------------------------------------------
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def get(self, key: str, kind: type[T], default: T | None = None) -> T:
+        """A single value; ModelError if it is missing without a default, or not of this kind."""
+        value = self._values.get(key, default)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            found = "missing" if value is None else repr(value)[:60]
+            raise ModelError(f"{self.path}: metadata {key} is {found}, expected a value of type {kind.__name__}")
+        return value
+
+    def array(self, key: str) -> Array:
+        """An array of numbers; ModelError if it is missing or holds something else."""
+        value = self._values.get(key)
+        if not isinstance(value, np.ndarray):
+            raise self._not_a("array of numbers", key)
+        return value
+
+    def strings(self, key: str) -> list[str]:
+        """An array of strings; ModelError if it is missing or holds something else."""
+        value = self._values.get(key)
+        if not isinstance(value, _Strings):
+            raise self._not_a("array of strings", key)
+        cursor = _Cursor(self, value.start)
+        return [cursor.string(key) for _ in range(value.length)]
+
+    def _not_a(self, kind: str, key: str) -> ModelError:
+        found = f"not an {kind}" if key in self._values else "missing"
+        return ModelError(f"{self.path}: metadata {key} is {found}")
+
+    # --- tensors -----------------------------------------------------------------------------------------------------
+
+    def data(self, name: str) -> Array:
+        """A tensor's bytes: a read-only uint8 view of the mapped file."""
+        info = self.tensors[name]
+        return np.frombuffer(self._map, np.uint8, count=info.nbytes, offset=info.start)
+
+    def drop_pages(self) -> None:
+        """Tell the system that the pages read so far are not needed in memory; they stay readable."""
+        if hasattr(self._map, "madvise"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def error(self, problem: str) -> ModelError:
+        return ModelError(
+            f"{self.path} is not a valid GGUF file: {problem}",
+            hint="the file is damaged or incomplete; download or copy it again",
+        )
+
+    def _read_preamble(self, cursor: _Cursor) -> tuple[int, int]:
+        if self._map[:4] != b"GGUF":
+            raise self.error(f"it begins with {self._map[:4]!r}, not with 'GGUF'")
+        cursor.at = 4
+        version = cursor.u32()
+        if version not in (2, 3):
+            if version & 0xFFFF == 0:
+                raise ModelError(f"{self.path} is a big-endian GGUF file", hint="edgeq reads little-endian files")
+            raise ModelError(f"{self.path} is GGUF version {version}; edgeq reads versions 2 and 3")
+        tensors, entries = cursor.u64(), cursor.u64()
+        for count, what in ((tensors, "tensors"), (entries, "metadata entries")):
+            if count > _MAX_ENTRIES:
+                raise self.error(f"it claims {count:,} {what}")
+        return tensors, entries
+
+    def _read_entry(self, cursor: _Cursor) -> None:
+        key = cursor.name()
+        if key in self._values:
+            raise self.error(f"metadata {key!r} occurs twice")
+        self._values[key] = cursor.value(key, cursor.u32())
+
+    def _alignment(self) -> int:
+        alignment = self.get("general.alignment", int, 32)
+        if not 8 <= alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
+            raise self.error(f"general.alignment is {alignment}, expected a power of two from 8 to {_MAX_ALIGNMENT}")
+        return alignment
+
+    def _read_tensor(self, cursor: _Cursor) -> tuple[str, TensorInfo]:
+        """A tensor's entry; its `start` still counts from the beginning of the data."""
+        name = cursor.name()
+        dims = cursor.u32()
+        if not 1 <= dims <= _MAX_DIMS:
+            raise self.error(f"tensor {name!r} has {dims} dimensions")
+        shape = tuple(cursor.u64() for _ in range(dims))[::-1]
+        type_id, offset = cursor.u32(), cursor.u64()
+        if type_id not in TYPES:
+            raise ModelError(
+                f"{self.path}: tensor {name!r} is of type {type_name(type_id)}, which edgeq does not read",
+                hint=f"it reads {', '.join(t.name for t in TYPES.values())}; take another quantization of the model",
+            )
+        kind = TYPES[type_id]
+        if 0 in shape or shape[-1] % kind.block or prod(shape) // kind.block * kind.nbytes > len(self._map):
+            raise self.error(f"tensor {name!r} {kind.name} has shape {list(shape)}")
+        if offset % self.alignment:
+            raise self.error(f"tensor {name!r} is at offset {offset}, not a multiple of {self.alignment}")
+        return name, TensorInfo(kind, shape, offset, prod(shape) // kind.block * kind.nbytes)
+
+    def _place(self, infos: list[tuple[str, TensorInfo]], data: int) -> dict[str, TensorInfo]:
+        """Turn offsets into positions; no two tensors may overlap, and none may lie beyond the end."""
+        end, before = 0, "the header"
+        for name, info in sorted(infos, key=lambda item: item[1].start):
+            if info.start < end:
+                raise self.error(f"tensor {name!r} overlaps {before!r}")
+            end, before = info.start + info.nbytes, name
+        if data + end > len(self._map):
+            raise self.error(f"the tensors end at byte {data + end:,}, the file at {len(self._map):,}")
+        tensors = {name: info._replace(start=data + info.start) for name, info in infos}
+        if len(tensors) != len(infos):
+            raise self.error("a tensor's name occurs twice")
+        return tensors
+
+
+class _Cursor:
+    """Reads the header front to back; every step is checked against the end of the file."""
+
+    def __init__(self, file: GGUFFile, at: int = 0) -> None:
+        self._file, self._map, self.at = file, file._map, at
+        self._strings_left = _MAX_STRINGS
+
+    def take(self, nbytes: int) -> int:
+        """The position before the next `nbytes` bytes, which are passed over."""
+        start, self.at = self.at, self.at + nbytes
+        if self.at > len(self._map):
+            raise self._file.error(f"{nbytes:,} bytes are expected at byte {start:,}, the file has {len(self._map):,}")
+        return start
+
+    def u32(self) -> int:
+        return int(_U32.unpack_from(self._map, self.take(4))[0])
+
+    def u64(self) -> int:
+        return int(_U64.unpack_from(self._map, self.take(8))[0])
+
+    def string(self, what: str) -> str:
+        length = self.u64()
+        start = self.take(length)
+        try:
+            return str(self._map[start : self.at], "utf-8")
+        except UnicodeDecodeError:
+            raise self._file.error(f"{what} at byte {start:,} is not UTF-8") from None
+
+    def name(self) -> str:
+        """A metadata key or a tensor's name."""
+        start = self.at
+        name = self.string("a name")
+        if not 0 < len(name) < _MAX_NAME:
+            raise self._file.error(f"a name of {len(name):,} characters at byte {start:,}")
+        return name
+
+    def value(self, key: str, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string(f"metadata {key!r}")
+        if kind == _ARRAY:
+            return self._array(key, self.u32(), self.u64())
+        return self._numbers(key, kind, 1)[0].item()
+
+    def _array(self, key: str, kind: int, count: int) -> Array | _Strings:
+        if kind != _STRING:
+            return self._numbers(key, kind, count)
+        self._strings_left -= count
+        if self._strings_left < 0 or 8 * count > len(self._map) - self.at:
+            raise self._file.error(f"metadata {key!r} claims {count:,} strings")
+        start, at, size, unpack = self.at, self.at, len(self._map), _U64.unpack_from
+        for _ in range(count):  # the hot loop of opening a file: half a million strings in a real vocabulary
+            if at + 8 > size:
+                break
+            at += 8 + unpack(self._map, at)[0]
+        self.take(at - start if at <= size else size + 1)
+        return _Strings(start, count)
+
+    def _numbers(self, key: str, kind: int, count: int) -> Array:
+        dtype = _SCALARS.get(kind)
+        if dtype is None:
+            raise self._file.error(f"metadata {key!r} is of type {kind}")
+        start = self.take(count * dtype.itemsize)
+        values: Array = np.frombuffer(self._map, dtype, count=count, offset=start)
+        if dtype == np.bool_ and (values.view(np.uint8) > 1).any():
+            raise self._file.error(f"metadata {key!r} holds a byte that is neither true nor false")
+        return values
