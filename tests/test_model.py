@@ -72,7 +72,7 @@ class TestAgainstTransformers:
 
 class TestLayerDiff:
     def test_a_good_model_passes_and_a_changed_layer_is_named(self, layerdiff: ModuleType, tmp_path: Path) -> None:
-        folder = MODELS / "value-heads-2x"
+        folder = MODELS / "value-heads-4x"
         ids, theirs = layerdiff.stored_trace(folder / "golden.safetensors")
         rows, first = layerdiff.compare(layerdiff.trace(folder, "numpy", ids), theirs, NMSE)
         assert first is None
