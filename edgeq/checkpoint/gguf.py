@@ -1,0 +1,264 @@
+"""GGUF checkpoints: a model file of llama.cpp's, with its vision tower beside it if there is one.
+
+Plain floats are views of the mapped file. Quantized matrices become `QMatrix` when they are fetched, exactly (see
+`edgeq.quant.ggml`): their codes are put in order in blocks of rows, and only the result stays in memory. What that
+costs over the file is in docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from edgeq.bf16 import Array, Float32, to_float32
+from edgeq.checkpoint.base import Checkpoint, Storage
+from edgeq.checkpoint.gguf_file import GGUFFile, TensorInfo
+from edgeq.checkpoint.gguf_layout import (
+    ARCH,
+    VISION_ARCH,
+    HeadOrder,
+    file_names,
+    file_shape,
+    head_order,
+    text_values,
+    vision_values,
+)
+from edgeq.checkpoint.gguf_tokenizer import token_id, tokenizer_spec
+from edgeq.config import parse_config
+from edgeq.errors import ModelError
+from edgeq.quant.affine import pack
+from edgeq.quant.ggml import Coding, decode
+from edgeq.weights import Matrix, QMatrix, Role, TensorSpec, all_tensors, text_tensors
+
+if TYPE_CHECKING:
+    from edgeq.text.template import ChatTemplate
+    from edgeq.text.tokenizer import Tokenizer
+
+__all__ = ["GGUFCheckpoint"]
+
+_BLOCK = 1 << 20  # weights whose codes are put in order at a time, by each of a few threads
+_THREADS = min(4, os.cpu_count() or 1)
+_SHOWN = 12  # problems listed before "and N more"
+_MATRICES = (Role.LINEAR, Role.EMBEDDING, Role.GATE)
+
+
+class _Tensor(NamedTuple):
+    """Where a tensor of the table is stored: under one name, or in two halves."""
+
+    spec: TensorSpec
+    file: GGUFFile
+    names: tuple[str, ...]
+
+    @property
+    def infos(self) -> list[TensorInfo]:
+        return [self.file.tensors[name] for name in self.names]
+
+
+class GGUFCheckpoint(Checkpoint):
+    """A .gguf file of architecture qwen35, and the mmproj file beside it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = _open_model(path)
+        self.config_values = text_values(self.file)
+        self.mmproj: GGUFFile | None = None
+        if tower := _find_mmproj(self.file):
+            self.mmproj, vision = tower
+            self.config_values |= {"vision_config": vision} | _image_tokens(self.file)
+        self.config = parse_config(self.config_values, path.name)
+        self.tensors = self._match_table()
+        self.eos_token_ids = self.config.text.eos_token_ids
+        self.format = f"GGUF, {' + '.join(self._types())}"
+
+    # --- tensors -----------------------------------------------------------------------------------------------------
+
+    def matrix(self, name: str) -> Matrix[Array]:
+        tensor = self.tensors[name]
+        info, order = tensor.infos[0], self._order(name)
+        if info.type.coding is not None:
+            return self._quantized(tensor, info.type.coding, order)
+        x = tensor.file.data(tensor.names[0]).view(info.type.layout).reshape(info.shape)
+        return x if order is None else order.from_file(x)
+
+    def vector(self, name: str) -> Float32:
+        tensor, order = self.tensors[name], self._order(name)
+        halves = [
+            to_float32(tensor.file.data(file_name).view(info.type.layout).reshape(info.shape))
+            for file_name, info in zip(tensor.names, tensor.infos, strict=True)
+        ]
+        x = halves[0] if len(halves) == 1 else np.stack(halves, axis=2)
+        if not np.isfinite(x).all():
+            raise self._damaged(tensor)
+        return np.array(x) if order is None else order.from_file(x)
+
+    def storage(self) -> Iterator[tuple[TensorSpec, Storage]]:
+        for tensor in self.tensors.values():
+            infos = tensor.infos
+            yield tensor.spec, Storage(infos[0].type.name, sum(info.nbytes for info in infos))
+
+    def tokenizer(self) -> Tokenizer | None:
+        from edgeq.text.tokenizer import Tokenizer
+
+        files = self.tokenizer_files()
+        return Tokenizer.from_spec(json.dumps(files[0], ensure_ascii=False), files[1]) if files else None
+
+    def template(self) -> ChatTemplate | None:
+        from edgeq.text.template import ChatTemplate
+
+        source = self.file.get("tokenizer.chat_template", str, "")
+        return ChatTemplate(source, "tokenizer.chat_template") if source else None
+
+    def tokenizer_files(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        return tokenizer_spec(self.file)
+
+    def drop_pages(self) -> None:
+        """Let the system forget the pages read so far (they count as this process's memory until it does)."""
+        for file in filter(None, (self.file, self.mmproj)):
+            file.drop_pages()
+
+    def folder_files(self) -> dict[str, str]:
+        """What a checkpoint folder has beside its weights, by file name: configuration, tokenizer, chat template."""
+        files = {"config.json": json.dumps(self.config_values, indent=2)}
+        if tokenizer := self.tokenizer_files():
+            files["tokenizer.json"] = json.dumps(tokenizer[0], ensure_ascii=False)
+            files["tokenizer_config.json"] = json.dumps(tokenizer[1], ensure_ascii=False, indent=2)
+        if source := self.file.get("tokenizer.chat_template", str, ""):
+            files["chat_template.jinja"] = source
+        return files
+
+    def _order(self, name: str) -> HeadOrder | None:
+        return head_order(name, self.config.text)
+
+    def _quantized(self, tensor: _Tensor, coding: Coding, order: HeadOrder | None) -> QMatrix[Array]:
+        """Decode a matrix, some rows at a time, into the layout of `QMatrix`."""
+        info = tensor.infos[0]
+        out, width = info.shape
+        groups = width // coding.group_size
+        blocks = tensor.file.data(tensor.names[0]).view(info.type.layout).reshape(out, width // info.type.block)
+        codes = np.empty((out, width * coding.bits // 32), np.uint32)
+        scales: Array = np.empty((out, groups), coding.dtype)
+        biases = np.empty_like(scales)
+        columns = order.positions if order is not None and order.axis == 1 else None
+
+        def convert(rows: slice) -> None:
+            part = blocks[order.positions[rows] if order is not None and order.axis == 0 else rows]
+            decoded = decode(part.reshape(-1), coding)
+            q, s, b = (x.reshape(len(part), -1) for x in decoded)
+            if columns is not None:  # whole heads move, and groups with them
+                by_group = columns[:: coding.group_size] // coding.group_size
+                q, s, b = q[:, columns], s[:, by_group], b[:, by_group]
+            if not (np.isfinite(s).all() and np.isfinite(b).all()):
+                raise self._damaged(tensor)
+            codes[rows], scales[rows], biases[rows] = pack(q, coding.bits), s, b
+
+        step = max(1, _BLOCK // width)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(convert, (slice(row, row + step) for row in range(0, out, step))))
+        tensor.file.drop_pages()
+        return QMatrix(codes, scales, biases, coding.bits, coding.group_size)
+
+    def _damaged(self, tensor: _Tensor) -> ModelError:
+        return ModelError(
+            f"{tensor.file.path}: {tensor.names[0]} holds NaN, infinity or values that no model has",
+            hint="the file is damaged; download or copy it again",
+        )
+
+    # --- opening -----------------------------------------------------------------------------------------------------
+
+    def _types(self) -> list[str]:
+        """The types of the matrices, the most used first."""
+        sizes: dict[str, int] = {}
+        for spec, storage in self.storage():
+            if spec.role in _MATRICES:
+                sizes[storage.type] = sizes.get(storage.type, 0) + storage.nbytes
+        return sorted(sizes, key=lambda name: -sizes[name])
+
+    def _match_table(self) -> dict[str, _Tensor]:
+        """Find every tensor of the table, and report everything that does not fit in one message."""
+        layers, problems = len(self.config.text.layer_types), list[str]()
+        tensors, absent = dict[str, _Tensor](), list[TensorSpec]()
+        known: set[str] = set()
+        for spec in all_tensors(self.config):
+            file = self.mmproj if spec.name.startswith("visual.") and self.mmproj else self.file
+            tensor = _Tensor(spec, file, file_names(spec.name, layers))
+            if all(name in file.tensors for name in tensor.names):
+                tensors[spec.name] = tensor
+                known.update(tensor.names)
+                problems += self._problems(tensor)
+            else:
+                absent.append(spec)
+        text = {spec.name for spec in text_tensors(self.config.text)}
+        mtp = any(name.startswith("mtp.") for name in tensors)
+        problems += [
+            f"missing {' and '.join(file_names(spec.name, layers))} {list(spec.shape)}"
+            for spec in absent
+            if spec.name in text or mtp or spec.name.startswith("visual.")
+        ]
+        held = [*self.file.tensors, *(self.mmproj.tensors if self.mmproj else ())]
+        problems += [f"unexpected {name}" for name in held if name not in known]
+        if problems:
+            shown = "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
+            more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+            raise ModelError(
+                f"{self.path} does not hold the tensors that its metadata describes:{shown}{more}",
+                hint="the file is damaged, or of a variant of the model that edgeq does not know",
+            )
+        return tensors
+
+    def _problems(self, tensor: _Tensor) -> Iterator[str]:
+        """What is wrong with a tensor's shape or type."""
+        spec, shape = tensor.spec, file_shape(tensor.spec)
+        for name, info in zip(tensor.names, tensor.infos, strict=True):
+            coding = info.type.coding
+            if info.shape != shape:
+                yield f"{name} is {list(info.shape)}, expected {list(shape)}"
+            elif coding is not None and (len(shape) != 2 or spec.role not in (*_MATRICES, Role.VISION)):
+                yield f"{name} is {info.type.name}, which edgeq supports for matrices only"
+            elif coding is not None and shape[1] % 32:
+                yield f"{name} is {info.type.name} in rows of {shape[1]}, expected a multiple of 32"
+            elif coding is not None and spec.name.endswith("linear_attn.out_proj.weight"):
+                width, order = self.config.text.linear_value_head_dim, self._order(spec.name)
+                if order is not None and width % coding.group_size:
+                    yield f"{name} is {info.type.name}, whose groups of {coding.group_size} cut heads of {width}"
+
+
+def _open_model(path: Path) -> GGUFFile:
+    file = GGUFFile(path)
+    arch = file.get("general.architecture", str)
+    if arch == VISION_ARCH:
+        raise ModelError(
+            f"{path} is a vision tower (mmproj)", hint="give the model's file; the tower is found beside it"
+        )
+    if arch != ARCH:
+        raise ModelError(
+            f"{path} is of architecture {arch!r}, expected {ARCH!r}",
+            hint="edgeq runs Qwen3.5 0.8B, 2B and 4B; other architectures are not supported",
+        )
+    if file.get("split.count", int, 1) > 1:
+        raise ModelError(f"{path} is a part of a split model", hint="join the parts with llama-gguf-split --merge")
+    return file
+
+
+def _find_mmproj(model: GGUFFile) -> tuple[GGUFFile, dict[str, Any]] | None:
+    """The vision tower: the first mmproj file in the model's folder that fits its width."""
+    for path in sorted(model.path.parent.glob("*mmproj*.gguf")):
+        file = GGUFFile(path)
+        values = vision_values(file) if file.get("general.architecture", str) == VISION_ARCH else None
+        if values is not None and values["out_hidden_size"] == model.get(f"{ARCH}.embedding_length", int):
+            return file, values
+    return None
+
+
+def _image_tokens(model: GGUFFile) -> dict[str, int | None]:
+    return {
+        "image_token_id": token_id(model, "<|image_pad|>"),
+        "video_token_id": token_id(model, "<|video_pad|>"),
+        "vision_start_token_id": token_id(model, "<|vision_start|>"),
+        "vision_end_token_id": token_id(model, "<|vision_end|>"),
+    }

@@ -1,0 +1,321 @@
+"""How a Qwen3.5 lies in GGUF files: names of tensors, order of value heads, hyperparameters.
+
+The language model and its MTP head are llama.cpp's architecture `qwen35`, the vision tower is a second file of
+architecture `clip` ("mmproj"). The reader and the exporter share what is here; it was checked against files that
+llama.cpp's own converter wrote.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.bf16 import Array
+from edgeq.checkpoint.gguf_file import GGUFFile
+from edgeq.config import TextConfig, VisionConfig
+from edgeq.errors import ModelError
+from edgeq.weights import Role, TensorSpec
+
+__all__ = [
+    "ARCH",
+    "VISION_ARCH",
+    "HeadOrder",
+    "file_names",
+    "file_shape",
+    "head_order",
+    "text_metadata",
+    "text_values",
+    "vision_metadata",
+    "vision_values",
+]
+
+ARCH, VISION_ARCH, PROJECTOR = "qwen35", "clip", "qwen3vl_merger"
+
+_TOP = {
+    "embed_tokens.weight": "token_embd.weight",
+    "norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_LAYER = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "post_attention_layernorm.weight": "post_attention_norm.weight",
+    "linear_attn.in_proj_qkv.weight": "attn_qkv.weight",
+    "linear_attn.in_proj_z.weight": "attn_gate.weight",
+    "linear_attn.in_proj_b.weight": "ssm_beta.weight",
+    "linear_attn.in_proj_a.weight": "ssm_alpha.weight",
+    "linear_attn.conv1d.weight": "ssm_conv1d.weight",
+    "linear_attn.A_log": "ssm_a",
+    "linear_attn.dt_bias": "ssm_dt.bias",
+    "linear_attn.norm.weight": "ssm_norm.weight",
+    "linear_attn.out_proj.weight": "ssm_out.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+}
+_MTP = {
+    "fc.weight": "nextn.eh_proj.weight",
+    "pre_fc_norm_embedding.weight": "nextn.enorm.weight",
+    "pre_fc_norm_hidden.weight": "nextn.hnorm.weight",
+    "norm.weight": "nextn.shared_head_norm.weight",
+}
+_VISION = {  # modules; weight and bias keep their names
+    "pos_embed": "v.position_embd",
+    "norm1": "ln1",
+    "norm2": "ln2",
+    "attn.qkv": "attn_qkv",
+    "attn.proj": "attn_out",
+    "mlp.linear_fc1": "ffn_up",
+    "mlp.linear_fc2": "ffn_down",
+    "merger.norm": "v.post_ln",
+    "merger.linear_fc1": "mm.0",
+    "merger.linear_fc2": "mm.2",
+}
+_PATCH = "visual.patch_embed.proj.weight"
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def file_names(name: str, layers: int) -> tuple[str, ...]:
+    """A neutral tensor's name in the file: one, or two for the patch embedding, which is split by frame.
+
+    `layers` counts the language model's; the MTP head follows them as one more block.
+    """
+    if name in _TOP:
+        return (_TOP[name],)
+    if name.startswith("visual."):
+        return _vision_names(name.removeprefix("visual."))
+    part, _, rest = name.partition(".")
+    if part == "mtp" and rest in _MTP:
+        return (f"blk.{layers}.{_MTP[rest]}",)
+    if part == "mtp":
+        return (f"blk.{layers}.{_LAYER[rest.removeprefix('layers.0.')]}",)
+    number, _, rest = rest.partition(".")
+    return (f"blk.{number}.{_LAYER[rest]}",)
+
+
+def _vision_names(name: str) -> tuple[str, ...]:
+    if name == "patch_embed.proj.weight":
+        return "v.patch_embd.weight", "v.patch_embd.weight.1"
+    if name == "patch_embed.proj.bias":
+        return ("v.patch_embd.bias",)
+    module, _, kind = name.rpartition(".")
+    if module.startswith("blocks."):
+        _, number, module = module.split(".", 2)
+        return (f"v.blk.{number}.{_VISION[module]}.{kind}",)
+    return (f"{_VISION[module]}.{kind}",)
+
+
+def file_shape(spec: TensorSpec) -> tuple[int, ...]:
+    """A tensor's shape in the file, in NumPy's order (for the patch embedding: of each half)."""
+    if spec.role is Role.CONV:
+        return spec.shape[0], spec.shape[2]
+    return spec.shape[:2] + spec.shape[3:] if spec.name == _PATCH else spec.shape
+
+
+class HeadOrder(NamedTuple):
+    """A permutation of one axis of a tensor: neutral position i lies at `positions[i]` of the file."""
+
+    axis: int
+    positions: NDArray[np.intp]
+
+    def from_file(self, x: Array) -> Array:
+        return np.take(x, self.positions, self.axis)
+
+    def to_file(self, x: Array) -> Array:
+        return np.take(x, np.argsort(self.positions), self.axis)
+
+
+def head_order(name: str, c: TextConfig) -> HeadOrder | None:
+    """How the file orders whatever belongs to DeltaNet's value heads; None if as everywhere else.
+
+    With r value heads to a key head, edgeq and the hub keep those of a key head together: head h reads key head
+    h // r. llama.cpp tiles them: head h reads key head h % key heads. It is the same where r is 1.
+    """
+    key_heads, width = c.linear_num_key_heads, c.linear_value_head_dim
+    if c.linear_num_value_heads == key_heads or ".linear_attn." not in name:
+        return None
+    tiled = np.arange(c.linear_num_value_heads).reshape(-1, key_heads).T.ravel()  # by neutral head
+    match name.rpartition(".linear_attn.")[2]:
+        case "in_proj_qkv.weight" | "conv1d.weight":
+            values = 2 * c.key_dim + _spread(tiled, width)
+            return HeadOrder(0, np.concatenate([np.arange(2 * c.key_dim), values]))
+        case "in_proj_z.weight":
+            return HeadOrder(0, _spread(tiled, width))
+        case "in_proj_a.weight" | "in_proj_b.weight" | "A_log" | "dt_bias":
+            return HeadOrder(0, tiled)
+        case "out_proj.weight":
+            return HeadOrder(1, _spread(tiled, width))
+    return None
+
+
+def _spread(heads: NDArray[np.intp], width: int) -> NDArray[np.intp]:
+    """Positions of heads -> positions of all their entries."""
+    return (heads[:, None] * width + np.arange(width)).ravel()
+
+
+# --- hyperparameters -------------------------------------------------------------------------------------------------
+
+
+def text_values(file: GGUFFile) -> dict[str, Any]:
+    """The fields of a config.json, out of a language model's metadata."""
+
+    def get(key: str, default: int | None = None) -> int:
+        return file.get(f"{ARCH}.{key}", int, default)
+
+    mtp = get("nextn_predict_layers", 0)
+    layers, heads, value_heads = get("block_count") - mtp, get("attention.head_count"), get("ssm.time_step_rank")
+    tied = "output.weight" not in file.tensors
+    if get("attention.key_length") != get("attention.value_length") or get("ssm.inner_size") % max(value_heads, 1):
+        raise ModelError(f"{file.path}: keys and values of different widths are not supported")
+    return {
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "model_type": "qwen3_5",
+        "tie_word_embeddings": tied,
+        "text_config": {
+            "model_type": "qwen3_5_text",
+            "vocab_size": _embedding_rows(file),
+            "hidden_size": get("embedding_length"),
+            "intermediate_size": get("feed_forward_length"),
+            "num_hidden_layers": layers,
+            "layer_types": _layer_types(file, layers),
+            "full_attention_interval": get("full_attention_interval", 4),
+            "num_attention_heads": heads,
+            "num_key_value_heads": get("attention.head_count_kv"),
+            "head_dim": get("attention.key_length"),
+            "attention_bias": False,
+            "attn_output_gate": True,
+            "linear_num_key_heads": get("ssm.group_count"),
+            "linear_num_value_heads": value_heads,
+            "linear_key_head_dim": get("ssm.state_size"),
+            "linear_value_head_dim": get("ssm.inner_size") // max(value_heads, 1),
+            "linear_conv_kernel_dim": get("ssm.conv_kernel"),
+            "mamba_ssm_dtype": "float32",
+            "hidden_act": "silu",
+            "rms_norm_eps": _short(file.get(f"{ARCH}.attention.layer_norm_rms_epsilon", float)),
+            "max_position_embeddings": get("context_length"),
+            "mtp_num_hidden_layers": mtp,
+            "mtp_use_dedicated_embeddings": False,
+            "tie_word_embeddings": tied,
+            "eos_token_id": file.get("tokenizer.ggml.eos_token_id", int) if "tokenizer.ggml.tokens" in file else None,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": _short(file.get(f"{ARCH}.rope.freq_base", float)),
+                "partial_rotary_factor": get("rope.dimension_count") / max(get("attention.key_length"), 1),
+                "mrope_interleaved": True,
+                "mrope_section": [int(n) for n in file.array(f"{ARCH}.rope.dimension_sections")[:3]],
+            },
+        },
+    }
+
+
+def _embedding_rows(file: GGUFFile) -> int:
+    info = file.tensors.get("token_embd.weight")
+    if info is None:
+        raise ModelError(f"{file.path} holds no token_embd.weight", hint="is it a part of a split model?")
+    return info.shape[0]
+
+
+def _layer_types(file: GGUFFile, layers: int) -> list[str]:
+    """From the list of recurrent layers, which old files do not have, else from the interval."""
+    if (key := f"{ARCH}.attention.recurrent_layers") in file:
+        recurrent = [bool(flag) for flag in file.array(key)[: max(layers, 0)]]
+    else:
+        interval = max(file.get(f"{ARCH}.full_attention_interval", int, 4), 1)
+        recurrent = [(i + 1) % interval != 0 for i in range(min(layers, 1 << 10))]
+    return ["linear_attention" if flag else "full_attention" for flag in recurrent]
+
+
+def vision_values(file: GGUFFile) -> dict[str, Any] | None:
+    """The fields of `vision_config`, out of an mmproj file's metadata; None if it is of another kind of model."""
+    if file.get("clip.projector_type", str, "") != PROJECTOR or "v.position_embd.weight" not in file.tensors:
+        return None
+
+    def get(key: str) -> int:
+        return file.get(f"clip.vision.{key}", int)
+
+    if file.array("clip.vision.is_deepstack_layers").any() if "clip.vision.is_deepstack_layers" in file else False:
+        return None
+    return {
+        "model_type": "qwen3_5",
+        "depth": get("block_count"),
+        "hidden_size": get("embedding_length"),
+        "intermediate_size": get("feed_forward_length"),
+        "num_heads": get("attention.head_count"),
+        "in_channels": 3,
+        "patch_size": get("patch_size"),
+        "temporal_patch_size": 2,
+        "spatial_merge_size": get("spatial_merge_size"),
+        "num_position_embeddings": file.tensors["v.position_embd.weight"].shape[0],
+        "out_hidden_size": get("projection_dim"),
+        "hidden_act": "gelu_pytorch_tanh",
+        "deepstack_visual_indexes": [],
+    }
+
+
+def _short(value: float) -> float:
+    """A float32 as the decimal number it was written from: 1e-6, not 9.99999997e-07."""
+    return float(str(np.float32(value))) if math.isfinite(value) else value
+
+
+def text_metadata(c: TextConfig, mtp: bool) -> dict[str, Any]:
+    """What the metadata of a language model says of its shape, without the prefix: the inverse of `text_values`."""
+    heads = [kind == "linear_attention" for kind in c.layer_types] + [False] * mtp
+    metadata = {
+        "block_count": len(heads),
+        "context_length": c.max_position_embeddings,
+        "embedding_length": c.hidden_size,
+        "feed_forward_length": c.intermediate_size,
+        "attention.head_count": c.num_attention_heads,
+        "attention.head_count_kv": c.num_key_value_heads,
+        "attention.key_length": c.head_dim,
+        "attention.value_length": c.head_dim,
+        "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
+        "attention.recurrent_layers": heads,
+        "full_attention_interval": _interval(c),
+        "rope.dimension_count": c.rope.dim,
+        "rope.dimension_sections": [*c.rope.sections, 0],
+        "rope.freq_base": c.rope.theta,
+        "ssm.conv_kernel": c.linear_conv_kernel_dim,
+        "ssm.state_size": c.linear_key_head_dim,
+        "ssm.group_count": c.linear_num_key_heads,
+        "ssm.time_step_rank": c.linear_num_value_heads,
+        "ssm.inner_size": c.value_dim,
+    }
+    return metadata | ({"nextn_predict_layers": 1} if mtp else {})
+
+
+def _interval(c: TextConfig) -> int:
+    """How often a full-attention layer comes; `attention.recurrent_layers` is what counts."""
+    return c.layer_types.index("full_attention") + 1 if "full_attention" in c.layer_types else len(c.layer_types) + 1
+
+
+def vision_metadata(v: VisionConfig) -> dict[str, Any]:
+    """The metadata of a vision tower: the inverse of `vision_values`."""
+    values = {
+        "projection_dim": v.out_hidden_size,
+        "image_size": math.isqrt(v.num_position_embeddings) * v.patch_size,
+        "patch_size": v.patch_size,
+        "embedding_length": v.hidden_size,
+        "feed_forward_length": v.intermediate_size,
+        "block_count": v.depth,
+        "attention.head_count": v.num_heads,
+        "attention.layer_norm_epsilon": 1e-6,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "spatial_merge_size": v.spatial_merge_size,
+        "is_deepstack_layers": [False] * v.depth,
+    }
+    top = {"has_vision_encoder": True, "projector_type": PROJECTOR, "use_gelu": True}
+    return {
+        f"clip.{key}": value for key, value in (top | {f"vision.{key}": value for key, value in values.items()}).items()
+    }

@@ -1,0 +1,182 @@
+"""ggml's block formats as group-wise affine codes, exactly.
+
+A row of a tensor is cut into blocks of 32 or 256 weights; a block holds codes, and one or more scales (layouts:
+ggml/src/ggml-common.h and ggml-quants.c). Each format that edgeq reads is `scale * code + bias` over groups of 16 or
+32 weights, with small integer codes, so it runs as a `QMatrix` like any other:
+
+    Q4_0 Q5_0 Q8_0  d (q - 8 | 16 | 128)     scale d, bias -8 d ...: exact in float16, as they are powers of two
+    Q4_1 Q5_1       d q + m                  scale d, bias m
+    Q4_K Q5_K       d sc q - dmin mn         scale d sc, bias -dmin mn: 17 bits, so float32
+    Q6_K            d sc (q - 32)            scale d sc, bias -32 d sc: float32, groups of 16
+    IQ4_NL IQ4_XS   d (sc) table[q]          the table's values + 128 as 8-bit codes
+
+No product has more than 24 significant bits, so float32 holds it exactly and `scale * code + bias` rounds at most
+once, where ggml's own formula does: the dequantized values are equal to ggml's, bit for bit (but for the sign of 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from edgeq.bf16 import Array, Float32
+
+__all__ = ["TYPES", "Coding", "GGMLType", "Groups", "decode", "type_name"]
+
+Codes = Array  # uint8
+
+# What a 4-bit code of IQ4_NL and IQ4_XS stands for, shifted by 128 to be a code itself.
+_IQ4_CODES = np.array([1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241], np.uint8)
+
+
+class Groups(NamedTuple):
+    """Decoded blocks: codes uint8 [blocks, block], scales and biases [blocks, block / group size]."""
+
+    codes: Codes
+    scales: Array
+    biases: Array
+
+
+class Coding(NamedTuple):
+    """How a quantized format becomes affine groups."""
+
+    bits: int
+    group_size: int
+    dtype: type  # of scales and biases
+    decode: Callable[[Array], Groups]
+
+
+class GGMLType(NamedTuple):
+    """A tensor type: `block` weights in `nbytes` bytes, laid out as `layout`; `coding` is None for plain floats."""
+
+    name: str
+    layout: np.dtype[Any]
+    block: int = 1
+    coding: Coding | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.layout.itemsize
+
+
+def decode(blocks: Array, coding: Coding) -> Groups:
+    """Blocks (of a type's `layout`) -> affine groups. Scales or biases that are not finite are the caller's to refuse:
+    those of a damaged file, or of weights beyond float16's range, which no model has.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        return coding.decode(blocks)
+
+
+def _nibbles(packed: Codes) -> Codes:
+    """[blocks, chunks, width] bytes -> 4-bit codes: of each chunk the low halves, then the high halves."""
+    codes: Codes = np.stack([packed & 15, packed >> 4], axis=2).reshape(len(packed), -1)
+    return codes
+
+
+def _column(x: Array, dtype: type = np.float16) -> Array:
+    return x.astype(dtype)[:, None]
+
+
+def _symmetric(codes: Codes, scales: Array, zero: int) -> Groups:
+    return Groups(codes, scales, scales * scales.dtype.type(-zero))
+
+
+def _q4_0(b: Array) -> Groups:
+    return _symmetric(_nibbles(b["qs"][:, None]), _column(b["d"]), 8)
+
+
+def _q4_1(b: Array) -> Groups:
+    return Groups(_nibbles(b["qs"][:, None]), _column(b["d"]), _column(b["m"]))
+
+
+def _five_bits(b: Array) -> Codes:
+    fifth = np.unpackbits(b["qh"], axis=1, bitorder="little")
+    return _nibbles(b["qs"][:, None]) | fifth << 4
+
+
+def _q5_0(b: Array) -> Groups:
+    return _symmetric(_five_bits(b), _column(b["d"]), 16)
+
+
+def _q5_1(b: Array) -> Groups:
+    return Groups(_five_bits(b), _column(b["d"]), _column(b["m"]))
+
+
+def _q8_0(b: Array) -> Groups:
+    return _symmetric(b["qs"] ^ 0x80, _column(b["d"]), 128)  # two's complement + 128
+
+
+def _iq4_nl(b: Array) -> Groups:
+    return _symmetric(_IQ4_CODES[_nibbles(b["qs"][:, None])], _column(b["d"]), 128)
+
+
+def _iq4_xs(b: Array) -> Groups:
+    low = np.stack([b["scales_l"] & 15, b["scales_l"] >> 4], axis=2).reshape(len(b), 8)
+    high = b["scales_h"][:, None] >> np.arange(0, 16, 2, dtype=np.uint16) & 3
+    scales = _column(b["d"], np.float32) * ((low | high << 4).astype(np.float32) - 32)
+    return _symmetric(_IQ4_CODES[_nibbles(b["qs"].reshape(-1, 8, 16))], scales, 128)
+
+
+def _k_scales(b: Array) -> tuple[Float32, Float32]:
+    """Scales and biases [blocks, 8] of Q4_K and Q5_K: eight pairs of 6-bit numbers in 12 bytes.
+
+    The first four pairs are the low six bits of bytes 0-3 and 4-7; the others have their low four bits in the
+    nibbles of bytes 8-11 and their high two on top of the first four.
+    """
+    first, second, third = (b["scales"][:, i : i + 4] for i in (0, 4, 8))
+    sc = np.concatenate([first & 63, third & 15 | first >> 6 << 4], axis=1)
+    mn = np.concatenate([second & 63, third >> 4 | second >> 6 << 4], axis=1)
+    d, dmin = _column(b["d"], np.float32), _column(b["dmin"], np.float32)
+    return d * sc.astype(np.float32), -dmin * mn.astype(np.float32)
+
+
+def _q4_k(b: Array) -> Groups:
+    return Groups(_nibbles(b["qs"].reshape(-1, 4, 32)), *_k_scales(b))
+
+
+def _q5_k(b: Array) -> Groups:
+    fifth = b["qh"][:, None] >> np.arange(8, dtype=np.uint8)[:, None] & 1  # [blocks, 8, 32]
+    return Groups(_nibbles(b["qs"].reshape(-1, 4, 32)) | fifth.reshape(-1, 256) << 4, *_k_scales(b))
+
+
+def _q6_k(b: Array) -> Groups:
+    high = b["qh"].reshape(-1, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3  # [blocks, 2, 4, 32]
+    codes = _nibbles(b["ql"].reshape(-1, 2, 64)) | high.reshape(-1, 256) << 4
+    return _symmetric(codes, _column(b["d"], np.float32) * b["scales"].astype(np.float32), 32)
+
+
+_D, _M = ("d", "<f2"), ("m", "<f2")
+_NIBBLES = ("qs", "u1", 16)
+_K_HEAD = [_D, ("dmin", "<f2"), ("scales", "u1", 12)]
+_TYPES = (
+    (0, GGMLType("F32", np.dtype("<f4"))),
+    (1, GGMLType("F16", np.dtype("<f2"))),
+    (30, GGMLType("BF16", np.dtype("<u2"))),
+    (2, GGMLType("Q4_0", np.dtype([_D, _NIBBLES]), 32, Coding(4, 32, np.float16, _q4_0))),
+    (3, GGMLType("Q4_1", np.dtype([_D, _M, _NIBBLES]), 32, Coding(4, 32, np.float16, _q4_1))),
+    (6, GGMLType("Q5_0", np.dtype([_D, ("qh", "u1", 4), _NIBBLES]), 32, Coding(5, 32, np.float16, _q5_0))),
+    (7, GGMLType("Q5_1", np.dtype([_D, _M, ("qh", "u1", 4), _NIBBLES]), 32, Coding(5, 32, np.float16, _q5_1))),
+    (8, GGMLType("Q8_0", np.dtype([_D, ("qs", "u1", 32)]), 32, Coding(8, 32, np.float16, _q8_0))),
+    (12, GGMLType("Q4_K", np.dtype([*_K_HEAD, ("qs", "u1", 128)]), 256, Coding(4, 32, np.float32, _q4_k))),
+    (13, GGMLType("Q5_K", np.dtype([*_K_HEAD, ("qh", "u1", 32), ("qs", "u1", 128)]), 256,
+                  Coding(5, 32, np.float32, _q5_k))),
+    (14, GGMLType("Q6_K", np.dtype([("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), _D]), 256,
+                  Coding(6, 16, np.float32, _q6_k))),
+    (20, GGMLType("IQ4_NL", np.dtype([_D, _NIBBLES]), 32, Coding(8, 32, np.float16, _iq4_nl))),
+    (23, GGMLType("IQ4_XS", np.dtype([_D, ("scales_h", "<u2"), ("scales_l", "u1", 4), ("qs", "u1", 128)]), 256,
+                  Coding(8, 32, np.float32, _iq4_xs))),
+)  # fmt: skip
+TYPES: Mapping[int, GGMLType] = dict(_TYPES)
+"""The tensor types that edgeq reads, by ggml's number."""
+
+
+def type_name(number: int) -> str:
+    """What ggml calls a tensor type, known to edgeq or not."""
+    from gguf import GGMLQuantizationType
+
+    try:
+        return GGMLQuantizationType(number).name
+    except ValueError:
+        return f"number {number}"

@@ -1,0 +1,293 @@
+"""Export to GGUF: a checkpoint as the file that llama.cpp and everything built on it runs.
+
+Tensors are read, converted and written in blocks of rows, so memory stays small whatever the model's size. The file
+appears complete or not at all. Names and conventions are in `edgeq.checkpoint.gguf_layout`; the header is written, and
+weights are quantized, by the `gguf` package.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType, quants, size_label
+
+from edgeq.backends.numpy.ops import matrix_rows, tiles
+from edgeq.bf16 import Array, Float32, from_float32
+from edgeq.checkpoint import Checkpoint
+from edgeq.checkpoint.gguf_layout import (
+    ARCH,
+    VISION_ARCH,
+    file_names,
+    file_shape,
+    head_order,
+    text_metadata,
+    vision_metadata,
+)
+from edgeq.checkpoint.gguf_tokenizer import tokenizer_metadata
+from edgeq.errors import EdgeqError, ModelError, UsageError
+from edgeq.quant.folder import check_room
+from edgeq.quant.ggml import TYPES, GGMLType
+from edgeq.weights import Role, TensorSpec
+
+__all__ = ["EXPORT_TYPES", "ExportReport", "export_gguf"]
+
+EXPORT_TYPES: Mapping[str, LlamaFileType] = {
+    "f32": LlamaFileType.ALL_F32,
+    "f16": LlamaFileType.MOSTLY_F16,
+    "bf16": LlamaFileType.MOSTLY_BF16,
+    "q8_0": LlamaFileType.MOSTLY_Q8_0,
+    "q5_1": LlamaFileType.MOSTLY_Q5_1,
+    "q5_0": LlamaFileType.MOSTLY_Q5_0,
+    "q4_1": LlamaFileType.MOSTLY_Q4_1,
+    "q4_0": LlamaFileType.MOSTLY_Q4_0,
+}
+"""What `export_gguf` can write, and what a file says it is mostly made of."""
+
+_BY_NAME = {t.name: t for t in TYPES.values()}
+_ALIGNMENT = 32
+_MATRICES = (Role.LINEAR, Role.EMBEDDING, Role.GATE)
+
+Progress = Callable[[int, int, str], None]
+"""Called with the weights done, all weights, and the tensor at hand."""
+
+
+class ExportReport(NamedTuple):
+    """What was written: a file, its size, and how many tensors are of which type; `notes` says what is not as asked."""
+
+    path: Path
+    nbytes: int
+    types: Mapping[str, int]
+    notes: tuple[str, ...]
+
+
+class _Tensor(NamedTuple):
+    """A tensor to write: `blocks` yields its values, some rows at a time."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLType
+    blocks: Callable[[], Iterator[Float32]]
+
+    @property
+    def row_nbytes(self) -> int:
+        return self.shape[-1] // self.type.block * self.type.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape[:-1]) * self.row_nbytes
+
+
+def export_gguf(
+    checkpoint: Checkpoint, out: Path, kind: str, *, force: bool = False, progress: Progress | None = None
+) -> ExportReport:
+    """Write the language model and its MTP head, with tokenizer and chat template.
+
+    `kind` is one of EXPORT_TYPES and holds for the matrices; vectors are float32. With fewer than 8 bits, the
+    embedding (which is also the head) and DeltaNet's small a and b projections stay at Q8_0. A matrix whose rows are
+    no multiple of the type's block becomes F16; such exceptions are in the report's notes.
+    """
+    c = checkpoint.config.text
+    if c.linear_key_head_dim != c.linear_value_head_dim:
+        raise ModelError(
+            "llama.cpp runs DeltaNet with keys and values of one width only: this model cannot be exported"
+        )
+    specs = [spec for spec, _ in checkpoint.storage() if not spec.name.startswith("visual.")]
+    tensors, notes = [], []
+    for spec in specs:
+        wanted = _wanted_type(spec, kind)
+        stored = wanted if file_shape(spec)[-1] % wanted.block == 0 else _BY_NAME["F16"]
+        (name,) = file_names(spec.name, len(c.layer_types))
+        if stored != wanted:
+            notes.append(f"{name} is {stored.name}: rows of {spec.shape[-1]} do not fit {wanted.name}")
+        tensors.append(_Tensor(name, file_shape(spec), stored, partial(_blocks, checkpoint, spec)))
+    metadata = {
+        **_general(checkpoint, specs, "model", kind),
+        **{
+            f"{ARCH}.{key}": value
+            for key, value in text_metadata(c, any(s.name.startswith("mtp.") for s in specs)).items()
+        },
+        **_tokenizer(checkpoint, notes),
+    }
+    return _write(out, checkpoint.path, ARCH, metadata, tensors, tuple(notes), force, progress)
+
+
+def export_mmproj(
+    checkpoint: Checkpoint, out: Path, kind: str, *, force: bool = False, progress: Progress | None = None
+) -> ExportReport:
+    """Write the vision tower: matrices f32 or bf16 if `kind` says so, else f16."""
+    vision = checkpoint.config.vision
+    specs = [spec for spec, _ in checkpoint.storage() if spec.name.startswith("visual.")]
+    if vision is None or not specs:
+        raise UsageError(f"{checkpoint.path} has no vision tower", hint="leave out --mmproj")
+    kind = kind if kind in ("f32", "bf16") else "f16"
+    tensors = []
+    for spec in specs:
+        names = file_names(spec.name, 0)
+        for half, name in enumerate(names):
+            values = partial(_vision_blocks, checkpoint, spec.name, half if len(names) > 1 else None)
+            tensors.append(_Tensor(name, file_shape(spec), _vision_type(spec, kind), values))
+    metadata = {**_general(checkpoint, specs, "mmproj", kind), **vision_metadata(vision)}
+    return _write(out, checkpoint.path, VISION_ARCH, metadata, tensors, (), force, progress)
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+def _wanted_type(spec: TensorSpec, kind: str) -> GGMLType:
+    if spec.role not in _MATRICES:
+        return _BY_NAME["F32"]
+    if kind.startswith(("q4", "q5")) and spec.role in (Role.EMBEDDING, Role.GATE):
+        return _BY_NAME["Q8_0"]
+    return _BY_NAME[kind.upper()]
+
+
+def _vision_type(spec: TensorSpec, kind: str) -> GGMLType:
+    """Vectors and positions are F32; llama.cpp convolves the patches in F16 or F32."""
+    if len(spec.shape) == 1 or spec.name == "visual.pos_embed.weight":
+        return _BY_NAME["F32"]
+    if spec.name.startswith("visual.patch_embed") and kind == "bf16":
+        return _BY_NAME["F32"]
+    return _BY_NAME[kind.upper()]
+
+
+def _general(checkpoint: Checkpoint, specs: Sequence[TensorSpec], kind: str, storage: str) -> dict[str, Any]:
+    weights = sum(spec.size for spec in specs)
+    return {
+        "general.type": kind,
+        "general.name": checkpoint.path.resolve().name.removesuffix(".gguf"),
+        "general.size_label": size_label(weights, weights, 0, 0),
+        "general.file_type": int(EXPORT_TYPES[storage]),
+        "general.quantization_version": 2,
+    }
+
+
+def _tokenizer(checkpoint: Checkpoint, notes: list[str]) -> dict[str, Any]:
+    rows = checkpoint.config.text.vocab_size
+    files = checkpoint.tokenizer_files()
+    if files is None:
+        notes.append("the checkpoint has no tokenizer: the file takes and gives token ids only")
+        return {"tokenizer.ggml.model": "none", f"{ARCH}.vocab_size": rows}
+    entries = {f"tokenizer.ggml.{key}": value for key, value in tokenizer_metadata(*files, rows).items()}
+    template = checkpoint.template()
+    if template is None:
+        notes.append("the checkpoint has no chat template: chats will not work")
+    return entries | ({"tokenizer.chat_template": template.source} if template else {})
+
+
+def _blocks(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[Float32]:
+    """A tensor's values in the file's order of heads."""
+    order = head_order(spec.name, checkpoint.config.text)
+    if spec.role not in _MATRICES:
+        x = checkpoint.vector(spec.name)
+        yield x if order is None else order.to_file(x)
+        return
+    matrix = checkpoint.matrix(spec.name)
+    where = np.argsort(order.positions) if order is not None else np.arange(0)
+    for rows in tiles(matrix, spec.shape[1]):
+        if order is not None and order.axis == 0:
+            yield matrix_rows(matrix, where[rows])
+        else:
+            x = matrix_rows(matrix, rows)
+            yield x if order is None else x[:, where]
+
+
+def _vision_blocks(checkpoint: Checkpoint, name: str, half: int | None) -> Iterator[Float32]:
+    x = checkpoint.vector(name)
+    yield x if half is None else x[:, :, half]
+
+
+def _encode(x: Float32, tensor: _Tensor) -> Array:
+    """Values as they are stored; ModelError for what the type cannot hold."""
+    limit = np.abs(x).max(initial=0)
+    if not limit <= (65504 if tensor.type.name not in ("F32", "BF16") else np.finfo(np.float32).max):
+        raise ModelError(
+            f"{tensor.name} holds {limit}, which {tensor.type.name} cannot store",
+            hint="export with --type bf16" if np.isfinite(limit) else "the checkpoint is damaged; fetch it again",
+        )
+    if tensor.type.name == "BF16":
+        return from_float32(x)
+    return np.asarray(quants.quantize(np.ascontiguousarray(x), GGMLQuantizationType[tensor.type.name]))
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _write(
+    out: Path, source: Path, arch: str, metadata: Mapping[str, Any], tensors: Sequence[_Tensor],
+    notes: tuple[str, ...], force: bool, progress: Progress | None,
+) -> ExportReport:  # fmt: skip
+    if out.exists() and (out.samefile(source) or out.is_dir()):
+        raise UsageError(f"{out} is {'a folder' if out.is_dir() else 'the source'}", hint="choose another name")
+    if out.exists() and not force:
+        raise UsageError(f"{out} exists", hint="choose another name, or replace it with --force")
+    check_room(out, sum(t.nbytes + _ALIGNMENT for t in tensors) + (32 << 20))
+    total, done = sum(prod(t.shape) for t in tensors), 0
+    try:
+        with _new_file(out) as path:
+            _write_header(path, arch, metadata, tensors)
+            with path.open("ab") as file:
+                for tensor in tensors:
+                    file.write(bytes(-file.tell() % _ALIGNMENT))
+                    end = file.tell() + tensor.nbytes
+                    for block in tensor.blocks():
+                        file.write(_encode(block, tensor).data)
+                        done += block.size
+                        if progress:
+                            progress(done, total, tensor.name)
+                    assert file.tell() == end, f"{tensor.name}: not as long as declared"
+                file.write(bytes(-file.tell() % _ALIGNMENT))
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise EdgeqError(
+            f"{out} could not be written: {error.strerror or error}", hint="nothing was left behind"
+        ) from None
+    names = [t.type.name for t in tensors]
+    return ExportReport(out, out.stat().st_size, {name: names.count(name) for name in dict.fromkeys(names)}, notes)
+
+
+@contextmanager
+def _new_file(out: Path) -> Iterator[Path]:
+    """Yield a name beside `out` to write to. It becomes `out` when the block ends well, else it is removed."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        yield path
+        path.replace(out)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _write_header(path: Path, arch: str, metadata: Mapping[str, Any], tensors: Sequence[_Tensor]) -> None:
+    writer = GGUFWriter(path, arch)
+    for key, value in metadata.items():
+        writer.add_key_value(key, value, _value_type(value))
+    for t in tensors:
+        shape = t.shape if t.type.coding is None else (*t.shape[:-1], t.row_nbytes)
+        writer.add_tensor_info(t.name, shape, np.dtype(np.uint8) if t.type.coding else np.dtype(np.float32), t.nbytes,
+                               GGMLQuantizationType[t.type.name])  # fmt: skip
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+
+
+def _value_type(value: object) -> GGUFValueType:
+    match value:
+        case bool():
+            return GGUFValueType.BOOL
+        case int():
+            return GGUFValueType.UINT32
+        case float():
+            return GGUFValueType.FLOAT32
+        case str():
+            return GGUFValueType.STRING
+        case _:
+            return GGUFValueType.ARRAY
