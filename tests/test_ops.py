@@ -421,7 +421,7 @@ def test_delta_net(
     w = DeltaNetWeights(
         in_proj_qkv=matrix(ops, rng, c.conv_dim, 128, bits), in_proj_z=matrix(ops, rng, c.value_dim, 128, bits),
         in_proj_b=matrix(ops, rng, 2 * ratio, 128, None), in_proj_a=matrix(ops, rng, 2 * ratio, 128, None),
-        conv=ops.load(normal(rng, c.conv_dim, 4)), A=ops.load(-np.exp(normal(rng, 2 * ratio))),
+        conv=ops.load(normal(rng, c.conv_dim, 4)), decay=ops.load(-np.exp(normal(rng, 2 * ratio))),
         dt_bias=ops.load(normal(rng, 2 * ratio)), norm=ops.load(normal(rng, 32)),
         out_proj=matrix(ops, rng, 128, c.value_dim, bits),
     )  # fmt: skip

@@ -1,0 +1,92 @@
+"""Keys and values of the native backend: pages that the kernels write and read, shared between states."""
+
+from __future__ import annotations
+
+from typing import Literal, Self, get_args
+
+import numpy as np
+
+from edgeq.backends.cpu import _native
+from edgeq.bf16 import Array, Float32
+from edgeq.errors import UsageError
+from edgeq.state import KVCache
+
+__all__ = ["PAGE", "KvDtype", "NativeKV", "Page", "check_kv_dtype"]
+
+PAGE: int = _native.KV_PAGE  # tokens
+
+KvDtype = Literal["f16", "bf16", "f32"]
+
+
+def check_kv_dtype(name: str) -> KvDtype:
+    """`name` as a type of cache entries, or a UsageError."""
+    if name not in get_args(KvDtype):
+        raise UsageError(f"unknown KV cache type {name!r}", hint=f"there are: {', '.join(get_args(KvDtype))}")
+    return name  # type: ignore[return-value]  # mypy does not narrow a str by `in`
+
+
+class Page:
+    """Room for PAGE tokens of a layer, laid out as layers/layers.h says; `written` tokens are in use by somebody."""
+
+    __slots__ = ("data", "written")
+
+    def __init__(self, data: Array) -> None:
+        self.data = data
+        self.written = 0
+
+
+class NativeKV(KVCache[Array]):
+    """The KV cache of one layer and sequence, as a value.
+
+    Caches that grew out of each other share pages. Room is made behind the last token that any of them wrote; where
+    another cache has been there first (the state was branched or rolled back), only the last page is copied.
+    """
+
+    __slots__ = ("dim", "dtype", "heads", "length", "pages")
+
+    def __init__(self, heads: int, dim: int, dtype: KvDtype, pages: tuple[Page, ...] = (), length: int = 0) -> None:
+        self.heads, self.dim, self.dtype = heads, dim, dtype
+        self.pages, self.length = pages, length
+
+    def _with(self, pages: tuple[Page, ...], length: int) -> Self:
+        return type(self)(self.heads, self.dim, self.dtype, pages, length)
+
+    def with_room(self, tokens: int) -> Self:
+        """This cache longer by `tokens` tokens, which the caller has yet to write."""
+        pages, end = list(self.pages), self.length + tokens
+        whole, offset = divmod(self.length, PAGE)
+        if offset and tokens and pages[-1].written > offset:
+            pages[-1] = Page(pages[-1].data.copy())
+        while len(pages) * PAGE < end:
+            pages.append(Page(np.empty(_native.page_nbytes(self.dtype, self.heads, self.dim), np.uint8)))
+        for i in range(whole, len(pages)):
+            pages[i].written = min(PAGE, end - i * PAGE)
+        return self._with(tuple(pages), end)
+
+    def appended(self, keys: Float32, values: Float32) -> Self:
+        """This cache and then `keys`, `values` float32 [T, Hkv, D], rounded to the cache's type."""
+        longer = self.with_room(len(keys))
+        if len(keys):
+            _native.append(keys, values, self.dtype, (len(keys), self.length, longer.buffers()))
+        return longer
+
+    def buffers(self) -> list[Array]:
+        """The pages' memory, for the kernels."""
+        return [page.data for page in self.pages]
+
+    def truncated(self, length: int) -> Self:
+        if length == self.length:
+            return self
+        return self._with(self.pages[: -(-length // PAGE)], length)
+
+    def arrays(self) -> tuple[Array, Array]:
+        keys = np.empty((self.length, self.heads, self.dim), np.float32)
+        values = np.empty_like(keys)
+        for i, page in enumerate(self.pages):
+            rows = slice(i * PAGE, min(self.length, (i + 1) * PAGE))
+            _native.read_page(page.data, self.dtype, keys[rows], values[rows])
+        return keys, values
+
+    @property
+    def nbytes(self) -> int:
+        return sum(page.data.nbytes for page in self.pages)

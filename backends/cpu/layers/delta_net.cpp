@@ -1,0 +1,154 @@
+// Gated DeltaNet between its projections, value head by value head: no head needs another, so there is one
+// parallel_for and no barrier. Tokens pass in chunks small enough that a chunk's queries and keys stay in the nearest
+// cache while the head's state streams past.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "kernels/threads.h"
+#include "layers/layers.h"
+
+namespace edgeq {
+namespace {
+
+constexpr Index chunk_tokens = 32;
+constexpr float l2_eps = 1e-6f;              // of q and k; fixed by the architecture
+constexpr float smallest_factor = 0x1p-20f;  // of the state, before it is multiplied through (see DeltaChunk)
+
+// What one head computes about a chunk before the delta rule runs.
+struct Chunk {
+    std::vector<float> q, k, v, o;
+    float g[chunk_tokens], beta[chunk_tokens], qk[chunk_tokens];
+    float decay[chunk_tokens], through[chunk_tokens], lift[chunk_tokens];
+
+    void resize(Index K, Index V) {
+        q.resize(chunk_tokens * K);
+        k.resize(chunk_tokens * K);
+        v.resize(chunk_tokens * V);
+        o.resize(chunk_tokens * V);
+    }
+};
+
+thread_local Chunk chunk_of_thread;
+
+float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
+
+float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+
+void spread_decays(Chunk& c, Index tokens) {
+    float factor = 1.0f;
+    for (Index t = 0; t < tokens; t++) {
+        c.decay[t] = factor * std::exp(c.g[t]);
+        const bool fold = t + 1 == tokens || c.decay[t] < smallest_factor;
+        c.through[t] = fold ? c.decay[t] : 1.0f;
+        factor = fold ? 1.0f : c.decay[t];
+        c.lift[t] = 1.0f / factor;
+    }
+}
+
+// Calls run(first token, tokens, from, to) for the chunks of one head: whole chunks up to the first state that is
+// kept, then token by token, every one into its own state.
+template <class Run>
+void each_chunk(const DeltaSequence& s, Index keep, Index head, Index head_size, Run&& run) {
+    const Index whole = s.tokens - keep;
+    const float* from = s.state + head * head_size;
+    if (whole == 0) std::memcpy(s.states_after[0] + head * head_size, from, head_size * sizeof(float));
+    for (Index t = 0, tokens; t < s.tokens; t += tokens) {
+        tokens = t < whole ? std::min(chunk_tokens, whole - t) : 1;
+        float* to = s.states_after[t < whole ? 0 : t - whole + 1] + head * head_size;
+        run(t, tokens, from, to);
+        from = to;
+    }
+}
+
+// q, k and beta, g of the chunk are there, q and k of unit length; v and o are `v` and `o`.
+void run_delta(Chunk& c, Index tokens, Index K, Index V, const float* v, Index v_stride, float* o, Index o_stride,
+               const float* from, float* to) {
+    const LayerKernels& kernels = layer_kernels();
+    for (Index t = 0; t < tokens; t++) c.qk[t] = kernels.dot(&c.q[t * K], &c.k[t * K], K);
+    spread_decays(c, tokens);
+    kernels.delta(to, from, V, {tokens, K, c.q.data(), c.k.data(), v, v_stride, c.beta, c.qk, c.decay, c.through, c.lift,
+                                o, o_stride});
+}
+
+// Channels [first, first + n) of the tails after tokens - keep, ..., tokens tokens.
+void copy_tails(const DeltaNet& net, const DeltaSequence& s, Rows<const float> x, Index first, Index n) {
+    const Index C = 2 * net.Hk * net.K + net.Hv * net.V, rows = net.width - 1;
+    for (Index i = 0; i <= net.keep; i++)
+        for (Index row = 0; row < rows; row++) {
+            const Index token = s.tokens - net.keep + i + row - rows;
+            const float* from = token < 0 ? s.tail + (rows + token) * C : x[token];
+            std::memcpy(s.tails_after[i] + row * C + first, from + first, n * sizeof(float));
+        }
+}
+
+void run_head(const DeltaNet& net, const DeltaSequence& s, Index start, Index head) {
+    const LayerKernels& kernels = layer_kernels();
+    const Index K = net.K, V = net.V, share = net.Hv / net.Hk;
+    const Index C = 2 * net.Hk * K + net.Hv * V;
+    const Index q_at = head / share * K, k_at = net.Hk * K + q_at, v_at = 2 * net.Hk * K + head * V;
+    const float q_scale = 1.0f / std::sqrt(float(K));
+    const Rows<const float> x{net.qkv[start], net.qkv.stride};
+    Chunk& c = chunk_of_thread;
+    c.resize(K, V);
+    each_chunk(s, net.keep, head, V * K, [&](Index t0, Index tokens, const float* from, float* to) {
+        auto convolve = [&](float* y, Index channel, Index n) {
+            kernels.conv_silu(y, n, x.data + channel, x.stride, s.tail + channel, C, net.conv + channel * net.width,
+                              net.width, t0, t0 + tokens, n);
+        };
+        convolve(c.q.data(), q_at, K);
+        convolve(c.k.data(), k_at, K);
+        convolve(c.v.data(), v_at, V);
+        for (Index t = 0; t < tokens; t++) {
+            const Index row = start + t0 + t;
+            kernels.l2_norm(&c.q[t * K], &c.q[t * K], K, l2_eps, q_scale);
+            kernels.l2_norm(&c.k[t * K], &c.k[t * K], K, l2_eps, 1.0f);
+            c.g[t] = net.A[head] * softplus(net.a[row][head] + net.dt_bias[head]);
+            c.beta[t] = sigmoid(net.b[row][head]);
+        }
+        run_delta(c, tokens, K, V, c.v.data(), V, c.o.data(), V, from, to);
+        for (Index t = 0; t < tokens; t++) {
+            const Index row = start + t0 + t;
+            kernels.rms_norm(net.out[row] + head * V, &c.o[t * V], net.norm, net.z[row] + head * V, V, net.eps);
+        }
+    });
+    if (head % share == 0) {
+        copy_tails(net, s, x, q_at, K);
+        copy_tails(net, s, x, k_at, K);
+    }
+    copy_tails(net, s, x, v_at, V);
+}
+
+}  // namespace
+
+void delta_net(const DeltaNet& net, const DeltaSequence* sequences, Index count) {
+    std::vector<Index> starts(count, 0);
+    for (Index i = 1; i < count; i++) starts[i] = starts[i - 1] + sequences[i - 1].tokens;
+    parallel_for(int(count * net.Hv), [&](int piece) {
+        const Index i = piece / net.Hv;
+        run_head(net, sequences[i], starts[i], piece % net.Hv);
+    });
+}
+
+void delta_rule(const DeltaRule& rule, const DeltaSequence& s) {
+    const Index K = rule.K, V = rule.V, share = rule.Hv / rule.Hk;
+    const float q_scale = 1.0f / std::sqrt(float(K));
+    parallel_for(int(rule.Hv), [&](int head) {
+        Chunk& c = chunk_of_thread;
+        c.resize(K, V);
+        each_chunk(s, rule.keep, head, V * K, [&](Index t0, Index tokens, const float* from, float* to) {
+            for (Index t = 0; t < tokens; t++) {
+                const float* q = rule.q[t0 + t] + head / share * K;
+                for (Index i = 0; i < K; i++) c.q[t * K + i] = q[i] * q_scale;
+                std::memcpy(&c.k[t * K], rule.k[t0 + t] + head / share * K, K * sizeof(float));
+                c.g[t] = rule.g[t0 + t][head];
+                c.beta[t] = rule.beta[t0 + t][head];
+            }
+            run_delta(c, tokens, K, V, rule.v[t0] + head * V, rule.v.stride, rule.out[t0] + head * V, rule.out.stride,
+                      from, to);
+        });
+    });
+}
+
+}  // namespace edgeq

@@ -1,0 +1,321 @@
+// The kernels of layers.h, over the vector operations of the file that includes this one:
+//
+//     V, W                      a vector of floats and how many it has
+//     load, store, load_n, store_n (n <= W entries, the others zero / untouched), set1
+//     add, sub, mul, div, fma (x * y + z), max_of
+//     sum, peak_of              across the vector
+//     sum4(a, b, c, d, out)     four sums at once
+//     round_, pow2              to the nearest integer; 2^x of an integer, |x| <= 127
+//     load4                     4 W entries as 4 vectors, entry i going to vector i % 4
+//     load_f16, load_bf16       W entries of 16 bits, widened
+//     store_f16                 rounded to nearest even
+//
+// and LAYERS, the name of the table. Everything here has internal linkage.
+
+#include "layers/layers.h"
+
+namespace edgeq {
+namespace {
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE Index smaller(Index a, Index b) { return a < b ? a : b; }
+
+INLINE V load_upto(const float* p, Index n) { return n >= W ? load(p) : load_n(p, int(n)); }
+
+INLINE void store_upto(float* p, V x, Index n) {
+    if (n >= W)
+        store(p, x);
+    else
+        store_n(p, x, int(n));
+}
+
+// e^x for finite x, clamped to [e^-87, e^88]: x = n ln 2 + r with |r| <= ln(2) / 2, and 7 terms of the series for e^r
+// (remainder below 6e-9).
+INLINE V exp_(V x) {
+    x = max_of(set1(-87.0f), sub(set1(0.0f), max_of(set1(-88.0f), sub(set1(0.0f), x))));
+    V n = round_(mul(x, set1(1.44269504f)));
+    V r = fma(n, set1(-0.693359375f), x);  // ln 2 in two parts: n times the first is exact
+    r = fma(n, set1(2.12194440e-4f), r);
+    V p = set1(1.0f / 5040);
+    p = fma(p, r, set1(1.0f / 720));
+    p = fma(p, r, set1(1.0f / 120));
+    p = fma(p, r, set1(1.0f / 24));
+    p = fma(p, r, set1(1.0f / 6));
+    p = fma(p, r, set1(0.5f));
+    p = fma(p, r, set1(1.0f));
+    p = fma(p, r, set1(1.0f));
+    return mul(p, pow2(n));
+}
+
+INLINE V sigmoid(V x) { return div(set1(1.0f), add(set1(1.0f), exp_(sub(set1(0.0f), x)))); }
+
+INLINE V silu(V x) { return mul(x, sigmoid(x)); }
+
+// --- norms and pointwise ---------------------------------------------------------------------------------------------
+
+void add_rows(float* y, const float* x, const float* z, Index n) {
+    for (Index i = 0; i < n; i += W) store_upto(y + i, add(load_upto(x + i, n - i), load_upto(z + i, n - i)), n - i);
+}
+
+void silu_mul(float* y, const float* gate, const float* up, Index n) {
+    for (Index i = 0; i < n; i += W)
+        store_upto(y + i, mul(silu(load_upto(gate + i, n - i)), load_upto(up + i, n - i)), n - i);
+}
+
+void sigmoid_mul(float* y, const float* x, const float* gate, Index n) {
+    for (Index i = 0; i < n; i += W)
+        store_upto(y + i, mul(load_upto(x + i, n - i), sigmoid(load_upto(gate + i, n - i))), n - i);
+}
+
+float dot(const float* x, const float* y, Index n) {
+    V even = set1(0.0f), odd = set1(0.0f);
+    Index i = 0;
+    for (; i + 2 * W <= n; i += 2 * W) {
+        even = fma(load(x + i), load(y + i), even);
+        odd = fma(load(x + i + W), load(y + i + W), odd);
+    }
+    for (; i < n; i += W) even = fma(load_upto(x + i, n - i), load_upto(y + i, n - i), even);
+    return sum(add(even, odd));
+}
+
+void rms_norm(float* y, const float* x, const float* gain, const float* gate, Index n, float eps) {
+    const V scale = set1(1.0f / __builtin_sqrtf(dot(x, x, n) / float(n) + eps));
+    for (Index i = 0; i < n; i += W) {
+        V value = mul(mul(load_upto(x + i, n - i), scale), load_upto(gain + i, n - i));
+        if (gate) value = mul(value, silu(load_upto(gate + i, n - i)));
+        store_upto(y + i, value, n - i);
+    }
+}
+
+void l2_norm(float* y, const float* x, Index n, float eps, float scale) {
+    const V factor = set1(scale / __builtin_sqrtf(dot(x, x, n) + eps));
+    for (Index i = 0; i < n; i += W) store_upto(y + i, mul(load_upto(x + i, n - i), factor), n - i);
+}
+
+void rope(float* y, const float* x, const float* cos, const float* sin, Index pairs, Index n) {
+    for (Index i = 0; i < pairs; i += W) {
+        const Index left = pairs - i;
+        V c = load_upto(cos + i, left), s = load_upto(sin + i, left);
+        V first = load_upto(x + i, left), second = load_upto(x + pairs + i, left);
+        store_upto(y + i, sub(mul(first, c), mul(second, s)), left);
+        store_upto(y + pairs + i, add(mul(second, c), mul(first, s)), left);
+    }
+    if (y != x)
+        for (Index i = 2 * pairs; i < n; i += W) store_upto(y + i, load_upto(x + i, n - i), n - i);
+}
+
+void to_f16(uint16_t* y, const float* x, Index n) {
+    const V largest = set1(65504.0f), smallest = set1(-65504.0f), zero = set1(0.0f);
+    for (Index i = 0; i < n; i += W) {
+        V value = max_of(load_upto(x + i, n - i), smallest);
+        value = sub(zero, max_of(sub(zero, value), sub(zero, largest)));
+        uint16_t bits[W];
+        store_f16(bits, value);
+        __builtin_memcpy(y + i, bits, smaller(W, n - i) * sizeof *bits);
+    }
+}
+
+// --- the causal convolution ------------------------------------------------------------------------------------------
+
+constexpr Index max_width = 8;  // taps of the convolution; Qwen3.5 has 4
+
+void conv_silu(float* y, Index y_stride, const float* x, Index x_stride, const float* tail, Index t_stride,
+               const float* w, Index width, Index t0, Index t1, Index n) {
+    for (Index c = 0; c < n; c += W) {
+        const Index left = n - c;
+        V taps[max_width];
+        if (width == 4 && left >= W) {
+            load4(w + c * 4, taps);
+        } else {
+            for (Index i = 0; i < width; i++) {
+                float column[W] = {};
+                for (Index lane = 0; lane < smaller(W, left); lane++) column[lane] = w[(c + lane) * width + i];
+                taps[i] = load(column);
+            }
+        }
+        for (Index t = t0; t < t1; t++) {
+            V total = set1(0.0f);
+            for (Index i = 0; i < width; i++) {
+                const Index from = t - (width - 1) + i;
+                const float* row = from < 0 ? tail + (width - 1 + from) * t_stride : x + from * x_stride;
+                total = fma(load_upto(row + c, left), taps[i], total);
+            }
+            store_upto(y + (t - t0) * y_stride + c, silu(total), left);
+        }
+    }
+}
+
+// --- the delta rule --------------------------------------------------------------------------------------------------
+
+// Up to four rows of the state stay in the nearest cache while the tokens of the chunk pass. Per token one pass reads what
+// the state recalls for k and for q, and one writes:
+//     r = decay (S k);  d = beta (v - r);  o = decay (S q) + d (q . k);  S <- through S + (lift d) k
+INLINE void delta_rows(float* to, const float* from, const int rows, Index first, const DeltaChunk& c) {
+    const Index K = c.K;
+    for (Index t = 0; t < c.tokens; t++) {
+        const float* S = t == 0 ? from : to;
+        const float *q = c.q + t * K, *k = c.k + t * K;
+        V by_k[4], by_q[4];
+        for (int r = 0; r < rows; r++) by_k[r] = by_q[r] = set1(0.0f);
+        for (Index i = 0; i < K; i += W) {
+            const V key = load_upto(k + i, K - i), query = load_upto(q + i, K - i);
+            for (int r = 0; r < rows; r++) {
+                const V s = load_upto(S + r * K + i, K - i);
+                by_k[r] = fma(s, key, by_k[r]);
+                by_q[r] = fma(s, query, by_q[r]);
+            }
+        }
+        for (int r = rows; r < 4; r++) by_k[r] = by_q[r] = set1(0.0f);
+        float recalled[4], answered[4], d[4];
+        sum4(by_k[0], by_k[1], by_k[2], by_k[3], recalled);
+        sum4(by_q[0], by_q[1], by_q[2], by_q[3], answered);
+        V write[4];
+        for (int r = 0; r < rows; r++) {
+            d[r] = c.beta[t] * (c.v[t * c.v_stride + first + r] - c.decay[t] * recalled[r]);
+            c.o[t * c.o_stride + first + r] = c.decay[t] * answered[r] + d[r] * c.qk[t];
+            write[r] = set1(c.lift[t] * d[r]);
+        }
+        if (c.through[t] == 1.0f && t > 0) {
+            for (Index i = 0; i < K; i += W) {
+                const V key = load_upto(k + i, K - i);
+                for (int r = 0; r < rows; r++)
+                    store_upto(to + r * K + i, fma(write[r], key, load_upto(S + r * K + i, K - i)), K - i);
+            }
+        } else {
+            const V through = set1(c.through[t]);
+            for (Index i = 0; i < K; i += W) {
+                const V key = load_upto(k + i, K - i);
+                for (int r = 0; r < rows; r++)
+                    store_upto(to + r * K + i, fma(write[r], key, mul(through, load_upto(S + r * K + i, K - i))), K - i);
+            }
+        }
+    }
+}
+
+void delta(float* to, const float* from, Index rows, const DeltaChunk& c) {
+    Index r = 0;
+    for (; r + 4 <= rows; r += 4) delta_rows(to + r * c.K, from + r * c.K, 4, r, c);
+    for (; r < rows; r++) delta_rows(to + r * c.K, from + r * c.K, 1, r, c);
+}
+
+// --- attention -------------------------------------------------------------------------------------------------------
+
+// Blockwise with a running maximum (Dao et al., "FlashAttention", arXiv:2205.14135; Milakov and Gimelshein,
+// "Online normalizer calculation for softmax", arXiv:1805.02867).
+
+constexpr int R = attend_rows;
+constexpr int SPAN = W < kv_tile ? kv_tile : 2 * kv_tile;  // keys whose scores are summed at a time
+constexpr int SPAN_V = SPAN / W;
+constexpr int WIDE = W == 4 ? 4 : 2;  // vectors of values summed at a time
+constexpr float HIDDEN = -1e30f;
+
+INLINE V load_kv(const uint8_t* p, Index entry, const KvType type) {
+    if (type == KvType::f32) return load(reinterpret_cast<const float*>(p) + entry);
+    const uint16_t* half = reinterpret_cast<const uint16_t*>(p) + entry;
+    return type == KvType::f16 ? load_f16(half) : load_bf16(half);
+}
+
+// Scores of R rows and SPAN keys, whose tiles start at entry `tile`.
+INLINE void score_span(float* scores, const float* q, Index width, const uint8_t* keys, Index tile, const KvType type) {
+    V total[R][SPAN_V];
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < SPAN_V; j++) total[r][j] = set1(0.0f);
+    for (Index i = 0; i < width; i++) {
+        V key[SPAN_V];
+        for (int j = 0; j < SPAN_V; j++)
+            key[j] = load_kv(keys, tile + (j * W / kv_tile) * width * kv_tile + i * kv_tile + j * W % kv_tile, type);
+        for (int r = 0; r < R; r++) {
+            const V query = set1(q[r * width + i]);
+            for (int j = 0; j < SPAN_V; j++) total[r][j] = fma(query, key[j], total[r][j]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < SPAN_V; j++) store(scores + r * attend_keys + j * W, total[r][j]);
+}
+
+// Turn a row's scores of `count` keys from `first` on into weights under the running maximum; rescale what was summed.
+// A row that sees no key of the whole range ends with the peak HIDDEN and counts for nothing when ranges are merged.
+INLINE void weigh_row(const Attend& a, Index row, Index first, Index count) {
+    float* scores = a.scores + row * attend_keys;
+    for (Index i = a.visible[row] - first < 0 ? 0 : a.visible[row] - first; i < attend_keys; i++) scores[i] = HIDDEN;
+    for (Index i = count; i < attend_keys; i++) scores[i] = HIDDEN;
+    V most = load(scores);
+    for (Index i = W; i < attend_keys; i += W) most = max_of(most, load(scores + i));
+    const float peak = peak_of(most);
+    if (peak > a.peak[row]) {
+        float* out = a.out + row * a.width;
+        const V shrink = exp_(set1(a.peak[row] - peak));
+        for (Index i = 0; i < a.width; i += W) store(out + i, mul(load(out + i), shrink));
+        float factor[W];
+        store(factor, shrink);
+        a.total[row] *= factor[0];
+        a.peak[row] = peak;
+    }
+    const V base = set1(a.peak[row]);
+    V total = set1(0.0f);
+    for (Index i = 0; i < attend_keys; i += W) {
+        const V weight = exp_(sub(load(scores + i), base));
+        store(scores + i, weight);
+        total = add(total, weight);
+    }
+    a.total[row] += sum(total);
+}
+
+// out += weights @ values for R rows and `wide` vectors of the width from entry i on.
+INLINE void sum_values_at(const Attend& a, Index row, Index i, const int wide, const uint8_t* values, Index entry,
+                          Index count, const KvType type) {
+    const float* weights = a.scores + row * attend_keys;
+    float* out = a.out + row * a.width + i;
+    V total[R][WIDE];
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < wide; j++) total[r][j] = load(out + r * a.width + j * W);
+    for (Index key = 0; key < count; key++) {
+        V value[WIDE];
+        for (int j = 0; j < wide; j++) value[j] = load_kv(values, entry + key * a.width + i + j * W, type);
+        for (int r = 0; r < R; r++) {
+            const V weight = set1(weights[r * attend_keys + key]);
+            for (int j = 0; j < wide; j++) total[r][j] = fma(weight, value[j], total[r][j]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < wide; j++) store(out + r * a.width + j * W, total[r][j]);
+}
+
+INLINE void sum_values(const Attend& a, Index row, const uint8_t* values, Index entry, Index count, const KvType type) {
+    Index i = 0;
+    for (; i + WIDE * W <= a.width; i += WIDE * W) sum_values_at(a, row, i, WIDE, values, entry, count, type);
+    for (; i < a.width; i += W) sum_values_at(a, row, i, 1, values, entry, count, type);
+}
+
+INLINE void attend_as(const Attend& a, const KvType type) {
+    for (Index r = 0; r < a.rows; r++) a.peak[r] = HIDDEN, a.total[r] = 0.0f;
+    for (Index i = 0; i < a.rows * a.width; i += W) store(a.out + i, set1(0.0f));
+    for (Index first = a.begin; first < a.end; first += attend_keys) {
+        const Index count = smaller(attend_keys, a.end - first);
+        const Index entry = first % kv_page * a.width;  // of a tile of keys, and of a row of values
+        const uint8_t *keys = a.keys[first / kv_page], *values = a.values[first / kv_page];
+        for (Index span = 0; span < count; span += SPAN)
+            for (Index row = 0; row < a.rows; row += R)
+                score_span(a.scores + row * attend_keys + span, a.q + row * a.width, a.width, keys,
+                           entry + span * a.width, type);
+        for (Index row = 0; row < a.rows; row++) weigh_row(a, row, first, count);
+        for (Index row = 0; row < a.rows; row += R) sum_values(a, row, values, entry, count, type);
+    }
+}
+
+void attend(const Attend& a) {
+    switch (a.type) {
+        case KvType::f16: return attend_as(a, KvType::f16);
+        case KvType::bf16: return attend_as(a, KvType::bf16);
+        case KvType::f32: return attend_as(a, KvType::f32);
+    }
+}
+
+}  // namespace
+
+extern const LayerKernels LAYERS;
+const LayerKernels LAYERS = {add_rows, silu_mul,  sigmoid_mul, rms_norm, l2_norm, dot,
+                             rope,     conv_silu, delta,       attend,   to_f16};
+
+}  // namespace edgeq

@@ -1,0 +1,165 @@
+// Everything of the seam that is no matrix product: one table of kernels per instruction set, and the two mixers that
+// are built from them.
+//
+// The kernels are plain functions over rows of float32; they know nothing of threads. Their bodies are written once
+// (isa/body.h) over a handful of vector operations that each instruction set defines (isa/NAME.cpp). Float sums run
+// in a different order from set to set, so results agree within the bounds of tests/test_native_layers.py, not bit by
+// bit. The specification is backends/numpy.
+#pragma once
+
+#include <cstdint>
+
+namespace edgeq {
+
+using Index = long long;
+
+// --- the cache of keys and values ------------------------------------------------------------------------------------
+//
+// A page holds `kv_page` tokens of all KV heads: first the keys, then the values, each [heads, kv_page, width] entries,
+// width being the head's rounded up to kv_tile. Values are stored like that. Keys are stored in tiles of kv_tile tokens,
+// [heads, kv_page / kv_tile, width, kv_tile]: the scores of a tile are sums over the width of whole vectors of
+// tokens, without a horizontal sum.
+
+enum class KvType { f16, bf16, f32 };
+
+constexpr int kv_page = 256;
+constexpr int kv_tile = 16;
+
+static inline Index kv_width(Index dim) { return (dim + kv_tile - 1) / kv_tile * kv_tile; }
+static inline Index kv_size(KvType type) { return type == KvType::f32 ? 4 : 2; }
+
+// Some queries that share a KV head, over part of its keys.
+struct Attend {
+    KvType type;
+    Index rows, width;          // rows is a multiple of attend_rows, width one of kv_tile
+    const float* q;             // [rows, width], already scaled by D^-0.5, zero beyond the head's width
+    const Index* visible;       // [rows], how many keys (from the first of the sequence) each row may see
+    const uint8_t* const* keys;    // of this head, one pointer per page of the sequence
+    const uint8_t* const* values;
+    Index begin, end;           // the keys to attend to; begin is a multiple of attend_keys
+    float* peak;                // [rows], out: largest score
+    float* total;               // [rows], out: sum of exp(score - peak)
+    float* out;                 // [rows, width], out: sum of exp(score - peak) * value
+    float* scores;              // [rows, attend_keys] to work in
+};
+
+constexpr int attend_rows = 4;   // query rows at a time
+constexpr int attend_keys = 64;  // keys at a time; divides kv_page
+
+// The tokens of one chunk of the delta rule, one value head; see delta_chunk in backends/numpy/delta.py for the maths.
+//
+// A decay multiplies the whole state. Instead of doing that for every token, the state is kept divided by a common
+// factor c that takes the decays up, and is multiplied through (`through`, else 1) only where c becomes too small and
+// at the chunk's last token, after which c = 1.
+struct DeltaChunk {
+    Index tokens, K;
+    const float* q;        // [tokens, K], unit length times K^-0.5
+    const float* k;        // [tokens, K], unit length
+    const float* v;        // [tokens, v_stride]
+    Index v_stride;
+    const float* beta;     // [tokens]
+    const float* qk;       // [tokens], q . k
+    const float* decay;    // [tokens], what the stored state is to be multiplied with to be the decayed state
+    const float* through;  // [tokens], what the stored state is multiplied with now
+    const float* lift;     // [tokens], 1 / c
+    float* o;              // [tokens, o_stride]
+    Index o_stride;
+};
+
+struct LayerKernels {
+    // y = x + z
+    void (*add)(float* y, const float* x, const float* z, Index n);
+    // y = silu(gate) * up
+    void (*silu_mul)(float* y, const float* gate, const float* up, Index n);
+    // y = x * sigmoid(gate)
+    void (*sigmoid_mul)(float* y, const float* x, const float* gate, Index n);
+    // y = x / sqrt(mean(x^2) + eps) * gain, and times silu(gate) where there is a gate
+    void (*rms_norm)(float* y, const float* x, const float* gain, const float* gate, Index n, float eps);
+    // y = x / sqrt(sum(x^2) + eps) * scale
+    void (*l2_norm)(float* y, const float* x, Index n, float eps, float scale);
+    float (*dot)(const float* x, const float* y, Index n);
+    // Pairs (i, i + pairs) turned by the angle; the rest of the n entries copied. y may be x.
+    void (*rope)(float* y, const float* x, const float* cos, const float* sin, Index pairs, Index n);
+    // silu of the causal convolution for tokens [t0, t1) and n channels. Token t is x + t * x_stride; before token 0
+    // comes the tail [width - 1] rows of t_stride. w is [n, width], y the rows of [t0, t1).
+    void (*conv_silu)(float* y, Index y_stride, const float* x, Index x_stride, const float* tail, Index t_stride,
+                      const float* w, Index width, Index t0, Index t1, Index n);
+    // Move `rows` rows of a state [rows, K] on by the chunk: from -> to, which may be the same.
+    void (*delta)(float* to, const float* from, Index rows, const DeltaChunk& chunk);
+    void (*attend)(const Attend& a);
+    void (*to_f16)(uint16_t* y, const float* x, Index n);  // nearest, ties to even; beyond +-65504 becomes that
+};
+
+extern const LayerKernels layers_scalar, layers_avx2, layers_avx512, layers_neon;
+
+// The table of the active instruction set.
+const LayerKernels& layer_kernels();
+
+// --- the mixers, between their projections ---------------------------------------------------------------------------
+
+// A matrix whose rows lie `stride` floats apart.
+template <class T>
+struct Rows {
+    T* data = nullptr;
+    Index stride = 0;
+    T* operator[](Index row) const { return data + row * stride; }
+};
+
+// One sequence of a DeltaNet layer; the arrays after are those after tokens - keep, ..., tokens tokens.
+struct DeltaSequence {
+    Index tokens;
+    const float* tail;            // [width - 1, C]
+    const float* state;           // [Hv, V, K]
+    float* const* tails_after;    // keep + 1 of them
+    float* const* states_after;
+};
+
+struct DeltaNet {
+    Index Hk, Hv, K, V, width, keep;
+    Rows<const float> qkv, z, b, a;  // [T, C], [T, Hv * V], [T, Hv], [T, Hv] with C = 2 * Hk * K + Hv * V
+    const float *conv, *A, *dt_bias, *norm;  // [C, width], [Hv], [Hv], [V]
+    float eps;
+    Rows<float> out;  // [T, Hv * V]
+};
+
+// Convolution, SiLU, normalisation, gates, delta rule and gated norm of all heads, in one parallel_for.
+void delta_net(const DeltaNet& net, const DeltaSequence* sequences, Index count);
+
+// The delta rule alone, of one sequence whose q, k [T, Hk * K] are normalised, with gates g, beta [T, Hv].
+struct DeltaRule {
+    Index Hk, Hv, K, V, keep;
+    Rows<const float> q, k, v, g, beta;
+    Rows<float> out;
+};
+void delta_rule(const DeltaRule& rule, const DeltaSequence& sequence);
+
+// One sequence of an attention layer: its pages have room for past + tokens.
+struct KvSequence {
+    Index tokens, past;
+    uint8_t* const* pages;
+};
+
+struct Attention {
+    Index Hq, Hkv, D;
+    KvType type;
+    const float *q, *k, *v;  // token t, head h at t * stride + h * head_stride
+    Index q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride;
+    const float* gate;  // or null: out *= sigmoid(gate)
+    Index gate_stride, gate_head_stride;
+    const float *q_norm, *k_norm;  // gains [D], or null: q and k come normalised and rotated
+    float eps;
+    const float *cos, *sin;  // [T, pairs], or null
+    Index pairs;
+    float* out;  // [T, Hq, D]
+};
+
+// Norm and rotate, append to the pages, attend causally with scale D^-0.5, and gate.
+void attention(const Attention& a, const KvSequence* sequences, Index count);
+
+// Appending alone: keys and values of rows start ... start + s.tokens - 1.
+void append_kv(const Attention& a, const KvSequence& s, Index start);
+
+// The first `tokens` tokens of a page as float32 keys and values, each [tokens, heads, D].
+void read_page(const uint8_t* page, KvType type, Index heads, Index D, Index tokens, float* keys, float* values);
+
+}  // namespace edgeq
