@@ -318,6 +318,19 @@ def test_another_stop_token_gives_way_to_the_turns_own(tiny: Kit) -> None:
     assert tiny_tokenizer.END_OF_TEXT not in conversation.ids
 
 
+def test_rewind_forgets_a_turn(tiny: Kit) -> None:
+    tokenizer, template = tiny
+    conversation = Conversation(tokenizer, template)
+    conversation.append_user("q")
+    conversation.append_generated(tokenizer.encode("cut sho"))
+    ids, mark = list(conversation.ids), conversation.mark()
+    first = conversation.append_user("again")
+    conversation.append_generated([5, 6])
+    conversation.rewind(mark)
+    assert list(conversation.ids) == ids
+    assert conversation.append_user("again") == first
+
+
 def test_control_tokens_in_tool_descriptions_stay_text(kit: Kit) -> None:
     tokenizer, template = kit
     plain = Conversation(tokenizer, template, tools=[{"name": "x", "x": "y"}]).append_user("q")
