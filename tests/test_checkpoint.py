@@ -1,0 +1,371 @@
+"""Checkpoint folders: layouts, conventions, and files that lie."""
+
+from __future__ import annotations
+
+import json
+import struct
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import config_values, hub_name, write_checkpoint
+
+from edgeq.bf16 import from_float32, to_float32
+from edgeq.checkpoint import FolderCheckpoint, open_checkpoint
+from edgeq.checkpoint.safetensors import SafetensorsFile, SafetensorsWriter
+from edgeq.errors import ModelError
+from edgeq.weights import QMatrix, Role, all_tensors
+
+
+def read(folder: Path) -> FolderCheckpoint:
+    checkpoint = open_checkpoint(folder)
+    assert isinstance(checkpoint, FolderCheckpoint)
+    return checkpoint
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Load all tensors of a checkpoint, change the dictionary, write it back."""
+    path = folder / "model.safetensors"
+    file = SafetensorsFile(path)
+    tensors = {name: np.array(file.array(name)) for name in file.tensors}
+    change(tensors)
+    save(path, tensors)
+
+
+def save(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
+    names = {"float32": "F32", "float16": "F16", "uint16": "BF16", "uint32": "U32", "int64": "I64"}
+    entries = {name: (names[str(x.dtype)], x.shape) for name, x in tensors.items()}
+    with SafetensorsWriter(path, entries, metadata) as file:
+        for name, x in tensors.items():
+            file.write(name, x)
+
+
+class TestSafetensors:
+    def test_agrees_with_the_reference_library(self, tmp_path: Path) -> None:
+        rng = np.random.default_rng(0)
+        tensors = {
+            "a": rng.standard_normal((3, 5)).astype(np.float32),
+            "b": rng.standard_normal((2, 2, 2)).astype(np.float16),
+            "c": rng.integers(0, 2**32, (4, 8), dtype=np.uint32),
+            "scalar": np.array(3.0, np.float32),
+            "empty": np.zeros((0, 4), np.float32),
+        }
+        safetensors.numpy.save_file(tensors, tmp_path / "theirs.safetensors", {"format": "np"})
+        ours = SafetensorsFile(tmp_path / "theirs.safetensors")
+        assert ours.metadata == {"format": "np"}
+        for name, x in tensors.items():
+            assert np.array_equal(ours.array(name), x)
+            assert ours.array(name).shape == x.shape
+        save(tmp_path / "ours.safetensors", tensors)
+        theirs = safetensors.numpy.load_file(tmp_path / "ours.safetensors")
+        assert all(np.array_equal(theirs[name], x) for name, x in tensors.items())
+
+    def test_arrays_are_views_that_cannot_be_written(self, tmp_path: Path) -> None:
+        save(tmp_path / "f", {"x": np.ones(4, np.float32)})
+        x = SafetensorsFile(tmp_path / "f").array("x")
+        with pytest.raises(ValueError, match="read-only"):
+            x[0] = 2
+
+    def test_data_is_aligned(self, tmp_path: Path) -> None:
+        save(tmp_path / "f", {"x": np.ones(4, np.float32), "a longer name": np.ones(3, np.uint16)})
+        assert SafetensorsFile(tmp_path / "f")._data_start % 64 == 0
+
+
+def raw_file(path: Path, header: Any, data: bytes, length: int | None = None) -> None:
+    blob = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(blob) if length is None else length) + blob + data)
+
+
+def entry(start: int, end: int, shape: list[int], dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+LIES: dict[str, tuple[Any, bytes, int | None, str]] = {
+    "nothing": (b"", b"", None, "header is not JSON"),
+    "huge header": (b"{}", b"", 1 << 60, "header claims"),
+    "header beyond the end": (b"{}", b"", 100, "header claims 100 bytes"),
+    "no json": (b"{nope", b"", None, "not JSON"),
+    "deep json": (b"[" * 50_000, b"", None, "not JSON"),
+    "a list": (b"[]", b"", None, "not a JSON object"),
+    "twice the same name": (
+        b'{"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}',
+        b"1234",
+        None,
+        "occurs twice",
+    ),
+    "unknown dtype": ({"a": entry(0, 4, [1], "F13")}, b"1234", None, "dtype 'F13'"),
+    "dtype of no type": ({"a": entry(0, 4, [1], [])}, b"1234", None, "dtype"),  # type: ignore[arg-type]
+    "no offsets": ({"a": {"dtype": "F32", "shape": [1]}}, b"1234", None, "lacks dtype, shape or data_offsets"),
+    "negative shape": ({"a": entry(0, 4, [-1])}, b"1234", None, "has shape"),
+    "absurd shape": ({"a": entry(0, 4, [1 << 40, 1 << 40])}, b"1234", None, "needs"),
+    "float shape": ({"a": entry(0, 4, [1.0])}, b"1234", None, "has shape"),  # type: ignore[list-item]
+    "offsets against shape": ({"a": entry(0, 4, [2])}, b"1234", None, "needs 8 bytes"),
+    "backwards": ({"a": entry(4, 0, [1])}, b"1234", None, "needs 4 bytes"),
+    "overlap": ({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, b"1234" * 3, None, "'b' overlaps"),
+    "hole": ({"a": entry(0, 4, [1]), "b": entry(8, 12, [1])}, b"1234" * 3, None, "'b' leaves a hole"),
+    "beyond the end": ({"a": entry(0, 8, [2])}, b"1234", None, "need 8 bytes, the file holds 4"),
+    "truncated by one": ({"a": entry(0, 8, [2])}, b"1234567", None, "need 8 bytes, the file holds 7"),
+    "more than declared": ({"a": entry(0, 4, [1])}, b"12345", None, "need 4 bytes, the file holds 5"),
+    "metadata of numbers": ({"__metadata__": {"a": 1}}, b"", None, "__metadata__"),
+}
+
+
+class TestLies:
+    @pytest.mark.parametrize("name", LIES)
+    def test_one_line_and_exit_code_4(self, tmp_path: Path, name: str) -> None:
+        header, data, length, message = LIES[name]
+        raw_file(tmp_path / "f.safetensors", header, data, length)
+        with pytest.raises(ModelError, match=message) as caught:
+            SafetensorsFile(tmp_path / "f.safetensors")
+        assert "\n" not in caught.value.message
+        assert caught.value.exit_code == 4
+
+    def test_empty_and_short_and_absent_files(self, tmp_path: Path) -> None:
+        for content, message in ((b"", "is empty"), (b"1234", "too short")):
+            (tmp_path / "f").write_bytes(content)
+            with pytest.raises(ModelError, match=message):
+                SafetensorsFile(tmp_path / "f")
+        with pytest.raises(ModelError, match="does not exist"):
+            SafetensorsFile(tmp_path / "g")
+        with pytest.raises(ModelError, match="cannot be read"):
+            SafetensorsFile(tmp_path)
+
+    @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(data=st.data())
+    def test_mutations_never_crash_and_never_allocate(self, tmp_path: Path, data: st.DataObject) -> None:
+        path = tmp_path / "f.safetensors"
+        save(path, {"a": np.ones((2, 3), np.float32), "b": np.ones(5, np.uint16)}, {"format": "pt"})
+        content = bytearray(path.read_bytes())
+        for _ in range(data.draw(st.integers(1, 4))):
+            kind = data.draw(st.sampled_from(["byte", "cut", "insert", "digits"]))
+            at = data.draw(st.integers(0, len(content) - 1))
+            if kind == "byte":
+                content[at] = data.draw(st.integers(0, 255))
+            elif kind == "cut":
+                del content[at:]
+            elif kind == "insert":
+                content[at:at] = data.draw(st.binary(max_size=8))
+            else:
+                content[at:at] = b"9" * data.draw(st.integers(1, 20))
+            if not content:
+                break
+        path.write_bytes(content)
+        tracemalloc.start()
+        try:
+            file = SafetensorsFile(path)
+            for name in file.tensors:
+                file.array(name).sum()
+        except ModelError as error:
+            assert "\n" not in error.message
+        finally:
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        assert peak < 1_000_000
+
+
+class TestFolder:
+    def test_hub_layout(self, tmp_path: Path) -> None:
+        config = write_checkpoint(tmp_path, config_values(vision=True, mtp=True))
+        checkpoint = read(tmp_path)
+        assert checkpoint.format == "safetensors"
+        assert {spec.name for spec, _ in checkpoint.storage()} == {spec.name for spec in all_tensors(config)}
+        weights = checkpoint.text_weights()
+        assert weights.lm_head is weights.embed_tokens
+        raw = to_float32(checkpoint.raw("layers.0.input_layernorm.weight"))
+        assert np.array_equal(weights.layers[0].input_layernorm, 1 + raw)
+
+    @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+    def test_float_types(self, tmp_path: Path, dtype: str) -> None:
+        write_checkpoint(tmp_path, dtype=dtype)
+        assert {s.type for spec, s in read(tmp_path).storage() if spec.role is Role.LINEAR} == {dtype}
+
+    def test_text_only_names(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path, config_values(tie_word_embeddings=False))
+
+        def rename(tensors: dict[str, Any]) -> None:
+            for name in list(tensors):
+                tensors[name.replace("model.language_model.", "model.")] = tensors.pop(name)
+
+        before = read(tmp_path).raw("layers.2.mlp.up_proj.weight").copy()
+        rewrite(tmp_path, rename)
+        values = json.loads((tmp_path / "config.json").read_text())
+        text_only = {**values["text_config"], "tie_word_embeddings": False}
+        (tmp_path / "config.json").write_text(json.dumps(text_only))
+        checkpoint = read(tmp_path)
+        assert np.array_equal(checkpoint.raw("layers.2.mlp.up_proj.weight"), before)
+        assert checkpoint.text_weights().lm_head is not checkpoint.text_weights().embed_tokens
+
+    def test_shards(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path)
+        whole = read(tmp_path).text_weights()
+        file = SafetensorsFile(tmp_path / "model.safetensors")
+        names = sorted(file.tensors)
+        weight_map = {}
+        for i, part in enumerate((names[::2], names[1::2])):
+            shard = f"model.safetensors-0000{i + 1}-of-00002.safetensors"
+            save(tmp_path / shard, {name: np.array(file.array(name)) for name in part})
+            weight_map |= dict.fromkeys(part, shard)
+        (tmp_path / "model.safetensors").unlink()
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        assert np.array_equal(read(tmp_path).text_weights().norm, whole.norm)
+        (tmp_path / "model.safetensors-00002-of-00002.safetensors").unlink()
+        with pytest.raises(ModelError, match=r"lacks model\.safetensors-00002-of-00002"):
+            read(tmp_path)
+
+    def test_an_index_cannot_point_outside(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path)
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
+        with pytest.raises(ModelError, match="outside of the folder"):
+            read(tmp_path)
+
+    def test_everything_wrong_is_reported_at_once(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path)
+
+        def damage(tensors: dict[str, Any]) -> None:
+            del tensors[hub_name("layers.1.mlp.up_proj.weight")]
+            tensors[hub_name("layers.0.input_layernorm.weight")] = np.ones(7, np.float32)
+            tensors[hub_name("layers.2.mlp.up_proj.weight")] = np.ones((128, 64), np.int64)
+            tensors["model.language_model.layers.0.extra"] = np.ones(2, np.float32)
+
+        rewrite(tmp_path, damage)
+        with pytest.raises(ModelError) as caught:
+            read(tmp_path)
+        message = caught.value.message
+        assert "layers.0.input_layernorm.weight is [7], expected [64]" in message
+        assert "layers.2.mlp.up_proj.weight is I64" in message
+        assert "missing layers.1.mlp.up_proj.weight [128, 64]" in message
+        assert "unexpected model.language_model.layers.0.extra" in message
+
+    def test_half_an_mtp_head(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path, config_values(mtp=True))
+        rewrite(tmp_path, lambda tensors: tensors.pop("mtp.fc.weight"))
+        with pytest.raises(ModelError, match=r"missing mtp\.fc\.weight"):
+            read(tmp_path)
+
+    def test_without_mtp_head_and_vision_tower(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path, config_values(mtp=True, vision=True))
+
+        def drop(tensors: dict[str, Any]) -> None:
+            for name in [n for n in tensors if n.startswith(("mtp.", "model.visual."))]:
+                del tensors[name]
+
+        rewrite(tmp_path, drop)
+        assert read(tmp_path).text_weights().norm.shape == (64,)
+
+    def test_no_weights_no_config_no_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match=r"config\.json does not exist"):
+            open_checkpoint(tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps(config_values()))
+        with pytest.raises(ModelError, match=r"holds no model\*\.safetensors"):
+            open_checkpoint(tmp_path)
+        with pytest.raises(ModelError, match="neither a checkpoint folder"):
+            open_checkpoint(tmp_path / "config.json")
+
+    def test_nan_in_a_vector(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path)
+        nan = from_float32(np.full(64, np.nan, np.float32))
+        rewrite(tmp_path, lambda tensors: tensors.update({hub_name("norm.weight"): nan}))
+        with pytest.raises(ModelError, match=r"norm\.weight holds NaN"):
+            read(tmp_path).text_weights()
+
+    def test_stop_ids_of_generation_config(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path)
+        (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+        assert read(tmp_path).eos_token_ids == (1, 7, 9)
+        (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}')
+        with pytest.raises(ModelError, match="eos_token_id is 'x'"):
+            read(tmp_path)
+
+
+class TestMLXLayout:
+    """What mlx_lm.convert writes: prefix, moved axes, 1 added to the norms, quantized triples, overrides."""
+
+    @staticmethod
+    def convert(folder: Path, bits: int, group: int, overrides: dict[str, Any] | None = None) -> None:
+        mx = pytest.importorskip("mlx.core")
+        checkpoint = read(folder)
+        tensors: dict[str, Any] = {}
+        for spec, _ in checkpoint.storage():
+            x = checkpoint.raw(spec.name)
+            name = f"language_model.model.{spec.name}"
+            if spec.role is Role.NORM:
+                x = from_float32(1 + to_float32(x))
+            elif spec.role is Role.CONV:
+                x = np.moveaxis(x, 2, 1)
+            module = name.removesuffix(".weight")
+            own = (overrides or {}).get(module, {"bits": bits, "group_size": group})
+            if spec.role in (Role.LINEAR, Role.EMBEDDING, Role.GATE) and own:
+                parts = mx.quantize(
+                    mx.array(to_float32(x)).astype(mx.bfloat16), group_size=own["group_size"], bits=own["bits"]
+                )
+                for part, value in zip(("weight", "scales", "biases"), parts, strict=True):
+                    bits16 = part != "weight"
+                    tensors[f"{module}.{part}"] = np.array(value.view(mx.uint16) if bits16 else value)
+            else:
+                tensors[name] = np.array(x)
+        save(folder / "model.safetensors", tensors, {"format": "mlx"})
+        values = json.loads((folder / "config.json").read_text())
+        values["quantization"] = {"group_size": group, "bits": bits, "mode": "affine", **(overrides or {})}
+        (folder / "config.json").write_text(json.dumps(values))
+
+    @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+    @pytest.mark.parametrize("group", [32, 64])
+    def test_every_width(self, tmp_path: Path, bits: int, group: int) -> None:
+        write_checkpoint(tmp_path)
+        before = read(tmp_path).text_weights()
+        self.convert(tmp_path, bits, group)
+        checkpoint = read(tmp_path)
+        assert checkpoint.layout == "mlx"
+        after = checkpoint.text_weights()
+        assert isinstance(after.embed_tokens, QMatrix)
+        assert (after.embed_tokens.bits, after.embed_tokens.group_size) == (bits, group)
+        assert after.layers[0].mixer[4].shape == before.layers[0].mixer[4].shape
+        assert np.allclose(after.norm, before.norm, atol=1e-2)
+
+    def test_overrides(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path)
+        self.convert(
+            tmp_path,
+            4,
+            64,
+            {
+                "language_model.model.layers.0.mlp.up_proj": {"bits": 8, "group_size": 32},
+                "language_model.model.layers.1.mlp.up_proj": False,
+            },
+        )
+        kinds = {spec.name: stored.type for spec, stored in read(tmp_path).storage()}
+        assert kinds["layers.0.mlp.up_proj.weight"] == "8-bit g32"
+        assert kinds["layers.1.mlp.up_proj.weight"] == "BF16"
+        assert kinds["layers.2.mlp.up_proj.weight"] == "4-bit g64"
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"bits": 7}, "has bits 7"),
+            ({"group_size": 16}, "group_size 16"),
+            ({"mode": "mxfp4"}, "mode is 'mxfp4'"),
+            ({"quant_method": "gptq"}, "quant_method 'gptq' is not supported"),
+            ({"bits": 8}, "expected .* at 8 bits"),
+        ],
+    )
+    def test_a_block_that_does_not_fit(self, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+        write_checkpoint(tmp_path)
+        self.convert(tmp_path, 4, 64)
+        values = json.loads((tmp_path / "config.json").read_text())
+        values["quantization"] |= change
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        with pytest.raises(ModelError, match=message):
+            read(tmp_path)
+
+    def test_scales_without_biases(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path)
+        self.convert(tmp_path, 4, 64)
+        rewrite(tmp_path, lambda tensors: tensors.pop("language_model.model.layers.0.mlp.up_proj.biases"))
+        with pytest.raises(ModelError, match="scales but no biases"):
+            read(tmp_path)

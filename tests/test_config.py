@@ -1,0 +1,132 @@
+"""config.json: the real ones are read, everything else is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import config_values
+
+from edgeq.config import parse_config, read_config
+from edgeq.errors import ModelError
+from edgeq.weights import all_tensors, mtp_tensors, text_tensors, vision_tensors
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "qwen3.5"
+
+# Tensors and parameters of the hub's checkpoints (their index files and parameter tables).
+SIZES = {
+    "0.8b": (488, 752_393_024, 100_592_896, 20_452_864),
+    "2b": (632, 1_881_825_088, 331_416_576, 60_828_160),
+    "4b": (738, 4_205_751_296, 333_514_240, 120_599_552),
+}
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the real config files are in ../shared, which is not here")
+@pytest.mark.parametrize("size", sorted(SIZES))
+def test_the_real_configurations(size: str) -> None:
+    config = read_config(SHARED / size / "config.json")
+    tensors, text, vision, mtp = SIZES[size]
+    assert config.vision is not None
+    assert len(list(all_tensors(config))) == tensors
+    assert sum(spec.size for spec in text_tensors(config.text)) == text
+    assert sum(spec.size for spec in vision_tensors(config.vision)) == vision
+    assert sum(spec.size for spec in mtp_tensors(config.text)) == mtp
+    assert config.text.rope.dim == 64
+    assert config.text.rope.sections == (11, 11, 10)
+    assert config.text.tie_word_embeddings
+    assert config.text.eos_token_ids == (248044,)
+
+
+def test_the_text_only_layout_is_the_same_model() -> None:
+    values = config_values()
+    flat = {**values["text_config"], "tie_word_embeddings": True}
+    assert parse_config(flat).text == parse_config(values).text
+    assert parse_config(flat).vision is None
+
+
+def test_layers_may_be_given_by_interval() -> None:
+    values = config_values()
+    del values["text_config"]["layer_types"]
+    values["text_config"] |= {"num_hidden_layers": 8, "full_attention_interval": 4}
+    kinds = parse_config(values).text.layer_types
+    assert [i for i, kind in enumerate(kinds) if kind == "full_attention"] == [3, 7]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": None}, r"text_config\.hidden_size is 'missing', expected a value of type int"),
+        ({"hidden_size": "64"}, r"text_config\.hidden_size is '64', expected a value of type int"),
+        ({"hidden_size": True}, r"text_config\.hidden_size is True"),
+        ({"hidden_size": 10**15}, r"text_config\.hidden_size is 1000000000000000, expected 1 to 1048576"),
+        ({"vocab_size": 0}, r"text_config\.vocab_size is 0"),
+        ({"num_hidden_layers": 10**9}, r"text_config\.num_hidden_layers is 1000000000"),
+        ({"layer_types": ["linear_attention"]}, r"a list of num_hidden_layers = 4"),
+        ({"layer_types": ["mamba"] * 4}, r"layer_types is 'mamba'"),
+        ({"linear_num_value_heads": 3}, r"linear_num_value_heads is 3, expected a multiple of linear_num_key_heads = 2"),
+        ({"num_key_value_heads": 3}, r"num_attention_heads is 4, expected a multiple of num_key_value_heads = 3"),
+        ({"hidden_act": "gelu"}, r"hidden_act is 'gelu', expected 'silu'"),
+        ({"attn_output_gate": False}, r"attn_output_gate is False"),
+        ({"rope_parameters": None}, r"rope_parameters is 'missing', expected an object"),
+        ({"eos_token_id": "x"}, r"eos_token_id is 'x'"),
+    ],
+)
+def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
+    values = config_values()
+    values["text_config"] |= change
+    with pytest.raises(ModelError, match=message):
+        parse_config(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_type": "yarn"}, "rope_type is 'yarn'"),
+        ({"mrope_section": [1, 1]}, "three numbers that add up to 4"),
+        ({"mrope_section": [9, 1, 1]}, "three numbers that add up to 4"),
+        ({"partial_rotary_factor": 7.0}, "an even rotary width"),
+        ({"rope_theta": float("nan")}, "a number above 1"),
+    ],
+)
+def test_rope_is_checked(change: dict[str, Any], message: str) -> None:
+    values = config_values()
+    values["text_config"]["rope_parameters"] |= change
+    with pytest.raises(ModelError, match=message):
+        parse_config(values)
+
+
+def test_another_architecture() -> None:
+    with pytest.raises(ModelError, match="model_type is 'llama', expected 'qwen3_5'") as caught:
+        parse_config({"model_type": "llama"})
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"x"', "\xff", "[" * 100_000])
+def test_a_file_that_is_no_json_object(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ModelError, match=r"config\.json"):
+        read_config(tmp_path / "config.json")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_change_is_understood_or_refused(data: st.DataObject) -> None:
+    values = copy.deepcopy(config_values(vision=True))
+    section = data.draw(st.sampled_from([values, values["text_config"], values["vision_config"]]))
+    section[data.draw(st.sampled_from(sorted(section)))] = data.draw(json_values)
+    try:
+        parse_config(json.loads(json.dumps(values)))
+    except ModelError as error:
+        assert "\n" not in error.message
