@@ -1,0 +1,17 @@
+// A matrix that Python has handed over: checked once, then used by any binding that multiplies.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include "kernels/kernels.h"
+
+namespace edgeq {
+
+// Keeps the arrays alive whose memory `matrix` points into.
+struct BoundMatrix {
+    Matrix matrix;
+    nanobind::ndarray<nanobind::ro> data, scales, biases;
+};
+
+}  // namespace edgeq
