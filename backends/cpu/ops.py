@@ -7,6 +7,7 @@ its projections.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +19,7 @@ from edgeq.backends.ops import Angles
 from edgeq.bf16 import Array, Float32
 from edgeq.config import RopeConfig, TextConfig
 from edgeq.state import DeltaState, KVCache
-from edgeq.weights import AttentionWeights, DeltaNetWeights
+from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, QMatrix
 
 __all__ = ["CpuOps"]
 
@@ -47,13 +48,50 @@ class CpuOps(NumpyOps):
         if threads is not None:
             _native.set_thread_count(threads)
         self.kv_dtype = check_kv_dtype(kv_dtype)
+        self._bound: dict[int, tuple[_native.Matrix, weakref.ref[Array]]] = {}
 
     @classmethod
     def describe(cls) -> str:
         return f"{_native.isa()} kernels, {_native.thread_count()} threads"
 
+    def load(self, x: Array) -> Array:
+        return x.view()  # an object of our own, so that its end is the end of the weights (see `_matrix`)
+
     def kv_cache(self, keys: Float32, values: Float32) -> NativeKV:
         return NativeKV(keys.shape[1], keys.shape[2], self.kv_dtype).appended(keys, values)
+
+    # --- matrices ----------------------------------------------------------------------------------------------------
+
+    def embed(self, table: Matrix[Array], ids: Array) -> Array:
+        rows = self._matrix(table)
+        _native.embed(rows, ids, out := np.empty((len(ids), rows.shape[1]), np.float32))
+        return out
+
+    def linear(self, x: Array, w: Matrix[Array]) -> Array:
+        matrix = self._matrix(w)
+        _native.linear(x, matrix, y := np.empty((len(x), matrix.shape[0]), np.float32))
+        return y
+
+    def linears(self, x: Array, ws: Sequence[Matrix[Array]]) -> tuple[Array, ...]:
+        matrices = [self._matrix(w) for w in ws]
+        ys = [np.empty((len(x), matrix.shape[0]), np.float32) for matrix in matrices]
+        _native.linears(x, matrices, ys)
+        return tuple(ys)
+
+    def _matrix(self, w: Matrix[Array]) -> _native.Matrix:
+        """The checked native form of a weight, made once and forgotten with the weight.
+
+        It holds views of its own: the mapped file lives as long as either, but nothing holds the weight itself.
+        """
+        key = w.codes if isinstance(w, QMatrix) else w
+        if found := self._bound.get(id(key)):
+            return found[0]
+        views = [x.view() for x in (w[:3] if isinstance(w, QMatrix) else (w,))]
+        matrix = _native.Matrix(*views, w.bits, w.group_size) if isinstance(w, QMatrix) else _native.Matrix(*views)
+        if key.base is not None:  # else a view of it would keep it, and be kept, for ever
+            forget, address = self._bound.pop, id(key)
+            self._bound[address] = matrix, weakref.ref(key, lambda _: forget(address, None))
+        return matrix
 
     # --- norms and pointwise -----------------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ class NumpyOps(Ops[Array]):
     def zeros(self, *shape: int) -> Array:
         return np.zeros(shape, np.float32)
 
-    def kv_cache(self, keys: Float32, values: Float32) -> PagedKV:
+    def kv_cache(self, keys: Float32, values: Float32) -> KVCache[Array]:
         return PagedKV(keys.shape[1], keys.shape[2], np.dtype(np.float32)).appended(keys, values)
 
     def concat(self, xs: Sequence[Array]) -> Array:
