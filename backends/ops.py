@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from edgeq.bf16 import Array, Float32
 from edgeq.config import RopeConfig, TextConfig
 from edgeq.model import layers
-from edgeq.state import DeltaState, KVCache
+from edgeq.state import DeltaState, KVCache, State
 from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights
 
 __all__ = ["Angles", "ArrayLike", "Ops"]
@@ -77,6 +77,12 @@ class Ops(ABC, Generic[A]):
     @abstractmethod
     def concat(self, xs: Sequence[A]) -> A:
         """Join along the first axis."""
+
+    def start(self, hidden: A, states: Sequence[State[A]]) -> None:
+        """The model has been called and these are its results: a lazy backend sets them going, without waiting.
+
+        Without this the graph of a long prompt, or of states that nobody reads, would grow without end.
+        """
 
     # --- matrices ----------------------------------------------------------------------------------------------------
 

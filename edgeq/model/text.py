@@ -75,10 +75,12 @@ def forward(
         x, after = decoder_layer(ops, c, w, x, angles, [s.layers[i] for s in states], batch.lengths, keep)
         per_layer.append(after)
     hidden = ops.rms_norm(x, weights.norm, c.rms_norm_eps)
-    return hidden, [
+    after_all = [
         _sequence_states(state, batch.positions[:, rows], [layer[n] for layer in per_layer], keep)
         for n, (state, rows) in enumerate(zip(states, spans(batch.lengths), strict=True))
     ]
+    ops.start(hidden, [state for kept in after_all for state in kept])
+    return hidden, after_all
 
 
 def decoder_layer(

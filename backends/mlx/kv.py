@@ -1,0 +1,108 @@
+"""Keys and values in one growing buffer, shared between the states that have them in common."""
+
+from __future__ import annotations
+
+from weakref import WeakSet
+
+import mlx.core as mx
+
+from edgeq.state import KVCache
+
+__all__ = ["Buffer", "BufferedKV", "StepKV", "capacity_for"]
+
+_STEP = 256  # tokens: the least that a buffer grows by
+
+
+def capacity_for(length: int) -> int:
+    """Room to make for `length` tokens: at most 256 or a quarter more, so that growing copies each token a few times.
+
+    The sizes are few (four for every doubling), since `mx.compile` traces the decode step anew for each.
+    """
+    step = max(_STEP, 1 << max(0, length.bit_length() - 3))
+    return -(-length // step) * step
+
+
+class Buffer:
+    """Room for the keys and values of one layer, [Hkv, capacity, D] each.
+
+    This object is the only one to hold the two arrays: MLX then appends in place, where it would otherwise copy.
+    """
+
+    def __init__(self, keys: mx.array, values: mx.array) -> None:
+        self.keys, self.values = keys, values
+        self.caches: WeakSet[BufferedKV] = WeakSet()  # those that live in it
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[1]
+
+    def copy(self, length: int, capacity: int) -> Buffer:
+        """A buffer of its own with the first `length` tokens of this one."""
+        spare = [(0, 0), (0, capacity - length), (0, 0)]
+        return Buffer(mx.pad(self.keys[:, :length], spare), mx.pad(self.values[:, :length], spare))
+
+
+class BufferedKV(KVCache[mx.array]):
+    """The KV cache of one layer and sequence, as a value: the first `length` tokens of a buffer.
+
+    Caches that grew out of each other share the buffer, and appending writes behind the tokens of this one. Where a
+    longer cache that is still in use has been there first (the state was branched), or where there is no room, the
+    buffer is copied. After a rollback nobody holds the longer cache any more, and its tokens are written over.
+    """
+
+    def __init__(self, buffer: Buffer, length: int) -> None:
+        self.buffer, self.length = buffer, length
+        buffer.caches.add(self)
+
+    def with_room(self, tokens: int) -> Buffer:
+        """A buffer that begins with this cache and in which the next `tokens` places are free."""
+        end, buffer = self.length + tokens, self.buffer
+        if buffer.capacity < end or any(cache.length > self.length for cache in buffer.caches):
+            return buffer.copy(self.length, capacity_for(end))
+        return buffer
+
+    def appended(self, keys: mx.array, values: mx.array) -> BufferedKV:
+        """This cache and then `keys`, `values` [T, Hkv, D], rounded to the cache's dtype."""
+        buffer, end = self.with_room(keys.shape[0]), self.length + keys.shape[0]
+        buffer.keys[:, self.length : end] = keys.swapaxes(0, 1)
+        buffer.values[:, self.length : end] = values.swapaxes(0, 1)
+        return BufferedKV(buffer, end)
+
+    def truncated(self, length: int) -> BufferedKV:
+        return self if length == self.length else BufferedKV(self.buffer, length)
+
+    def arrays(self) -> tuple[mx.array, mx.array]:
+        keys, values = (x[:, : self.length].swapaxes(0, 1) for x in (self.buffer.keys, self.buffer.values))
+        return keys, values
+
+    @property
+    def nbytes(self) -> int:
+        return self.buffer.keys.nbytes + self.buffer.values.nbytes
+
+
+class StepKV(KVCache[mx.array]):
+    """A cache as the compiled decode step sees it: whole buffers, and the length as an array.
+
+    Nothing that `mx.compile` looks at changes from token to token, so the step is traced once for each capacity.
+    """
+
+    def __init__(self, keys: mx.array, values: mx.array, end: mx.array) -> None:
+        self.keys, self.values, self.end = keys, values, end  # [Hkv, capacity, D] twice, int32 [1]
+
+    def appended(self, keys: mx.array, values: mx.array) -> StepKV:
+        """This cache and then `keys`, `values` [T, Hkv, D], for which there is room."""
+
+        def put(buffer: mx.array, x: mx.array) -> mx.array:
+            return mx.slice_update(buffer, x.swapaxes(0, 1).astype(buffer.dtype), self.end, (1,))
+
+        return StepKV(put(self.keys, keys), put(self.values, values), self.end + keys.shape[0])
+
+    def truncated(self, length: int) -> StepKV:  # noqa: ARG002
+        raise AssertionError("only whole steps are rolled back")
+
+    def arrays(self) -> tuple[mx.array, mx.array]:
+        raise AssertionError("the length is not known while tracing")
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes

@@ -1,0 +1,301 @@
+"""The operations of the seam on MLX.
+
+MLX is lazy: these functions build a graph, `start` sets it going without waiting, and only `numpy` waits. Small steps
+(decoding, and the verification of a few drafted tokens) go through `mx.compile`, so that Python walks through a layer's
+operations once and not for every token.
+
+**Types.** Activations have the type that `embed` gave them, and every operation answers in the type of its input;
+inside, norms, softmax, exponentials and everything of the delta rule are float32. Matrices are used as they are stored:
+16-bit activations are rounded to the matrix's own type for a product, float32 ones widen the scales instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any, Literal, TypeVar, cast
+
+import mlx.core as mx
+import numpy as np
+
+from edgeq.backends.mlx.delta import delta_metal, delta_products
+from edgeq.backends.mlx.kv import Buffer, BufferedKV, StepKV, capacity_for
+from edgeq.backends.ops import Angles, Ops
+from edgeq.bf16 import Array, Float32
+from edgeq.config import RopeConfig, TextConfig
+from edgeq.model import layers
+from edgeq.state import DeltaState, KVCache, State
+from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights, QMatrix
+
+__all__ = ["Dtype", "MlxOps"]
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+F = TypeVar("F", bound=Callable[..., Any])
+
+_STEP = 8  # tokens of a call that goes through mx.compile; longer ones would be traced for every length
+_SCORES = 1 << 24  # attention scores at a time: 64 MB, where MLX has no fused kernel and spells them out
+
+
+class MlxOps(Ops[mx.array]):
+    """MLX on its default device.
+
+    `dtype` is the type of activations and of the KV cache. On a GPU it is bfloat16 unless said otherwise: the type the
+    model was trained in, with float32's range, at half the traffic. (float16 is faster on an M1 or M2, which have no
+    bfloat16 arithmetic, but nothing promises that activations stay below 65504.) On a CPU it is float32, which is what
+    MLX multiplies fastest there, and exact.
+    """
+
+    name = "mlx"
+
+    def __init__(self, dtype: Dtype | None = None) -> None:
+        on_cpu = mx.default_device() == mx.Device(mx.cpu)
+        self.dtype: mx.Dtype = getattr(mx, dtype or ("float32" if on_cpu else "bfloat16"))
+        self._chunk = 16 if on_cpu else 64  # of the delta rule: few operations on a CPU, few steps on a GPU
+        self._metal = mx.metal.is_available() and not on_cpu
+
+    # --- the edge ----------------------------------------------------------------------------------------------------
+
+    def load(self, x: Array) -> mx.array:
+        return mx.array(x).view(mx.bfloat16) if x.dtype == np.uint16 else mx.array(x)
+
+    def array(self, x: Array) -> mx.array:
+        return mx.array(x)
+
+    def numpy(self, x: mx.array) -> Float32:
+        return np.array(x.astype(mx.float32))
+
+    def zeros(self, *shape: int) -> mx.array:
+        return mx.zeros(shape)
+
+    def kv_cache(self, keys: Float32, values: Float32) -> BufferedKV:
+        _, heads, dim = keys.shape
+        room = (heads, capacity_for(1), dim)
+        buffer = Buffer(mx.zeros(room, self.dtype), mx.zeros(room, self.dtype))
+        return BufferedKV(buffer, 0).appended(mx.array(keys), mx.array(values))
+
+    def concat(self, xs: Sequence[mx.array]) -> mx.array:
+        return xs[0] if len(xs) == 1 else mx.concatenate(list(xs))
+
+    def start(self, hidden: mx.array, states: Sequence[State[mx.array]]) -> None:
+        mx.async_eval(hidden, list(_arrays(states)))  # type: ignore[no-untyped-call]
+
+    # --- matrices ----------------------------------------------------------------------------------------------------
+
+    def embed(self, table: Matrix[mx.array], ids: mx.array) -> mx.array:
+        if isinstance(table, QMatrix):
+            codes, scales, biases = (x[ids] for x in table[:3])
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+            rows = mx.dequantize(codes, scales, biases, group_size=table.group_size, bits=table.bits)
+            return rows.astype(self.dtype)
+        return table[ids].astype(self.dtype)
+
+    def linear(self, x: mx.array, w: Matrix[mx.array]) -> mx.array:
+        stored = w.scales.dtype if isinstance(w, QMatrix) else w.dtype
+        a = x if x.dtype == mx.float32 else x.astype(stored)
+        if isinstance(w, QMatrix):
+            codes, scales, biases, bits, group_size = w
+            y = mx.quantized_matmul(a, codes, scales, biases, transpose=True, group_size=group_size, bits=bits)
+        else:
+            y = a @ w.T
+        return y.astype(x.dtype)
+
+    # --- norms and pointwise -----------------------------------------------------------------------------------------
+
+    def rms_norm(self, x: mx.array, gain: mx.array, eps: float) -> mx.array:
+        return mx.fast.rms_norm(x, gain.astype(x.dtype), eps)
+
+    def gated_rms_norm(self, x: mx.array, gain: mx.array, z: mx.array, eps: float) -> mx.array:
+        return _silu_mul(z, self.rms_norm(x, gain, eps))
+
+    def l2_norm(self, x: mx.array, eps: float) -> mx.array:
+        n = x.shape[-1]
+        return mx.fast.rms_norm(x, None, eps / n) * float(n**-0.5)  # sum(x^2) + eps = n (mean(x^2) + eps / n)
+
+    def add(self, x: mx.array, y: mx.array) -> mx.array:
+        return x + y
+
+    def silu_mul(self, gate: mx.array, up: mx.array) -> mx.array:
+        return _silu_mul(gate, up)
+
+    def sigmoid_mul(self, x: mx.array, gate: mx.array) -> mx.array:
+        return _sigmoid_mul(x, gate)
+
+    def delta_gates(self, a: mx.array, b: mx.array, A: mx.array, dt_bias: mx.array) -> tuple[mx.array, mx.array]:
+        return _delta_gates(a, b, A, dt_bias)
+
+    # --- attention ---------------------------------------------------------------------------------------------------
+
+    def rope_angles(self, positions: mx.array, rope: RopeConfig) -> Angles[mx.array]:
+        frequency, axis = _rope_tables(rope)
+        angles = positions.astype(mx.float32)[axis].T * frequency  # [T, pairs]
+        return mx.cos(angles), mx.sin(angles)
+
+    def rope(self, x: mx.array, angles: Angles[mx.array]) -> mx.array:
+        # mx.fast.rope turns by one position for each token; mRoPE has three
+        cos, sin = (a[:, None, :] for a in angles)
+        pairs = cos.shape[-1]
+        first, second, rest = mx.split(x, [pairs, 2 * pairs], axis=-1)
+        turned = [first * cos - second * sin, second * cos + first * sin]  # float32, as the angles are
+        return mx.concatenate([*(y.astype(x.dtype) for y in turned), rest], axis=-1)
+
+    def attention(
+        self, q: mx.array, k: mx.array, v: mx.array, cache: KVCache[mx.array]
+    ) -> tuple[mx.array, KVCache[mx.array]]:
+        scale = q.shape[-1] ** -0.5
+        queries = q.swapaxes(0, 1)[None]  # [1, Hq, T, D]
+        if isinstance(cache, StepKV):
+            after = cache.appended(k, v)
+            last = cache.end + mx.arange(q.shape[0])  # [T], what each token sees last
+            mask = mx.arange(after.keys.shape[1]) <= last[:, None]
+            o = mx.fast.scaled_dot_product_attention(
+                queries, after.keys[None], after.values[None], scale=scale, mask=mask
+            )
+            return o[0].swapaxes(0, 1).astype(q.dtype), after
+        assert isinstance(cache, BufferedKV)
+        longer = cache.appended(k, v)
+        keys, values = longer.buffer.keys[None], longer.buffer.values[None]  # [1, Hkv, capacity, D]
+        outputs = []
+        for rows in _row_blocks(q.shape[0], _SCORES // (q.shape[1] * longer.length)):
+            end = cache.length + rows.stop
+            o = mx.fast.scaled_dot_product_attention(
+                queries[:, :, rows], keys[:, :, :end], values[:, :, :end], scale=scale, mask="causal"
+            )
+            outputs.append(o[0].swapaxes(0, 1))
+        return self.concat(outputs).astype(q.dtype), longer
+
+    # --- DeltaNet ----------------------------------------------------------------------------------------------------
+
+    def causal_conv_silu(
+        self, x: mx.array, w: mx.array, tail: mx.array, keep: int = 0
+    ) -> tuple[mx.array, tuple[mx.array, ...]]:
+        T, width = x.shape[0], w.shape[1]
+        inputs = mx.concatenate([tail.astype(x.dtype), x])
+        y = sum((inputs[i : i + T] * w[:, i] for i in range(1, width)), inputs[:T] * w[:, 0])
+        # a tail must not keep all of `inputs` alive, as a view of it would
+        tails = tuple(mx.contiguous(inputs[n : n + width - 1]) for n in range(T - keep, T + 1))
+        return _silu(y).astype(x.dtype), tails
+
+    def delta_rule(
+        self, q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: mx.array, keep: int = 0
+    ) -> tuple[mx.array, tuple[mx.array, ...]]:
+        if self._metal:
+            o, states = delta_metal(q, k, v, g, beta, state, keep)
+        else:
+            o, states = delta_products(q, k, v, g, beta, state, keep, self._chunk)
+        return o.astype(v.dtype), states
+
+    # --- larger pieces, compiled where they are small ----------------------------------------------------------------
+
+    def mlp(self, x: mx.array, w: MLPWeights[mx.array]) -> mx.array:
+        return _mlp(self)(x, w) if x.shape[0] <= _STEP else layers.mlp(self, x, w)
+
+    def delta_net(
+        self, x: mx.array, w: DeltaNetWeights[mx.array], c: TextConfig, states: Sequence[DeltaState[mx.array]],
+        lengths: Sequence[int], keep: int = 0,
+    ) -> tuple[mx.array, list[tuple[DeltaState[mx.array], ...]]]:  # fmt: skip
+        if x.shape[0] > _STEP:
+            return layers.delta_net(self, x, w, c, states, lengths, keep)
+        y, after = _delta_net(self, c, tuple(lengths), keep)(x, w, list(states))
+        return y, after
+
+    def gated_attention(
+        self, x: mx.array, w: AttentionWeights[mx.array], c: TextConfig, angles: Angles[mx.array],
+        caches: Sequence[KVCache[mx.array]], lengths: Sequence[int],
+    ) -> tuple[mx.array, list[KVCache[mx.array]]]:  # fmt: skip
+        if x.shape[0] > _STEP:
+            return layers.gated_attention(self, x, w, c, angles, caches, lengths)
+        old = [kv for kv in caches if isinstance(kv, BufferedKV)]
+        buffers = [kv.with_room(length) for kv, length in zip(old, lengths, strict=True)]
+        held = [(buffer.keys, buffer.values) for buffer in buffers]
+        starts = [mx.array([kv.length]) for kv in old]
+        y, after = _gated_attention(self, c, tuple(lengths))(x, w, angles, held, starts)
+        longer: list[KVCache[mx.array]] = []
+        for buffer, kv, length, (keys, values) in zip(buffers, old, lengths, after, strict=True):
+            buffer.keys, buffer.values = keys, values
+            longer.append(BufferedKV(buffer, kv.length + length))
+        return y, longer
+
+
+# Traced once for every shape; the weights are inputs like any other, so that one trace serves all layers.
+
+
+@cache
+def _mlp(ops: MlxOps) -> Callable[..., Any]:
+    return mx.compile(lambda x, w: layers.mlp(ops, x, w))
+
+
+@cache
+def _delta_net(ops: MlxOps, c: TextConfig, lengths: tuple[int, ...], keep: int) -> Callable[..., Any]:
+    return mx.compile(lambda x, w, states: layers.delta_net(ops, x, w, c, states, lengths, keep))
+
+
+@cache
+def _gated_attention(ops: MlxOps, c: TextConfig, lengths: tuple[int, ...]) -> Callable[..., Any]:
+    def run(
+        x: mx.array, w: AttentionWeights[mx.array], angles: Angles[mx.array],
+        held: list[tuple[mx.array, mx.array]], starts: list[mx.array],
+    ) -> tuple[mx.array, list[tuple[mx.array, mx.array]]]:  # fmt: skip
+        caches = [StepKV(*buffers, start) for buffers, start in zip(held, starts, strict=True)]
+        y, longer = layers.gated_attention(ops, x, w, c, angles, caches, lengths)
+        return y, [(kv.keys, kv.values) for kv in longer if isinstance(kv, StepKV)]
+
+    return mx.compile(run)
+
+
+# --- pointwise: one kernel each, float32 inside -----------------------------------------------------------------------
+
+
+def _pointwise(f: F) -> F:
+    return cast(F, mx.compile(f, shapeless=True))
+
+
+@_pointwise
+def _silu(x: mx.array) -> mx.array:
+    return x * mx.sigmoid(x)
+
+
+@_pointwise
+def _silu_mul(gate: mx.array, up: mx.array) -> mx.array:
+    wide = gate.astype(mx.float32)
+    return (wide * mx.sigmoid(wide) * up).astype(up.dtype)
+
+
+@_pointwise
+def _sigmoid_mul(x: mx.array, gate: mx.array) -> mx.array:
+    return (x * mx.sigmoid(gate.astype(mx.float32))).astype(x.dtype)
+
+
+@_pointwise
+def _delta_gates(a: mx.array, b: mx.array, A: mx.array, dt_bias: mx.array) -> tuple[mx.array, mx.array]:
+    return A * mx.logaddexp(a.astype(mx.float32) + dt_bias, 0), mx.sigmoid(b.astype(mx.float32))
+
+
+# --- the rest ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _rope_tables(rope: RopeConfig) -> tuple[mx.array, mx.array]:
+    """The frequency of every pair, and which of time, height and width it follows."""
+    pairs = rope.dim // 2
+    frequency = (1.0 / rope.theta ** (np.arange(pairs) * 2 / rope.dim)).astype(np.float32)
+    axis = np.zeros(pairs, np.int32)
+    for i in (1, 2):
+        axis[i : 3 * rope.sections[i] : 3] = i
+    return mx.array(frequency), mx.array(axis)
+
+
+def _row_blocks(T: int, size: int) -> Iterator[slice]:
+    """T rows in blocks of `size`, at least 1."""
+    size = max(1, size)
+    return (slice(start, min(start + size, T)) for start in range(0, T, size))
+
+
+def _arrays(states: Sequence[State[mx.array]]) -> Iterator[mx.array]:
+    """All arrays of some states."""
+    for state in states:
+        for layer in state.layers:
+            if isinstance(layer, BufferedKV):
+                yield from (layer.buffer.keys, layer.buffer.values)
+            else:
+                assert isinstance(layer, DeltaState)
+                yield from layer
