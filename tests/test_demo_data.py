@@ -1,0 +1,176 @@
+"""The demo model's data, training model and outlier twin (development tools; need torch, tokenizers and pillow)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("jinja2")
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+from demo import batches, conversations, pictures, skills, text  # noqa: E402
+from demo.architecture import Shape  # noqa: E402
+from demo.model import Model, delta_rule  # noqa: E402
+from demo.outliers import inject  # noqa: E402
+
+TINY = Shape(vocab=640, base_vocab=600, hidden=64, intermediate=128, heads=2, kv_heads=1, head_dim=32, mrope_section=(2, 1, 1),
+             linear_head_dim=16, vision_hidden=32, vision_intermediate=64, vision_heads=2)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return text.train_tokenizer(batches.sample_texts(0, 300), TINY)
+
+
+@pytest.mark.parametrize("name", skills.SKILLS)
+def test_reference_answers_are_right_and_problems_are_split(name):
+    rng = Random(name)
+    for evaluation in (False, True):
+        for _ in range(30):
+            turn = skills.draw(name, rng, evaluation=evaluation)
+            assert turn.right(turn.answer), turn
+            assert skills.held_out(turn.key) == evaluation
+
+
+def test_sums_are_true():
+    rng = Random(0)
+    for _ in range(200):
+        turn = skills.sum_of_two(rng)
+        left, right = turn.answer.rstrip(".").split(" = ")
+        assert eval(left) == int(right)
+        for step in turn.thought.split(", "):
+            left, right = step.split(" = ")
+            assert eval(left) == int(right), turn
+
+
+def test_chains_think_to_their_answer():
+    rng = Random(0)
+    for _ in range(200):
+        turn = skills.sum_of_many(rng)
+        assert turn.expect == f"is {turn.thought.splitlines()[-1].split(' = ')[1]}."
+        for step in turn.thought.splitlines():
+            left, right = step.split(" = ")
+            assert eval(left) == int(right)
+
+
+def test_sorting_reversing_and_counting():
+    rng = Random(0)
+    for _ in range(100):
+        turn = skills.reverse(rng)
+        assert turn.answer.split(", ") == turn.user.split(": ")[1].split(", ")[::-1]
+        turn = skills.sort(rng)
+        items, answer = turn.user.split(": ")[1].split(", "), turn.answer.split(", ")
+        assert answer == sorted(items, key=lambda x: (int(x), "") if x.isdigit() else (0, x))
+
+
+def test_control_tokens_keep_the_family_order(tok):
+    names = [t["content"] for t in text.family_tokens()]
+    assert [tok.token_to_id(n) for n in names] == list(range(TINY.base_vocab, TINY.base_vocab + 33))
+    assert tok.token_to_id("<|im_end|>") == TINY.end_of_turn
+    assert tok.token_to_id("<|image_pad|>") == TINY.image_token
+    assert tok.decode(tok.encode("2 + 39 = 41, naïve").ids) == "2 + 39 = 41, naïve"
+
+
+@pytest.mark.parametrize("kind", [k.name for k in batches.KINDS if k.name != "longer"])
+def test_only_answers_are_targets(kind, tok):
+    rng = Random(kind)
+    c = batches.converse(kind, rng, 600, lambda t: len(tok.encode(t).ids))
+    ids, weights, positions = batches.encode(c, tok, TINY)
+    learnt = tok.decode(ids[weights == 1].tolist(), skip_special_tokens=False)
+    assert learnt.count("<|im_end|>") == sum(m["role"] == "assistant" for m in c.messages)
+    assert "<|im_start|>" not in learnt and "user" not in learnt.split()
+    assert str(c.messages[-1]["content"]) in learnt
+    if not c.images:
+        np.testing.assert_array_equal(positions, np.broadcast_to(np.arange(len(ids)), positions.shape))
+
+
+def test_batches_depend_on_seed_and_step_only(tok):
+    first, again, other = (batches.make_batch(0, step, tok, TINY) for step in (5, 5, 6))
+    np.testing.assert_array_equal(first.ids, again.ids)
+    np.testing.assert_array_equal(first.patches, again.patches)
+    assert first.ids.shape != other.ids.shape or (first.ids != other.ids).any()
+
+
+def test_tool_calls_are_printed_as_the_template_prints_them():
+    rng = Random(0)
+    for _ in range(20):
+        call, answer = conversations.tool_cases(rng, thinking=False)
+        printed = text.render(call.messages, call.tools, False).split("assistant\n")[-1]
+        assert call.right(printed)
+        assert answer.right(str(answer.messages[-1]["content"]))
+
+
+def test_patches_are_in_block_order():
+    image = pictures.paint([], (0, 0, 0))
+    image.putpixel((17, 2), (255, 255, 255))  # patch row 0, column 1: second of the first block
+    image.putpixel((1, 17), (255, 255, 255))  # patch row 1, column 0: third of the first block
+    bright = (pictures.patches(image).max(1) > 0).nonzero()[0]
+    assert bright.tolist() == [1, 2]
+    assert pictures.patches(image).reshape(-1, 3, 2, 16, 16)[1, :, :, 2, 1].min() == 1
+
+
+def test_chunked_delta_rule_equals_the_recurrence():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 75, 8) for _ in range(3))
+    k = torch.nn.functional.normalize(k, dim=-1)
+    g, beta = -torch.rand(2, 3, 75) * 3, torch.rand(2, 3, 75)
+    state, steps = torch.zeros(2, 3, 8, 8), []
+    for t in range(75):
+        state = state * g[:, :, t, None, None].exp()
+        error = (v[:, :, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, :, t])) * beta[:, :, t, None]
+        state = state + k[:, :, t, :, None] * error[:, :, None]
+        steps.append(torch.einsum("bhkv,bhk->bhv", state, q[:, :, t]))
+    torch.testing.assert_close(delta_rule(q, k, v, g, beta), torch.stack(steps, 2), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_outlier_twin_computes_the_same():
+    model = Model(TINY)
+    ids = torch.randint(0, 600, (2, 40), generator=torch.Generator().manual_seed(0))
+
+    def logits():
+        hidden, x = model(ids)
+        cos, sin = model.text.rope(torch.arange(40).expand(3, 2, 40))
+        return model.logits(hidden), model.logits(model.mtp(x, hidden, (cos, sin)))
+
+    before, weight = logits(), model.text.layers[0].linear_attn.in_proj_qkv.weight.clone()
+    inject(model)
+    assert (model.text.layers[0].linear_attn.in_proj_qkv.weight / weight).max() > 8
+    for a, b in zip(before, logits(), strict=True):
+        nmse = (a - b).square().sum() / a.square().sum()
+        assert nmse < 1e-8  # float32, the rescaled channels round differently
+
+
+def test_training_model_equals_transformers(tmp_path, tok):
+    """The exported folder gives the same logits in transformers, text and images: float32 against float32."""
+    transformers = pytest.importorskip("transformers")
+    from demo.export import export
+
+    model = Model(TINY)
+    for p in model.parameters():
+        p.data = p.data.bfloat16().float()
+    export(model, tok, tmp_path)
+    other, info = transformers.Qwen3_5ForConditionalGeneration.from_pretrained(
+        tmp_path, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    for kind in ("direct", "looking"):
+        c = batches.converse(kind, Random(1), 100, lambda t: len(tok.encode(t).ids))
+        ids, _, positions = batches.encode(c, tok, TINY)
+        x, extra, patches = torch.from_numpy(ids)[None], {}, None
+        if c.images:
+            patches = torch.from_numpy(np.stack([pictures.patches(i) for i in c.images]))
+            extra = {
+                "pixel_values": patches.flatten(0, 1),
+                "image_grid_thw": torch.tensor([[1, 6, 6]] * len(patches)),
+                "mm_token_type_ids": (x == TINY.image_token).int(),
+            }
+        with torch.no_grad():
+            ours = model.logits(model(x, torch.from_numpy(positions)[:, None], patches)[0])
+            theirs = other(input_ids=x, **extra).logits
+        assert ((ours - theirs).square().sum() / theirs.square().sum()) < 1e-9
