@@ -17,7 +17,7 @@ __all__ = ["DEMO", "find_model"]
 
 DEMO = Path(__file__).parent / "demo"
 
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 _SHORT = re.compile(r"qwen3\.5[:-](?P<size>0\.8b|2b|4b)(?P<base>-base)?", re.IGNORECASE)
 _WANTED = ["*.json", "*.safetensors", "*.jinja"]
 
@@ -27,10 +27,10 @@ def find_model(model: str | Path) -> Path:
 
     Raises UsageError for a name that can be nothing, NetworkError if a download is needed and fails.
     """
-    path = Path(model).expanduser()
-    if path.exists():
-        return path
     name = str(model)
+    path = Path(name).expanduser()
+    if name and path.exists():
+        return path
     if name == "demo":
         if not DEMO.exists():
             raise UsageError("the demo model is not part of this installation", hint="reinstall edgeq")

@@ -68,7 +68,10 @@ def test_layers_may_be_given_by_interval() -> None:
         ({"num_hidden_layers": 10**9}, r"text_config\.num_hidden_layers is 1000000000"),
         ({"layer_types": ["linear_attention"]}, r"a list of num_hidden_layers = 4"),
         ({"layer_types": ["mamba"] * 4}, r"layer_types is 'mamba'"),
-        ({"linear_num_value_heads": 3}, r"linear_num_value_heads is 3, expected a multiple of linear_num_key_heads = 2"),
+        (
+            {"linear_num_value_heads": 3},
+            r"linear_num_value_heads is 3, expected a multiple of linear_num_key_heads = 2",
+        ),
         ({"num_key_value_heads": 3}, r"num_attention_heads is 4, expected a multiple of num_key_value_heads = 3"),
         ({"hidden_act": "gelu"}, r"hidden_act is 'gelu', expected 'silu'"),
         ({"attn_output_gate": False}, r"attn_output_gate is False"),

@@ -1,0 +1,227 @@
+"""Model arguments: folders, the demo, and hub ids against a stand-in of the hub's HTTP interface."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import write_checkpoint
+
+from edgeq.errors import UsageError
+from edgeq.hub import find_model
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REPO = "Qwen/Qwen3.5-Tiny"
+
+
+class Hub(ThreadingHTTPServer):
+    """What of the hub a download needs: repository listing, file metadata, files with ranges."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder = folder
+        self.requests: list[tuple[str, str, dict[str, str]]] = []
+        self.break_after: int | None = None  # bytes of a large file before the connection drops, once
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that goes away is no news."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, *, body: bool) -> None:
+        path = self.path.split("?")[0]
+        self.server.requests.append((self.command, path, dict(self.headers)))
+        if path.startswith("/Qwen/Private") or path.startswith("/api/models/Qwen/Private"):
+            return self.reply(401, b'{"error": "Invalid credentials"}', {"X-Error-Code": "GatedRepo"}, body)
+        if f"/{REPO}" not in path:
+            return self.reply(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"}, body)
+        files = sorted(file for file in self.server.folder.iterdir())
+        if path.startswith("/api/models/"):
+            if "/revision/nope" in path:
+                return self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
+            if "/tree/" in path:
+                listing: Any = [
+                    {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": etag(f)} for f in files
+                ]
+            else:
+                siblings = [{"rfilename": f.name} for f in files]
+                listing = {"id": REPO, "modelId": REPO, "sha": COMMIT, "siblings": siblings, "private": False}
+            return self.reply(200, json.dumps(listing).encode(), {"Content-Type": "application/json"}, body)
+        file = self.server.folder / path.rsplit("/", 1)[1]
+        if not file.exists():
+            return self.reply(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
+        return self.send_file(file, body)
+
+    def send_file(self, file: Path, body: bool) -> None:
+        data, status = file.read_bytes(), 200
+        headers = {"ETag": f'"{etag(file)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        wanted = self.headers.get("Range")
+        if wanted and body:
+            start = int(wanted.removeprefix("bytes=").split("-")[0])
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            data, status = data[start:], 206
+        limit = self.server.break_after
+        if body and limit is not None and len(data) > limit:
+            self.server.break_after = None
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(data))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(data[:limit])
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+            return
+        self.reply(status, data, headers, body)
+
+    def reply(self, status: int, data: bytes, headers: dict[str, str], body: bool) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+
+def etag(file: Path) -> str:
+    return hashlib.sha1(file.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    folder = tmp_path / "repository"
+    write_checkpoint(folder)
+    (folder / "chat_template.jinja").write_text("x")
+    (folder / "README.md").write_text("not wanted")
+    server = Hub(folder)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def fetch(hub: Hub, tmp_path: Path, model: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """find_model in a process of its own: huggingface_hub reads its environment once, when imported."""
+    code = (
+        "import sys\n"
+        "from edgeq.errors import EdgeqError\n"
+        "from edgeq.hub import find_model\n"
+        "try:\n    print(find_model(sys.argv[1]))\n"
+        "except EdgeqError as e:\n    print(f'{type(e).__name__}: {e.message}', file=sys.stderr); sys.exit(e.exit_code)\n"
+    )
+    keep = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    settings = {
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code, model],
+        env={**keep, **settings, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+class TestHub:
+    def test_download_into_the_standard_cache_and_reuse(self, hub: Hub, tmp_path: Path) -> None:
+        result = fetch(hub, tmp_path, REPO, HF_TOKEN="hf_secret")
+        assert result.returncode == 0, result.stderr
+        folder = Path(result.stdout.strip())
+        assert folder == tmp_path / "hf" / "hub" / "models--Qwen--Qwen3.5-Tiny" / "snapshots" / COMMIT
+        assert sorted(f.name for f in folder.iterdir()) == ["chat_template.jinja", "config.json", "model.safetensors"]
+        assert any(h.get("authorization") == "Bearer hf_secret" or h.get("Authorization") == "Bearer hf_secret"
+                   for _, _, h in hub.requests)  # fmt: skip
+
+        hub.requests.clear()
+        assert fetch(hub, tmp_path, REPO).stdout.strip() == str(folder)
+        assert not any(path.endswith(".safetensors") and method == "GET" for method, path, _ in hub.requests)
+
+        hub.requests.clear()
+        offline = fetch(hub, tmp_path, REPO, HF_HUB_OFFLINE="1")
+        assert offline.stdout.strip() == str(folder)
+        assert not hub.requests
+
+    def test_a_broken_download_resumes(self, hub: Hub, tmp_path: Path) -> None:
+        large = hub.folder / "model-extra.safetensors"  # the library keeps what it has in pieces of 10 MB
+        large.write_bytes(bytes(range(256)) * 100_000)
+        hub.break_after = 15_000_000
+        result = fetch(hub, tmp_path, REPO)
+        if result.returncode:  # the library gave up on the broken connection: the same command goes on
+            assert "NetworkError" in result.stderr
+            result = fetch(hub, tmp_path, REPO)
+        assert result.returncode == 0, result.stderr
+        assert (Path(result.stdout.strip()) / large.name).read_bytes() == large.read_bytes()
+        gets = [headers for method, path, headers in hub.requests if method == "GET" and path.endswith(large.name)]
+        assert len(gets) == 2
+        assert (gets[1].get("Range") or gets[1].get("range")).startswith("bytes=1")
+
+    @pytest.mark.parametrize(
+        ("model", "environment", "message"),
+        [
+            ("Qwen/Nope", {}, "Qwen/Nope is not on the hub, or is private"),
+            ("Qwen/Private", {}, "Qwen/Private needs permission"),
+            (f"{REPO}@nope", {}, "has no revision 'nope'"),
+            (REPO, {"HF_HUB_OFFLINE": "1"}, "is not in the local cache"),
+            (REPO, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "hub cannot be reached"),
+        ],
+    )
+    def test_what_cannot_be_had(
+        self, hub: Hub, tmp_path: Path, model: str, environment: dict[str, str], message: str
+    ) -> None:
+        result = fetch(hub, tmp_path, model, **environment)
+        assert result.returncode == 5, result.stderr
+        assert message in result.stderr.splitlines()[-1]
+        assert "Traceback" not in result.stderr
+
+
+class TestNames:
+    def test_a_folder_is_itself(self, tmp_path: Path) -> None:
+        assert find_model(tmp_path) == tmp_path
+        assert find_model(str(tmp_path)) == tmp_path
+
+    @pytest.mark.parametrize("name", ["", "no such folder", "a/b/c", "./nothing", "/nothing/here", "x.gguf"])
+    def test_what_can_be_nothing(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UsageError, match="neither a folder nor a file here"):
+            find_model(name)
+
+    @pytest.mark.parametrize(
+        ("short", "repo"),
+        [("qwen3.5:2b", "Qwen/Qwen3.5-2B"), ("Qwen3.5-0.8B", "Qwen/Qwen3.5-0.8B"), ("qwen3.5:4b-base", "Qwen/Qwen3.5-4B-Base")],
+    )  # fmt: skip
+    def test_short_names(self, short: str, repo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[tuple[str, str | None]] = []
+        monkeypatch.setattr("edgeq.hub._download", lambda repo, revision: asked.append((repo, revision)))
+        find_model(short)
+        assert asked == [(repo, None)]
