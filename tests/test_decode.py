@@ -59,6 +59,7 @@ def ids_of(tokens):
 def assert_consistent(reply, engine, prompt, tokens):
     """The context is prompt and reply, in order, once each, less what is pending."""
     assert engine.context + list(reply.pending) == [*prompt, *ids_of(tokens)]
+    assert list(reply.reply_ids) == ids_of(tokens)
 
 
 @pytest.mark.parametrize("stop", [EOS, EOT])
@@ -167,11 +168,11 @@ def test_thinking_that_ends_within_its_budget_is_left_alone():
     assert reply.finish.thinking_cut is None
 
 
-CYCLE = list(range(20, 30))  # ten distinct tokens: an alarm after 256
+CYCLE = list(range(10, 26))  # varied enough for an alarm after 256 tokens
 
 
 def test_a_loop_in_thinking_closes_thinking():
-    engine = FakeEngine([*(CYCLE * 26)[:256], 30, EOS])
+    engine = FakeEngine([*(CYCLE * 16)[:256], 30, EOS])
     reply = decode(engine, think=THINK, starts_in_thinking=True)
     tokens = list(reply)
     assert [token.id for token in tokens if token.forced] == [50, 51, 52, CLOSE, BLANK]
@@ -181,7 +182,7 @@ def test_a_loop_in_thinking_closes_thinking():
 
 
 def test_an_answer_that_goes_on_where_the_loop_was_cut_is_no_loop():
-    engine = FakeEngine([*(CYCLE * 26)[:256], *(CYCLE * 27)[256:264], EOS])
+    engine = FakeEngine([*(CYCLE * 16)[:256], *(CYCLE * 17)[256:264], EOS])
     reply = decode(engine, think=THINK, starts_in_thinking=True)
     assert sum(1 for _ in reply) == 256 + 5 + 9
     assert reply.finish.reason is StopReason.STOP_TOKEN
@@ -264,8 +265,7 @@ def test_ctrl_c_while_the_model_works(interrupt_after, chunk):
     reply = decode(engine)
     tokens = []
     with pytest.raises(KeyboardInterrupt):
-        for token in reply:
-            tokens.append(token)
+        tokens.extend(reply)  # keeps what came before the interruption
     assert reply.finish.reason is StopReason.INTERRUPTED
     assert_consistent(reply, engine, (1, 2, 3), tokens)
 

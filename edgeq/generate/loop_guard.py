@@ -22,9 +22,9 @@ MIN_COPIES = 3
 MIN_TOKENS = 256
 """Shortest stretch of repetition. Short rows of a table or a listing may well be equal ten times over."""
 
-MIN_TOKENS_MONOTONOUS = 512
-"""The same, where the cycle has fewer than `VARIED` distinct tokens: a blank line, a ruler, a 10 x 10 grid of zeros
-(some 320 tokens) are data more often than circles."""
+MIN_TOKENS_MONOTONOUS = 1024
+"""The same, where the cycle has fewer than `VARIED` distinct tokens: blank lines, a ruler, a 16 x 16 grid of zeros, the
+empty half of a 256-entry lookup table (128 times `255, `: 640 tokens) are data more often than circles."""
 
 VARIED = 12
 """Distinct tokens that make a cycle language rather than a pattern. A sentence has as many; equal rows of a matrix have
@@ -32,7 +32,7 @@ fewer: brackets, comma, blanks and a few digits."""
 
 
 class LoopGuard:
-    """Watches a stream of token ids for a cycle of 1 to `MAX_PERIOD` tokens, 3 copies and 256 or 512 tokens long.
+    """Watches a stream of token ids for a cycle of 1 to `MAX_PERIOD` tokens, 3 copies and 256 or 1024 tokens long.
 
     For every period p it counts how many of the latest tokens in a row are equal to the one p before. So each token
     costs a few operations on vectors of 128 (some 6 microseconds), and a loop is noticed at once.
