@@ -63,7 +63,15 @@ class Model:
         self.context_limit = _context_limit(context, self.config.text.max_position_embeddings)
         self.tokenizer: Tokenizer | None = checkpoint.tokenizer()
         self.template: ChatTemplate | None = checkpoint.template()
+        self._check_tokenizer()
         self._weights = map_text(checkpoint.text_weights(), ops.load)
+
+    def _check_tokenizer(self) -> None:
+        if self.tokenizer is not None and self.tokenizer.vocab_size > self.vocab_size:
+            raise ModelError(
+                f"{self.checkpoint.path}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model {self.vocab_size}",
+                hint="the tokenizer files belong to another model",
+            )
 
     # --- the model itself --------------------------------------------------------------------------------------------
 

@@ -1,0 +1,18 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import config_values, write_checkpoint
+from tiny_tokenizer import IM_END, build_tiny_tokenizer
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete tiny checkpoint: random weights, tokenizer, chat template. Read-only; copy it to change it."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    write_checkpoint(folder, config_values(vocab_size=1088, eos_token_id=IM_END, mtp=True, vision=True))
+    build_tiny_tokenizer(folder)
+    return folder
