@@ -1,4 +1,4 @@
-// kernels_test: every instruction set that this machine has against scalar, and the thread pool. No Python.
+// kernels_test [--no-fork]: every instruction set that this machine has against scalar, and the thread pool.
 //
 // Integer parts must be equal: with scales that are powers of two and biases that are small multiples of them, every
 // float on the way is exact, so equal integers give equal results and nothing else does. Float parts: NMSE = sum of
@@ -248,10 +248,10 @@ void test_forcing() {
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
     std::printf("dispatch chooses %s\n", isa_name(active_isa()));
     test_pool();
-    test_fork();
+    if (argc < 2 || std::strcmp(argv[1], "--no-fork") != 0) test_fork();
     test_forcing();
     set_thread_count(2);
     for (int i = 0; i < isa_count; i++) {

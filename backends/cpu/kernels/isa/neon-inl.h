@@ -1,0 +1,140 @@
+// Vectors of 128 bits: what the three NEON files share. They define signed_bytes before and the dot products after.
+#include <arm_neon.h>
+#include <string.h>
+
+namespace edgeq {
+namespace {
+
+constexpr int lanes = 4;
+constexpr int row_vectors = 4, tile_tokens = 4;  // 16 integer sums, 4 weights, 1 activation of 32 registers
+
+using F = float32x4_t;
+using I = int32x4_t;
+using B = int8x16_t;
+
+F f_zero() { return vdupq_n_f32(0); }
+F f_set(float x) { return vdupq_n_f32(x); }
+F f_load(const float* p) { return vld1q_f32(p); }
+void f_store(float* p, F v) { vst1q_f32(p, v); }
+F f_add(F a, F b) { return vaddq_f32(a, b); }
+F f_mul(F a, F b) { return vmulq_f32(a, b); }
+F f_max(F a, F b) { return vmaxq_f32(a, b); }
+F f_abs(F a) { return vabsq_f32(a); }
+F f_fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+float f_sum(F v) { return vaddvq_f32(v); }
+float f_max_lane(F v) { return vmaxvq_f32(v); }
+
+F f_load_some(const float* p, int n) {
+    if (n >= lanes) return vld1q_f32(p);
+    float some[lanes] = {};
+    for (int i = 0; i < n; i++) some[i] = p[i];
+    return vld1q_f32(some);
+}
+
+void f_store_some(float* p, F v, int n) {
+    if (n >= lanes) return vst1q_f32(p, v);
+    float some[lanes];
+    vst1q_f32(some, v);
+    for (int i = 0; i < n; i++) p[i] = some[i];
+}
+
+F f_widen(const void* p, Type type, int64_t i) {
+    if (type == Type::f32) return vld1q_f32(static_cast<const float*>(p) + i);
+    uint16x4_t v = vld1_u16(static_cast<const uint16_t*>(p) + i);
+    if (type == Type::f16) return vcvt_f32_f16(vreinterpret_f16_u16(v));
+    return vreinterpretq_f32_u32(vshll_n_u16(v, 16));
+}
+
+void f_store_int8(int8_t* p, F v) {
+    int16x4_t words = vqmovn_s32(vcvtnq_s32_f32(v));
+    int8x8_t bytes = vqmovn_s16(vcombine_s16(words, words));
+    memcpy(p, &bytes, lanes);
+}
+
+I i_zero() { return vdupq_n_s32(0); }
+I i_set(int n) { return vdupq_n_s32(n); }
+I i_first(int n) { return vsetq_lane_s32(n, vdupq_n_s32(0), 0); }
+F i_float(I v) { return vcvtq_f32_s32(v); }
+
+B b_load(const void* p) { return vld1q_s8(static_cast<const int8_t*>(p)); }
+void b_store(void* p, B v) { vst1q_s8(static_cast<int8_t*>(p), v); }
+
+B b_broadcast(const int8_t* p) {
+    int32_t four;
+    memcpy(&four, p, 4);
+    return vreinterpretq_s8_s32(vdupq_n_s32(four));
+}
+
+// 16 codes of 2, 3, 5 or 6 bits. A 16-bit lane gets the two bytes that its code lies in and is shifted down.
+template <int bits>
+B unpack_stream(const uint8_t* p) {
+    constexpr int loaded = bits <= 3 ? 4 : 8;         // bytes at a time, twice: from the first, and up to the last
+    constexpr int upper = 2 * bits - loaded;          // where the second load begins
+    struct Tables {
+        uint8_t even[16] = {}, odd[16] = {};  // of the first and of the last 8 codes
+        int16_t shift[8] = {};
+        constexpr Tables() {
+            for (int i = 0; i < 8; i++) {
+                for (int j = 0; j < 2; j++) {
+                    even[2 * i + j] = place(i * bits / 8 + j);
+                    odd[2 * i + j] = place(bits + i * bits / 8 + j);
+                }
+                shift[i] = int16_t(-(i * bits % 8));
+            }
+        }
+        static constexpr uint8_t place(int byte) {
+            return uint8_t(byte < loaded ? byte : byte < 2 * bits ? loaded + byte - upper : 255);  // 255: zero
+        }
+    };
+    static constexpr Tables tables;
+    uint8_t both[16] = {};
+    memcpy(both, p, loaded);
+    memcpy(both + loaded, p + upper, loaded);
+    uint8x16_t bytes = vld1q_u8(both);
+    int16x8_t shift = vld1q_s16(tables.shift);
+    uint16x8_t a = vshlq_u16(vreinterpretq_u16_u8(vqtbl1q_u8(bytes, vld1q_u8(tables.even))), shift);
+    uint16x8_t b = vshlq_u16(vreinterpretq_u16_u8(vqtbl1q_u8(bytes, vld1q_u8(tables.odd))), shift);
+    uint8x16_t codes = vuzp1q_u8(vreinterpretq_u8_u16(a), vreinterpretq_u8_u16(b));
+    return vreinterpretq_s8_u8(vandq_u8(codes, vdupq_n_u8((1 << bits) - 1)));
+}
+
+template <int bits>
+B unpack(const uint8_t* p) {
+    if constexpr (bits == 8) {
+        return signed_bytes ? veorq_s8(b_load(p), vdupq_n_s8(-128)) : b_load(p);
+    } else if constexpr (bits == 4) {
+        uint8x8_t v = vld1_u8(p), low = vand_u8(v, vdup_n_u8(15)), high = vshr_n_u8(v, 4);
+        return vreinterpretq_s8_u8(vcombine_u8(vzip1_u8(low, high), vzip2_u8(low, high)));
+    } else {
+        return unpack_stream<bits>(p);
+    }
+}
+
+void nibbles(const uint8_t* p, B* low, B* high) {
+    uint8x16_t v = vld1q_u8(p);
+    *low = vreinterpretq_s8_u8(vandq_u8(v, vdupq_n_u8(15)));
+    *high = vreinterpretq_s8_u8(vshrq_n_u8(v, 4));
+}
+
+template <int n>
+F f_spread(const float* p) {
+    static_assert(n == 1);
+    return vdupq_n_f32(*p);
+}
+
+void transpose(const uint8_t* p, int n, uint8_t* out) {
+    uint32x4x4_t rows;
+    for (int i = 0; i < 4; i++) rows.val[i] = vreinterpretq_u32_u8(vld1q_u8(p + i * n));
+    vst4q_u32(reinterpret_cast<uint32_t*>(out), rows);
+}
+
+void f_transpose(const float* p, int n, F* out) {
+    float columns[16];
+    float32x4x4_t rows;
+    for (int i = 0; i < 4; i++) rows.val[i] = vld1q_f32(p + i * n);
+    vst4q_f32(columns, rows);
+    for (int i = 0; i < 4; i++) out[i] = vld1q_f32(columns + 4 * i);
+}
+
+}  // namespace
+}  // namespace edgeq
