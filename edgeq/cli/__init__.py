@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 import edgeq
-from edgeq.cli import chat, generate, info
+from edgeq.cli import chat, generate, info, quantize
 from edgeq.cli.console import report_error
 from edgeq.cli.options import ALIASES, read_config_file
 from edgeq.errors import EdgeqError
@@ -77,6 +77,7 @@ def edgeq_command(
     """Qwen3.5 0.8B, 2B and 4B on laptops, Apple Silicon and Raspberry Pi-class boards."""
 
 
+app.command("quantize")(quantize.quantize)
 app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.command("info")(info.info)

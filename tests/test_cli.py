@@ -1,0 +1,266 @@
+"""The command line: streams, exit codes, one clear line for every error, and the conversation at the prompt."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import PipeInput, create_pipe_input
+from prompt_toolkit.output import DummyOutput
+
+import edgeq
+from edgeq.cli import main
+from edgeq.cli.repl import Repl
+from edgeq.reply import Reply
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def quiet_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No configuration, history or EDGEQ_ variables of the person who runs the tests."""
+    for name in ("XDG_CONFIG_HOME", "XDG_STATE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("EDGEQ_BACKEND", "numpy")
+    monkeypatch.setattr(sys, "stdin", None)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    def run(*arguments: str | Path, stdin: str | None = None) -> Result:
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as left:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Result(int(left.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+FIXED = ("--seed", "0", "--max-tokens", "6")
+
+
+class TestStreams:
+    def test_the_answer_is_all_of_stdout(self, run, chat_folder: Path) -> None:
+        result = run("chat", chat_folder, "-p", "hello", *FIXED)
+        assert result.code == 0
+        expected = edgeq.load(chat_folder, backend="numpy").chat(seed=0, max_tokens=6).send("hello")
+        assert result.out == "".join(piece.text for piece in expected) + "\n"
+        figures = result.err.strip().splitlines()
+        assert len(figures) == 1
+        assert "(0 cached," in figures[0]
+        assert "tok/s" in figures[0]
+        assert "peak memory" in figures[0]
+
+    def test_thinking_goes_to_stderr(self, run, chat_folder: Path) -> None:
+        result = run("chat", chat_folder, "-p", "hello", "--think", "--thinking-budget", "8", "--seed", "1", "--json")
+        reply = json.loads(result.out)
+        again = run("chat", chat_folder, "-p", "hello", "--think", "--thinking-budget", "8", "--seed", "1")
+        assert again.out == reply["text"] + "\n"
+        assert reply["thinking"][:10] in again.err
+
+    def test_json(self, run, chat_folder: Path) -> None:
+        reply = json.loads(run("generate", chat_folder, "-p", "abc", "--json", *FIXED).out)
+        assert reply.keys() == {"text", "thinking", "ids", "finish_reason", "thinking_cut", "usage"}
+        assert len(reply["ids"]) == reply["usage"]["answer_tokens"] == 6
+        assert reply["finish_reason"] == "length"
+
+    def test_stdin_joins_the_prompt(self, run, chat_folder: Path) -> None:
+        both = run("chat", chat_folder, "-p", "why?", *FIXED, stdin="the log\n")
+        once = run("chat", chat_folder, "-p", "why?\n\nthe log", *FIXED)
+        assert both.out == once.out
+        piped = run("chat", chat_folder, *FIXED, stdin="hello")
+        dash = run("chat", chat_folder, "-p", "-", *FIXED, stdin="hello")
+        assert piped.out == dash.out == run("chat", chat_folder, "-p", "hello", *FIXED, stdin="").out
+
+    def test_aliases(self, run, chat_folder: Path) -> None:
+        one = run("chat", chat_folder, "-p", "x", "-n", "5", "-s", "0", "--temperature", "0.5", "-sys", "y", "-c", "99")
+        two = run(
+            "chat", chat_folder, "-p", "x", *("--max-tokens 5 --seed 0 --temp 0.5 --system y --context 99".split())
+        )
+        assert one.code == two.code == 0
+        assert one.out == two.out
+
+
+class TestExitCodes:
+    def check(self, result: Result, code: int, message: str) -> None:
+        assert result.code == code
+        assert result.out == ""
+        assert "Traceback" not in result.err
+        lines = result.err.strip().splitlines()
+        assert message in lines[0]
+        assert lines[0].startswith("error: ")
+        assert all(line.startswith(("hint: ", "  ")) for line in lines[1:])
+
+    def test_a_model_that_is_nothing(self, run) -> None:
+        self.check(run("chat", "nothing here", "-p", "x"), 2, "nothing here is neither a folder nor a file here")
+
+    def test_no_prompt(self, run, chat_folder: Path) -> None:
+        self.check(run("generate", chat_folder), 2, "there is no prompt")
+        self.check(run("chat", chat_folder, stdin=""), 2, "there is no prompt")
+
+    def test_a_setting_out_of_range(self, run, chat_folder: Path) -> None:
+        self.check(run("chat", chat_folder, "-p", "x", "--temp", "-1"), 2, "temperature is -1")
+
+    def test_a_prompt_that_does_not_fit(self, run, chat_folder: Path) -> None:
+        self.check(run("chat", chat_folder, "-p", "x" * 99, "--context", "30"), 3, "but the context of 30 has room")
+
+    def test_a_damaged_model(self, run, chat_folder: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "model"
+        shutil.copytree(chat_folder, folder)
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(data[:-100])
+        self.check(run("chat", folder, "-p", "x"), 4, "is not a valid safetensors file")
+        (folder / "config.json").write_text("{")
+        self.check(run("info", folder), 4, "config.json cannot be read as JSON")
+
+    def test_a_model_without_template(self, run, chat_folder: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "model"
+        shutil.copytree(chat_folder, folder)
+        (folder / "chat_template.jinja").unlink()
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        config.pop("chat_template", None)
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        self.check(run("chat", folder, "-p", "x"), 4, "has no chat template")
+        assert run("generate", folder, "-p", "x", *FIXED).code == 0
+
+    def test_offline(self, run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        self.check(run("chat", "Qwen/Not-Here", "-p", "x"), 5, "Qwen/Not-Here is not in the local cache")
+
+    def test_an_unknown_option(self, run, chat_folder: Path) -> None:
+        result = run("chat", chat_folder, "--nope")
+        assert result.code == 2
+        assert "--nope" in result.err
+
+    def test_ctrl_c(self, run, chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def interrupted(self: Reply) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Reply, "__next__", interrupted)
+        monkeypatch.setattr(Reply, "__iter__", interrupted)
+        result = run("chat", chat_folder, "-p", "x")
+        assert result.code == 130
+        assert "interrupted" in result.err
+
+    def test_debug_shows_the_traceback(self, chat_folder: Path) -> None:
+        with pytest.raises(edgeq.UsageError):
+            main(["--debug", "chat", "nothing here", "-p", "x"])
+
+
+class TestInfo:
+    def test_a_model(self, run, chat_folder: Path) -> None:
+        facts = json.loads(run("info", chat_folder, "--json").out)
+        assert facts["layers"] == "3 Gated DeltaNet, 1 gated attention"
+        assert facts["MTP head"] == facts["vision tower"] == "yes"
+        assert facts["chat template"] == "thinking is off by default"
+        assert any("mlp.up_proj" in name for name in facts["tensors"])
+
+    def test_the_installation(self, run) -> None:
+        result = run("info")
+        assert result.code == 0
+        assert "numpy" in result.out
+        assert edgeq.__version__ in result.out
+
+    def test_version_and_help(self, run) -> None:
+        assert run("--version").out == f"edgeq {edgeq.__version__}\n"
+        for command in ("chat", "generate", "info", "quantize"):
+            assert run(command, "--help").code == 0
+
+
+class TestConfiguration:
+    def test_line_over_environment_over_file_over_default(
+        self, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file = tmp_path / "config.toml"
+        monkeypatch.setenv("EDGEQ_CONFIG", str(file))
+        file.write_text("temp = 0.1\nseed = 5\n[chat]\ntop-k = 3\n")
+        monkeypatch.setenv("EDGEQ_TEMP", "0.2")
+        facts = json.loads(run("info", "--config", "--json").out)
+        assert facts["chat.temp"] == "0.2 (environment (EDGEQ_TEMP))"
+        assert facts["chat.seed"] == facts["generate.seed"] == "5 (configuration file)"
+        assert facts["chat.top_k"] == "3 (configuration file)"
+        assert facts["generate.top_k"] == "None (default)"
+
+    def test_the_file_counts(self, run, chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        file = tmp_path / "config.toml"
+        monkeypatch.setenv("EDGEQ_CONFIG", str(file))
+        file.write_text("max-tokens = 3\n")
+        reply = json.loads(run("generate", chat_folder, "-p", "x", "--json", "--ignore-eos").out)
+        assert len(reply["ids"]) == 3
+
+    @pytest.mark.parametrize("content", ["nope = 1", "[chat]\nnope = 1", "temp = ", "\xff"])
+    def test_a_bad_file(self, run, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        file = tmp_path / "config.toml"
+        monkeypatch.setenv("EDGEQ_CONFIG", str(file))
+        file.write_bytes(content.encode("latin-1"))
+        result = run("info")
+        assert result.code == 2
+        assert result.err.startswith(f"error: {file}")
+
+
+@pytest.fixture
+def keyboard() -> Iterator[PipeInput]:
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        yield keys
+
+
+class TestRepl:
+    def talk(self, folder: Path, keyboard: PipeInput, capsys: pytest.CaptureFixture[str], *lines: str) -> Result:
+        chat = edgeq.load(folder, backend="numpy").chat(seed=0, max_tokens=4, temperature=0.0)
+        keyboard.send_text("".join(f"{line}\r" for line in lines))
+        Repl(chat, str(folder)).run()
+        captured = capsys.readouterr()
+        return Result(0, captured.out, captured.err)
+
+    def test_a_conversation(self, chat_folder: Path, keyboard: PipeInput, capsys) -> None:
+        result = self.talk(chat_folder, keyboard, capsys, "hello", "again", "/stats", "/exit")
+        assert result.out.count("\n") >= 2
+        assert "cached" in result.err
+        assert "context:" in result.err
+
+    def test_several_lines(self, chat_folder: Path, keyboard: PipeInput, capsys) -> None:
+        several = self.talk(chat_folder, keyboard, capsys, '"""one', 'two"""', "/bye").out
+        chat = edgeq.load(chat_folder, backend="numpy").chat(seed=0, max_tokens=4, temperature=0.0)
+        assert several == "".join(piece.text for piece in chat.send("one\ntwo")) + "\n"
+
+    def test_commands(self, chat_folder: Path, keyboard: PipeInput, capsys) -> None:
+        result = self.talk(
+            chat_folder, keyboard, capsys, "/help", "/set max_tokens 2", "/set top_k many", "/set nope 1", "/show",
+            "/think", "/nothink", "/undo", "/nope", "hi", "/regen", "/undo", "/system be brief", "/clear", "/quit",
+        )  # fmt: skip
+        for expected in (
+            "/regen", "max_tokens           2", "top_k is ('many',)", "no generation option 'nope'", "thinking is on",
+            "thinking is off", "no turn to take back", "there is no command /nope", "taken back: hi", "begins anew",
+        ):  # fmt: skip
+            assert expected in result.err, expected
+
+    def test_ctrl_c_twice_leaves(self, chat_folder: Path, keyboard: PipeInput, capsys) -> None:
+        keyboard.send_text("half a line\x03\x03")
+        Repl(edgeq.load(chat_folder, backend="numpy").chat(), "x").run()
+        assert "Ctrl-C again" in capsys.readouterr().err
+
+    def test_ctrl_d_leaves(self, chat_folder: Path, keyboard: PipeInput) -> None:
+        keyboard.send_text("\x04")
+        Repl(edgeq.load(chat_folder, backend="numpy").chat(), "x").run()
+
+    def test_an_error_does_not_end_the_conversation(self, chat_folder: Path, keyboard: PipeInput, capsys) -> None:
+        chat = edgeq.load(chat_folder, backend="numpy", context=60).chat(max_tokens=2)
+        keyboard.send_text("x" * 200 + "\rok\r/exit\r")
+        Repl(chat, "x").run()
+        captured = capsys.readouterr()
+        assert "error: the prompt has" in captured.err
+        assert "generated 2 tokens" in captured.err or "generated 1 tokens" in captured.err
