@@ -1,17 +1,14 @@
 // Native twin of edgeq.quant.search: the same float32 operations in the same order, so the same bits.
 //
-// Eight or sixteen groups are searched side by side, one in each lane: x is transposed to [group_size][LANES] and every
+// Sixteen groups are searched side by side, one in each lane: x is transposed to [group_size][LANES] and every
 // sum runs over the elements one after the other. Floating-point contraction must be off (see CMakeLists.txt).
 
 #include "quantize.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <thread>
-#include <vector>
 
 // Only this file's hot loop profits from wider registers than the baseline's; no FMA, so the results stay the same.
 #if defined(__x86_64__) && defined(__gnu_linux__)
@@ -117,6 +114,7 @@ class Search {
 
   float scale(int lane) const { return scale_[lane] * unit_[lane]; }
   float bias(int lane) const { return bias_[lane] * unit_[lane]; }
+  float error(int lane) const { return error_[lane] * unit_[lane] * unit_[lane]; }
 
   // The codes of lane's group, one byte each.
   void codes(int lane, uint8_t* out) const {
@@ -191,8 +189,8 @@ class Search {
 
   // From the best start grid with scale = range * shrink, alternate between codes and least squares.
   void descend(float shrink) {
-    Pair best, start;
-    Lanes best_error, error;
+    Pair best{}, start;
+    Lanes best_error{}, error;
     for (int a = 0; a < ANCHORS; ++a) {
       for (int l = 0; l < LANES; ++l) {
         const float span = high_[l] - low_[l];
@@ -253,40 +251,25 @@ void pack(const uint8_t* codes, int count, int bits, uint32_t* words) {
   }
 }
 
-// Groups [first, last), counted over all rows; the last ones fill up the lanes if need be.
-void quantize_groups(const QuantizeShape& shape, const float* x, uint32_t* words, float* scales, float* biases,
-                     int64_t first, int64_t last) {
+}  // namespace
+
+void quantize(const QuantizeShape& shape, const float* x, uint32_t* words, float* scales, float* biases, float* errors) {
+  const int64_t groups = shape.rows * (shape.columns / shape.group_size);
   const int group_words = shape.group_size * shape.bits / 32;
   Search search(shape.bits, shape.group_size, shape.stored);
   uint8_t codes[MAX_GROUP];
-  for (int64_t g = first; g < last; g += LANES) {
-    const float* groups[LANES];
-    for (int l = 0; l < LANES; ++l) groups[l] = x + std::min(g + l, last - 1) * shape.group_size;
-    search.run(groups);
-    for (int l = 0; l < LANES && g + l < last; ++l) {
+  for (int64_t g = 0; g < groups; g += LANES) {
+    const float* starts[LANES];  // the last group fills up the lanes if need be
+    for (int l = 0; l < LANES; ++l) starts[l] = x + std::min(g + l, groups - 1) * shape.group_size;
+    search.run(starts);
+    for (int l = 0; l < LANES && g + l < groups; ++l) {
       scales[g + l] = search.scale(l);
       biases[g + l] = search.bias(l);
+      errors[g + l] = search.error(l);
       search.codes(l, codes);
       pack(codes, shape.group_size, shape.bits, words + (g + l) * group_words);
     }
   }
-}
-
-}  // namespace
-
-void quantize(const QuantizeShape& shape, const float* x, uint32_t* words, float* scales, float* biases, int threads) {
-  const int64_t groups = shape.rows * (shape.columns / shape.group_size);
-  const int64_t chunk = 64 * LANES;
-  std::atomic<int64_t> next{0};
-  auto work = [&] {
-    for (int64_t first; (first = next.fetch_add(chunk)) < groups;) {
-      quantize_groups(shape, x, words, scales, biases, first, std::min(first + chunk, groups));
-    }
-  };
-  std::vector<std::thread> pool;
-  for (int64_t i = 1; i < std::min<int64_t>(threads, (groups + chunk - 1) / chunk); ++i) pool.emplace_back(work);
-  work();
-  for (std::thread& thread : pool) thread.join();
 }
 
 }  // namespace edgeq

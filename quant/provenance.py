@@ -1,0 +1,88 @@
+"""edgeq.json: where a quantized checkpoint comes from, and what its files must be."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import edgeq
+from edgeq.config import read_json
+from edgeq.errors import EdgeqError, ModelError
+
+__all__ = ["RECORD", "Source", "hash_files", "provenance", "verify"]
+
+RECORD = "edgeq.json"
+_CHUNK = 1 << 22
+_CACHED = re.compile(r"models--(.+)[/\\]snapshots[/\\]([0-9a-f]{40})$")
+
+Hashes = dict[str, dict[str, Any]]
+
+
+class Source:
+    """What a source folder is called: hub id and revision if it lies in the hub's cache, else its own name."""
+
+    def __init__(self, folder: Path, revision: str | None = None) -> None:
+        cached = _CACHED.search(str(folder.absolute()))
+        self.name = cached[1].replace("--", "/") if cached else folder.absolute().name
+        self.revision = revision or (cached[2] if cached else None)
+
+
+def hash_files(files: Iterable[Path], stop: Callable[[], bool] = lambda: False) -> Hashes:
+    """Size and sha256 of every file by name; gives up (and returns what it has) once `stop` says so."""
+    hashes: Hashes = {}
+    for path in files:
+        digest, nbytes = hashlib.sha256(), 0
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                if stop():
+                    return hashes
+                digest.update(chunk)
+                nbytes += len(chunk)
+        hashes[path.name] = {"bytes": nbytes, "sha256": digest.hexdigest()}
+    return hashes
+
+
+def provenance(source: Source, inputs: Hashes, outputs: Hashes, recipe: dict[str, Any]) -> dict[str, Any]:
+    """The record."""
+    return {
+        "edgeq": edgeq.__version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "source": {"name": source.name, "revision": source.revision, "files": inputs},
+        "recipe": recipe,
+        "files": outputs,
+    }
+
+
+def verify(folder: Path) -> Hashes:
+    """Compare a folder with its record and return the files in it; ModelError names every file that differs."""
+    record = read_json(folder / RECORD)
+    files = record.get("files")
+    if not isinstance(files, dict) or not all(_is_entry(name, entry) for name, entry in files.items()):
+        raise ModelError(f"{folder / RECORD} is not a record of files", hint="the file was changed; quantize again")
+    problems = [problem for name, entry in files.items() if (problem := _difference(folder / name, entry))]
+    if problems:
+        raise ModelError(
+            f"{folder} is not what was written: {'; '.join(problems)}", hint="copy the folder again, or quantize again"
+        )
+    return files
+
+
+def _is_entry(name: str, entry: object) -> bool:
+    return Path(name).name == name and isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
+
+
+def _difference(path: Path, entry: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    nbytes = path.stat().st_size
+    if nbytes != entry["bytes"]:
+        return f"{path.name} has {nbytes:,} bytes, expected {entry['bytes']:,}"
+    try:
+        found = hash_files([path])[path.name]["sha256"]
+    except OSError as error:
+        raise EdgeqError(f"{path} cannot be read: {error.strerror}") from None
+    return None if found == entry["sha256"] else f"{path.name} has other contents"

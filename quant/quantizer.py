@@ -1,0 +1,351 @@
+"""From a checkpoint folder to a quantized one, tensor by tensor.
+
+The output keeps the source's names and conventions (the hub's: zero-centred norms, convolution [C, 1, width]), only
+the quantized matrices are replaced by MLX's weight, scales and biases. Stock mlx-lm and mlx-vlm sanitize hub files
+when they load them, so they run the output unchanged, while nothing is lost for others: norms stay exact, the MTP head
+and the vision tower ride along. docs/format.md has the layout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from edgeq.bf16 import Array, Float32, round_to, to_float32
+from edgeq.checkpoint import FolderCheckpoint, open_checkpoint
+from edgeq.checkpoint.safetensors import DTYPES, SafetensorsWriter, dtype_name
+from edgeq.config import read_json
+from edgeq.errors import EdgeqError, ModelError, UsageError
+from edgeq.hub import find_model
+from edgeq.quant.folder import check_room, new_folder, refuse_existing
+from edgeq.quant.matrix import QuantizedRows, quantize_rows
+from edgeq.quant.provenance import RECORD, Source, hash_files, provenance
+from edgeq.quant.recipe import KEEP, Assignment, QuantSpec, Recipe, TypeRule, assign, choose_recipe
+from edgeq.quant.report import Report, TensorReport
+
+__all__ = ["Progress", "quantize"]
+
+Progress = Callable[[int, int, str], None]
+"""Called with the weights done, all weights, and the tensor at hand."""
+
+_SHARD = 5_000_000_000  # bytes; the hub's own limit
+_BLOCK = 1 << 20  # weights that a thread works on at a time
+_DROP_EVERY = 1 << 25  # weights after which the source's pages are let go
+_ALIGNMENT = 64
+_COPIED = (  # what belongs to a model besides weights and config.json
+    "*token*.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.*",
+    "generation_config.json",
+    "*processor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def quantize(
+    src: Path | str,
+    out: Path | str | None,
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    recipe: str | None = None,
+    types: Sequence[str] = (),
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    revision: str | None = None,
+    threads: int | None = None,
+) -> Report:
+    """Quantize `src`, a folder or hub id of an unquantized checkpoint, into the new folder `out`.
+
+    `recipe` is q4 (the default), q4+, q5, q6, q8 or none; `bits` and `group_size` replace its base's; `types` are
+    PATTERN=SPEC overrides, e.g. "*.down_proj=6g64". With `dry_run` nothing is written and `out` may be None. With
+    `force` an existing model folder is replaced, once the new one is complete. `revision` goes on record; it is known
+    for folders in the hub's cache. Memory stays below about 300 MB, whatever the model's size.
+    """
+    start = time.perf_counter()
+    plan = _Plan(find_model(src), choose_recipe(recipe, bits, group_size), [TypeRule.parse(t) for t in types])
+    report = plan.report(str(src), str(out or ""))
+    if dry_run:
+        return report
+    if out is None:
+        raise UsageError("no output folder was named", hint="add -o FOLDER")
+    out = Path(out)
+    refuse_existing(out, plan.source.path, force)
+    check_room(out, plan.nbytes())
+    try:
+        with new_folder(out) as folder:
+            errors = _write_folder(plan, folder, Source(plan.source.path, revision), threads or _cores(), progress)
+    except OSError as error:
+        raise EdgeqError(
+            f"{out} could not be written: {error.strerror or error}", hint="nothing was left behind; is there room?"
+        ) from None
+    tensors = tuple(replace(t, nmse=errors.get(t.name)) for t in report.tensors)
+    return replace(report, tensors=tensors, seconds=time.perf_counter() - start)
+
+
+# --- planning --------------------------------------------------------------------------------------------------------
+
+
+class _Part(NamedTuple):
+    """A tensor as it is written to a file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class _Plan:
+    """Everything that is decided before the first byte is written."""
+
+    def __init__(self, src: Path, recipe: Recipe, rules: Sequence[TypeRule]) -> None:
+        self.source = _open_source(src)
+        self.recipe = recipe
+        self.rules = rules
+        tensors = [(t.spec, t.file_name) for t in self.source.tensors.values()]
+        self.assignments = assign(tensors, recipe, rules)
+        self.files_to_copy = sorted({path for pattern in _COPIED for path in src.glob(pattern) if path.is_file()})
+        embedding = self.source.raw("embed_tokens.weight").dtype
+        # mlx computes in the widest type of what it multiplies, so scales follow the source's 16-bit type.
+        self.scale_type = "F16" if embedding == np.float16 else "BF16"
+
+    def parts(self, a: Assignment) -> list[_Part]:
+        """What is written for a tensor: itself, or the triple of a quantized matrix."""
+        if not isinstance(a.storage, QuantSpec):
+            raw = self.source.raw(a.spec.name)
+            return [_Part(a.file_name, dtype_name(raw.dtype) if a.storage == KEEP else a.storage, raw.shape)]
+        rows, columns = a.spec.shape
+        module, groups = a.file_name.removesuffix(".weight"), (rows, columns // a.storage.group_size)
+        return [
+            _Part(a.file_name, "U32", (rows, columns * a.storage.bits // 32)),
+            _Part(f"{module}.scales", self.scale_type, groups),
+            _Part(f"{module}.biases", self.scale_type, groups),
+        ]
+
+    def nbytes(self) -> int:
+        """Bytes of the output folder, or a little more."""
+        weights = sum(part.nbytes for a in self.assignments for part in self.parts(a))
+        return weights + sum(path.stat().st_size for path in self.files_to_copy) + (4 << 20)
+
+    def report(self, source: str, out: str) -> Report:
+        tensors = []
+        for a in self.assignments:
+            parts = self.parts(a)
+            kind = str(a.storage) if isinstance(a.storage, QuantSpec) else parts[0].dtype
+            nbytes = sum(part.nbytes for part in parts)
+            tensors.append(TensorReport(a.spec.name, a.file_name, a.spec.shape, kind, nbytes, note=a.note))
+        return Report(source, out, self.recipe.name, tuple(tensors))
+
+    def shards(self) -> dict[str, list[Assignment]]:
+        """Files by name, and what goes into each."""
+        shards: list[list[Assignment]] = [[]]
+        held = 0
+        for a in sorted(self.assignments, key=self._alignment):
+            nbytes = sum(part.nbytes for part in self.parts(a))
+            if held + nbytes > _SHARD and shards[-1]:
+                shards.append([])
+                held = 0
+            shards[-1].append(a)
+            held += nbytes
+        if len(shards) == 1:
+            return {"model.safetensors": shards[0]}
+        return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+    def _alignment(self, a: Assignment) -> int:
+        """Order in a file: first what keeps every tensor at a multiple of 64 bytes, last what breaks 4 bytes."""
+        parts = self.parts(a)
+        if all(part.nbytes % _ALIGNMENT == 0 for part in parts):
+            return 0
+        return 1 if sum(part.nbytes for part in parts) % 4 == 0 else 2
+
+    def config(self) -> dict[str, Any]:
+        """The output's config.json."""
+        values = read_json(self.source.path / "config.json")
+        if self.recipe.base is None:
+            return values
+        block: dict[str, Any] = {"group_size": self.recipe.base.group_size, "bits": self.recipe.base.bits}
+        block["mode"] = "affine"
+        for a in self.assignments:
+            if isinstance(a.storage, QuantSpec) and a.storage != self.recipe.base:
+                block[_module_path(a.spec.name)] = {"group_size": a.storage.group_size, "bits": a.storage.bits}
+        return values | {"quantization": block, "quantization_config": block}
+
+    def recipe_record(self) -> dict[str, Any]:
+        base = self.recipe.base
+        return {
+            "name": self.recipe.name,
+            "bits": base.bits if base else None,
+            "group_size": base.group_size if base else None,
+            "types": [rule.text for rule in self.rules],
+        }
+
+
+def _open_source(src: Path) -> FolderCheckpoint:
+    source = open_checkpoint(src)
+    if not isinstance(source, FolderCheckpoint):
+        raise UsageError(f"{src} cannot be quantized", hint="give a folder of unquantized safetensors")
+    if any(t.quantization for t in source.tensors.values()):
+        raise UsageError(f"{src} is quantized already", hint="quantize the original checkpoint instead")
+    return source
+
+
+def _module_path(name: str) -> str:
+    """Where mlx-lm looks for a module's quantization: its path in their model."""
+    module = name.removesuffix(".weight")
+    return f"language_model.{module}" if module.startswith(("lm_head", "mtp.")) else f"language_model.model.{module}"
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _write_folder(
+    plan: _Plan, folder: Path, source: Source, threads: int, progress: Progress | None
+) -> dict[str, float]:
+    """Write everything into `folder`; the relative squared error of every quantized tensor."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(threads + 1) as pool:
+        inputs = pool.submit(hash_files, [file.path for file in plan.source.files], stop.is_set)
+        try:
+            errors = _WeightWriter(plan, folder, pool, threads, progress).write()
+            for path in plan.files_to_copy:
+                shutil.copyfile(path, folder / path.name)
+            _write_json(folder / "config.json", plan.config())
+            outputs = hash_files(sorted(folder.iterdir()))
+            _write_json(folder / RECORD, provenance(source, inputs.result(), outputs, plan.recipe_record()))
+        finally:
+            stop.set()
+    return errors
+
+
+class _WeightWriter:
+    """Streams the tensors: blocks of rows are read and quantized by a pool, and written in order."""
+
+    def __init__(
+        self, plan: _Plan, folder: Path, pool: ThreadPoolExecutor, threads: int, progress: Progress | None
+    ) -> None:
+        self.plan, self.folder, self.pool = plan, folder, pool
+        self.ahead = 2 * threads
+        self.progress = progress
+        self.total = sum(a.spec.size for a in plan.assignments)
+        self.done = 0
+
+    def write(self) -> dict[str, float]:
+        errors: dict[str, float] = {}
+        shards = self.plan.shards()
+        for file_name, assignments in shards.items():
+            entries = {p.name: (p.dtype, p.shape) for a in assignments for p in self.plan.parts(a)}
+            with SafetensorsWriter(self.folder / file_name, entries, {"format": "pt"}) as file:
+                for a in assignments:
+                    if isinstance(a.storage, QuantSpec):
+                        errors[a.spec.name] = self._write_quantized(file, a, a.storage)
+                    else:
+                        self._write_plain(file, a)
+        self._write_index(shards)
+        return errors
+
+    def _write_quantized(self, file: SafetensorsWriter, a: Assignment, spec: QuantSpec) -> float:
+        codes, scales, biases = self.plan.parts(a)
+        dtype = DTYPES[scales.dtype]
+
+        def job(x: Float32) -> tuple[QuantizedRows, float]:
+            return quantize_rows(x, spec.bits, spec.group_size, dtype), float(np.vdot(x, x))
+
+        factors: list[tuple[Array, Array]] = []
+        squared_error = squares = 0.0
+        for rows, block_squares in self._map_blocks(a, job):
+            file.write(codes.name, rows.codes)
+            factors.append((rows.scales, rows.biases))
+            squared_error += rows.squared_error
+            squares += block_squares
+        file.write(scales.name, np.concatenate([s for s, _ in factors]))
+        file.write(biases.name, np.concatenate([b for _, b in factors]))
+        return squared_error / squares if squares else 0.0
+
+    def _write_plain(self, file: SafetensorsWriter, a: Assignment) -> None:
+        (part,) = self.plan.parts(a)
+        for block in self._map_blocks(a, lambda x: round_to(x, DTYPES[part.dtype])):
+            if not np.isfinite(to_float32(block)).all():
+                raise ModelError(f"{a.file_name} has values beyond the range of {part.dtype}", hint="store it as bf16")
+            file.write(part.name, block)
+
+    def _map_blocks(self, a: Assignment, job: Callable[[Float32], B]) -> Iterator[B]:
+        """`job` of every block of rows of a tensor, in order; blocks are read, checked and worked on by the pool."""
+        raw = self.plan.source.raw(a.spec.name)
+        rows = raw.reshape(len(raw), -1)
+        step = max(1, _BLOCK // rows.shape[1])
+
+        def read(start: int) -> B:
+            return job(self._checked(a, rows[start : start + step]))
+
+        for start, result in _in_order(self.pool, read, range(0, len(rows), step), self.ahead):
+            before, self.done = self.done, self.done + rows[start : start + step].size
+            if before // _DROP_EVERY != self.done // _DROP_EVERY:
+                self.plan.source.drop_pages()
+            if self.progress is not None:
+                self.progress(self.done, self.total, a.spec.name)
+            yield result
+
+    def _checked(self, a: Assignment, block: Array) -> Float32:
+        x = to_float32(block)
+        if not np.isfinite(x).all():
+            raise ModelError(
+                f"{self.plan.source.path}: {a.file_name} holds NaN or infinity", hint="the file is damaged"
+            )
+        return x
+
+    def _write_index(self, shards: dict[str, list[Assignment]]) -> None:
+        parts = {part.name: (file, part.nbytes) for file, s in shards.items() for a in s for part in self.plan.parts(a)}
+        total = sum(nbytes for _, nbytes in parts.values())
+        weight_map = {name: file for name, (file, _) in sorted(parts.items())}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(self.folder / "model.safetensors.index.json", index)
+
+
+def _in_order(pool: ThreadPoolExecutor, job: Callable[[A], B], items: Sequence[A], ahead: int) -> Iterator[tuple[A, B]]:
+    """Results of `job` for every item, in order, with at most `ahead` jobs begun or waiting."""
+    pending: deque[tuple[A, Future[B]]] = deque()
+    try:
+        for item in items:
+            pending.append((item, pool.submit(job, item)))
+            if len(pending) == ahead:
+                done, future = pending.popleft()
+                yield done, future.result()
+        while pending:
+            done, future = pending.popleft()
+            yield done, future.result()
+    finally:
+        for _, future in pending:
+            future.cancel()
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
