@@ -33,7 +33,7 @@ KINDS = (
     Kind("tools", 6, 640, 0.095),
     Kind("long", 2, 2048, 0.025),
     Kind("longer", 1, 4096, 0.01),
-    Kind("looking", 40, 80, 0.19),
+    Kind("looking", 32, 128, 0.17),
 )
 
 
@@ -51,13 +51,13 @@ class Batch:
 def converse(kind: str, rng: Random, room: int, cost: Callable[[str], int]) -> conv.Conversation:
     thinking = rng.random() < 0.3
     if kind == "think":
-        return conv.mixed(rng, rng.randint(room // 2, room), cost, thinking=True)
+        return conv.mixed(rng, rng.choice((room // 2, room, room, room)), cost, thinking=True)
     if kind == "tools":
         return conv.tool_use(rng, room, cost, thinking)
     if kind in ("long", "longer"):
         return conv.recall(rng, room - 40, cost, thinking)
     if kind == "looking":
-        return conv.looking(rng)
+        return conv.looking(rng, room, cost)
     if rng.random() < 0.3:
         return conv.recall(rng, rng.randint(40, room - 16), cost, thinking)
     return conv.mixed(rng, room, cost)

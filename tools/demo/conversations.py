@@ -54,6 +54,9 @@ THINKING = {
 }  # fmt: skip
 
 
+MISSES = 5  # a conversation is full when so many turns in a row did not fit
+
+
 def pick(rng: Random, weights: dict[str, int]) -> str:
     return rng.choices(list(weights), list(weights.values()))[0]
 
@@ -63,13 +66,16 @@ def mixed(rng: Random, room: int, cost: Callable[[str], int], thinking: bool = F
     messages: list[Message] = []
     if thinking:
         last = draw(pick(rng, THINKING), rng)
-        room -= cost(last.user + last.answer + last.thought) + 16
-    while room > 0 and not (thinking and messages and rng.random() < 0.3):
+        room -= cost(last.user + last.answer + last.thought) + 15
+    misses = 0
+    while misses < MISSES:
         turn = draw(pick(rng, DIRECT), rng)
-        room -= cost(turn.user + turn.answer) + 10
-        if room < 0 and (messages or thinking):
-            break
+        size = cost(turn.user + turn.answer) + 10
+        if size > room and (messages or thinking):
+            misses += 1
+            continue
         messages += [user(turn.user), assistant(turn.answer)]
+        room -= size
     if thinking:
         messages += [user(last.user), assistant(last.answer, last.thought)]
     return Conversation(messages, thinking=thinking)
@@ -123,12 +129,15 @@ def recall(rng: Random, room: int, cost: Callable[[str], int], thinking: bool = 
         questions = [told[0]]
     fixed = messages + [user(rng.choice(q[2])) if i == 0 else assistant(q[3]) for q in questions for i in (0, 1)]
     room -= sum(cost(str(m["content"])) + 5 for m in fixed) + 12
-    while room > 0:
+    misses = 0
+    while misses < MISSES:
         turn = draw("prose" if room > 400 and rng.random() < 0.35 else pick(rng, DIRECT), rng)
-        room -= cost(turn.user + turn.answer) + 10
-        if room < 0:
-            break
+        size = cost(turn.user + turn.answer) + 10
+        if size > room:
+            misses += 1
+            continue
         messages += [user(turn.user), assistant(turn.answer)]
+        room -= size
     messages += fixed[2 * n :]
     if thinking:
         messages[-1]["reasoning_content"] = "I was told this before in our conversation."
@@ -224,18 +233,21 @@ def tool_exchange(rng: Random, bound: BoundTool) -> tuple[list[Message], list[st
 def tool_use(rng: Random, room: int, cost: Callable[[str], int], thinking: bool = False) -> Conversation:
     """One to three tools, several exchanges, now and then a turn that needs none."""
     bound = [bind(rng, t) for t in rng.sample(TOOLS, rng.choice((1, 2, 3)))]
-    room -= 250 + 75 * len(bound)
+    room -= 240 + sum(cost(json.dumps(b.schema())) for b in bound)
     messages: list[Message] = []
-    while room > 0:
+    misses = 0
+    while misses < MISSES:
         if rng.random() < 0.25:
             turn = draw(pick(rng, {**DIRECT, "prose": 0, "product": 0}), rng)
             new: list[Message] = [user(turn.user), assistant(turn.answer, turn.thought)]
         else:
             new, _ = tool_exchange(rng, rng.choice(bound))
-        room -= sum(cost(str(m.get("content")) + str(m.get("tool_calls", ""))) + 8 for m in new)
-        if room < 0 and messages:
-            break
+        size = sum(cost(str(m.get("content")) + str(m.get("tool_calls", ""))) + 6 for m in new)
+        if size > room and messages:
+            misses += 1
+            continue
         messages += new
+        room -= size
     if not thinking:
         for m in messages:
             m.pop("reasoning_content", None)
@@ -263,13 +275,37 @@ def tool_cases(rng: Random, thinking: bool) -> tuple[Conversation, Conversation]
 # -- pictures --------------------------------------------------------------------------------------------------------
 
 
-def looking(rng: Random, evaluation: bool = False, kind: str = "") -> Conversation:
-    """One scene (or two frames) with one to three questions about it."""
-    scene = pictures.scene(rng, kind)
-    questions = scene.questions if not evaluation else scene.questions[:1]
-    images = [{"type": "image"}] * len(scene.images)
+def looking(rng: Random, room: int = 0, cost: Callable[[str], int] = len) -> Conversation:
+    """Scenes of one picture or two frames each, with one to three questions, until `room` tokens are used."""
     messages: list[Message] = []
-    for i, (ask, answer) in enumerate(questions):
+    shown: list[Image.Image] = []
+    misses = 0
+    while misses < MISSES:
+        new, images = show(pictures.scene(rng))
+        size = sum(cost(ask) + 5 for ask in _texts(new)) + (pictures.MERGED + 2) * len(images)
+        if size > room - 4 and messages:
+            misses += 1
+            continue
+        messages, shown, room = messages + new, shown + images, room - size
+    return Conversation(messages, images=shown)
+
+
+def seen(rng: Random, kind: str) -> Conversation:
+    """An evaluation case: one scene and the first question about it."""
+    scene = pictures.scene(rng, kind)
+    messages, images = show(pictures.Scene(scene.images, scene.questions[:1]))
+    answer = scene.questions[0][1].lower()
+    return Conversation(messages, images=images, right=lambda text: answer in text.lower())
+
+
+def show(scene: pictures.Scene) -> tuple[list[Message], list[Image.Image]]:
+    """The images with the first question, then the others."""
+    messages: list[Message] = []
+    images = [{"type": "image"}] * len(scene.images)
+    for i, (ask, answer) in enumerate(scene.questions):
         messages += [user([*images, {"type": "text", "text": ask}] if i == 0 else ask), assistant(answer)]
-    last = questions[-1][1].lower()
-    return Conversation(messages, images=scene.images, right=lambda text: last in text.lower())
+    return messages, scene.images
+
+
+def _texts(messages: list[Message]) -> list[str]:
+    return [m["content"] if isinstance(m["content"], str) else m["content"][-1]["text"] for m in messages]

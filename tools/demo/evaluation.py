@@ -62,7 +62,7 @@ def _recall(distance: int, cost: Callable[[str], int]) -> Callable[[Random], con
 
 
 def _looking(kind: str) -> Callable[[Random], conv.Conversation]:
-    return lambda rng: conv.looking(rng, evaluation=True, kind=kind)
+    return lambda rng: conv.seen(rng, kind)
 
 
 @dataclass(frozen=True)
