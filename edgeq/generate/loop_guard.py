@@ -3,8 +3,8 @@
 Small models fall into such loops while thinking, whatever the sampler does. Only exact repetition is looked for, and a
 lot of it, since what people ask for repeats too: rulers, indentation, tables, arrays of zeros, refrains.
 
-The thresholds were tried on some 5,000 files of source code, markup, data and prose, 13 to 17 million words and signs:
-no alarm; 5 files with half of both lengths, 14 with a quarter (lists of equal calls, matrices, unrolled loops).
+The thresholds were raised until 11,600 files of source code, markup, data and prose (36 million words and signs) gave
+no alarm; a further random 5,800 gave none. With 128 and 256 tokens, 6 of 7,364 did: matrices, lists of equal calls.
 """
 
 from __future__ import annotations
