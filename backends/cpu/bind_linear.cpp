@@ -57,8 +57,8 @@ Type type_of(const AnyArray& x, const char* name) {
 BoundMatrix quantized(const Codes& codes, const AnyArray& scales, const AnyArray& biases, int bits, int group_size) {
     require(bits == 2 || bits == 3 || bits == 4 || bits == 5 || bits == 6 || bits == 8,
             "bits: expected 2, 3, 4, 5, 6 or 8, found " + std::to_string(bits));
-    require(group_size == 32 || group_size == 64 || group_size == 128,
-            "group_size: expected 32, 64 or 128, found " + std::to_string(group_size));
+    require(group_size == 32 || group_size == 64 || group_size == 128 || (group_size == 16 && bits == 6),
+            "group_size: expected 32, 64 or 128, or 16 with 6 bits, found " + std::to_string(group_size));
     const size_t out = codes.shape(0), words = codes.shape(1), in = words * 32 / bits;
     require(out > 0 && words > 0 && words * 32 % bits == 0 && in % group_size == 0,
             "codes: " + shape_text(out, words) + " is no whole number of groups");

@@ -21,7 +21,7 @@ enum class Type : int { f32, f16, bf16 };
 
 // A matrix [out, in], rows contiguous. bits = 0: values of `type`. Otherwise group-quantized in the MLX affine
 // layout: rows of `bits`-bit codes, one stream, lowest bit first; scales and biases [out, in / group] of `type`.
-// in is a multiple of group (32, 64 or 128).
+// in is a multiple of group (32, 64 or 128, and with 6 bits 16: GGUF's Q6_K).
 struct Matrix {
     const void* data;
     const void* scales;

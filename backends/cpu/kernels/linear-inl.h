@@ -65,8 +65,10 @@ void quantize(const float* x, int64_t n, int group, Order order, int8_t* codes, 
 
 // --- few tokens ------------------------------------------------------------------------------------------------------
 
+#define EDGEQ_INLINE inline __attribute__((always_inline))
+
 // n of the scales (or biases) of an array, the rest of a vector zero.
-F widen_some(const void* p, Type type, int64_t i, int n) {
+EDGEQ_INLINE F widen_some(const void* p, Type type, int64_t i, int n) {
     if (n >= lanes) return f_widen(p, type, i);
     uint32_t some[lanes] = {};
     if (n > 0) {
@@ -82,7 +84,7 @@ constexpr int unit = bits == 4 ? 8 * lanes : 4 * lanes;
 
 // d[t] += codes of one unit at `src` times those of every token at `q`, from code `c`.
 template <int bits, int tokens>
-inline void dot_unit(const uint8_t* src, const int8_t* q, int64_t stride, int64_t c, I* d) {
+EDGEQ_INLINE void dot_unit(const uint8_t* src, const int8_t* q, int64_t stride, int64_t c, I* d) {
     if constexpr (bits == 4) {
         B low, high;
         nibbles(src, &low, &high);
@@ -100,50 +102,62 @@ inline void dot_unit(const uint8_t* src, const int8_t* q, int64_t stride, int64_
     }
 }
 
-template <int bits, int group, int tokens>
-void gemv_rows(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
+// A block of rows: they share the loads of the activations, and one's sums do not wait for the other's.
+template <int bits, int group, int tokens, int rows>
+EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row, float* y, int64_t stride) {
     constexpr int codes = unit<bits>;
     constexpr int step = group > codes ? group : codes;  // codes for one floating-point multiply-add
     constexpr int nbytes = codes * bits / 8;
     const int64_t groups = w.in / group, row_bytes = w.in * bits / 8;
-    for (int64_t row = row0; row < row1; row++) {
-        const uint8_t* src = static_cast<const uint8_t*>(w.data) + row * row_bytes;
-        const uint8_t* end = src + row_bytes;
-        F acc[tokens], bias[tokens];
-        for (int t = 0; t < tokens; t++) acc[t] = bias[t] = f_zero();
-        for (int64_t g0 = 0; g0 < groups; g0 += sixteen) {
-            int64_t rest = groups - g0;
-            int some = rest < sixteen ? int(rest) : sixteen;
-            alignas(64) float products[tokens][sixteen];  // scale of the weight times scale of the activation
+    const uint8_t* src = static_cast<const uint8_t*>(w.data) + row * row_bytes;
+    F acc[rows][tokens], bias[rows][tokens];
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tokens; t++) acc[r][t] = bias[r][t] = f_zero();
+    for (int64_t g0 = 0; g0 < groups; g0 += sixteen) {
+        const int some = groups - g0 < sixteen ? int(groups - g0) : sixteen;
+        alignas(64) float products[rows][tokens][sixteen];  // scale of the weight times scale of the activation
+        for (int r = 0; r < rows; r++) {
             for (int i = 0; i < sixteen; i += lanes) {
-                F s = widen_some(w.scales, w.type, row * groups + g0 + i, some - i);
-                F b = widen_some(w.biases, w.type, row * groups + g0 + i, some - i);
+                F s = widen_some(w.scales, w.type, (row + r) * groups + g0 + i, some - i);
+                F b = widen_some(w.biases, w.type, (row + r) * groups + g0 + i, some - i);
                 for (int t = 0; t < tokens; t++) {
                     int64_t at = t * a.groups + g0 + i;
-                    f_store(products[t] + i, f_mul(s, f_load(a.scales + at)));
-                    bias[t] = f_fma(b, f_load(a.sums + at), bias[t]);
+                    f_store(products[r][t] + i, f_mul(s, f_load(a.scales + at)));
+                    bias[r][t] = f_fma(b, f_load(a.sums + at), bias[r][t]);
                 }
             }
-            for (int64_t c = g0 * group, last = (g0 + some) * group; c < last; c += step) {
-                int g = int(c / group - g0);
+        }
+        for (int64_t c = g0 * group, last = (g0 + some) * group; c < last; c += step, src += step * bits / 8) {
+            const int g = int(c / group - g0);
+            const bool whole = last - c >= step;  // not the last part of a row that is no whole number of units
+            for (int r = 0; r < rows; r++) {
                 I d[tokens];
                 for (int t = 0; t < tokens; t++)
                     d[t] = signed_bytes && bits == 8 ? i_first(128 * a.totals[t * a.groups + g0 + g]) : i_zero();
-                for (int u = 0; u < step; u += codes, src += nbytes) {
-                    if (end - src >= nbytes) {
-                        dot_unit<bits, tokens>(src, a.codes, a.stride, c + u, d);
-                    } else {  // the last part of a row that is no whole number of units
-                        uint8_t rest_of_row[nbytes] = {};
-                        memcpy(rest_of_row, src, end - src);
-                        dot_unit<bits, tokens>(rest_of_row, a.codes, a.stride, c + u, d);
-                    }
+                const uint8_t* from = src + r * row_bytes;
+                uint8_t rest[nbytes];
+                if (!whole) {
+                    memset(rest, 0, nbytes);
+                    memcpy(rest, from, (last - c) * bits / 8);
+                    from = rest;
                 }
+                for (int u = 0; u < step; u += codes)
+                    dot_unit<bits, tokens>(from + u * bits / 8, a.codes, a.stride, c + u, d);
                 for (int t = 0; t < tokens; t++)
-                    acc[t] = f_fma(i_float(d[t]), f_spread<step / group>(products[t] + g), acc[t]);
+                    acc[r][t] = f_fma(i_float(d[t]), f_spread<step / group>(products[r][t] + g), acc[r][t]);
             }
         }
-        for (int t = 0; t < tokens; t++) y[t * stride + row] = f_sum(f_add(acc[t], bias[t]));
     }
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tokens; t++) y[t * stride + row + r] = f_sum(f_add(acc[r][t], bias[r][t]));
+}
+
+template <int bits, int group, int tokens>
+void gemv_rows(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
+    constexpr int rows = tokens == 1 ? 4 : tokens == 2 ? 2 : 1;
+    int64_t row = row0;
+    for (; row + rows <= row1; row += rows) gemv_block<bits, group, tokens, rows>(w, a, row, y, stride);
+    for (; row < row1; row++) gemv_block<bits, group, tokens, 1>(w, a, row, y, stride);
 }
 
 template <int tokens>
@@ -182,6 +196,8 @@ void gemv_group(const Matrix& w, const Activations& a, int64_t row0, int64_t row
 
 template <int bits>
 void gemv_bits(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
+    if constexpr (bits == 6)
+        if (w.group == 16) return gemv_group<6, 16>(w, a, row0, row1, y, stride);
     switch (w.group) {
         case 32: return gemv_group<bits, 32>(w, a, row0, row1, y, stride);
         case 64: return gemv_group<bits, 64>(w, a, row0, row1, y, stride);
@@ -215,8 +231,8 @@ constexpr int plain_tile_depth = 128;  // the same for floats
 // A block of weights made ready: codes as [row vector][depth / 4][lane][4], scales and biases as [group][row].
 struct Tile {
     alignas(64) uint8_t codes[tile_rows * tile_depth];
-    alignas(64) float scales[tile_depth / 32][tile_rows];
-    alignas(64) float biases[tile_depth / 32][tile_rows];
+    alignas(64) float scales[tile_depth / 16][tile_rows];
+    alignas(64) float biases[tile_depth / 16][tile_rows];
 };
 
 // Natural codes [c, c + n) of a row; n is a multiple of 32, the output has room for whole vectors.

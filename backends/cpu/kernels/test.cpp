@@ -101,7 +101,7 @@ std::vector<float> make_input(int64_t tokens, int64_t in, bool exact, std::mt199
     std::normal_distribution<float> normal;
     std::vector<float> x(tokens * in);
     for (size_t i = 0; i < x.size(); i++)
-        x[i] = !exact ? normal(random) : i % 32 == 7 ? 127 / 16.0f : float(int(random() % 255) - 127) / 16;
+        x[i] = !exact ? normal(random) : i % 16 == 7 ? 127 / 16.0f : float(int(random() % 255) - 127) / 16;
     return x;
 }
 
@@ -133,6 +133,8 @@ void test_matrices(const char* isa) {
         for (int group : {32, 64, 128})
             for (int64_t tokens : {1, 2, 3, 4, 5, 13})
                 for (int64_t in : {1, 3, 17}) test_matrix(isa, 37, in * group, bits, group, Type::bf16, tokens);
+    for (int64_t tokens : {1, 2, 3, 4, 5, 13})
+        for (int64_t in : {32, 96, 256, 1280}) test_matrix(isa, 37, in, 6, 16, Type::f32, tokens);
     for (Type type : {Type::f32, Type::f16, Type::bf16}) {
         test_matrix(isa, 5, 640, 4, 64, type, 1);
         test_matrix(isa, 5, 640, 4, 64, type, 9);
@@ -146,7 +148,7 @@ void test_matrices(const char* isa) {
 void test_quantize(const char* isa) {
     std::mt19937 random(3);
     const int64_t n = 384;
-    for (int group : {32, 64, 128})
+    for (int group : {16, 32, 64, 128})
         for (Order order : {Order::natural, Order::even_odd})
             for (int kind = 0; kind < 4; kind++) {
                 auto x = make_input(1, n, false, random);
@@ -154,8 +156,8 @@ void test_quantize(const char* isa) {
                 if (kind == 3) x[200] = INFINITY;
                 struct Result {
                     int8_t codes[n] = {};
-                    float scales[n / 32] = {}, sums[n / 32] = {};
-                    int32_t totals[n / 32] = {};
+                    float scales[n / 16] = {}, sums[n / 16] = {};
+                    int32_t totals[n / 16] = {};
                 } results[2];
                 for (int i = 0; i < 2; i++) {
                     set_isa(i ? isa : "scalar");
