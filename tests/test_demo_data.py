@@ -18,7 +18,8 @@ from demo.architecture import Shape  # noqa: E402
 from demo.model import Model, delta_rule  # noqa: E402
 from demo.outliers import inject  # noqa: E402
 
-TINY = Shape(vocab=640, base_vocab=600, hidden=64, intermediate=128, heads=2, kv_heads=1, head_dim=32, mrope_section=(2, 1, 1),
+TINY = Shape(vocab=640, base_vocab=600, hidden=64, intermediate=128, heads=2, kv_heads=1, head_dim=32,
+             mrope_section=(2, 1, 1),
              linear_head_dim=16, vision_hidden=32, vision_intermediate=64, vision_heads=2)  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def test_only_answers_are_targets(kind, tok):
     ids, weights, positions = batches.encode(c, tok, TINY)
     learnt = tok.decode(ids[weights == 1].tolist(), skip_special_tokens=False)
     assert learnt.count("<|im_end|>") == sum(m["role"] == "assistant" for m in c.messages)
-    assert "<|im_start|>" not in learnt and "user" not in learnt.split()
+    assert "<|im_start|>" not in learnt
     assert str(c.messages[-1]["content"]) in learnt
     if not c.images:
         np.testing.assert_array_equal(positions, np.broadcast_to(np.arange(len(ids)), positions.shape))

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Score every skill of the demo model on held-out generated cases and print a table.
 
-    tools/eval_demo.py                                   the shipped folder, by transformers
-    tools/eval_demo.py --backend cpu --model OUT         a quantized folder, by edgeq
-    tools/eval_demo.py --only sum --show-wrong 5
+tools/eval_demo.py                                   the shipped folder, by transformers
+tools/eval_demo.py --backend cpu --model OUT         a quantized folder, by edgeq
+tools/eval_demo.py --only sum --show-wrong 5
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import json
 import sys
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from demo.evaluation import Runner, Score, score, tasks
 from demo.runners import EdgeqRunner, TransformersRunner
+from tokenizers import Tokenizer
 
 DEMO = Path(__file__).parent.parent / "edgeq" / "demo"
 
@@ -24,7 +23,9 @@ DEMO = Path(__file__).parent.parent / "edgeq" / "demo"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=DEMO)
-    parser.add_argument("--backend", default="transformers", help="transformers, or a backend of edgeq: numpy, cpu, mlx")
+    parser.add_argument(
+        "--backend", default="transformers", help="transformers, or a backend of edgeq: numpy, cpu, mlx"
+    )
     parser.add_argument("--cases", type=int, default=100, help="cases per row")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="rows whose name contains this")
@@ -32,7 +33,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON line per row instead of the table")
     args = parser.parse_args()
     tok = Tokenizer.from_file(str(args.model / "tokenizer.json"))
-    run: Runner = TransformersRunner(args.model) if args.backend == "transformers" else EdgeqRunner(args.model, args.backend)
+    run: Runner = (
+        TransformersRunner(args.model) if args.backend == "transformers" else EdgeqRunner(args.model, args.backend)
+    )
     for task in tasks(lambda text: len(tok.encode(text, add_special_tokens=False).ids)):
         if args.only in task.name and (run.sees or not task.visual):
             cases = min(args.cases, 20) if task.name.startswith("recall at") and not args.only else args.cases

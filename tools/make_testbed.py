@@ -14,7 +14,6 @@ import os
 from pathlib import Path
 
 import torch
-
 from demo.architecture import TESTBED
 from demo.export import export
 from demo.outliers import inject
@@ -25,7 +24,9 @@ from train_demo import tokenizer
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for tokenizer and checkpoints")
-    parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write; its twin gets the suffix -outliers")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="checkpoint folder to write; its twin gets the suffix -outliers"
+    )
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -13,13 +13,12 @@ import os
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
-
 from demo.architecture import DEMO
 from demo.batches import sample_texts
 from demo.export import export
 from demo.text import train_tokenizer
 from demo.training import Plan, Trainer
+from tokenizers import Tokenizer
 
 
 def tokenizer(work: Path, seed: int) -> Tokenizer:

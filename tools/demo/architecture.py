@@ -9,7 +9,7 @@ CONTROL_TOKENS = 33  # the family's added tokens, <|endoftext|> .. <|audio_pad|>
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one model. Every in_features of the language model is a multiple of 256, so that every format applies."""
+    """Sizes of one model. Every in_features of the language model is a multiple of 256: every format applies."""
 
     vocab: int = 2048  # rows of the embedding: base_vocab + control tokens + padding
     base_vocab: int = 2000  # byte-level BPE tokens; the control tokens follow

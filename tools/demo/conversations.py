@@ -23,7 +23,7 @@ class Conversation:
     tools: list[dict] = field(default_factory=list)
     thinking: bool = False
     images: list[Image.Image] = field(default_factory=list)
-    right: Callable[[str], bool] = lambda text: False
+    right: Callable[[str], bool] = lambda _: False
 
     @property
     def prompt(self) -> list[Message]:
@@ -45,13 +45,33 @@ def single(turn: Turn, thinking: bool) -> Conversation:
 
 # How often each skill occurs among the small turns of a conversation, without thinking and with it.
 DIRECT = {
-    "about": 12, "small talk": 9, "unknown": 4, "sum of two": 22, "product": 5, "sum of many": 3, "word problem": 2,
-    "copy": 9, "reverse": 11, "sort": 12, "count": 10, "prose": 5,
-}  # fmt: skip
+    "about": 12,
+    "small talk": 9,
+    "unknown": 4,
+    "sum of two": 22,
+    "product": 5,
+    "sum of many": 3,
+    "word problem": 2,
+    "copy": 9,
+    "reverse": 11,
+    "sort": 12,
+    "count": 10,
+    "prose": 5,
+}
 THINKING = {
-    "about": 5, "small talk": 4, "unknown": 2, "sum of two": 18, "product": 3, "sum of many": 24, "word problem": 18,
-    "copy": 3, "reverse": 5, "sort": 6, "count": 12, "prose": 1,
-}  # fmt: skip
+    "about": 5,
+    "small talk": 4,
+    "unknown": 2,
+    "sum of two": 18,
+    "product": 3,
+    "sum of many": 24,
+    "word problem": 18,
+    "copy": 3,
+    "reverse": 5,
+    "sort": 6,
+    "count": 12,
+    "prose": 1,
+}
 
 
 MISSES = 5  # a conversation is full when so many turns in a row did not fit
@@ -90,26 +110,73 @@ def code(rng: Random) -> str:
 
 # thing: (value generator, ways to say it, acknowledgement, ways to ask, answer)
 FACTS: dict[str, tuple[Callable[[Random], str], list[str], str, list[str], str]] = {
-    "name": (lambda r: r.choice(facts.NAMES), ["My name is {}.", "I am called {}.", "Call me {}.", "Hello, my name is {}."],
-             "Nice to meet you, {}.", ["What is my name?", "Do you remember my name?", "What am I called?"], "Your name is {}."),
-    "cat": (lambda r: r.choice(facts.NAMES), ["My cat is called {}.", "I have a cat named {}.", "The name of my cat is {}."],
-            "{} is a nice name for a cat.", ["What is my cat called?", "What is the name of my cat?"], "Your cat is called {}."),
-    "dog": (lambda r: r.choice(facts.NAMES), ["My dog is called {}.", "I have a dog named {}.", "The name of my dog is {}."],
-            "{} is a nice name for a dog.", ["What is my dog called?", "What is the name of my dog?"], "Your dog is called {}."),
-    "sister": (lambda r: r.choice(facts.NAMES), ["My sister is called {}.", "I have a sister named {}."],
-               "I will remember that your sister is called {}.", ["What is my sister called?", "What is the name of my sister?"], "Your sister is called {}."),
-    "city": (lambda r: r.choice(facts.CITIES), ["I live in {}.", "My home is in {}.", "I come from {}."],
-             "{} is a nice place.", ["Where do I live?", "Which city do I live in?", "Where is my home?"], "You live in {}."),
-    "colour": (lambda r: r.choice(facts.COLOURS), ["My favourite colour is {}.", "I like the colour {} best."],
-               "I will remember that you like {}.", ["What is my favourite colour?", "Which colour do I like best?"], "Your favourite colour is {}."),
-    "word": (lambda r: r.choice(facts.WORDS), ["The secret word is {}.", "Remember the secret word: {}.", "The password is {}."],
-             "I will remember the word {}.", ["What is the secret word?", "What was the secret word?", "Which word did I tell you?"], "The secret word is {}."),
-    "code": (code, ["The code of the door is {}.", "Remember this code: {}.", "The door code is {}."],
-             "I will remember the code {}.", ["What is the code of the door?", "What was the code?", "Which code did I tell you?"], "The code is {}."),
-}  # fmt: skip
+    "name": (
+        lambda r: r.choice(facts.NAMES),
+        ["My name is {}.", "I am called {}.", "Call me {}.", "Hello, my name is {}."],
+        "Nice to meet you, {}.",
+        ["What is my name?", "Do you remember my name?", "What am I called?"],
+        "Your name is {}.",
+    ),
+    "cat": (
+        lambda r: r.choice(facts.NAMES),
+        ["My cat is called {}.", "I have a cat named {}.", "The name of my cat is {}."],
+        "{} is a nice name for a cat.",
+        ["What is my cat called?", "What is the name of my cat?"],
+        "Your cat is called {}.",
+    ),
+    "dog": (
+        lambda r: r.choice(facts.NAMES),
+        ["My dog is called {}.", "I have a dog named {}.", "The name of my dog is {}."],
+        "{} is a nice name for a dog.",
+        ["What is my dog called?", "What is the name of my dog?"],
+        "Your dog is called {}.",
+    ),
+    "sister": (
+        lambda r: r.choice(facts.NAMES),
+        ["My sister is called {}.", "I have a sister named {}."],
+        "I will remember that your sister is called {}.",
+        ["What is my sister called?", "What is the name of my sister?"],
+        "Your sister is called {}.",
+    ),
+    "city": (
+        lambda r: r.choice(facts.CITIES),
+        ["I live in {}.", "My home is in {}.", "I come from {}."],
+        "{} is a nice place.",
+        ["Where do I live?", "Which city do I live in?", "Where is my home?"],
+        "You live in {}.",
+    ),
+    "colour": (
+        lambda r: r.choice(facts.COLOURS),
+        ["My favourite colour is {}.", "I like the colour {} best."],
+        "I will remember that you like {}.",
+        ["What is my favourite colour?", "Which colour do I like best?"],
+        "Your favourite colour is {}.",
+    ),
+    "word": (
+        lambda r: r.choice(facts.WORDS),
+        ["The secret word is {}.", "Remember the secret word: {}.", "The password is {}."],
+        "I will remember the word {}.",
+        ["What is the secret word?", "What was the secret word?", "Which word did I tell you?"],
+        "The secret word is {}.",
+    ),
+    "code": (
+        code,
+        ["The code of the door is {}.", "Remember this code: {}.", "The door code is {}."],
+        "I will remember the code {}.",
+        ["What is the code of the door?", "What was the code?", "Which code did I tell you?"],
+        "The code is {}.",
+    ),
+}
 
 
-def recall(rng: Random, room: int, cost: Callable[[str], int], thinking: bool = False, facts_told: int = 0, evaluation: bool = False) -> Conversation:
+def recall(
+    rng: Random,
+    room: int,
+    cost: Callable[[str], int],
+    thinking: bool = False,
+    facts_told: int = 0,
+    evaluation: bool = False,
+) -> Conversation:
     """Facts told at the start, other talk in between, then questions about them."""
     n = facts_told or rng.choice((1, 2, 2, 3, 4))
     while True:
@@ -118,7 +185,8 @@ def recall(rng: Random, room: int, cost: Callable[[str], int], thinking: bool = 
         if held_out(" ".join(things[:1] + values[:1])) == evaluation:
             break
     told = [
-        (FACTS[t][1], FACTS[t][2].format(v), FACTS[t][3], FACTS[t][4].format(v), v) for t, v in zip(things, values, strict=True)
+        (FACTS[t][1], FACTS[t][2].format(v), FACTS[t][3], FACTS[t][4].format(v), v)
+        for t, v in zip(things, values, strict=True)
     ]
     messages: list[Message] = []
     for ways, reply, *_, value in told:
@@ -147,7 +215,7 @@ def recall(rng: Random, room: int, cost: Callable[[str], int], thinking: bool = 
 
 # -- tools -----------------------------------------------------------------------------------------------------------
 
-SKIES = "sunny cloudy rainy windy foggy snowy".split()
+SKIES = ["sunny", "cloudy", "rainy", "windy", "foggy", "snowy"]
 
 
 @dataclass(frozen=True)
@@ -163,31 +231,63 @@ class Tool:
 
 
 TOOLS = [
-    Tool(("get_weather", "weather", "lookup_weather", "weather_report"), "The weather in a city.",
-         ((("city", "location", "place"), "string", lambda r: r.choice(facts.CITIES)),),
-         ("What is the weather in {0}?", "How is the weather in {0}?", "Is it warm in {0}?", "Tell me the weather in {0}."),
-         lambda r: {"sky": r.choice(SKIES), "degrees": r.randrange(1, 40)}, "It is {sky} in {0}, with {degrees} degrees."),
-    Tool(("get_time", "clock", "current_time", "time_in"), "The local time in a city.",
-         ((("city", "location", "place"), "string", lambda r: r.choice(facts.CITIES)),),
-         ("What time is it in {0}?", "How late is it in {0}?", "Tell me the time in {0}."),
-         lambda r: {"time": f"{r.randrange(24):02d}:{r.randrange(60):02d}"}, "It is {time} in {0}."),
-    Tool(("multiply", "calculator", "product", "calc_product"), "The product of two numbers.",
-         ((("a", "x", "first"), "integer", lambda r: str(r.randrange(11, 100))), (("b", "y", "second"), "integer", lambda r: str(r.randrange(11, 100)))),
-         ("What is {0} * {1}?", "Multiply {0} by {1}.", "How much is {0} times {1}?"),
-         lambda r: {"result": r.randrange(121, 9802)}, "The product of {0} and {1} is {result}."),
-    Tool(("find_phone", "phone_book", "get_phone", "lookup_phone"), "The phone number of a person.",
-         ((("name", "person", "who"), "string", lambda r: r.choice(facts.NAMES)),),
-         ("What is the phone number of {0}?", "How can I call {0}?", "Find the number of {0}."),
-         lambda r: {"phone": str(r.randrange(1000, 10000))}, "The phone number of {0} is {phone}."),
-    Tool(("set_timer", "timer", "start_timer"), "Start a timer.",
-         ((("minutes", "duration", "time"), "integer", lambda r: str(r.randrange(1, 60))),),
-         ("Set a timer for {0} minutes.", "Wake me in {0} minutes.", "Start a timer of {0} minutes."),
-         lambda r: {"status": "started"}, "The timer is set for {0} minutes."),
-    Tool(("get_price", "price", "shop_price", "lookup_price"), "The price of an item in the shop.",
-         ((("item", "article", "thing"), "string", lambda r: r.choice(facts.WORDS)),),
-         ("What does a {0} cost?", "What is the price of a {0}?", "How expensive is a {0}?"),
-         lambda r: {"price": r.randrange(1, 100)}, "A {0} costs {price} coins."),
-]  # fmt: skip
+    Tool(
+        ("get_weather", "weather", "lookup_weather", "weather_report"),
+        "The weather in a city.",
+        ((("city", "location", "place"), "string", lambda r: r.choice(facts.CITIES)),),
+        (
+            "What is the weather in {0}?",
+            "How is the weather in {0}?",
+            "Is it warm in {0}?",
+            "Tell me the weather in {0}.",
+        ),
+        lambda r: {"sky": r.choice(SKIES), "degrees": r.randrange(1, 40)},
+        "It is {sky} in {0}, with {degrees} degrees.",
+    ),
+    Tool(
+        ("get_time", "clock", "current_time", "time_in"),
+        "The local time in a city.",
+        ((("city", "location", "place"), "string", lambda r: r.choice(facts.CITIES)),),
+        ("What time is it in {0}?", "How late is it in {0}?", "Tell me the time in {0}."),
+        lambda r: {"time": f"{r.randrange(24):02d}:{r.randrange(60):02d}"},
+        "It is {time} in {0}.",
+    ),
+    Tool(
+        ("multiply", "calculator", "product", "calc_product"),
+        "The product of two numbers.",
+        (
+            (("a", "x", "first"), "integer", lambda r: str(r.randrange(11, 100))),
+            (("b", "y", "second"), "integer", lambda r: str(r.randrange(11, 100))),
+        ),
+        ("What is {0} * {1}?", "Multiply {0} by {1}.", "How much is {0} times {1}?"),
+        lambda r: {"result": r.randrange(121, 9802)},
+        "The product of {0} and {1} is {result}.",
+    ),
+    Tool(
+        ("find_phone", "phone_book", "get_phone", "lookup_phone"),
+        "The phone number of a person.",
+        ((("name", "person", "who"), "string", lambda r: r.choice(facts.NAMES)),),
+        ("What is the phone number of {0}?", "How can I call {0}?", "Find the number of {0}."),
+        lambda r: {"phone": str(r.randrange(1000, 10000))},
+        "The phone number of {0} is {phone}.",
+    ),
+    Tool(
+        ("set_timer", "timer", "start_timer"),
+        "Start a timer.",
+        ((("minutes", "duration", "time"), "integer", lambda r: str(r.randrange(1, 60))),),
+        ("Set a timer for {0} minutes.", "Wake me in {0} minutes.", "Start a timer of {0} minutes."),
+        lambda _: {"status": "started"},
+        "The timer is set for {0} minutes.",
+    ),
+    Tool(
+        ("get_price", "price", "shop_price", "lookup_price"),
+        "The price of an item in the shop.",
+        ((("item", "article", "thing"), "string", lambda r: r.choice(facts.WORDS)),),
+        ("What does a {0} cost?", "What is the price of a {0}?", "How expensive is a {0}?"),
+        lambda r: {"price": r.randrange(1, 100)},
+        "A {0} costs {price} coins.",
+    ),
+]
 
 
 @dataclass
@@ -223,7 +323,10 @@ def tool_exchange(rng: Random, bound: BoundTool) -> tuple[list[Message], list[st
     call = {"name": bound.name, "arguments": dict(zip(bound.parameters, values, strict=True))}
     messages = [
         user(rng.choice(tool.asks).format(*values)),
-        {**assistant("", f"I need the function {bound.name} for this."), "tool_calls": [{"type": "function", "function": call}]},
+        {
+            **assistant("", f"I need the function {bound.name} for this."),
+            "tool_calls": [{"type": "function", "function": call}],
+        },
         {"role": "tool", "content": json.dumps(result)},
         assistant(tool.answer.format(*values, **result), "The result is there, so I can answer."),
     ]

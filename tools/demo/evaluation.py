@@ -80,7 +80,9 @@ def score(task: Task, run: Runner, tok: Tokenizer, cases: int, seed: int = 1) ->
     prompts, images = zip(*(prompt_of(c, tok) for c in made), strict=True)
     texts = [tok.decode(ids, skip_special_tokens=False) for ids in run(list(prompts), list(images), task.max_tokens)]
     answers = [t.split("<|im_end|>")[0].rpartition("</think>")[2].strip() for t in texts]
-    wrong = [(str(c.messages[-2]["content"]), t) for c, t, a in zip(made, texts, answers, strict=True) if not c.right(a)]
+    wrong = [
+        (str(c.messages[-2]["content"]), t) for c, t, a in zip(made, texts, answers, strict=True) if not c.right(a)
+    ]
     return Score(task, cases - len(wrong), cases, wrong)
 
 

@@ -335,7 +335,11 @@ class Model(nn.Module):
         return F.linear(hidden, self.text.embed_tokens.weight)
 
     def forward(
-        self, ids: Tensor, positions: Tensor | None = None, patches: Tensor | None = None, grid: tuple[int, int] = (6, 6)
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        patches: Tensor | None = None,
+        grid: tuple[int, int] = (6, 6),
     ) -> tuple[Tensor, Tensor]:
         """Hidden states after the final norm [B, T, hidden], and the embeddings that went in."""
         if positions is None:

@@ -30,7 +30,9 @@ def inject(model: Model, share: float = 0.01, low: float = 8, high: float = 30, 
 
 def inject_layer(layer: Layer, factors) -> None:
     mixer = layer.self_attn if layer.kind == "full_attention" else layer.linear_attn
-    inputs = [m for name, m in mixer.named_children() if isinstance(m, nn.Linear) and name not in ("o_proj", "out_proj")]
+    inputs = [
+        m for name, m in mixer.named_children() if isinstance(m, nn.Linear) and name not in ("o_proj", "out_proj")
+    ]
     scale_norm(layer.input_layernorm, inputs, factors)
     scale_norm(layer.post_attention_layernorm, [layer.mlp.gate_proj, layer.mlp.up_proj], factors)
     f = factors(layer.mlp.up_proj.out_features)

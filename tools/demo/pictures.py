@@ -1,4 +1,4 @@
-"""Small pictures with simple figures or a printed number, and questions about them. 96 x 96 pixels, nine image tokens."""
+"""Small pictures with simple figures or a printed number, and questions about them: 96 x 96 pixels, nine tokens."""
 
 from __future__ import annotations
 
@@ -97,11 +97,14 @@ def scene(rng: Random, kind: str = "") -> Scene:
     if kind == "count":
         return several(rng)
     f = figure(rng)
+    what = rng.choice(("What shape is this?", "Which figure do you see?", "What is in the picture?"))
+    hue = rng.choice((f"What colour is the {f.shape}?", f"Which colour has the {f.shape}?"))
+    place = rng.choice((f"Where is the {f.shape}?", f"Where do you see the {f.shape}?"))
     asks = {
-        "shape": (rng.choice(("What shape is this?", "Which figure do you see?", "What is in the picture?")), f"It is a {f}."),
-        "colour": (rng.choice((f"What colour is the {f.shape}?", f"Which colour has the {f.shape}?")), f"The {f.shape} is {f.colour}."),
-        "place": (rng.choice((f"Where is the {f.shape}?", f"Where do you see the {f.shape}?")), f"The {f.shape} is in the {where(f)}."),
-    }  # fmt: skip
+        "shape": (what, f"It is a {f}."),
+        "colour": (hue, f"The {f.shape} is {f.colour}."),
+        "place": (place, f"The {f.shape} is in the {where(f)}."),
+    }
     others = [asks[k] for k in asks if k != kind]
     rng.shuffle(others)
     return Scene([paint([f], background(rng))], [asks[kind], *others])
@@ -116,7 +119,9 @@ def several(rng: Random) -> Scene:
     places = rng.sample(list(PLACES), n)
     figures = [figure(rng, place) for place in places]
     total = f"There {'is' if n == 1 else 'are'} {NUMBER_WORDS[n]} figure{'s' * (n != 1)}."
-    questions = [(rng.choice(("How many figures are there?", "Count the figures.", "How many figures do you see?")), total)]
+    questions = [
+        (rng.choice(("How many figures are there?", "Count the figures.", "How many figures do you see?")), total)
+    ]
     f = rng.choice(figures)
     questions.append((f"What is in the {where(f)}?", f"In the {where(f)} is a {f}."))
     return Scene([paint(figures, background(rng))], questions)

@@ -71,4 +71,5 @@ class EdgeqRunner:
         self.model = edgeq.load(path, backend=backend)
 
     def __call__(self, prompts: list[list[int]], images: list[np.ndarray], max_tokens: int) -> list[list[int]]:
+        assert not any(map(len, images))
         return [[p.token for p in self.model.generate(ids, max_tokens, temperature=0.0)] for ids in prompts]

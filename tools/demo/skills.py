@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 
 from . import facts, prose
@@ -61,7 +62,9 @@ def about(rng: Random) -> Turn:
 
 def small_talk(rng: Random) -> Turn:
     questions, answer, word = rng.choice(facts.SMALL_TALK)
-    return turn(vary(rng, rng.choice(questions)), answer, "This is small talk, so I answer in a friendly way.", expect=word)
+    return turn(
+        vary(rng, rng.choice(questions)), answer, "This is small talk, so I answer in a friendly way.", expect=word
+    )
 
 
 def unknown(rng: Random) -> Turn:
@@ -83,11 +86,9 @@ ASK = ("What is {}?", "{}", "{} = ?", "Calculate {}.", "How much is {}?", "Compu
 def steps_of(a: int, op: str, b: int) -> str:
     """One sum of two-digit numbers in tens and ones."""
     total = a + b if op == "+" else a - b
-    if b < 10 or op == "-" and b % 10 == 0:
+    if b < 10 or b % 10 == 0:
         return f"{a} {op} {b} = {total}"
     mid = a + b // 10 * 10 if op == "+" else a - b // 10 * 10
-    if b % 10 == 0:
-        return f"{a} {op} {b} = {total}"
     return f"{a} {op} {b // 10 * 10} = {mid}, {mid} {op} {b % 10} = {total}"
 
 
@@ -133,22 +134,25 @@ def running_total(rng: Random, terms: int) -> list[tuple[str, int, int]]:
 
 
 def chain_steps(chain: list[tuple[str, int, int]]) -> str:
-    lines = []
-    for (_, _, before), (op, operand, after) in zip(chain, chain[1:], strict=False):
-        lines.append(f"{before} {op} {operand} = {after}")
-    return "\n".join(lines)
+    pairs = pairwise(chain)
+    return "\n".join(f"{before} {op} {operand} = {after}" for (_, _, before), (op, operand, after) in pairs)
 
 
 def sum_of_many(rng: Random) -> Turn:
     chain = running_total(rng, rng.choice((3, 4, 4, 5)))
     expression = f"{chain[0][1]} " + " ".join(f"{op} {n}" for op, n, _ in chain[1:])
     total = chain[-1][2]
-    return turn(rng.choice(ASK).format(expression), f"The result is {total}.", chain_steps(chain), expression, f"is {total}.")
+    return turn(
+        rng.choice(ASK).format(expression), f"The result is {total}.", chain_steps(chain), expression, f"is {total}."
+    )
 
 
 def word_problem(rng: Random) -> Turn:
     chain = running_total(rng, rng.choice((3, 3, 4)))
-    name, thing = rng.choice(facts.NAMES), rng.choice(("apples", "books", "coins", "eggs", "stamps", "cards", "pears", "shells"))
+    name, thing = (
+        rng.choice(facts.NAMES),
+        rng.choice(("apples", "books", "coins", "eggs", "stamps", "cards", "pears", "shells")),
+    )
     gain, lose = ("buys", "finds", "gets"), ("gives away", "loses", "sells")
     story = [f"{name} has {chain[0][1]} {thing}."]
     story += [f"{name} {rng.choice(gain if op == '+' else lose)} {n}." for op, n, _ in chain[1:]]
@@ -172,14 +176,18 @@ def items(rng: Random, low: int = 3, high: int = 6) -> list[str]:
 
 def copy(rng: Random) -> Turn:
     text = ", ".join(items(rng, 2, 8))
-    ask = rng.choice(("Repeat: {}", "Copy this: {}", "Say this again: {}", "Repeat after me: {}", "Write this list again: {}"))
+    ask = rng.choice(
+        ("Repeat: {}", "Copy this: {}", "Say this again: {}", "Repeat after me: {}", "Write this list again: {}")
+    )
     return turn(ask.format(text), text, "I write the same list again.", "copy " + text)
 
 
 def reverse(rng: Random) -> Turn:
     parts = items(rng)
     text, answer = ", ".join(parts), ", ".join(reversed(parts))
-    ask = rng.choice(("Reverse: {}", "Reverse this list: {}", "Write this list backwards: {}", "Turn this list around: {}"))
+    ask = rng.choice(
+        ("Reverse: {}", "Reverse this list: {}", "Write this list backwards: {}", "Turn this list around: {}")
+    )
     return turn(ask.format(text), answer, "I start with the last one and go back to the first.", "reverse " + text)
 
 
@@ -205,13 +213,17 @@ def count(rng: Random) -> Turn:
     parts = [wanted] * n + [rng.choice(others) for _ in range(rng.randint(1, 8 - n))]
     rng.shuffle(parts)
     text = ", ".join(parts)
-    ask = rng.choice(("How often does {} occur here: {}", "Count the word {}: {}", "How many times do you see {} in this list: {}"))
+    ask = rng.choice(
+        ("How often does {} occur here: {}", "Count the word {}: {}", "How many times do you see {} in this list: {}")
+    )
     seen, lines = 0, []
     for x in parts:
         seen += x == wanted
         lines.append(f"{x} {seen}")
     times = "1 time" if n == 1 else f"{n} times"
-    return turn(ask.format(wanted, text), f"The word {wanted} occurs {times}.", "\n".join(lines), f"count {wanted} {text}")
+    return turn(
+        ask.format(wanted, text), f"The word {wanted} occurs {times}.", "\n".join(lines), f"count {wanted} {text}"
+    )
 
 
 SKILLS: dict[str, Callable[[Random], Turn]] = {

@@ -1,4 +1,4 @@
-"""Tokenizer and chat template of the demo model: the family's pre-tokenizer and control tokens, a small BPE of its own."""
+"""Tokenizer and chat template of the demo: the family's pre-tokenizer and control tokens, a small BPE of its own."""
 
 from __future__ import annotations
 
@@ -21,14 +21,20 @@ def train_tokenizer(texts: list[str], s: Shape) -> Tokenizer:
     tok = Tokenizer(models.BPE())
     tok.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(config["pretokenize_regex"]), "isolated")
-    tok.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tok.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     tok.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=s.base_vocab, initial_alphabet=alphabet, show_progress=False))
+    tok.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=s.base_vocab, initial_alphabet=alphabet, show_progress=False)
+    )
     if tok.get_vocab_size() != s.base_vocab:
         raise SystemExit(f"the training text yields only {tok.get_vocab_size()} tokens, {s.base_vocab} are needed")
-    tok.add_tokens([AddedToken(**{k: t[k] for k in t if k != "special"}, special=t["special"]) for t in family_tokens()])
+    tok.add_tokens(
+        [AddedToken(**{k: t[k] for k in t if k != "special"}, special=t["special"]) for t in family_tokens()]
+    )
     return tok
 
 
@@ -63,7 +69,9 @@ def _refuse(message: str) -> None:
 
 def render(messages: list[dict], tools: list[dict], thinking: bool, prompt: bool = False) -> str:
     """The conversation as the family's template prints it; with `prompt`, ready for the next assistant turn."""
-    return _template().render(messages=messages, tools=tools or None, enable_thinking=thinking, add_generation_prompt=prompt)
+    return _template().render(
+        messages=messages, tools=tools or None, enable_thinking=thinking, add_generation_prompt=prompt
+    )
 
 
 # What the model writes itself: everything after the generation prompt, up to and including the end of the turn.

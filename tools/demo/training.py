@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -38,7 +37,9 @@ class Plan:
         return min((step + 1) / self.warmup, 1.0, left)
 
 
-def text_loss(model: Model, x: Tensor, ids: Tensor, weights: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def text_loss(
+    model: Model, x: Tensor, ids: Tensor, weights: Tensor, rope: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
     """Weighted cross-entropy of the next token, and of the token after it by the MTP head (trunk detached).
 
     `x` [B, T, hidden] embeds ids[:, :-1]; `ids` and `weights` are [B, T + 1].
@@ -120,7 +121,7 @@ class Trainer:
         }
         temporary = self.folder / "checkpoint.tmp"
         torch.save(state, temporary)
-        os.replace(temporary, self.folder / "checkpoint.pt")
+        temporary.replace(self.folder / "checkpoint.pt")
 
     def resume(self) -> bool:
         path = self.folder / "checkpoint.pt"
