@@ -36,7 +36,8 @@ class Chat:
     """A conversation that keeps the ids actually generated and the model's state after them.
 
     thinking: whether the model thinks before it answers; None is the template's default.
-    settings: replaces the model card's preset for the mode; `options` (fields of GenerationSettings) go over either.
+    settings: replaces what the checkpoint (generation_config.json) or else the model card recommends for the mode;
+    `options` (fields of GenerationSettings) go over either.
     on_prefill(done, total): called while a long prompt goes through the model.
     """
 
@@ -70,7 +71,10 @@ class Chat:
     @property
     def settings(self) -> GenerationSettings:
         """What the next reply is generated with."""
-        return (self._settings or preset(self.thinking)).replace(**self.options)
+        own = self.model.checkpoint.sampling
+        card = preset(self.thinking, large=len(self.model.config.text.layer_types) > 24)
+        recommended = GenerationSettings().replace(**own) if own else card
+        return (self._settings or recommended).replace(**self.options)
 
     def send(self, text: str, *, images: Sequence[object] = ()) -> Reply:
         """Say something; iterate over the result to generate the reply (see `edgeq.reply.Reply`).

@@ -71,7 +71,7 @@ class Reply:
     """A reply in progress: an iterator of `Piece(channel, text, token)`.
 
     A piece per token, with its text as far as it is certain, and at the end one without a token for what was held
-    back. `text` and `thinking` collect the two channels, `ids` the tokens, those put in by force included.
+    back. `text` and `thinking` collect the two channels.
     `on_end`, if given, is called once, however the reply ends.
     """
 
@@ -79,7 +79,6 @@ class Reply:
         self, decoding: Decoding, transcript: Transcript, stop: tuple[str, ...], *, cached: int, prompt: int,
         on_end: Callable[[Reply], None] | None = None,
     ) -> None:  # fmt: skip
-        self.ids: list[int] = []
         self.text = ""
         self.thinking = ""
         self._decoding, self._transcript, self._stop = decoding, transcript, StopStrings(stop)
@@ -99,6 +98,11 @@ class Reply:
         self._end()
 
     @property
+    def ids(self) -> list[int]:
+        """Every token of the reply so far, those put in by force included."""
+        return list(self._decoding.reply_ids)
+
+    @property
     def finish(self) -> Finish:
         """How the reply ended, or would if it were left now."""
         return self._decoding.finish
@@ -116,13 +120,10 @@ class Reply:
         started = perf_counter()
         try:
             for token in self._decoding:
-                if not self.ids:
+                if not self._prompt_seconds:
                     self._prompt_seconds, started = perf_counter() - started, perf_counter()
-                self.ids.append(token.id)
                 self._generate_seconds = perf_counter() - started
                 yield self._collect(self._transcript.push(token.id))
-                if self._stop.matched is not None:
-                    self._decoding.stop(StopReason.STOP_STRING)
             yield self._collect(self._transcript.flush(), last=True)
         finally:
             self._end()
@@ -133,6 +134,8 @@ class Reply:
             self.thinking += piece.text
             return piece
         shown = self._stop.push(piece.text) + (self._stop.flush() if last else "")
+        if self._stop.matched is not None:
+            self._decoding.stop(StopReason.STOP_STRING)
         self.text += shown
         return piece._replace(text=shown)
 

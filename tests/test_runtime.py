@@ -204,3 +204,17 @@ class TestChat:
             list(chat.send(text))
             assert list(chat.ids)[: len(before)] == before
             before = list(chat.ids)
+
+    def test_settings_come_from_the_checkpoint_or_the_card(
+        self, model: Model, chat_folder: Path, tmp_path: Path
+    ) -> None:
+        assert model.chat(thinking=True).settings.presence_penalty == 1.5
+        assert model.chat(thinking=False).settings.presence_penalty == 2.0
+        folder = tmp_path / "model"
+        shutil.copytree(chat_folder, folder)
+        (folder / "generation_config.json").write_text('{"do_sample": false, "top_k": 7}')
+        settings = edgeq.load(folder, backend="numpy").chat(seed=1).settings
+        assert (settings.temperature, settings.top_k, settings.presence_penalty, settings.seed) == (0.0, 7, 0.0, 1)
+        (folder / "generation_config.json").write_text('{"temperature": "hot"}')
+        with pytest.raises(ModelError, match="temperature is 'hot'"):
+            edgeq.load(folder, backend="numpy")

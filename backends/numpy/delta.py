@@ -52,5 +52,5 @@ def delta_chunk(
 
     o = from_start * (q @ state.mT) + (decay * (q @ k.mT)) @ d
     to_end = decay[:, -1, :, None]  # e^{G_T - G_j} [H, T, 1]
-    new = from_start[:, -1, :, None] * state + d.mT @ (to_end * k)
+    new = np.add(from_start[:, -1, :, None] * state, d.mT @ (to_end * k), dtype=np.float32)
     return o * np.float32(q.shape[-1] ** -0.5), new

@@ -44,6 +44,7 @@ _PREFIXES = (  # of names in files, and what stands for them in neutral names; t
     ("model.", ""),
 )
 _FLOATS = ("F32", "F16", "BF16")
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of generation_config.json
 _SHOWN = 12  # problems listed before "and N more"
 
 Layout = Literal["hub", "mlx"]
@@ -85,7 +86,9 @@ class FolderCheckpoint(Checkpoint):
         self.layout: Layout = self._find_layout()
         self.quantization = _QuantizationTable(values)
         self.tensors = self._match_table()
-        self.eos_token_ids = self.config.text.eos_token_ids + _generation_eos(path)
+        generation = _GenerationConfig(path / "generation_config.json")
+        self.eos_token_ids = self.config.text.eos_token_ids + generation.eos_token_ids
+        self.sampling = generation.sampling
         self.format = {"hub": "safetensors", "mlx": "MLX safetensors"}[self.layout]
         if any(t.quantization for t in self.tensors.values()):
             self.format += ", group-quantized"
@@ -329,13 +332,19 @@ def _weight_files(path: Path) -> list[Path]:
     return [path / name for name in names]
 
 
-def _generation_eos(path: Path) -> tuple[int, ...]:
-    """The stop ids of generation_config.json, which the hub's small models do not have."""
-    file = path / "generation_config.json"
-    if not file.exists():
-        return ()
-    value = read_json(file).get("eos_token_id", [])
-    ids = [value] if type(value) is int else value
-    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
-        raise ModelError(f"{file}: eos_token_id is {value!r}, expected an id or a list of ids")
-    return tuple(ids)
+class _GenerationConfig:
+    """generation_config.json, which the hub's small models do not have: stop ids and recommended sampling."""
+
+    def __init__(self, file: Path) -> None:
+        values = read_json(file) if file.exists() else {}
+        stop = values.get("eos_token_id", [])
+        ids = [stop] if type(stop) is int else stop
+        if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+            raise ModelError(f"{file}: eos_token_id is {stop!r}, expected an id or a list of ids")
+        self.eos_token_ids = tuple(ids)
+        self.sampling = {name: values[name] for name in _SAMPLING if name in values}
+        if values.get("do_sample") is False:
+            self.sampling["temperature"] = 0.0
+        for name, value in self.sampling.items():
+            if type(value) not in (int, float):
+                raise ModelError(f"{file}: {name} is {value!r}, expected a number")

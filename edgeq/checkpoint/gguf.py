@@ -29,7 +29,7 @@ from edgeq.checkpoint.gguf_layout import (
     text_values,
     vision_values,
 )
-from edgeq.checkpoint.gguf_tokenizer import token_id, tokenizer_spec
+from edgeq.checkpoint.gguf_tokenizer import token_ids, tokenizer_spec
 from edgeq.config import parse_config
 from edgeq.errors import ModelError
 from edgeq.quant.affine import pack
@@ -256,9 +256,10 @@ def _find_mmproj(model: GGUFFile) -> tuple[GGUFFile, dict[str, Any]] | None:
 
 
 def _image_tokens(model: GGUFFile) -> dict[str, int | None]:
-    return {
-        "image_token_id": token_id(model, "<|image_pad|>"),
-        "video_token_id": token_id(model, "<|video_pad|>"),
-        "vision_start_token_id": token_id(model, "<|vision_start|>"),
-        "vision_end_token_id": token_id(model, "<|vision_end|>"),
+    spellings = {
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
     }
+    return dict(zip(spellings, token_ids(model, spellings.values()), strict=True))

@@ -7,14 +7,14 @@ all. The model was trained behind NFC, so edgeq puts it back: a file tokenizes a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from typing import Any
 
 from edgeq.checkpoint.gguf_file import GGUFFile
 from edgeq.errors import ModelError
 
-__all__ = ["TokenType", "token_id", "tokenizer_metadata", "tokenizer_spec"]
+__all__ = ["TokenType", "token_ids", "tokenizer_metadata", "tokenizer_spec"]
 
 PRE_TOKENIZERS = {  # by GGUF's name; Qwen3.5's joins marks to letters, Qwen2's does not
     "qwen35": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
@@ -113,10 +113,11 @@ def _config(file: GGUFFile, tokens: list[str], added: list[dict[str, Any]]) -> d
     }
 
 
-def token_id(file: GGUFFile, token: str) -> int | None:
-    """The id of a token by its spelling, if the vocabulary has it."""
+def token_ids(file: GGUFFile, spellings: Iterable[str]) -> list[int | None]:
+    """The ids of tokens by their spelling; None for those that the vocabulary does not have."""
     tokens = file.strings("tokenizer.ggml.tokens") if "tokenizer.ggml.tokens" in file else []
-    return tokens.index(token) if token in tokens else None
+    ids = {token: i for i, token in enumerate(tokens)}
+    return [ids.get(spelling) for spelling in spellings]
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from edgeq.quant.quantizer import quantize as quantize_checkpoint
 from edgeq.quant.recipe import RECIPES
 from edgeq.quant.report import Report, format_table
 
-__all__ = ["quantize"]
+__all__ = ["progress_bar", "quantize"]
 
 _RECIPE_HELP = "; ".join(f"{recipe.name}: {recipe.summary}" for recipe in RECIPES.values())
 
@@ -60,7 +60,7 @@ def quantize(
     edgeq quantize Qwen/Qwen3.5-2B -o q2b --type '*.down_proj=6' --dry-run
     """
     del quantize_flag
-    with _progress_bar() as progress:
+    with progress_bar() as progress:
         result = quantize_checkpoint(
             source,
             out,
@@ -95,7 +95,7 @@ def _summary(report: Report) -> str:
 
 
 @contextmanager
-def _progress_bar() -> Iterator[Progress | None]:
+def progress_bar() -> Iterator[Progress | None]:
     """A bar on stderr; None off a terminal."""
     if not stderr.is_terminal:
         yield None

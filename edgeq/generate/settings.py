@@ -74,7 +74,7 @@ class GenerationSettings:
         return dataclass_replace(self, **{option: value for option, value in given.items() if value is not None})
 
 
-def preset(thinking: bool, vision: bool = False) -> GenerationSettings:
+def preset(thinking: bool, vision: bool = False, *, large: bool = False) -> GenerationSettings:
     """What the Qwen3.5 model cards recommend for chats ("Best Practices", sampling parameters).
 
     | mode, input              | temperature | top_p | presence_penalty |
@@ -84,13 +84,14 @@ def preset(thinking: bool, vision: bool = False) -> GenerationSettings:
     | not thinking, text       | 1.0         | 1.0   | 2.0              |
     | not thinking, vision     | 0.7         | 0.8   | 1.5              |
 
-    All with top_k 20, min_p 0 and no repetition penalty. The cards of 0.8B and 2B give this table; the thinking rows
-    are the same for 4B.
+    All with top_k 20, min_p 0 and no repetition penalty. The table is that of the cards of 0.8B and 2B. The 4B's
+    (`large`) has the same rows for thinking, and without it 0.7, 0.8 and 1.5 for text as well; that card contradicts
+    itself and is known second-hand only.
     """
     temperature, top_p, presence_penalty = {
         (True, False): (1.0, 0.95, 1.5),
         (True, True): (0.6, 0.95, 0.0),
-        (False, False): (1.0, 1.0, 2.0),
+        (False, False): (0.7, 0.8, 1.5) if large else (1.0, 1.0, 2.0),
         (False, True): (0.7, 0.8, 1.5),
     }[thinking, vision]
     return GenerationSettings(temperature=temperature, top_p=top_p, presence_penalty=presence_penalty)
