@@ -93,7 +93,8 @@ def _q4_1(b: Array) -> Groups:
 
 def _five_bits(b: Array) -> Codes:
     fifth = np.unpackbits(b["qh"], axis=1, bitorder="little")
-    return _nibbles(b["qs"][:, None]) | fifth << 4
+    codes: Codes = _nibbles(b["qs"][:, None]) | fifth << 4
+    return codes
 
 
 def _q5_0(b: Array) -> Groups:

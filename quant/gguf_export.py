@@ -36,7 +36,7 @@ from edgeq.quant.folder import check_room
 from edgeq.quant.ggml import TYPES, GGMLType
 from edgeq.weights import Role, TensorSpec
 
-__all__ = ["EXPORT_TYPES", "ExportReport", "export_gguf"]
+__all__ = ["EXPORT_TYPES", "ExportReport", "export_gguf", "export_mmproj"]
 
 EXPORT_TYPES: Mapping[str, LlamaFileType] = {
     "f32": LlamaFileType.ALL_F32,

@@ -1,0 +1,54 @@
+"""`edgeq export`: from a checkpoint to a GGUF file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgeq.checkpoint import open_checkpoint
+from edgeq.cli.console import peak_memory
+from edgeq.cli.quantize import progress_bar
+from edgeq.errors import UsageError
+from edgeq.hub import find_model
+from edgeq.quant.gguf_export import EXPORT_TYPES, ExportReport, export_gguf, export_mmproj
+
+__all__ = ["export"]
+
+
+def export(
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder, a .gguf file or a hub id.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE.gguf", help="The file to write.")],
+    kind: Annotated[
+        str, typer.Option("--type", metavar="TYPE", help=f"What matrices are stored as: {', '.join(EXPORT_TYPES)}.")
+    ] = "f16",
+    mmproj: Annotated[
+        Path | None,
+        typer.Option("--mmproj", metavar="FILE", help="Write the vision tower too, to a file of its own (f16)."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace existing files, once the new ones are whole.")
+    ] = False,
+) -> None:
+    """Export a checkpoint as GGUF, for llama.cpp, ollama and everything that runs their files.
+
+    edgeq export Qwen/Qwen3.5-0.8B -o qwen.gguf --type q8_0 --mmproj mmproj-qwen.gguf
+    """
+    kind = kind.lower()
+    if kind not in EXPORT_TYPES:
+        raise UsageError(f"unknown type {kind!r}", hint=f"--type is one of {', '.join(EXPORT_TYPES)}")
+    checkpoint = open_checkpoint(find_model(source))
+    with progress_bar() as progress:
+        reports = [export_gguf(checkpoint, out, kind, force=force, progress=progress)]
+        if mmproj is not None:
+            reports.append(export_mmproj(checkpoint, mmproj, kind, force=force, progress=progress))
+    for report in reports:
+        print(_summary(report), file=sys.stderr)
+
+
+def _summary(report: ExportReport) -> str:
+    types = ", ".join(f"{count} {name}" for name, count in report.types.items())
+    notes = "".join(f"\nnote: {note}" for note in report.notes)
+    return f"{report.path}: {report.nbytes / 1e6:,.1f} MB: {types} | peak memory {peak_memory() / 1e6:,.0f} MB{notes}"
