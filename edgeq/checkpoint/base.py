@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -34,7 +35,7 @@ class Checkpoint(ABC):
     config: ModelConfig
     format: str  # in a few words, for people
     eos_token_ids: tuple[int, ...]  # from the configuration files; the tokenizer knows its own
-    sampling: Mapping[str, float]  # GenerationSettings that the checkpoint recommends itself; empty if it is silent
+    sampling: Mapping[str, float] = MappingProxyType({})  # GenerationSettings that the checkpoint itself recommends
 
     @abstractmethod
     def matrix(self, name: str) -> Matrix[Array]:
