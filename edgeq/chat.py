@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from edgeq.context import Context
 from edgeq.errors import EdgeqError, ModelError, UsageError
 from edgeq.generate import Decoding, GenerationSettings, preset
 from edgeq.reply import Reply
-from edgeq.runtime import Context
 from edgeq.state import State
 from edgeq.text.channels import ChannelParser, ends_in_thinking
 from edgeq.text.conversation import Conversation, Mark

@@ -1,4 +1,4 @@
-"""A loaded model: logits, resumable states, raw completion; and the context that generation grows.
+"""A loaded model: logits, resumable states, raw completion.
 
 model = load("Qwen/Qwen3.5-2B")                   # a folder, a .gguf file, a hub id, or "demo"
 logits, state = model.forward(ids, model.state())
@@ -8,7 +8,7 @@ chat = model.chat(thinking=True)                  # see edgeq.chat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from edgeq.backends import select
 from edgeq.backends.ops import Ops
 from edgeq.bf16 import Float32
 from edgeq.checkpoint import Checkpoint, open_checkpoint
+from edgeq.context import PREFILL, Context
 from edgeq.errors import MemoryBudgetError, ModelError, UsageError
 from edgeq.generate import THINKING_CUT, Decoding, GenerationSettings, Sampler, ThinkTokens
 from edgeq.hub import find_model
@@ -32,9 +33,8 @@ if TYPE_CHECKING:
     from edgeq.text.template import ChatTemplate
     from edgeq.text.tokenizer import Tokenizer
 
-__all__ = ["Context", "Model", "load"]
+__all__ = ["Model", "load"]
 
-PREFILL = 512  # tokens of a prompt that go through the model together
 ALL_LOGITS = 64  # of which so many are read out at a time where every position's logits are wanted
 
 
@@ -198,44 +198,6 @@ class Model:
         if opened is None or closed is None:
             return None
         return ThinkTokens(opened, closed, tuple(tokenizer.encode(THINKING_CUT)), tuple(tokenizer.encode("\n\n")))
-
-
-class Context:
-    """One sequence that grows: the engine of `edgeq.generate.Decoding`.
-
-    on_prefill(done, total) is called as a prompt of more than one chunk goes through the model.
-    """
-
-    def __init__(
-        self, model: Model, state: State[Any] | None = None, *, on_prefill: Callable[[int, int], None] | None = None
-    ) -> None:
-        self.model = model
-        self.state = state if state is not None else model.state()
-        self._on_prefill = on_prefill
-
-    @property
-    def position(self) -> int:
-        return self.state.length
-
-    @property
-    def context_limit(self) -> int:
-        return self.model.context_limit
-
-    def feed(self, ids: Sequence[int]) -> Float32:
-        """Append `ids`, a chunk at a time, so that an interruption loses one chunk at most."""
-        *chunks, last = _chunks(ids)
-        for done, chunk in enumerate(chunks):
-            if self._on_prefill:
-                self._on_prefill(done * PREFILL, len(ids))
-            _, self.state = self.model.forward(chunk, self.state)
-        logits, self.state = self.model.forward(last, self.state)
-        if self._on_prefill and chunks:
-            self._on_prefill(len(ids), len(ids))
-        return logits
-
-
-def _chunks(ids: Sequence[int]) -> Iterator[Sequence[int]]:
-    return (ids[start : start + PREFILL] for start in range(0, len(ids), PREFILL))
 
 
 def _context_limit(asked: int | None, most: int) -> int:

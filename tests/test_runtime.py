@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from tiny import config_values, write_checkpoint
 
 import edgeq
+from edgeq.context import PREFILL, Context
 from edgeq.errors import MemoryBudgetError, ModelError, UsageError
 from edgeq.generate import StopReason
-from edgeq.runtime import PREFILL, Context, Model
+from edgeq.runtime import Model
 
 
 @pytest.fixture(scope="module")
