@@ -69,7 +69,8 @@ class Model:
     def _check_tokenizer(self) -> None:
         if self.tokenizer is not None and self.tokenizer.vocab_size > self.vocab_size:
             raise ModelError(
-                f"{self.checkpoint.path}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model {self.vocab_size}",
+                f"{self.checkpoint.path}: the tokenizer has {self.tokenizer.vocab_size} tokens, "
+                f"the model {self.vocab_size}",
                 hint="the tokenizer files belong to another model",
             )
 

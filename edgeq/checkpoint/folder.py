@@ -226,7 +226,7 @@ class FolderCheckpoint(Checkpoint):
     def _check_tensor(self, spec: TensorSpec, file_name: str, problems: list[str]) -> _Tensor:
         module = file_name.removesuffix(".weight")
         if f"{module}.scales" in self._where:
-            quantization = self.quantization.of(module, spec.name)
+            quantization = self.quantization.of(spec.name)
             problem = self._triple_problem(spec, module, quantization)
             if problem:
                 problems.append(problem)
@@ -281,8 +281,8 @@ class _QuantizationTable:
             if isinstance(entry, Mapping)
         }
 
-    def of(self, module: str, name: str) -> Quantization | None:
-        """Quantization of a module, by its path in the file or its neutral name."""
+    def of(self, name: str) -> Quantization | None:
+        """Bits and group size of a quantized matrix, by its neutral name."""
         return self._modules.get(name.removesuffix(".weight"), self._default)
 
     def _entry(self, where: str, entry: Mapping[str, Any]) -> Quantization:
