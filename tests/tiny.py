@@ -17,6 +17,7 @@ from edgeq.weights import Role, TensorSpec, all_tensors
 def config_values(*, vision: bool = False, mtp: bool = False, **text: Any) -> dict[str, Any]:
     """A config.json of the multimodal layout; `text` overrides fields of text_config."""
     layers = text.pop("layer_types", ["linear_attention"] * 3 + ["full_attention"])
+    text.setdefault("tie_word_embeddings", True)
     values: dict[str, Any] = {
         "architectures": ["Qwen3_5ForConditionalGeneration"],
         "model_type": "qwen3_5",
@@ -24,7 +25,7 @@ def config_values(*, vision: bool = False, mtp: bool = False, **text: Any) -> di
         "video_token_id": 1037,
         "vision_start_token_id": 1033,
         "vision_end_token_id": 1034,
-        "tie_word_embeddings": text.pop("tie_word_embeddings", True),
+        "tie_word_embeddings": text["tie_word_embeddings"],
         "text_config": {
             "model_type": "qwen3_5_text",
             "vocab_size": 288,

@@ -56,7 +56,7 @@ def reference_model(folder: Path) -> Qwen3_5ForCausalLM:
     import json
 
     values = json.loads((folder / "config.json").read_text())
-    config = Qwen3_5TextConfig(**values["text_config"], tie_word_embeddings=values["tie_word_embeddings"])
+    config = Qwen3_5TextConfig(**{**values["text_config"], "tie_word_embeddings": values["tie_word_embeddings"]})
     config._attn_implementation = "eager"
     model = Qwen3_5ForCausalLM(config).eval()
     state = {}

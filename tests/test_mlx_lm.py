@@ -1,0 +1,74 @@
+"""What stock mlx-lm writes, edgeq reads (what edgeq writes and mlx-lm reads is in test_quantize.py)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import config_values, write_checkpoint
+
+import edgeq
+from edgeq.backends.numpy.ops import matrix_rows
+from edgeq.checkpoint import open_checkpoint
+from edgeq.weights import QMatrix
+
+mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
+pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def convert(folder: Path, out: Path, bits: int, group_size: int, predicate: Any = None) -> Any:
+    """mlx_lm.convert without its tokenizer: load, quantize, save. Returns the quantized model."""
+    from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+    model, config = load_model(folder, lazy=True)
+    model, config = quantize_model(model, config, group_size, bits, quant_predicate=predicate)
+    save_model(out, model)
+    save_config(config, out / "config.json")
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("hub")
+    write_checkpoint(path, config_values(vocab_size=320, vision=True, mtp=True))
+    return path
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (8, 64), (4, 32), (3, 64), (6, 32)])
+def test_a_converted_model(folder: Path, tmp_path: Path, bits: int, group_size: int) -> None:
+    theirs = convert(folder, tmp_path / "mlx", bits, group_size)
+    checkpoint = open_checkpoint(tmp_path / "mlx")
+    assert checkpoint.format == "MLX safetensors, group-quantized"
+    up = checkpoint.matrix("layers.1.mlp.up_proj.weight")
+    assert isinstance(up, QMatrix)
+    module = theirs.language_model.model.layers[1].mlp.up_proj
+    expected = mx.dequantize(
+        module.weight, module.scales.astype(mx.float32), module.biases.astype(mx.float32), group_size, bits
+    )
+    assert np.array_equal(matrix_rows(up, slice(None)), np.array(expected))
+
+    ids = list(range(1, 40))
+    ours = edgeq.load(tmp_path / "mlx", backend="numpy").logits(ids)
+    theirs.set_dtype(mx.float32)  # random weights blow bfloat16 activations up; in float32 only the order differs
+    reference = np.array(theirs(mx.array([ids]))[0])
+    assert float(np.sum((ours - reference) ** 2) / np.sum(reference**2)) < 1e-8
+
+
+def test_mixed_precision(folder: Path, tmp_path: Path) -> None:
+    def predicate(path: str, _module: Any) -> bool | dict[str, int]:
+        if "in_proj_a" in path or "in_proj_b" in path:
+            return False
+        return {"bits": 8, "group_size": 32} if "out_proj" in path else True
+
+    convert(folder, tmp_path / "mlx", 4, 64, predicate)
+    kinds = {spec.name: stored.type for spec, stored in open_checkpoint(tmp_path / "mlx").storage()}
+    assert kinds["layers.0.linear_attn.in_proj_a.weight"] == "BF16"
+    assert kinds["layers.0.linear_attn.out_proj.weight"] == "8-bit g32"
+    assert kinds["layers.0.mlp.down_proj.weight"] == "4-bit g64"
+    block = json.loads((tmp_path / "mlx" / "config.json").read_text())["quantization"]
+    assert block["language_model.model.layers.0.linear_attn.out_proj"] == {"bits": 8, "group_size": 32}
