@@ -184,12 +184,10 @@ std::vector<float*> outputs(const nb::list& arrays, const char* name, Index coun
     return pointers;
 }
 
-constexpr Index widest_conv = 8;
-
 void causal_conv_silu(const In& x, const In& w, const In& tail, const Out& out) {
     require(x.ndim() == 2 && w.ndim() == 2, "x, w", "2 axes");
     const Index T = x.shape(0), C = x.shape(1), width = w.shape(1);
-    require(1 <= width && width <= widest_conv, "w", "1 to 8 taps");
+    require(1 <= width && width <= conv_widest, "w", "1 to 8 taps");
     require_shape(w, "w", {C, width});
     require_contiguous(w, "w");
     require_shape(tail, "tail", {width - 1, C});
@@ -268,7 +266,7 @@ void delta_net_(const In& qkv, const In& z, const In& b, const In& a, const In& 
     require(Hv > 0 && V > 0 && key_heads > 0 && Hv % key_heads == 0, "A", "a multiple of the key heads");
     const Index K = (C - Hv * V) / (2 * key_heads);
     require(K > 0 && C == 2 * key_heads * K + Hv * V, "qkv", "columns for queries, keys and values");
-    require(2 <= width && width <= widest_conv, "conv", "2 to 8 taps");
+    require(2 <= width && width <= conv_widest, "conv", "2 to 8 taps");
     require(keep >= 0, "keep", "0 or more");
     DeltaNet net{key_heads, Hv, K, V, width, keep, tokens_of(qkv, "qkv", {T, C}), tokens_of(z, "z", {T, Hv * V}),
                  tokens_of(b, "b", {T, Hv}), tokens_of(a, "a", {T, Hv}), conv.data(), vector_of(A, "A", Hv),

@@ -14,6 +14,7 @@ from edgeq.state import KVCache
 __all__ = ["PAGE", "KvDtype", "NativeKV", "Page", "check_kv_dtype"]
 
 PAGE: int = _native.KV_PAGE  # tokens
+_LINE = 64  # bytes of a cache line; pages begin on one
 
 KvDtype = Literal["f16", "bf16", "f32"]
 
@@ -30,9 +31,15 @@ class Page:
 
     __slots__ = ("data", "written")
 
-    def __init__(self, data: Array) -> None:
-        self.data = data
+    def __init__(self, nbytes: int) -> None:
+        space = np.empty(nbytes + _LINE, np.uint8)
+        self.data = space[-space.ctypes.data % _LINE :][:nbytes]
         self.written = 0
+
+    def copy(self) -> Page:
+        page = Page(self.data.nbytes)
+        page.data[:] = self.data
+        return page
 
 
 class NativeKV(KVCache[Array]):
@@ -56,9 +63,9 @@ class NativeKV(KVCache[Array]):
         pages, end = list(self.pages), self.length + tokens
         whole, offset = divmod(self.length, PAGE)
         if offset and tokens and pages[-1].written > offset:
-            pages[-1] = Page(pages[-1].data.copy())
+            pages[-1] = pages[-1].copy()
         while len(pages) * PAGE < end:
-            pages.append(Page(np.empty(_native.page_nbytes(self.dtype, self.heads, self.dim), np.uint8)))
+            pages.append(Page(_native.page_nbytes(self.dtype, self.heads, self.dim)))
         for i in range(whole, len(pages)):
             pages[i].written = min(PAGE, end - i * PAGE)
         return self._with(tuple(pages), end)

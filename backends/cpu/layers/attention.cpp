@@ -7,6 +7,7 @@
 
 #include "kernels/threads.h"
 #include "layers/half.h"
+#include "layers/aligned.h"
 #include "layers/layers.h"
 
 namespace edgeq {
@@ -52,7 +53,7 @@ float read_entry(const uint8_t* page, KvType type, Index at) {
 // --- the pieces ------------------------------------------------------------------------------------------------------
 
 struct Scratch {
-    std::vector<float> q, scores, out, peak, total;
+    Floats q, scores, out, peak, total;
     std::vector<Index> visible;
     std::vector<const uint8_t*> keys, values;
     std::vector<uint16_t> bits;
@@ -198,7 +199,7 @@ void attention(const Attention& a, const KvSequence* sequences, Index count) {
         });
         return;
     }
-    std::vector<float> sums(blocks.size() * ranges * rows * (width + 2));
+    Floats sums(blocks.size() * ranges * rows * (width + 2));
     auto peak = [&](Index block) { return &sums[block * ranges * rows * (width + 2)]; };
     auto total = [&](Index block) { return peak(block) + ranges * rows; };
     auto out = [&](Index block) { return peak(block) + 2 * ranges * rows; };

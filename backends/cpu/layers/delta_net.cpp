@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels/threads.h"
+#include "layers/aligned.h"
 #include "layers/layers.h"
 
 namespace edgeq {
@@ -18,7 +19,7 @@ constexpr float smallest_factor = 0x1p-20f;  // of the state, before it is multi
 
 // What one head computes about a chunk before the delta rule runs.
 struct Chunk {
-    std::vector<float> q, k, v, o;
+    Floats q, k, v, o;
     float g[chunk_tokens], beta[chunk_tokens], qk[chunk_tokens];
     float decay[chunk_tokens], through[chunk_tokens], lift[chunk_tokens];
 

@@ -66,6 +66,8 @@ struct DeltaChunk {
     Index o_stride;
 };
 
+constexpr Index conv_widest = 8;  // taps of the causal convolution; Qwen3.5 has 4
+
 struct LayerKernels {
     // y = x + z
     void (*add)(float* y, const float* x, const float* z, Index n);

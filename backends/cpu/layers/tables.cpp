@@ -5,12 +5,11 @@ namespace edgeq {
 
 const LayerKernels& layer_kernels() {
     switch (active_isa()) {
-#if defined(EDGEQ_HAVE_AVX2)
+#if defined(__x86_64__)
         case Isa::avx2:
         case Isa::avxvnni: return layers_avx2;
         case Isa::avx512vnni: return layers_avx512;
-#endif
-#if defined(EDGEQ_HAVE_NEON)
+#elif defined(__aarch64__)
         case Isa::neon:
         case Isa::neon_dotprod:
         case Isa::neon_i8mm: return layers_neon;

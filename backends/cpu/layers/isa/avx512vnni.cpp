@@ -1,12 +1,6 @@
 // AVX-512: 16 floats. Of the set that this file is compiled for only F, BW, DQ and VL are used.
 #include <immintrin.h>
 
-// GCC 12 takes the undefined inputs of its own unmasked intrinsics for ours.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
 #include "layers/layers.h"
 
 namespace edgeq {

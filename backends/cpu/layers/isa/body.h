@@ -118,85 +118,143 @@ void to_f16(uint16_t* y, const float* x, Index n) {
 
 // --- the causal convolution ------------------------------------------------------------------------------------------
 
-constexpr Index max_width = 8;  // taps of the convolution; Qwen3.5 has 4
+constexpr Index conv_block = 128;  // channels at a time, so that their taps stay near
 
 void conv_silu(float* y, Index y_stride, const float* x, Index x_stride, const float* tail, Index t_stride,
                const float* w, Index width, Index t0, Index t1, Index n) {
-    for (Index c = 0; c < n; c += W) {
-        const Index left = n - c;
-        V taps[max_width];
-        if (width == 4 && left >= W) {
-            load4(w + c * 4, taps);
-        } else {
-            for (Index i = 0; i < width; i++) {
-                float column[W] = {};
-                for (Index lane = 0; lane < smaller(W, left); lane++) column[lane] = w[(c + lane) * width + i];
-                taps[i] = load(column);
+    alignas(64) float taps[conv_widest][conv_block + W];
+    for (Index c0 = 0; c0 < n; c0 += conv_block) {
+        const Index block = smaller(conv_block, n - c0);
+        Index c = 0;
+        if (width == 4) {
+            for (; c + W <= block; c += W) {
+                V columns[4];
+                load4(w + (c0 + c) * 4, columns);
+                for (int i = 0; i < 4; i++) store(taps[i] + c, columns[i]);
             }
         }
+        for (; c < block; c++)
+            for (Index i = 0; i < width; i++) taps[i][c] = w[(c0 + c) * width + i];
         for (Index t = t0; t < t1; t++) {
-            V total = set1(0.0f);
+            const float* rows[conv_widest];
             for (Index i = 0; i < width; i++) {
                 const Index from = t - (width - 1) + i;
-                const float* row = from < 0 ? tail + (width - 1 + from) * t_stride : x + from * x_stride;
-                total = fma(load_upto(row + c, left), taps[i], total);
+                rows[i] = c0 + (from < 0 ? tail + (width - 1 + from) * t_stride : x + from * x_stride);
             }
-            store_upto(y + (t - t0) * y_stride + c, silu(total), left);
+            float* out = y + (t - t0) * y_stride + c0;
+            for (c = 0; c < block; c += W) {
+                V total = set1(0.0f);
+                for (Index i = 0; i < width; i++)
+                    total = fma(load_upto(rows[i] + c, block - c), load_upto(taps[i] + c, block - c), total);
+                store_upto(out + c, silu(total), block - c);
+            }
         }
     }
 }
 
+constexpr Index delta_widest = 256;  // keys; Qwen3.5 has 128
+
 // --- the delta rule --------------------------------------------------------------------------------------------------
 
-// Up to four rows of the state stay in the nearest cache while the tokens of the chunk pass. Per token one pass reads what
-// the state recalls for k and for q, and one writes:
+// R rows of the state stay in the nearest cache while the tokens of the chunk pass: the first token reads them from
+// `from`, the last writes them to `to`. Per token one pass reads what the state recalls for k and answers to q, and one
+// writes:
 //     r = decay (S k);  d = beta (v - r);  o = decay (S q) + d (q . k);  S <- through S + (lift d) k
-INLINE void delta_rows(float* to, const float* from, const int rows, Index first, const DeltaChunk& c) {
-    const Index K = c.K;
+INLINE void delta_rows(float* to, const float* from, float* near, const int R, const Index K, Index first,
+                       const DeltaChunk& c) {
     for (Index t = 0; t < c.tokens; t++) {
-        const float* S = t == 0 ? from : to;
+        const float* S = t == 0 ? from : near;
+        float* next = t + 1 == c.tokens ? to : near;
         const float *q = c.q + t * K, *k = c.k + t * K;
         V by_k[4], by_q[4];
-        for (int r = 0; r < rows; r++) by_k[r] = by_q[r] = set1(0.0f);
+        for (int r = 0; r < 4; r++) by_k[r] = by_q[r] = set1(0.0f);
         for (Index i = 0; i < K; i += W) {
             const V key = load_upto(k + i, K - i), query = load_upto(q + i, K - i);
-            for (int r = 0; r < rows; r++) {
+            for (int r = 0; r < R; r++) {
                 const V s = load_upto(S + r * K + i, K - i);
                 by_k[r] = fma(s, key, by_k[r]);
                 by_q[r] = fma(s, query, by_q[r]);
             }
         }
-        for (int r = rows; r < 4; r++) by_k[r] = by_q[r] = set1(0.0f);
-        float recalled[4], answered[4], d[4];
+        float recalled[4], answered[4];
         sum4(by_k[0], by_k[1], by_k[2], by_k[3], recalled);
         sum4(by_q[0], by_q[1], by_q[2], by_q[3], answered);
         V write[4];
-        for (int r = 0; r < rows; r++) {
-            d[r] = c.beta[t] * (c.v[t * c.v_stride + first + r] - c.decay[t] * recalled[r]);
-            c.o[t * c.o_stride + first + r] = c.decay[t] * answered[r] + d[r] * c.qk[t];
-            write[r] = set1(c.lift[t] * d[r]);
+        for (int r = 0; r < R; r++) {
+            const float d = c.beta[t] * (c.v[t * c.v_stride + first + r] - c.decay[t] * recalled[r]);
+            c.o[t * c.o_stride + first + r] = c.decay[t] * answered[r] + d * c.qk[t];
+            write[r] = set1(c.lift[t] * d);
         }
-        if (c.through[t] == 1.0f && t > 0) {
-            for (Index i = 0; i < K; i += W) {
-                const V key = load_upto(k + i, K - i);
-                for (int r = 0; r < rows; r++)
-                    store_upto(to + r * K + i, fma(write[r], key, load_upto(S + r * K + i, K - i)), K - i);
-            }
-        } else {
-            const V through = set1(c.through[t]);
-            for (Index i = 0; i < K; i += W) {
-                const V key = load_upto(k + i, K - i);
-                for (int r = 0; r < rows; r++)
-                    store_upto(to + r * K + i, fma(write[r], key, mul(through, load_upto(S + r * K + i, K - i))), K - i);
+        const V through = set1(c.through[t]);
+        const bool whole = c.through[t] == 1.0f;
+        for (Index i = 0; i < K; i += W) {
+            const V key = load_upto(k + i, K - i);
+            for (int r = 0; r < R; r++) {
+                V s = load_upto(S + r * K + i, K - i);
+                if (!whole) s = mul(s, through);
+                store_upto(next + r * K + i, fma(write[r], key, s), K - i);
             }
         }
     }
 }
 
-void delta(float* to, const float* from, Index rows, const DeltaChunk& c) {
+INLINE void delta_of(float* to, const float* from, Index rows, const Index K, const DeltaChunk& c) {
+    alignas(64) float room[4 * delta_widest];
+    // A row too wide for the room is worked on where it ends up.
+    auto near = [&](Index r) { return K <= delta_widest ? room : to + r * K; };
     Index r = 0;
-    for (; r + 4 <= rows; r += 4) delta_rows(to + r * c.K, from + r * c.K, 4, r, c);
-    for (; r < rows; r++) delta_rows(to + r * c.K, from + r * c.K, 1, r, c);
+    for (; r + 4 <= rows; r += 4) delta_rows(to + r * K, from + r * K, near(r), 4, K, r, c);
+    for (; r < rows; r++) delta_rows(to + r * K, from + r * K, near(r), 1, K, r, c);
+}
+
+// The same with the rows in registers from the first token to the last: two rows of 128 entries are 16 vectors of 16.
+INLINE void delta_pair(float* to, const float* from, Index first, const DeltaChunk& c) {
+    constexpr int N = 128 / W;
+    V S[2][N];
+#pragma GCC unroll 16
+    for (int i = 0; i < N; i++) S[0][i] = load(from + i * W), S[1][i] = load(from + 128 + i * W);
+    for (Index t = 0; t < c.tokens; t++) {
+        const float *q = c.q + t * 128, *k = c.k + t * 128;
+        V by[4][2];  // row 0 by k, row 1 by k, row 0 by q, row 1 by q; even and odd entries, for shorter chains
+        for (int r = 0; r < 4; r++) by[r][0] = by[r][1] = set1(0.0f);
+#pragma GCC unroll 16
+        for (int i = 0; i < N; i++) {
+            const V key = load(k + i * W), query = load(q + i * W);
+            for (int r = 0; r < 2; r++) {
+                by[r][i % 2] = fma(S[r][i], key, by[r][i % 2]);
+                by[2 + r][i % 2] = fma(S[r][i], query, by[2 + r][i % 2]);
+            }
+        }
+        float sums[4];
+        sum4(add(by[0][0], by[0][1]), add(by[1][0], by[1][1]), add(by[2][0], by[2][1]), add(by[3][0], by[3][1]), sums);
+        V write[2];
+        for (int r = 0; r < 2; r++) {
+            const float d = c.beta[t] * (c.v[t * c.v_stride + first + r] - c.decay[t] * sums[r]);
+            c.o[t * c.o_stride + first + r] = c.decay[t] * sums[2 + r] + d * c.qk[t];
+            write[r] = set1(c.lift[t] * d);
+        }
+        if (c.through[t] != 1.0f) {
+            const V through = set1(c.through[t]);
+#pragma GCC unroll 16
+            for (int i = 0; i < N; i++) S[0][i] = mul(S[0][i], through), S[1][i] = mul(S[1][i], through);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < N; i++) {
+            const V key = load(k + i * W);
+            S[0][i] = fma(write[0], key, S[0][i]), S[1][i] = fma(write[1], key, S[1][i]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < N; i++) store(to + i * W, S[0][i]), store(to + 128 + i * W, S[1][i]);
+}
+
+void delta(float* to, const float* from, Index rows, const DeltaChunk& c) {
+    if (W == 16 && c.K == 128 && rows % 2 == 0) {
+        for (Index r = 0; r < rows; r += 2) delta_pair(to + r * 128, from + r * 128, r, c);
+        return;
+    }
+    if (c.K == 128) return delta_of(to, from, rows, 128, c);  // Qwen3.5's, for which the compiler unrolls
+    delta_of(to, from, rows, c.K, c);
 }
 
 // --- attention -------------------------------------------------------------------------------------------------------
