@@ -182,6 +182,9 @@ class _Plan:
     def config(self) -> dict[str, Any]:
         """The output's config.json."""
         values = read_json(self.source.path / "config.json")
+        if "text_config" in values:  # mlx-lm looks for the flag only there
+            tied = {"tie_word_embeddings": self.source.config.text.tie_word_embeddings}
+            values["text_config"] = values["text_config"] | tied
         if self.recipe.base is None:
             return values
         block: dict[str, Any] = {"group_size": self.recipe.base.group_size, "bits": self.recipe.base.bits}
@@ -230,7 +233,9 @@ def _write_folder(
     """Write everything into `folder`; the relative squared error of every quantized tensor."""
     stop = threading.Event()
     with ThreadPoolExecutor(threads + 1) as pool:
-        inputs = pool.submit(hash_files, [file.path for file in plan.source.files], stop.is_set)
+        inputs = pool.submit(
+            hash_files, [plan.source.path / "config.json", *(file.path for file in plan.source.files)], stop.is_set
+        )
         try:
             errors = _WeightWriter(plan, folder, pool, threads, progress).write()
             for path in plan.files_to_copy:
@@ -289,7 +294,12 @@ class _WeightWriter:
 
     def _write_plain(self, file: SafetensorsWriter, a: Assignment) -> None:
         (part,) = self.plan.parts(a)
-        for block in self._map_blocks(a, lambda x: round_to(x, DTYPES[part.dtype])):
+
+        def job(x: Float32) -> Array:
+            with np.errstate(over="ignore"):  # told below, with the tensor's name
+                return round_to(x, DTYPES[part.dtype])
+
+        for block in self._map_blocks(a, job):
             if not np.isfinite(to_float32(block)).all():
                 raise ModelError(f"{a.file_name} has values beyond the range of {part.dtype}", hint="store it as bf16")
             file.write(part.name, block)

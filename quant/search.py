@@ -34,7 +34,7 @@ ANCHORS = (0.0, 0.25, 0.5, 0.75, 1.0)
 DESCENTS = 2
 NEIGHBOUR_ROUNDS = 2
 
-_MIN_SCALE = np.float32(1e-7)
+_MIN_SCALE = np.float32(1e-7)  # of mx.quantize
 _EXPONENTS = (-100, 100)
 
 
@@ -53,9 +53,9 @@ class Groups(NamedTuple):
 
 def search(groups: Float32, bits: int, dtype: np.dtype[Any]) -> Groups:
     """Quantize `groups` float32 [groups, m], finite; scales and biases are stored as `dtype`, uint16 for bfloat16."""
-    with np.errstate(over="ignore", invalid="ignore"):  # a candidate beyond the range of float16 loses by itself
+    with np.errstate(all="ignore"):  # a candidate out of range has an infinite or undefined error and loses by itself
         group_search = _Search(groups, bits, dtype)
-        group_search.step(*min_max(group_search.x, group_search.levels))
+        group_search.step(*min_max(group_search.x, group_search.levels, _MIN_SCALE / group_search.unit))
         for starts in group_search.start_grids():
             group_search.descend(starts)
         for _ in range(NEIGHBOUR_ROUNDS):
@@ -63,13 +63,13 @@ def search(groups: Float32, bits: int, dtype: np.dtype[Any]) -> Groups:
         return group_search.result()
 
 
-def min_max(x: Float32, levels: np.float32) -> tuple[Float32, Float32]:
+def min_max(x: Float32, levels: np.float32, smallest: Float32 | np.float32) -> tuple[Float32, Float32]:
     """Scale and bias by the rule of `mx.quantize`, float32: the larger extreme and zero are met exactly.
 
-    x [m, groups] -> [groups] each.
+    x [m, groups] -> [groups] each; `smallest` bounds the scale from below, 1e-7 in MLX.
     """
     low, high = x.min(0), x.max(0)
-    scale = np.maximum((high - low) / levels, _MIN_SCALE)
+    scale = np.maximum((high - low) / levels, smallest)
     from_low = np.abs(low) > np.abs(high)
     scale = np.where(from_low, scale, -scale)
     edge = np.where(from_low, low, high)

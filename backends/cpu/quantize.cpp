@@ -153,7 +153,7 @@ class Search {
   // The rule of mx.quantize: the larger extreme and zero are met exactly.
   void min_max(Pair& out) const {
     for (int l = 0; l < LANES; ++l) {
-      float scale = std::max((high_[l] - low_[l]) / levels_, MIN_SCALE);
+      float scale = std::max((high_[l] - low_[l]) / levels_, MIN_SCALE / unit_[l]);
       const bool from_low = std::fabs(low_[l]) > std::fabs(high_[l]);
       scale = from_low ? scale : -scale;
       const float edge = from_low ? low_[l] : high_[l];
