@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-__all__ = ["Memory", "limit_memory", "memory"]
+__all__ = ["Memory", "limit_memory", "used_memory"]
 
 _CACHE_SHARE = 8  # freed buffers that MLX may keep for reuse: at most this part of the budget
 
@@ -32,6 +32,6 @@ def limit_memory(nbytes: int) -> None:
         mx.set_wired_limit(min(nbytes, int(mx.device_info()["max_recommended_working_set_size"])))
 
 
-def memory() -> Memory:
+def used_memory() -> Memory:
     """What MLX holds now. The peak counts from the start of the process, or from `mx.reset_peak_memory()`."""
     return Memory(mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory())

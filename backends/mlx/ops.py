@@ -1,8 +1,8 @@
 """The operations of the seam on MLX.
 
-MLX is lazy: these functions build a graph, `start` sets it going without waiting, and only `numpy` waits. Small steps
-(decoding, and the verification of a few drafted tokens) go through `mx.compile`, so that Python walks through a layer's
-operations once and not for every token.
+MLX is lazy: these functions build a graph, `start` sets it going without waiting, and only `numpy` waits. On a GPU,
+small steps (decoding, and the verification of a few drafted tokens) go through `mx.compile`: Python walks through a
+layer's operations once and not for every token, and MLX makes one kernel of neighbouring pointwise operations.
 
 **Types.** Activations have the type that `embed` gave them, and every operation answers in the type of its input;
 inside, norms, softmax, exponentials and everything of the delta rule are float32. Matrices are used as they are stored:
@@ -11,9 +11,9 @@ inside, norms, softmax, exponentials and everything of the delta rule are float3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cache
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
@@ -31,6 +31,7 @@ __all__ = ["Dtype", "MlxOps"]
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 F = TypeVar("F", bound=Callable[..., Any])
+_Held: TypeAlias = list[tuple[mx.array, mx.array]]  # of every sequence, keys and values
 
 _STEP = 8  # tokens of a call that goes through mx.compile; longer ones would be traced for every length
 _SCORES = 1 << 24  # attention scores at a time: 64 MB, where MLX has no fused kernel and spells them out
@@ -43,15 +44,22 @@ class MlxOps(Ops[mx.array]):
     model was trained in, with float32's range, at half the traffic. (float16 is faster on an M1 or M2, which have no
     bfloat16 arithmetic, but nothing promises that activations stay below 65504.) On a CPU it is float32, which is what
     MLX multiplies fastest there, and exact.
+
+    `compiled` says whether `mx.compile` is used: on a GPU, yes. On a CPU MLX runs the C++ compiler for every kernel it
+    fuses, about a second each at the first use, where fusing saves next to nothing.
     """
 
     name = "mlx"
 
-    def __init__(self, dtype: Dtype | None = None) -> None:
-        on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    def __init__(self, dtype: Dtype | None = None, compiled: bool | None = None) -> None:
+        self._on_cpu = on_cpu = mx.default_device() == mx.Device(mx.cpu)
         self.dtype: mx.Dtype = getattr(mx, dtype or ("float32" if on_cpu else "bfloat16"))
+        self._compiled = not on_cpu if compiled is None else compiled
+        self._pieces: dict[Hashable, Callable[..., Any]] = {}  # compiled ones
         self._chunk = 16 if on_cpu else 64  # of the delta rule: few operations on a CPU, few steps on a GPU
         self._metal = mx.metal.is_available() and not on_cpu
+        self._silu, self._silu_mul = self._fused(_silu), self._fused(_silu_mul)
+        self._sigmoid_mul, self._delta_gates = self._fused(_sigmoid_mul), self._fused(_delta_gates)
 
     # --- the edge ----------------------------------------------------------------------------------------------------
 
@@ -90,13 +98,12 @@ class MlxOps(Ops[mx.array]):
         return table[ids].astype(self.dtype)
 
     def linear(self, x: mx.array, w: Matrix[mx.array]) -> mx.array:
-        stored = w.scales.dtype if isinstance(w, QMatrix) else w.dtype
-        a = x if x.dtype == mx.float32 else x.astype(stored)
         if isinstance(w, QMatrix):
             codes, scales, biases, bits, group_size = w
+            a = x.astype(mx.float32) if self._on_cpu else _as_stored(x, scales)  # its 16-bit products sum in 16 bits
             y = mx.quantized_matmul(a, codes, scales, biases, transpose=True, group_size=group_size, bits=bits)
         else:
-            y = a @ w.T
+            y = _as_stored(x, w) @ w.T
         return y.astype(x.dtype)
 
     # --- norms and pointwise -----------------------------------------------------------------------------------------
@@ -105,7 +112,7 @@ class MlxOps(Ops[mx.array]):
         return mx.fast.rms_norm(x, gain.astype(x.dtype), eps)
 
     def gated_rms_norm(self, x: mx.array, gain: mx.array, z: mx.array, eps: float) -> mx.array:
-        return _silu_mul(z, self.rms_norm(x, gain, eps))
+        return self._silu_mul(z, self.rms_norm(x, gain, eps))
 
     def l2_norm(self, x: mx.array, eps: float) -> mx.array:
         n = x.shape[-1]
@@ -115,13 +122,13 @@ class MlxOps(Ops[mx.array]):
         return x + y
 
     def silu_mul(self, gate: mx.array, up: mx.array) -> mx.array:
-        return _silu_mul(gate, up)
+        return self._silu_mul(gate, up)
 
     def sigmoid_mul(self, x: mx.array, gate: mx.array) -> mx.array:
-        return _sigmoid_mul(x, gate)
+        return self._sigmoid_mul(x, gate)
 
     def delta_gates(self, a: mx.array, b: mx.array, A: mx.array, dt_bias: mx.array) -> tuple[mx.array, mx.array]:
-        return _delta_gates(a, b, A, dt_bias)
+        return self._delta_gates(a, b, A, dt_bias)
 
     # --- attention ---------------------------------------------------------------------------------------------------
 
@@ -173,7 +180,7 @@ class MlxOps(Ops[mx.array]):
         y = sum((inputs[i : i + T] * w[:, i] for i in range(1, width)), inputs[:T] * w[:, 0])
         # a tail must not keep all of `inputs` alive, as a view of it would
         tails = tuple(mx.contiguous(inputs[n : n + width - 1]) for n in range(T - keep, T + 1))
-        return _silu(y).astype(x.dtype), tails
+        return self._silu(y).astype(x.dtype), tails
 
     def delta_rule(
         self, q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: mx.array, keep: int = 0
@@ -187,85 +194,81 @@ class MlxOps(Ops[mx.array]):
     # --- larger pieces, compiled where they are small ----------------------------------------------------------------
 
     def mlp(self, x: mx.array, w: MLPWeights[mx.array]) -> mx.array:
-        return _mlp(self)(x, w) if x.shape[0] <= _STEP else layers.mlp(self, x, w)
+        if not self._compiles(x):
+            return layers.mlp(self, x, w)
+        y: mx.array = self._piece(("mlp",), lambda x, w: layers.mlp(self, x, w))(x, w)
+        return y
 
     def delta_net(
         self, x: mx.array, w: DeltaNetWeights[mx.array], c: TextConfig, states: Sequence[DeltaState[mx.array]],
         lengths: Sequence[int], keep: int = 0,
     ) -> tuple[mx.array, list[tuple[DeltaState[mx.array], ...]]]:  # fmt: skip
-        if x.shape[0] > _STEP:
+        if not self._compiles(x):
             return layers.delta_net(self, x, w, c, states, lengths, keep)
-        y, after = _delta_net(self, c, tuple(lengths), keep)(x, w, list(states))
+        piece = self._piece(
+            ("delta_net", id(c), tuple(lengths), keep),
+            lambda x, w, states: layers.delta_net(self, x, w, c, states, lengths, keep),
+        )
+        y, after = piece(x, w, list(states))
         return y, after
 
     def gated_attention(
         self, x: mx.array, w: AttentionWeights[mx.array], c: TextConfig, angles: Angles[mx.array],
         caches: Sequence[KVCache[mx.array]], lengths: Sequence[int],
     ) -> tuple[mx.array, list[KVCache[mx.array]]]:  # fmt: skip
-        if x.shape[0] > _STEP:
+        if not self._compiles(x):
             return layers.gated_attention(self, x, w, c, angles, caches, lengths)
+
+        def on_buffers(x: mx.array, w: Any, angles: Any, held: _Held, starts: list[mx.array]) -> tuple[mx.array, _Held]:
+            caches = [StepKV(*buffers, start) for buffers, start in zip(held, starts, strict=True)]
+            y, longer = layers.gated_attention(self, x, w, c, angles, caches, lengths)
+            return y, [(kv.keys, kv.values) for kv in longer if isinstance(kv, StepKV)]
+
+        piece = self._piece(("gated_attention", id(c), tuple(lengths)), on_buffers)
         old = [kv for kv in caches if isinstance(kv, BufferedKV)]
         buffers = [kv.with_room(length) for kv, length in zip(old, lengths, strict=True)]
         held = [(buffer.keys, buffer.values) for buffer in buffers]
-        starts = [mx.array([kv.length]) for kv in old]
-        y, after = _gated_attention(self, c, tuple(lengths))(x, w, angles, held, starts)
+        y, after = piece(x, w, angles, held, [mx.array([kv.length]) for kv in old])
         longer: list[KVCache[mx.array]] = []
         for buffer, kv, length, (keys, values) in zip(buffers, old, lengths, after, strict=True):
             buffer.keys, buffer.values = keys, values
             longer.append(BufferedKV(buffer, kv.length + length))
         return y, longer
 
+    def _fused(self, f: F) -> F:
+        """A pointwise function as one kernel, for all shapes at once."""
+        return cast(F, mx.compile(f, shapeless=True)) if self._compiled else f
 
-# Traced once for every shape; the weights are inputs like any other, so that one trace serves all layers.
+    def _compiles(self, x: mx.array) -> bool:
+        return self._compiled and x.shape[0] <= _STEP
 
+    def _piece(self, key: Hashable, f: Callable[..., Any]) -> Callable[..., Any]:
+        """`f`, compiled when it is first asked for. MLX traces it once for every shape.
 
-@cache
-def _mlp(ops: MlxOps) -> Callable[..., Any]:
-    return mx.compile(lambda x, w: layers.mlp(ops, x, w))
-
-
-@cache
-def _delta_net(ops: MlxOps, c: TextConfig, lengths: tuple[int, ...], keep: int) -> Callable[..., Any]:
-    return mx.compile(lambda x, w, states: layers.delta_net(ops, x, w, c, states, lengths, keep))
-
-
-@cache
-def _gated_attention(ops: MlxOps, c: TextConfig, lengths: tuple[int, ...]) -> Callable[..., Any]:
-    def run(
-        x: mx.array, w: AttentionWeights[mx.array], angles: Angles[mx.array],
-        held: list[tuple[mx.array, mx.array]], starts: list[mx.array],
-    ) -> tuple[mx.array, list[tuple[mx.array, mx.array]]]:  # fmt: skip
-        caches = [StepKV(*buffers, start) for buffers, start in zip(held, starts, strict=True)]
-        y, longer = layers.gated_attention(ops, x, w, c, angles, caches, lengths)
-        return y, [(kv.keys, kv.values) for kv in longer if isinstance(kv, StepKV)]
-
-    return mx.compile(run)
+        The weights are inputs like any other, so that one trace serves all layers. `key` names everything else that
+        `f` depends on; a configuration goes by its id, which stays its own as long as `f` refers to it.
+        """
+        if key not in self._pieces:
+            self._pieces[key] = mx.compile(f)
+        return self._pieces[key]
 
 
-# --- pointwise: one kernel each, float32 inside -----------------------------------------------------------------------
+# --- pointwise, float32 inside ----------------------------------------------------------------------------------------
 
 
-def _pointwise(f: F) -> F:
-    return cast(F, mx.compile(f, shapeless=True))
-
-
-@_pointwise
 def _silu(x: mx.array) -> mx.array:
     return x * mx.sigmoid(x)
 
 
-@_pointwise
 def _silu_mul(gate: mx.array, up: mx.array) -> mx.array:
     wide = gate.astype(mx.float32)
     return (wide * mx.sigmoid(wide) * up).astype(up.dtype)
 
 
-@_pointwise
 def _sigmoid_mul(x: mx.array, gate: mx.array) -> mx.array:
     return (x * mx.sigmoid(gate.astype(mx.float32))).astype(x.dtype)
 
 
-@_pointwise
 def _delta_gates(a: mx.array, b: mx.array, A: mx.array, dt_bias: mx.array) -> tuple[mx.array, mx.array]:
     return A * mx.logaddexp(a.astype(mx.float32) + dt_bias, 0), mx.sigmoid(b.astype(mx.float32))
 
@@ -282,6 +285,11 @@ def _rope_tables(rope: RopeConfig) -> tuple[mx.array, mx.array]:
     for i in (1, 2):
         axis[i : 3 * rope.sections[i] : 3] = i
     return mx.array(frequency), mx.array(axis)
+
+
+def _as_stored(x: mx.array, weights: mx.array) -> mx.array:
+    """Activations in the type of the weights they meet; float32 stays, and the weights are widened."""
+    return x if x.dtype == mx.float32 else x.astype(weights.dtype)
 
 
 def _row_blocks(T: int, size: int) -> Iterator[slice]:

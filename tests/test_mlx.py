@@ -1,0 +1,458 @@
+"""The MLX backend beyond single operations: whole models, types, memory, and states that travel.
+
+NMSE is sum((a - b)^2) / sum(a^2); every bound has its reason beside it. On a Mac these run on its GPU; what only a
+Metal device can show is skipped elsewhere, with that as the reason.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import config_values, write_checkpoint
+
+from edgeq.backends.numpy import NumpyOps
+from edgeq.backends.numpy.delta import delta_step
+from edgeq.bf16 import Array, round_to, to_float32
+from edgeq.checkpoint import open_checkpoint
+from edgeq.config import TextConfig
+from edgeq.errors import ModelError
+from edgeq.model import layers
+from edgeq.model.text import forward, initial_state, logits, text_batch
+from edgeq.quant.affine import dequantize
+from edgeq.state import DeltaState, KVCache, State
+from edgeq.state_io import state_arrays, state_from_arrays
+from edgeq.weights import QMatrix, TextWeights, map_text
+
+mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
+
+from edgeq.backends.mlx import MlxOps, limit_memory, used_memory  # noqa: E402
+from edgeq.backends.mlx.delta import delta_metal, delta_products  # noqa: E402
+from edgeq.backends.mlx.kv import BufferedKV, capacity_for  # noqa: E402
+
+ON_CPU = mx.default_device() == mx.Device(mx.cpu)
+ON_METAL = mx.metal.is_available() and not ON_CPU
+needs_metal = pytest.mark.skipif(not ON_METAL, reason="needs an Apple GPU")
+
+FLOAT32 = 1e-9  # logits of a tiny model: 1e-14 of rounding, which its random layers amplify some ten thousand times
+ROUNDINGS = 80  # on the way through a tiny model of 4 layers: norms, gains, products and sums, about 20 in each
+UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # most that rounding changes a number by, relatively
+
+CAN_COMPILE = not ON_CPU or shutil.which("g++") is not None
+COMPILED = [pytest.mark.slow] if ON_CPU else []  # on a CPU, g++ takes a second for every kernel, when it first runs
+compiled_too = pytest.mark.parametrize(
+    "compiled", [pytest.param(False, id="plain"), pytest.param(True, id="compiled", marks=COMPILED)]
+)
+
+
+def nmse(expected: Array, found: Array) -> float:
+    expected, found = np.asarray(expected, np.float64), np.asarray(found, np.float64)
+    assert expected.shape == found.shape
+    return float(np.sum((expected - found) ** 2) / np.sum(expected**2))
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+class Tiny:
+    """A tiny model on a backend."""
+
+    def __init__(self, ops: Any, c: TextConfig, weights: TextWeights[Array]) -> None:
+        self.ops, self.c, self.weights = ops, c, map_text(weights, ops.load)
+
+    def run(self, ids: Any, state: State[Any] | None = None, keep: int = 0) -> tuple[Array, tuple[State[Any], ...]]:
+        """Logits of all of `ids`, and the kept states."""
+        state = state or initial_state(self.ops, self.c)
+        batch = text_batch([np.asarray(ids, np.int32)], [state])
+        hidden, (kept,) = forward(self.ops, self.c, self.weights, batch, [state], keep)
+        return self.ops.numpy(logits(self.ops, self.weights, hidden)), kept
+
+    def greedy(self, ids: Any, tokens: int, state: State[Any] | None = None) -> tuple[list[int], State[Any]]:
+        chosen: list[int] = []
+        for _ in range(tokens):
+            scores, (state,) = self.run(ids, state)
+            chosen.append(int(scores[-1].argmax()))
+            ids = chosen[-1:]
+        assert state is not None
+        return chosen, state
+
+
+def quantize(weights: TextWeights[Array], bits: int, dtype: type) -> TextWeights[Array]:
+    """Every matrix in groups of 32, by MLX itself; scales and biases of `dtype`."""
+
+    def matrix(m: Array) -> Any:
+        if m.ndim != 2 or m.shape[1] % 32:
+            return m
+        codes, scales, biases = (np.array(x) for x in mx.quantize(mx.array(to_float32(m)), 32, bits))
+        return QMatrix(codes, round_to(scales, dtype), round_to(biases, dtype), bits, 32)
+
+    return map_text(weights, matrix)
+
+
+@pytest.fixture(scope="module", params=["bf16", "int4", "int8"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[TextConfig, Any]:
+    folder = tmp_path_factory.mktemp("tiny")
+    config = write_checkpoint(folder, config_values(layer_types=["linear_attention", "full_attention"] * 2))
+    weights = open_checkpoint(folder).text_weights()
+    if request.param != "bf16":
+        weights = quantize(weights, int(request.param[3:]), np.uint16)
+    return config.text, weights
+
+
+def prompt(c: TextConfig, n: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).integers(0, c.vocab_size, n).astype(np.int32)
+
+
+def bound(c: TextConfig, weights: Any, ids: Array, dtype: str) -> float:
+    """What activations in `dtype` may cost: ROUNDINGS times the error that rounding the first ones alone makes.
+
+    How far one rounding carries depends on the random model, so it is measured, in NumPy.
+    """
+    if dtype == "float32":
+        return FLOAT32
+    table = weights.embed_tokens
+    table = dequantize(*table) if isinstance(table, QMatrix) else to_float32(table)
+    stored = weights.layers[0].mlp.gate_proj
+    stored = stored.scales if isinstance(stored, QMatrix) else stored
+    unit = UNIT["bfloat16" if stored.dtype == np.uint16 else dtype]  # activations take the type of what they meet
+    rounded = table * (1 + unit * np.random.default_rng(0).uniform(-1, 1, table.shape).astype(np.float32))
+    expected, _ = Tiny(NumpyOps(), c, weights).run(ids)
+    found, _ = Tiny(NumpyOps(), c, weights._replace(embed_tokens=rounded)).run(ids)
+    return ROUNDINGS * nmse(expected, found)
+
+
+@compiled_too
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_logits(model: Any, dtype: Any, compiled: bool) -> None:
+    c, weights = model
+    ids = prompt(c, 90)
+    expected, _ = Tiny(NumpyOps(), c, weights).run(ids)
+    tiny = Tiny(MlxOps(dtype, compiled), c, weights)
+    pieces, state = [], None
+    for piece in (ids[:70], ids[70:71], ids[71:72], ids[72:77], ids[77:]):  # long ones, and compiled short ones
+        scores, (state,) = tiny.run(piece, state)
+        pieces.append(scores)
+    assert nmse(expected, np.concatenate(pieces)) <= bound(c, weights, ids, dtype)
+
+
+@compiled_too
+def test_greedy_tokens_are_those_of_numpy(model: Any, compiled: bool) -> None:
+    c, weights = model
+    expected, _ = Tiny(NumpyOps(), c, weights).greedy(prompt(c, 40), 60)
+    found, _ = Tiny(MlxOps("float32", compiled), c, weights).greedy(prompt(c, 40), 60)
+    assert found == expected
+
+
+@pytest.mark.parametrize("scales", [np.float32, np.float16])
+def test_scales_of_any_type(model: Any, scales: type) -> None:
+    c, weights = model
+    if not isinstance(weights.embed_tokens, QMatrix):
+        weights = quantize(weights, 4, scales)
+    ids = prompt(c, 12)
+    expected, _ = Tiny(NumpyOps(), c, weights).run(ids)
+    for dtype in ("float32", "float16", "bfloat16"):
+        found, _ = Tiny(MlxOps(dtype), c, weights).run(ids)
+        assert nmse(expected, found) <= bound(c, weights, ids, dtype)
+
+
+@compiled_too
+def test_several_sequences_at_once(model: Any, compiled: bool) -> None:
+    """Decoding three sequences together gives what each gives alone."""
+    c, weights = model
+    tiny = Tiny(MlxOps("float32", compiled), c, weights)
+    states = [tiny.run(prompt(c, n, n))[1][0] for n in (3, 1, 300)]
+    ids = [np.array([n], np.int32) for n in (5, 6, 7)]
+    hidden, after = forward(tiny.ops, c, tiny.weights, text_batch(ids, states), states)
+    together = tiny.ops.numpy(logits(tiny.ops, tiny.weights, hidden))
+    for i, state in enumerate(states):
+        scores, (alone,) = tiny.run(ids[i], state)
+        assert nmse(scores[0], together[i]) <= FLOAT32
+        assert after[i][0].length == alone.length
+
+
+@compiled_too
+def test_kept_states_and_old_states_stay_good(model: Any, compiled: bool) -> None:
+    c, weights = model
+    tiny = Tiny(MlxOps("float32", compiled), c, weights)
+    ids = prompt(c, 30)
+    expected, _ = tiny.run(ids)
+    _, (start,) = tiny.run(ids[:20])
+    scores, kept = tiny.run(ids[20:25], start, keep=4)
+    assert nmse(expected[20:25], scores) <= FLOAT32
+    assert [state.length for state in kept] == [21, 22, 23, 24, 25]
+    for state in (*kept, start):
+        scores, _ = tiny.run(ids[state.length :], state)
+        assert nmse(expected[state.length :], scores) <= FLOAT32
+
+
+# --- states travel ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("first", "second"), [("numpy", "mlx"), ("mlx", "numpy")])
+def test_a_state_goes_on_elsewhere(model: Any, tmp_path: Path, first: str, second: str) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    c, weights = model
+    backends = {"numpy": NumpyOps(), "mlx": MlxOps("float32")}
+    here, there = (Tiny(backends[name], c, weights) for name in (first, second))
+    expected, _ = here.greedy(prompt(c, 40), 30)
+    begun, state = here.greedy(prompt(c, 40), 10)
+    save_file(state_arrays(here.ops, state), tmp_path / "state.safetensors")
+    restored = state_from_arrays(there.ops, c, load_file(tmp_path / "state.safetensors"))
+    assert (restored.length, restored.next_position) == (49, 49)
+    rest, _ = there.greedy(begun[-1:], 20, restored)
+    assert begun + rest == expected
+
+
+def test_a_state_of_another_model_is_refused(model: Any) -> None:
+    c, weights = model
+    tiny = Tiny(NumpyOps(), c, weights)
+    arrays = state_arrays(tiny.ops, tiny.run(prompt(c, 3))[1][0])
+    with pytest.raises(ModelError, match=r"layers\.1\.keys is float32 \[2, 2, 32\], expected float32 \[3, 2, 32\]"):
+        state_from_arrays(tiny.ops, c, {**arrays, "layers.1.keys": arrays["layers.1.keys"][:2]})
+    with pytest.raises(ModelError, match=r"layers\.0\.conv is missing"):
+        state_from_arrays(tiny.ops, c, {k: v for k, v in arrays.items() if k != "layers.0.conv"})
+    with pytest.raises(ModelError, match="lacks 'length'"):
+        state_from_arrays(tiny.ops, c, {})
+
+
+# --- the delta rule --------------------------------------------------------------------------------------------------
+
+
+def delta_inputs(T: int, heads: int, K: int, V: int, share: int) -> list[Array]:
+    rng = np.random.default_rng(1)
+    q, k = (rng.standard_normal((T, heads, K)).astype(np.float32) for _ in "qk")
+    q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    v = rng.standard_normal((T, heads * share, V)).astype(np.float32)
+    g = -np.exp(2 * rng.standard_normal((T, heads * share)) - 2).astype(np.float32)
+    beta = rng.uniform(0, 1, (T, heads * share)).astype(np.float32)
+    return [q, k, v, g, beta, rng.standard_normal((heads * share, V, K)).astype(np.float32)]
+
+
+@pytest.mark.parametrize("C", [4, 16, 64])
+def test_delta_rule_with_keys_that_repeat(C: int) -> None:
+    """A text that goes in circles: equal keys, full strength, hardly any decay. Powers of the system would overflow."""
+    q, k, v, g, beta, state = delta_inputs(256, 2, 32, 16, 1)
+    k[:], g[:], beta[:] = k[:1], -1e-4, 1
+    o, (after,) = delta_products(*map(mx.array, (q, k, v, g, beta, state)), 0, C)
+    outputs = []
+    for t in range(len(q)):
+        out, state = delta_step(q[t], k[t], v[t], g[t], beta[t], state)
+        outputs.append(out)
+    assert nmse(np.stack(outputs), np.array(o)) <= 1e-9  # float32 sums fed back a few hundred times
+    assert nmse(state, np.array(after)) <= 1e-9
+
+
+@needs_metal
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 257])
+def test_metal_kernel(T: int, dtype: str) -> None:
+    for heads, K, V, share in ((2, 128, 128, 1), (2, 128, 128, 2), (3, 40, 24, 1), (1, 7, 5, 4)):
+        q, k, v, g, beta, state = map(mx.array, delta_inputs(T, heads, K, V, share))
+        q, k, v = (x.astype(getattr(mx, dtype)) for x in (q, k, v))
+        for keep in {0, min(T, 4)}:
+            o, states = delta_metal(q, k, v, g, beta, state, keep)
+            o_products, states_products = delta_products(q, k, v, g, beta, state, keep, 64)
+            assert nmse(np.array(o_products), np.array(o)) <= 1e-9  # float32 on both sides, whatever the inputs were
+            for found, expected in zip(states, states_products, strict=True):
+                assert nmse(np.array(expected), np.array(found)) <= 1e-9
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def test_capacities_grow_by_a_quarter() -> None:
+    assert [capacity_for(n) for n in (0, 1, 256, 257, 2047, 2048, 2049, 262144)] == [
+        0, 256, 256, 512, 2048, 2048, 2560, 262144,
+    ]  # fmt: skip
+    sizes = {capacity_for(n) for n in range(1, 1 << 18)}
+    assert len(sizes) < 50
+    assert all(capacity_for(n) - n < max(256, n / 4 + 1) for n in range(1, 1 << 14))
+
+
+def test_appending_is_in_place() -> None:
+    """The old cache is still held, and yet nothing of the buffer is copied."""
+    room = np.zeros((8000, 4, 64), np.float32)  # 8 MB a side
+    held = [MlxOps("float32").kv_cache(room, room)]
+    token = mx.zeros((1, 4, 64))
+    mx.eval(held[0].buffer.keys, held[0].buffer.values)
+    mx.reset_peak_memory()
+    before = used_memory().active
+    for _ in range(20):
+        held.append(held[-1].appended(token, token))
+        mx.eval(held[-1].buffer.keys, held[-1].buffer.values)
+    assert used_memory().peak - before < held[0].nbytes / 10
+    assert all(cache.buffer is held[0].buffer for cache in held)
+
+
+@compiled_too
+def test_decoding_appends_in_place(tmp_path: Path, compiled: bool) -> None:
+    c, tiny = soak_model(tmp_path, compiled)
+    _, (state,) = tiny.run(prompt(c, 3900))
+    held = [state]
+    for _ in range(3):
+        held.append(tiny.run([1], held[-1])[1][0])
+    mx.reset_peak_memory()
+    before, buffer = used_memory().active, cache_bytes(state)
+    for _ in range(10):
+        held.append(tiny.run([1], held[-1])[1][0])
+    assert cache_bytes(held[-1]) == buffer
+    assert used_memory().peak - before < buffer / 2
+
+
+def test_a_rollback_writes_over_what_nobody_holds() -> None:
+    ops = MlxOps("float32")
+    x = np.random.default_rng(0).standard_normal((10, 2, 8)).astype(np.float32)
+    cache = ops.kv_cache(x, x)
+    longer = cache.appended(mx.array(x[:3]), mx.array(x[:3]))
+    branch = cache.appended(mx.array(x[3:4]), mx.array(x[3:4]))
+    assert branch.buffer is not cache.buffer  # `longer` is in use
+    del longer, branch
+    again = cache.appended(mx.array(x[3:4]), mx.array(x[3:4]))
+    assert again.buffer is cache.buffer
+    assert np.array_equal(np.array(again.arrays()[0]), np.concatenate([x, x[3:4]]))
+
+
+# --- laziness and memory ---------------------------------------------------------------------------------------------
+
+
+class Lazy(MlxOps):
+    """Builds graphs and computes nothing."""
+
+    def start(self, hidden: Any, states: Any) -> None:
+        pass
+
+
+@pytest.mark.skipif(not CAN_COMPILE, reason="without g++, mx.compile does nothing on a CPU")
+def test_decoding_is_traced_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    c, weights = model
+    tiny = Tiny(Lazy("float32", compiled=True), c, weights)
+    state = initial_state(tiny.ops, c)
+    traced = []
+    for piece in ("mlp", "delta_net", "gated_attention"):
+        body = getattr(layers, piece)
+        monkeypatch.setattr(layers, piece, lambda *a, _body=body, _piece=piece: traced.append(_piece) or _body(*a))
+    for _ in range(50):
+        batch = text_batch([np.array([1], np.int32)], [state])
+        _, ((state,),) = forward(tiny.ops, c, tiny.weights, batch, [state])
+    assert sorted(traced) == ["delta_net", "gated_attention", "mlp"]
+
+
+def test_a_call_does_not_wait(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    c, weights = model
+    tiny = Tiny(MlxOps("float32"), c, weights)
+    state = initial_state(tiny.ops, c)
+
+    def waits(*_: object) -> None:
+        raise AssertionError("it waited")
+
+    monkeypatch.setattr(mx, "eval", waits)
+    monkeypatch.setattr(mx, "synchronize", waits)
+    for n in (70, 1):
+        batch = text_batch([prompt(c, n)], [state])
+        _, ((state,),) = forward(tiny.ops, c, tiny.weights, batch, [state])
+
+
+def test_loading_copies_each_weight_once(model: Any) -> None:
+    c, weights = model
+    gc.collect()
+    before = used_memory().active
+    tiny = Tiny(MlxOps(), c, weights)
+    stored = 0
+
+    def count(x: Array) -> Array:
+        nonlocal stored
+        stored += x.nbytes
+        return x
+
+    map_text(weights, count)
+    assert tiny.weights.lm_head is tiny.weights.embed_tokens
+    assert stored <= used_memory().active - before <= 1.05 * stored + 64 * 1024  # whole blocks for small vectors
+
+
+@pytest.fixture
+def limits() -> Iterator[None]:
+    """Put MLX's limits back."""
+    memory, cache = mx.set_memory_limit(1 << 40), mx.set_cache_limit(1 << 40)
+    yield
+    mx.set_memory_limit(memory)
+    mx.set_cache_limit(cache)
+
+
+def test_limit_memory(limits: None) -> None:
+    limit_memory(64 << 20)
+    assert mx.get_memory_limit() == 64 << 20
+    for _ in range(4):
+        x = mx.zeros((32 << 18,)) + 1  # 32 MB
+        mx.eval(x)
+        del x
+    assert used_memory().cached <= 8 << 20
+    assert used_memory().peak >= 32 << 20
+
+
+def soak_model(folder: Path, compiled: bool) -> tuple[TextConfig, Tiny]:
+    """The smallest thing that has every kind of state."""
+    c = write_checkpoint(folder, config_values(max_position_embeddings=1 << 16)).text
+    return c, Tiny(MlxOps("float32", compiled), c, open_checkpoint(folder).text_weights())
+
+
+def cache_bytes(state: State[Any]) -> int:
+    return sum(layer.nbytes for layer in state.layers if isinstance(layer, KVCache))
+
+
+def soak(tiny: Tiny, tokens: int, *, compiled: bool) -> None:
+    """Decode `tokens`; what MLX holds besides the growing KV cache must not change by a byte.
+
+    The compiled step is traced for every capacity of the cache, of which there are few; a trace has its constants.
+    """
+    token, state = [1], None
+    held, capacities = [], set()
+    for n in range(tokens):
+        scores, (state,) = tiny.run(token, state)
+        token = [int(scores[0].argmax())]
+        capacities.add(cache_bytes(state))
+        if n % 250 == 249:
+            gc.collect()
+            held.append(used_memory().active - cache_bytes(state))
+    assert len(capacities) < 50
+    assert max(held[1:]) - min(held[1:]) <= (32 * len(capacities) if compiled else 0), held
+    assert used_memory().peak < held[0] + 4 * cache_bytes(state) + (64 << 20)
+
+
+@compiled_too
+def test_nothing_grows_over_2000_tokens(tmp_path: Path, compiled: bool) -> None:
+    soak(soak_model(tmp_path, compiled)[1], 2000, compiled=compiled)
+
+
+@pytest.mark.slow
+@compiled_too
+def test_nothing_grows_over_50000_tokens(tmp_path: Path, compiled: bool) -> None:
+    soak(soak_model(tmp_path, compiled)[1], 50_000, compiled=compiled)
+
+
+def test_a_long_prompt_leaves_no_graph_behind(tmp_path: Path) -> None:
+    """Chunks whose results nobody reads: the state is computed all the same."""
+    c, tiny = soak_model(tmp_path, compiled=False)
+    state = initial_state(tiny.ops, c)
+    held = []
+    for n in range(30):
+        batch = text_batch([prompt(c, 64, n)], [state])
+        _, ((state,),) = forward(tiny.ops, c, tiny.weights, batch, [state])
+        mx.synchronize()
+        held.append(used_memory().active - cache_bytes(state))
+    assert max(held[2:]) - min(held[2:]) < 64 * 1024
+    assert isinstance(state.layers[0], DeltaState)
+    assert isinstance(state.layers[3], BufferedKV)
+
+
+def test_the_right_backend_for_int4_rows() -> None:
+    """MLX's own dequantization is the specification's, bit for bit, in float32."""
+    rng = np.random.default_rng(0)
+    codes, scales, biases = mx.quantize(mx.array(rng.standard_normal((8, 128)).astype(np.float32)), 32, 4)
+    ours = dequantize(np.array(codes), np.array(scales), np.array(biases), 4, 32)
+    assert nmse(np.array(mx.dequantize(codes, scales, biases, 32, 4)), ours) <= 1e-13
