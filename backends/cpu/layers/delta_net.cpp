@@ -15,13 +15,13 @@ namespace {
 
 constexpr Index chunk_tokens = 32;
 constexpr float l2_eps = 1e-6f;              // of q and k; fixed by the architecture
-constexpr float smallest_factor = 0x1p-20f;  // of the state, before it is multiplied through (see DeltaChunk)
+constexpr float smallest_factor = 0x1p-20f;  // of the state, before it is multiplied through (see DeltaStep)
 
 // What one head computes about a chunk before the delta rule runs.
 struct Chunk {
     Floats q, k, v, o;
-    float g[chunk_tokens], beta[chunk_tokens], qk[chunk_tokens];
-    float decay[chunk_tokens], through[chunk_tokens], lift[chunk_tokens];
+    float g[chunk_tokens], beta[chunk_tokens];
+    DeltaStep steps[chunk_tokens / 2];
 
     void resize(Index K, Index V) {
         q.resize(chunk_tokens * K);
@@ -37,14 +37,31 @@ float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
 
 float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
-void spread_decays(Chunk& c, Index tokens) {
+// The steps of a chunk from its q, k, g and beta.
+void plan_steps(Chunk& c, Index tokens, Index K) {
+    const auto dot = layer_kernels().dot;
     float factor = 1.0f;
-    for (Index t = 0; t < tokens; t++) {
-        c.decay[t] = factor * std::exp(c.g[t]);
-        const bool fold = t + 1 == tokens || c.decay[t] < smallest_factor;
-        c.through[t] = fold ? c.decay[t] : 1.0f;
-        factor = fold ? 1.0f : c.decay[t];
-        c.lift[t] = 1.0f / factor;
+    for (Index t = 0; t < tokens; t += 2) {
+        DeltaStep& step = c.steps[t / 2];
+        const bool pair = t + 1 < tokens;
+        const float *q1 = &c.q[t * K], *k1 = &c.k[t * K], *q2 = q1 + K, *k2 = k1 + K;
+        const float e2 = pair ? std::exp(c.g[t + 1]) : 1.0f;
+        step.beta[0] = c.beta[t];
+        step.decay[0] = factor * std::exp(c.g[t]);
+        step.own[0] = dot(q1, k1, K);
+        if (pair) {
+            step.beta[1] = c.beta[t + 1];
+            step.decay[1] = step.decay[0] * e2;
+            step.own[1] = dot(q2, k2, K);
+            step.recall = e2 * dot(k1, k2, K);
+            step.answer = e2 * dot(q2, k1, K);
+        }
+        const float decayed = step.decay[pair ? 1 : 0];
+        const bool fold = t + 2 >= tokens || decayed < smallest_factor;
+        step.through = fold ? decayed : 1.0f;
+        factor = fold ? 1.0f : decayed;
+        step.lift[0] = e2 / factor;
+        step.lift[1] = 1.0f / factor;
     }
 }
 
@@ -66,11 +83,8 @@ void each_chunk(const DeltaSequence& s, Index keep, Index head, Index head_size,
 // q, k and beta, g of the chunk are there, q and k of unit length; v and o are `v` and `o`.
 void run_delta(Chunk& c, Index tokens, Index K, Index V, const float* v, Index v_stride, float* o, Index o_stride,
                const float* from, float* to) {
-    const LayerKernels& kernels = layer_kernels();
-    for (Index t = 0; t < tokens; t++) c.qk[t] = kernels.dot(&c.q[t * K], &c.k[t * K], K);
-    spread_decays(c, tokens);
-    kernels.delta(to, from, V, {tokens, K, c.q.data(), c.k.data(), v, v_stride, c.beta, c.qk, c.decay, c.through, c.lift,
-                                o, o_stride});
+    plan_steps(c, tokens, K);
+    layer_kernels().delta(to, from, V, {tokens, K, c.q.data(), c.k.data(), v, v_stride, o, o_stride, c.steps});
 }
 
 // Channels [first, first + n) of the tails after tokens - keep, ..., tokens tokens.

@@ -46,24 +46,33 @@ struct Attend {
 constexpr int attend_rows = 4;   // query rows at a time
 constexpr int attend_keys = 64;  // keys at a time; divides kv_page
 
-// The tokens of one chunk of the delta rule, one value head; see delta_chunk in backends/numpy/delta.py for the maths.
+// Two tokens of the delta rule, or the last one. Unrolled, with decays e1, e2 and the state S before them:
 //
-// A decay multiplies the whole state. Instead of doing that for every token, the state is kept divided by a common
-// factor c that takes the decays up, and is multiplied through (`through`, else 1) only where c becomes too small and
-// at the chunk's last token, after which c = 1.
+//     d1 = beta1 (v1 - e1 S k1)                                o1 = e1 S q1 + d1 (q1 . k1)
+//     d2 = beta2 (v2 - e1 e2 S k2 - e2 d1 (k1 . k2))           o2 = e1 e2 S q2 + e2 d1 (q2 . k1) + d2 (q2 . k2)
+//     S <- e1 e2 S + e2 d1 k1^T + d2 k2^T
+//
+// so that S is read once and written once for both, and only the small numbers d wait for one another. Even the product
+// e1 e2 S is put off: what is stored is S / c, and c takes the decays up until it becomes small or the chunk ends.
+struct DeltaStep {
+    float beta[2];
+    float decay[2];        // c e1, c e1 e2: makes the stored state the decayed one
+    float own[2];          // q1 . k1, q2 . k2
+    float recall, answer;  // e2 (k1 . k2), e2 (q2 . k1)
+    float through;         // multiplies the stored state now; 1, or c e1 e2, after which c = 1
+    float lift[2];         // e2 / c, 1 / c with the new c (for a single token 1 / c, -)
+};
+
+// The tokens of one chunk of the delta rule, one value head.
 struct DeltaChunk {
     Index tokens, K;
-    const float* q;        // [tokens, K], unit length times K^-0.5
-    const float* k;        // [tokens, K], unit length
-    const float* v;        // [tokens, v_stride]
+    const float* q;  // [tokens, K], unit length times K^-0.5
+    const float* k;  // [tokens, K], unit length
+    const float* v;  // [tokens, v_stride]
     Index v_stride;
-    const float* beta;     // [tokens]
-    const float* qk;       // [tokens], q . k
-    const float* decay;    // [tokens], what the stored state is to be multiplied with to be the decayed state
-    const float* through;  // [tokens], what the stored state is multiplied with now
-    const float* lift;     // [tokens], 1 / c
-    float* o;              // [tokens, o_stride]
+    float* o;  // [tokens, o_stride]
     Index o_stride;
+    const DeltaStep* steps;  // one for two tokens
 };
 
 constexpr Index conv_widest = 8;  // taps of the causal convolution; Qwen3.5 has 4

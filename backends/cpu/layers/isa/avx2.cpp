@@ -17,6 +17,10 @@ inline V load(const float* p) { return _mm256_loadu_ps(p); }
 inline V load_n(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
 inline void store(float* p, V x) { _mm256_storeu_ps(p, x); }
 inline void store_n(float* p, V x, int n) { _mm256_maskstore_ps(p, first(n), x); }
+inline V held(V x) {
+    __asm__("" : "+x"(x));
+    return x;
+}
 inline V set1(float x) { return _mm256_set1_ps(x); }
 inline V add(V x, V y) { return _mm256_add_ps(x, y); }
 inline V sub(V x, V y) { return _mm256_sub_ps(x, y); }

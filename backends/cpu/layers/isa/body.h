@@ -2,6 +2,7 @@
 //
 //     V, W                      a vector of floats and how many it has
 //     load, store, load_n, store_n (n <= W entries, the others zero / untouched), set1
+//     held                      the same, in a register: the compiler likes to load again what several sums need
 //     add, sub, mul, div, fma (x * y + z), max_of
 //     sum, peak_of              across the vector
 //     sum4(a, b, c, d, out)     four sums at once
@@ -156,103 +157,82 @@ constexpr Index delta_widest = 256;  // keys; Qwen3.5 has 128
 
 // --- the delta rule --------------------------------------------------------------------------------------------------
 
-// R rows of the state stay in the nearest cache while the tokens of the chunk pass: the first token reads them from
-// `from`, the last writes them to `to`. Per token one pass reads what the state recalls for k and answers to q, and one
-// writes:
-//     r = decay (S k);  d = beta (v - r);  o = decay (S q) + d (q . k);  S <- through S + (lift d) k
-INLINE void delta_rows(float* to, const float* from, float* near, const int R, const Index K, Index first,
-                       const DeltaChunk& c) {
-    for (Index t = 0; t < c.tokens; t++) {
-        const float* S = t == 0 ? from : near;
-        float* next = t + 1 == c.tokens ? to : near;
-        const float *q = c.q + t * K, *k = c.k + t * K;
-        V by_k[4], by_q[4];
-        for (int r = 0; r < 4; r++) by_k[r] = by_q[r] = set1(0.0f);
-        for (Index i = 0; i < K; i += W) {
-            const V key = load_upto(k + i, K - i), query = load_upto(q + i, K - i);
-            for (int r = 0; r < R; r++) {
-                const V s = load_upto(S + r * K + i, K - i);
-                by_k[r] = fma(s, key, by_k[r]);
-                by_q[r] = fma(s, query, by_q[r]);
-            }
+// R rows of the state stay in the nearest cache while the tokens of the chunk pass: the first step reads them from
+// `from`, the last writes them to `to`. A step takes B = 1 or 2 tokens, with one pass over the rows that reads what the
+// state recalls for every k and answers to every q, and one that writes.
+INLINE void delta_step(float* to, const float* from, const int R, const int B, const Index K, const float* q,
+                       const float* k, const DeltaStep& step, const float* v, Index v_stride, float* o,
+                       Index o_stride) {
+    V by[4][4];  // row; k, k of the second token, q, q of the second token
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < 4; j++) by[r][j] = set1(0.0f);
+    for (Index i = 0; i < K; i += W) {
+        V keys[2], queries[2];
+        for (int j = 0; j < B; j++) {
+            keys[j] = held(load_upto(k + j * K + i, K - i));
+            queries[j] = held(load_upto(q + j * K + i, K - i));
         }
-        float recalled[4], answered[4];
-        sum4(by_k[0], by_k[1], by_k[2], by_k[3], recalled);
-        sum4(by_q[0], by_q[1], by_q[2], by_q[3], answered);
-        V write[4];
         for (int r = 0; r < R; r++) {
-            const float d = c.beta[t] * (c.v[t * c.v_stride + first + r] - c.decay[t] * recalled[r]);
-            c.o[t * c.o_stride + first + r] = c.decay[t] * answered[r] + d * c.qk[t];
-            write[r] = set1(c.lift[t] * d);
-        }
-        const V through = set1(c.through[t]);
-        const bool whole = c.through[t] == 1.0f;
-        for (Index i = 0; i < K; i += W) {
-            const V key = load_upto(k + i, K - i);
-            for (int r = 0; r < R; r++) {
-                V s = load_upto(S + r * K + i, K - i);
-                if (!whole) s = mul(s, through);
-                store_upto(next + r * K + i, fma(write[r], key, s), K - i);
+            const V s = held(load_upto(from + r * K + i, K - i));
+            for (int j = 0; j < B; j++) {
+                by[r][j] = fma(s, keys[j], by[r][j]);
+                by[r][2 + j] = fma(s, queries[j], by[r][2 + j]);
             }
+        }
+    }
+    V write[4][2];
+    for (int r = 0; r < R; r++) {
+        float sums[4];
+        sum4(by[r][0], by[r][1], by[r][2], by[r][3], sums);
+        const float d = step.beta[0] * (v[r] - step.decay[0] * sums[0]);
+        o[r] = step.decay[0] * sums[2] + step.own[0] * d;
+        write[r][0] = set1(step.lift[0] * d);
+        if (B == 2) {
+            const float e = step.beta[1] * (v[v_stride + r] - step.decay[1] * sums[1] - step.recall * d);
+            o[o_stride + r] = step.decay[1] * sums[3] + step.answer * d + step.own[1] * e;
+            write[r][1] = set1(step.lift[1] * e);
+        }
+    }
+    const V through = set1(step.through);
+    const bool whole = step.through == 1.0f;
+    for (Index i = 0; i < K; i += W) {
+        V keys[2];
+        for (int j = 0; j < B; j++) keys[j] = held(load_upto(k + j * K + i, K - i));
+        for (int r = 0; r < R; r++) {
+            V s = load_upto(from + r * K + i, K - i);
+            if (!whole) s = mul(s, through);
+            for (int j = 0; j < B; j++) s = fma(write[r][j], keys[j], s);
+            store_upto(to + r * K + i, s, K - i);
         }
     }
 }
 
+INLINE void delta_rows(float* to, const float* from, float* near, const int R, const Index K, Index row,
+                       const DeltaChunk& c) {
+    for (Index t = 0; t < c.tokens; t += 2) {
+        float* next = t + 2 >= c.tokens ? to : near;
+        const float* v = c.v + t * c.v_stride + row;
+        float* o = c.o + t * c.o_stride + row;
+        if (t + 1 < c.tokens)
+            delta_step(next, from, R, 2, K, c.q + t * K, c.k + t * K, c.steps[t / 2], v, c.v_stride, o, c.o_stride);
+        else
+            delta_step(next, from, R, 1, K, c.q + t * K, c.k + t * K, c.steps[t / 2], v, c.v_stride, o, c.o_stride);
+        from = near;
+    }
+}
+
+constexpr int DELTA_ROWS = W == 8 ? 2 : 4;  // AVX2 has registers for the sums of two
+
 INLINE void delta_of(float* to, const float* from, Index rows, const Index K, const DeltaChunk& c) {
-    alignas(64) float room[4 * delta_widest];
+    alignas(64) float room[DELTA_ROWS * delta_widest];
     // A row too wide for the room is worked on where it ends up.
     auto near = [&](Index r) { return K <= delta_widest ? room : to + r * K; };
     Index r = 0;
-    for (; r + 4 <= rows; r += 4) delta_rows(to + r * K, from + r * K, near(r), 4, K, r, c);
+    for (; r + DELTA_ROWS <= rows; r += DELTA_ROWS) delta_rows(to + r * K, from + r * K, near(r), DELTA_ROWS, K, r, c);
     for (; r < rows; r++) delta_rows(to + r * K, from + r * K, near(r), 1, K, r, c);
 }
 
-// The same with the rows in registers from the first token to the last: two rows of 128 entries are 16 vectors of 16.
-INLINE void delta_pair(float* to, const float* from, Index first, const DeltaChunk& c) {
-    constexpr int N = 128 / W;
-    V S[2][N];
-#pragma GCC unroll 16
-    for (int i = 0; i < N; i++) S[0][i] = load(from + i * W), S[1][i] = load(from + 128 + i * W);
-    for (Index t = 0; t < c.tokens; t++) {
-        const float *q = c.q + t * 128, *k = c.k + t * 128;
-        V by[4][2];  // row 0 by k, row 1 by k, row 0 by q, row 1 by q; even and odd entries, for shorter chains
-        for (int r = 0; r < 4; r++) by[r][0] = by[r][1] = set1(0.0f);
-#pragma GCC unroll 16
-        for (int i = 0; i < N; i++) {
-            const V key = load(k + i * W), query = load(q + i * W);
-            for (int r = 0; r < 2; r++) {
-                by[r][i % 2] = fma(S[r][i], key, by[r][i % 2]);
-                by[2 + r][i % 2] = fma(S[r][i], query, by[2 + r][i % 2]);
-            }
-        }
-        float sums[4];
-        sum4(add(by[0][0], by[0][1]), add(by[1][0], by[1][1]), add(by[2][0], by[2][1]), add(by[3][0], by[3][1]), sums);
-        V write[2];
-        for (int r = 0; r < 2; r++) {
-            const float d = c.beta[t] * (c.v[t * c.v_stride + first + r] - c.decay[t] * sums[r]);
-            c.o[t * c.o_stride + first + r] = c.decay[t] * sums[2 + r] + d * c.qk[t];
-            write[r] = set1(c.lift[t] * d);
-        }
-        if (c.through[t] != 1.0f) {
-            const V through = set1(c.through[t]);
-#pragma GCC unroll 16
-            for (int i = 0; i < N; i++) S[0][i] = mul(S[0][i], through), S[1][i] = mul(S[1][i], through);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < N; i++) {
-            const V key = load(k + i * W);
-            S[0][i] = fma(write[0], key, S[0][i]), S[1][i] = fma(write[1], key, S[1][i]);
-        }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < N; i++) store(to + i * W, S[0][i]), store(to + 128 + i * W, S[1][i]);
-}
-
 void delta(float* to, const float* from, Index rows, const DeltaChunk& c) {
-    if (W == 16 && c.K == 128 && rows % 2 == 0) {
-        for (Index r = 0; r < rows; r += 2) delta_pair(to + r * 128, from + r * 128, r, c);
-        return;
-    }
     if (c.K == 128) return delta_of(to, from, rows, 128, c);  // Qwen3.5's, for which the compiler unrolls
     delta_of(to, from, rows, c.K, c);
 }

@@ -21,6 +21,10 @@ inline void store_n(float* p, V x, int n) {
     vst1q_f32(entries, x);
     for (int i = 0; i < n; i++) p[i] = entries[i];
 }
+inline V held(V x) {
+    __asm__("" : "+w"(x));
+    return x;
+}
 inline V set1(float x) { return vdupq_n_f32(x); }
 inline V add(V x, V y) { return vaddq_f32(x, y); }
 inline V sub(V x, V y) { return vsubq_f32(x, y); }
