@@ -133,9 +133,9 @@ def tokenizer_metadata(spec: Mapping[str, Any], config: Mapping[str, Any], rows:
     if model.get("type") != "BPE" or not pre:
         raise ModelError("tokenizer.json is not Qwen3.5's byte-level BPE, which is all that edgeq exports")
     tokens = {i: (token, TokenType.NORMAL) for token, i in model["vocab"].items()}
-    for added in spec["added_tokens"]:
-        kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-        tokens[added["id"]] = added["content"], kind
+    for added in spec["added_tokens"]:  # <|fim_prefix|> and its like are not "special" in the file, but control here
+        control = added["special"] or (added["content"].startswith("<|") and added["content"].endswith("|>"))
+        tokens[added["id"]] = added["content"], TokenType.CONTROL if control else TokenType.USER_DEFINED
     for key, added in config.get("added_tokens_decoder", {}).items():
         tokens.setdefault(int(key), (added["content"], TokenType.CONTROL))
     if max(tokens) >= rows:

@@ -1,0 +1,529 @@
+"""GGUF: block formats, files of llama.cpp's quantizer, export and back, tokenizers, vision towers, files that lie."""
+
+from __future__ import annotations
+
+import lzma
+import struct
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import config_values, write_checkpoint
+from tiny_tokenizer import build_tiny_tokenizer, link_real_tokenizer
+from typer.testing import CliRunner
+
+from edgeq.backends import available
+from edgeq.backends.numpy import NumpyOps
+from edgeq.backends.numpy.ops import matrix_rows
+from edgeq.bf16 import Array, Float32
+from edgeq.checkpoint import GGUFCheckpoint, open_checkpoint
+from edgeq.checkpoint.gguf_file import GGUFFile
+from edgeq.checkpoint.gguf_layout import head_order
+from edgeq.errors import EdgeqError, ModelError, UsageError
+from edgeq.quant.ggml import TYPES, decode
+from edgeq.quant.gguf_export import EXPORT_TYPES, export_gguf, export_mmproj
+from edgeq.runtime import Model
+from edgeq.text.tokenizer import Tokenizer
+from edgeq.weights import QMatrix
+
+DATA = Path(__file__).parent / "data" / "gguf"
+FILES = sorted(path.name.removesuffix(".gguf.xz") for path in DATA.iterdir())
+QUANTIZED = {number: t for number, t in TYPES.items() if t.coding is not None}
+
+
+def read(path: Path) -> GGUFCheckpoint:
+    checkpoint = open_checkpoint(path)
+    assert isinstance(checkpoint, GGUFCheckpoint)
+    return checkpoint
+
+
+def nmse(expected: Float32, found: Float32) -> float:
+    return float(np.sum((expected - found) ** 2, dtype=np.float64) / np.sum(expected**2, dtype=np.float64))
+
+
+def dense(checkpoint: GGUFCheckpoint, name: str) -> Float32:
+    """A matrix or vector as float32."""
+    spec = checkpoint.tensors[name].spec
+    if len(spec.shape) == 2:
+        return matrix_rows(checkpoint.matrix(name), slice(None))
+    return checkpoint.vector(name)
+
+
+class DenseCheckpoint(GGUFCheckpoint):
+    """The same weights, dequantized by the `gguf` package: what a float32 run of them computes with."""
+
+    def matrix(self, name: str) -> Array:
+        (file_name,), (info,) = self.tensors[name].names, self.tensors[name].infos
+        raw = self.file.data(file_name).reshape(info.shape[0], -1)
+        x = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[info.type.name])
+        order = head_order(name, self.config.text)
+        return x if order is None else order.from_file(x)
+
+
+def unpacked(name: str, folder: Path) -> Path:
+    path = folder / f"{name}.gguf"
+    path.write_bytes(lzma.decompress((DATA / f"{name}.gguf.xz").read_bytes()))
+    return path
+
+
+class TestBlocks:
+    def test_sizes_and_numbers_are_ggml_s(self) -> None:
+        for number, kind in TYPES.items():
+            theirs = gguf.GGMLQuantizationType(number)
+            assert (kind.name, (kind.block, kind.nbytes)) == (theirs.name, gguf.GGML_QUANT_SIZES[theirs])
+
+    @pytest.mark.parametrize("number", QUANTIZED, ids=[t.name for t in QUANTIZED.values()])
+    def test_equal_to_gguf_bit_for_bit(self, number: int) -> None:
+        kind, rng = TYPES[number], np.random.default_rng(number)
+        raw = rng.integers(0, 256, (3000, kind.nbytes), dtype=np.uint8)
+        blocks = raw.view(kind.layout).ravel()
+        for field in {"d", "dmin", "m"} & set(kind.layout.names or ()):
+            blocks[field] = rng.standard_normal(len(blocks)) * 0.1  # random bits are NaN, or beyond float16
+        assert kind.coding is not None
+        groups = decode(blocks, kind.coding)
+        assert groups.codes.max() < 1 << kind.coding.bits
+        assert groups.scales.dtype == groups.biases.dtype == kind.coding.dtype
+        codes = groups.codes.reshape(*groups.scales.shape, kind.coding.group_size).astype(np.float32)
+        values = codes * groups.scales[..., None].astype(np.float32) + groups.biases[..., None].astype(np.float32)
+        expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(number))
+        np.testing.assert_array_equal(values.reshape(expected.shape), expected)
+
+    @pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q6_K"])
+    def test_weights_beyond_float16_are_refused(self, name: str, tmp_path: Path) -> None:
+        path = unpacked(name, tmp_path)
+        info = GGUFFile(path).tensors["blk.0.ffn_up.weight"]
+        raw = bytearray(path.read_bytes())
+        end = info.start + info.nbytes if name == "Q6_K" else info.start + 2  # Q6_K's scale is a block's last field
+        raw[end - 2 : end] = np.float16(np.inf if name == "Q6_K" else 60000).tobytes()
+        path.write_bytes(raw)
+        with pytest.raises(ModelError, match=r"blk\.0\.ffn_up\.weight holds NaN, infinity or values"):
+            read(path).matrix("layers.0.mlp.up_proj.weight")
+
+
+class TestFilesOfLlamaCpp:
+    """tools/make_gguf_fixtures.py made them: value heads two to a key head."""
+
+    @pytest.mark.parametrize("name", FILES)
+    def test_dequantized_values_are_gguf_s(self, name: str, tmp_path: Path) -> None:
+        checkpoint = read(unpacked(name, tmp_path))
+        assert checkpoint.format.startswith("GGUF, ")
+        reference = {t.name: t for t in gguf.GGUFReader(checkpoint.path).tensors}
+        for tensor_name, tensor in checkpoint.tensors.items():
+            (file_name,) = tensor.names
+            theirs = reference[file_name]
+            expected = gguf.quants.dequantize(theirs.data, theirs.tensor_type)
+            if order := head_order(tensor_name, checkpoint.config.text):
+                expected = order.from_file(expected)
+            np.testing.assert_array_equal(dense(checkpoint, tensor_name), expected, err_msg=tensor_name)
+
+    @pytest.mark.parametrize("name", FILES)
+    def test_runs_as_its_dequantized_weights(self, name: str, tmp_path: Path) -> None:
+        path = unpacked(name, tmp_path)
+        ids = np.random.default_rng(0).integers(0, 288, 20).tolist()
+        quantized, expected = (Model(c, NumpyOps()).logits(ids) for c in (read(path), DenseCheckpoint(path)))
+        assert nmse(expected, quantized) <= 1e-9  # the same weights; only sums may run in another order
+
+    @pytest.mark.parametrize("name", FILES)
+    def test_native_backend_multiplies_by_every_matrix(self, name: str, tmp_path: Path) -> None:
+        backends = {backend.name: backend for backend in available()}
+        if backends["cpu"].ops is None:
+            pytest.skip(backends["cpu"].reason)
+        ops, checkpoint = backends["cpu"].ops(), read(unpacked(name, tmp_path))
+        rng = np.random.default_rng(0)
+        for spec, storage in checkpoint.storage():
+            matrix = checkpoint.matrix(spec.name) if len(spec.shape) == 2 else None
+            if not isinstance(matrix, QMatrix):
+                continue
+            for tokens in (4, 20):  # few and many: two kernels
+                x = rng.standard_normal((tokens, spec.shape[1]), np.float32)
+                expected = NumpyOps().linear(x, matrix)
+                # Activations are 8-bit integers in groups: (amax / 127)^2 / 12 of a unit variance is some 1e-5.
+                assert nmse(expected, ops.linear(x, matrix)) <= 1e-4, (spec.name, storage.type)
+
+
+WIDE = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}  # a head is no narrower than a block
+SHAPES = (WIDE, {"linear_num_value_heads": 2}, {"linear_num_value_heads": 8, "tie_word_embeddings": False})
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folders = []
+    for i, shape in enumerate(SHAPES):
+        folders.append(tmp_path_factory.mktemp("export") / "model")
+        write_checkpoint(folders[-1], config_values(mtp=i != 1, eos_token_id=[], **shape), seed=i)
+    return folders
+
+
+class TestExport:
+    @pytest.mark.parametrize("shape", range(3))
+    @pytest.mark.parametrize("kind", ["f32", "bf16"])
+    def test_exact_types_come_back_bit_for_bit(
+        self, shape: int, kind: str, folders: list[Path], tmp_path: Path
+    ) -> None:
+        source = open_checkpoint(folders[shape])
+        report = export_gguf(source, tmp_path / "model.gguf", kind)
+        assert report.nbytes == (tmp_path / "model.gguf").stat().st_size
+        back = read(tmp_path / "model.gguf")
+        assert back.config.text == source.config.text
+        assert {spec.name for spec, _ in back.storage()} == {spec.name for spec, _ in source.storage()}
+        for spec, _ in source.storage():
+            if len(spec.shape) == 2:
+                expected = matrix_rows(source.matrix(spec.name), slice(None))
+            else:
+                expected = source.vector(spec.name)
+            np.testing.assert_array_equal(dense(back, spec.name), expected, err_msg=spec.name)
+        ids = [5, 9, 2, 250, 17]
+        np.testing.assert_array_equal(Model(back, NumpyOps()).logits(ids), Model(source, NumpyOps()).logits(ids))
+
+    @pytest.mark.parametrize("kind", [kind for kind in EXPORT_TYPES if kind.startswith("q")])
+    def test_quantized_types_are_gguf_s(self, kind: str, folders: list[Path], tmp_path: Path) -> None:
+        source = open_checkpoint(folders[0])
+        export_gguf(source, tmp_path / "model.gguf", kind)
+        back = read(tmp_path / "model.gguf")
+        stored = {spec.name: storage.type for spec, storage in back.storage()}
+        assert stored["layers.0.mlp.up_proj.weight"] == kind.upper()
+        assert stored["embed_tokens.weight"] == stored["layers.0.linear_attn.in_proj_a.weight"] == "Q8_0"
+        for name in ("layers.0.mlp.down_proj.weight", "embed_tokens.weight", "layers.3.self_attn.q_proj.weight"):
+            type_ = gguf.GGMLQuantizationType[stored[name]]
+            raw = gguf.quants.quantize(matrix_rows(source.matrix(name), slice(None)), type_)
+            np.testing.assert_array_equal(dense(back, name), gguf.quants.dequantize(raw, type_))
+
+    def test_rows_that_fit_no_block_become_f16_and_are_reported(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path / "model", config_values(intermediate_size=80, linear_num_value_heads=2))
+        report = export_gguf(open_checkpoint(tmp_path / "model"), tmp_path / "model.gguf", "q8_0")
+        assert "blk.0.ffn_down.weight is F16: rows of 80 do not fit Q8_0" in report.notes
+        assert report.types["F16"] == 4
+
+    def test_heads_narrower_than_a_group_are_refused(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path / "model", config_values(linear_num_value_heads=4))
+        export_gguf(open_checkpoint(tmp_path / "model"), tmp_path / "model.gguf", "q8_0")
+        with pytest.raises(ModelError, match="whose groups of 32 cut heads of 16"):
+            open_checkpoint(tmp_path / "model.gguf")
+
+    def test_what_a_type_cannot_hold_is_an_error_and_leaves_nothing(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path / "model", dtype="F32")
+        source = open_checkpoint(tmp_path / "model")
+        huge = source.matrix
+
+        def matrix(name: str) -> Array:
+            x = np.array(huge(name))
+            x[0, 0] = 1e6
+            return x
+
+        source.matrix = matrix  # type: ignore[method-assign]
+        with pytest.raises(ModelError, match=r"token_embd.weight holds 1000000.0, which F16 cannot store"):
+            export_gguf(source, tmp_path / "out" / "model.gguf", "f16")
+        assert list((tmp_path / "out").iterdir()) == []
+
+    def test_an_existing_file_is_kept_without_force(self, folders: list[Path], tmp_path: Path) -> None:
+        out = tmp_path / "model.gguf"
+        out.write_text("mine")
+        source = open_checkpoint(folders[0])
+        with pytest.raises(UsageError, match="exists"):
+            export_gguf(source, out, "f16")
+        assert out.read_text() == "mine"
+        export_gguf(source, out, "f16", force=True)
+        with pytest.raises(UsageError, match="is the source"):
+            export_gguf(open_checkpoint(out), out, "f16", force=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+    def test_one_gguf_file_becomes_another(self, chat_folder: Path, tmp_path: Path) -> None:
+        export_gguf(open_checkpoint(chat_folder), tmp_path / "a.gguf", "f32")
+        export_gguf(read(tmp_path / "a.gguf"), tmp_path / "b.gguf", "f32")
+        a, b = (GGUFFile(tmp_path / name) for name in ("a.gguf", "b.gguf"))
+        assert a.tensors == b.tensors
+        assert all(np.array_equal(a.data(name), b.data(name)) for name in a.tensors)
+        for key in ("tokens", "merges"):
+            assert a.strings(f"tokenizer.ggml.{key}") == b.strings(f"tokenizer.ggml.{key}")
+
+    def test_command(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path / "model", config_values(vision=True, vocab_size=1088, **WIDE))
+        build_tiny_tokenizer(tmp_path / "model")
+        import typer
+
+        from edgeq.cli.export import export
+
+        app = typer.Typer()
+        app.command()(export)
+        arguments = [str(tmp_path / "model"), "-o", str(tmp_path / "m.gguf"), "--type", "q8_0", "--mmproj"]
+        result = CliRunner().invoke(app, [*arguments, str(tmp_path / "mmproj.gguf")])
+        assert result.exit_code == 0, result.output
+        assert "m.gguf:" in result.stderr
+        assert result.stdout == ""
+        assert read(tmp_path / "m.gguf").config.vision is not None
+        result = CliRunner().invoke(app, [str(tmp_path / "model"), "-o", str(tmp_path / "n.gguf"), "--type", "q9"])
+        assert isinstance(result.exception, UsageError)
+
+
+class TestTokenizer:
+    def test_comes_back_as_it_was(self, chat_folder: Path, tmp_path: Path) -> None:
+        export_gguf(open_checkpoint(chat_folder), tmp_path / "model.gguf", "f16")
+        checkpoint = read(tmp_path / "model.gguf")
+        ours, theirs = checkpoint.tokenizer(), Tokenizer.from_folder(chat_folder)
+        assert ours is not None
+        assert_same_tokenizer(ours, theirs)
+        template = checkpoint.template()
+        assert template is not None
+        assert template.source == (chat_folder / "chat_template.jinja").read_text()
+        text = "Hello über größe! <think> cafe\u0301 <|im_end|>"  # the accent joins its letter: NFC is in force
+        assert ours.encode(text) == theirs.encode(text)
+
+    @pytest.mark.shared
+    def test_the_real_one(self, tmp_path: Path) -> None:
+        link_real_tokenizer(tmp_path / "model")
+        (tmp_path / "model" / "config.json").unlink()
+        write_checkpoint(
+            tmp_path / "model",
+            config_values(vocab_size=248320, hidden_size=32, layer_types=["linear_attention"], **WIDE),
+        )
+        export_gguf(open_checkpoint(tmp_path / "model"), tmp_path / "model.gguf", "q8_0")
+        ours = read(tmp_path / "model.gguf").tokenizer()
+        assert ours is not None
+        assert_same_tokenizer(ours, Tokenizer.from_folder(tmp_path / "model"))
+        kinds = np.bincount(GGUFFile(tmp_path / "model.gguf").array("tokenizer.ggml.token_type")).tolist()
+        assert kinds == [0, 248044, 0, 27, 6, 243]  # as llama.cpp's own converter writes them
+
+    def test_without_one(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path / "model")
+        report = export_gguf(open_checkpoint(tmp_path / "model"), tmp_path / "model.gguf", "f16")
+        assert "the checkpoint has no tokenizer: the file takes and gives token ids only" in report.notes
+        assert read(tmp_path / "model.gguf").tokenizer() is None
+        assert read(tmp_path / "model.gguf").template() is None
+
+    def test_files_of_a_folder(self, chat_folder: Path, tmp_path: Path) -> None:
+        export_gguf(open_checkpoint(chat_folder), tmp_path / "model.gguf", "f16")
+        for name, text in read(tmp_path / "model.gguf").folder_files().items():
+            (tmp_path / name).write_text(text)
+        assert_same_tokenizer(Tokenizer.from_folder(tmp_path), Tokenizer.from_folder(chat_folder))
+
+
+def assert_same_tokenizer(ours: Tokenizer, theirs: Tokenizer) -> None:
+    assert ours.vocab_size == theirs.vocab_size
+    assert ours.control_ids == theirs.control_ids
+    assert ours.eos_token_ids == theirs.eos_token_ids
+    assert [ours.token(i) for i in range(ours.vocab_size)] == [theirs.token(i) for i in range(theirs.vocab_size)]
+
+
+class TestVision:
+    def test_a_tower_beside_the_model_is_found(self, chat_folder: Path, tmp_path: Path) -> None:
+        source = open_checkpoint(chat_folder)
+        export_gguf(source, tmp_path / "model.gguf", "f16")
+        assert read(tmp_path / "model.gguf").config.vision is None
+        export_mmproj(source, tmp_path / "mmproj-F32.gguf", "f32")
+        both = read(tmp_path / "model.gguf")
+        assert both.config.vision == source.config.vision
+        assert both.config.image_token_id == 1036
+        for spec, _ in source.storage():
+            if spec.name.startswith("visual."):
+                np.testing.assert_array_equal(both.vector(spec.name), source.vector(spec.name))
+
+    def test_a_tower_of_another_model_is_not(self, chat_folder: Path, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path / "other", config_values(vision=True, hidden_size=96))
+        export_mmproj(open_checkpoint(tmp_path / "other"), tmp_path / "mmproj-other.gguf", "f16")
+        export_gguf(open_checkpoint(chat_folder), tmp_path / "model.gguf", "f16")
+        assert read(tmp_path / "model.gguf").mmproj is None
+
+    def test_a_tower_alone_is_no_model(self, chat_folder: Path, tmp_path: Path) -> None:
+        export_mmproj(open_checkpoint(chat_folder), tmp_path / "mmproj.gguf", "f16")
+        with pytest.raises(ModelError, match=r"is a vision tower \(mmproj\)"):
+            open_checkpoint(tmp_path / "mmproj.gguf")
+
+
+# --- files that lie --------------------------------------------------------------------------------------------------
+
+
+class Fields:
+    """The header of a GGUF file, cut at every number: where they are, how wide, and what they say."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw, self.at = raw, 4
+        self.numbers: list[tuple[int, int, str]] = []  # position, width, meaning
+        self.sections: list[int] = [0, 4]
+        self._number(4, "version")
+        tensors, entries = self._number(8, "tensor count"), self._number(8, "entry count")
+        for _ in range(entries):
+            self._string("key")
+            self._value(self._number(4, "type"))
+            self.sections.append(self.at)
+        for _ in range(tensors):
+            self._string("tensor name")
+            dims = self._number(4, "dimension count")
+            for _ in range(dims):
+                self._number(8, "dimension")
+            self._number(4, "tensor type")
+            self._number(8, "offset")
+            self.sections.append(self.at)
+
+    def _number(self, width: int, meaning: str) -> int:
+        self.numbers.append((self.at, width, meaning))
+        self.at += width
+        return int.from_bytes(self.raw[self.at - width : self.at], "little")
+
+    def _string(self, meaning: str) -> None:
+        length = self._number(8, f"{meaning} length")
+        self.at += length
+
+    def _value(self, kind: int) -> None:
+        if kind == 8:
+            return self._string("string")
+        if kind == 9:
+            item, count = self._number(4, "item type"), self._number(8, "item count")
+            for _ in range(count if item == 8 else 0):
+                self._string("item")
+            self.at += 0 if item == 8 else count * WIDTHS[item]
+            return None
+        self._number(WIDTHS[kind], "value")
+        return None
+
+
+WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+ABSURD = [0, 1, 2, 7, 31, 255, 1 << 16, 1 << 20, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, 1 << 63,
+          (1 << 64) - 1]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A small complete file, with a short vocabulary so that its header is small as well."""
+    folder = tmp_path_factory.mktemp("victim")
+    write_checkpoint(
+        folder / "model", config_values(layer_types=["linear_attention", "full_attention"], vocab_size=1088)
+    )
+    build_tiny_tokenizer(folder / "model")
+    export_gguf(open_checkpoint(folder / "model"), folder / "model.gguf", "f16")
+    return (folder / "model.gguf").read_bytes()
+
+
+def use_everything(path: Path) -> None:
+    """Open a file and read all that is in it."""
+    checkpoint = read(path)
+    for spec, _ in checkpoint.storage():
+        if len(spec.shape) == 2:
+            checkpoint.matrix(spec.name)
+        else:
+            checkpoint.vector(spec.name)
+    checkpoint.template()
+    checkpoint.tokenizer()
+
+
+def survives(path: Path, raw: bytes, act: Callable[[Path], None] = use_everything) -> str | None:
+    """Whatever is in the file: it works, or a ModelError says what is wrong, soon and in little memory."""
+    path.write_bytes(raw)
+    tracemalloc.start()
+    begin = time.monotonic()
+    try:
+        act(path)
+        return None
+    except ModelError as error:
+        return error.message
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 12 * len(raw) + (8 << 20), f"{peak:,} bytes for a file of {len(raw):,}"
+        assert time.monotonic() - begin < 20
+
+
+class TestBadFiles:
+    def test_the_fixture_is_good(self, victim: bytes, tmp_path: Path) -> None:
+        assert survives(tmp_path / "model.gguf", victim) is None
+
+    @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(data=st.data())
+    def test_wrong_numbers(self, data: st.DataObject, victim: bytes, tmp_path: Path) -> None:
+        """Counts, lengths, dimensions, types, offsets and values."""
+        fields = Fields(victim).numbers
+        kinds = sorted({meaning for _, _, meaning in fields})
+        raw = bytearray(victim)
+        for _ in range(data.draw(st.integers(1, 3))):
+            kind = data.draw(st.sampled_from(kinds))
+            at, width, _ = data.draw(st.sampled_from([f for f in fields if f[2] == kind]))
+            value = data.draw(st.one_of(st.sampled_from(ABSURD), st.integers(0, 300), st.integers(0, (1 << 64) - 1)))
+            raw[at : at + width] = (value % (1 << 8 * width)).to_bytes(width, "little")
+        survives(tmp_path / "model.gguf", bytes(raw))
+
+    @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(data=st.data())
+    def test_wrong_bytes(self, data: st.DataObject, victim: bytes, tmp_path: Path) -> None:
+        """Anywhere in the header, strings included."""
+        end = Fields(victim).at
+        raw = bytearray(victim)
+        for _ in range(data.draw(st.integers(1, 8))):
+            raw[data.draw(st.integers(0, end - 1))] = data.draw(st.integers(0, 255))
+        survives(tmp_path / "model.gguf", bytes(raw))
+
+    def test_cut_short_at_every_section(self, victim: bytes, tmp_path: Path) -> None:
+        fields = Fields(victim)
+        info = GGUFFile(write(tmp_path / "whole.gguf", victim)).tensors
+        cuts = [*fields.sections, fields.at, fields.at + 1]
+        cuts += [i.start + n for i in info.values() for n in (0, 1, i.nbytes - 1)]
+        cuts += [
+            at + n for at, width, _ in fields.numbers[:: max(1, len(fields.numbers) // 200)] for n in (0, width - 1)
+        ]
+        for cut in sorted({cut for cut in cuts if cut < len(victim) - 64}):
+            message = survives(tmp_path / "model.gguf", victim[:cut])
+            assert message is not None, f"cut at {cut}"
+            assert "\n" not in message
+
+    @pytest.mark.parametrize("count", [1 << 17, 1 << 40, (1 << 64) - 1])
+    @pytest.mark.parametrize("kind", [0, 4, 7, 8, 9, 12, 13])
+    def test_absurd_arrays(self, kind: int, count: int, tmp_path: Path) -> None:
+        entry = string(b"a") + struct.pack("<IIQ", 9, kind, count)
+        raw = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + entry + bytes(64)
+        assert survives(tmp_path / "model.gguf", raw) is not None
+
+    def test_every_number_alone(self, victim: bytes, tmp_path: Path) -> None:
+        """The header's first 200 numbers, each replaced by each absurd value; only the header is read."""
+        for at, width, _ in Fields(victim).numbers[:200]:
+            for value in ABSURD[8:]:
+                raw = bytearray(victim)
+                raw[at : at + width] = (value % (1 << 8 * width)).to_bytes(width, "little")
+                survives(tmp_path / "model.gguf", bytes(raw), lambda path: GGUFFile(path) and None)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda raw: b"GGML" + raw[4:], "it begins with b'GGML', not with 'GGUF'"),
+            (lambda raw: raw[:4] + struct.pack("<I", 1) + raw[8:], "is GGUF version 1; edgeq reads versions 2 and 3"),
+            (lambda raw: raw[:4] + struct.pack(">I", 3) + raw[8:], "is a big-endian GGUF file"),
+            (lambda raw: raw.replace(b"qwen35", b"llama3", 1), "is of architecture 'llama3', expected 'qwen35'"),
+            (lambda raw: raw.replace(b"blk.0.ffn_up.weight", b"blk.0.ffn_up.wEight"), "missing blk.0.ffn_up.weight"),
+            (lambda raw: raw.replace(b"qwen35.block_count", b"qwen35.block_counT"), "qwen35.block_count is missing"),
+            (lambda _: b"", "is empty"),
+        ],
+    )
+    def test_says_what_is_wrong(
+        self, change: Callable[[bytes], bytes], message: str, victim: bytes, tmp_path: Path
+    ) -> None:
+        found = survives(tmp_path / "model.gguf", change(victim))
+        assert found is not None
+        assert message in found
+
+    def test_a_type_that_is_not_supported_is_named(self, victim: bytes, tmp_path: Path) -> None:
+        at = next(at for at, _, meaning in Fields(victim).numbers if meaning == "tensor type")
+        raw = bytearray(victim)
+        raw[at : at + 4] = struct.pack("<I", 10)
+        message = survives(tmp_path / "model.gguf", bytes(raw))
+        assert message is not None
+        assert "tensor 'token_embd.weight' is of type Q2_K, which edgeq does not read" in message
+
+    def test_errors_are_one_line_at_the_prompt(self, victim: bytes, tmp_path: Path) -> None:
+        from edgeq.cli.console import error_line
+
+        path = write(tmp_path / "model.gguf", victim[:5000])
+        with pytest.raises(EdgeqError) as caught:
+            open_checkpoint(path)
+        assert len([line for line in error_line(caught.value).splitlines() if not line.startswith("hint:")]) == 1
+
+
+def write(path: Path, raw: bytes) -> Path:
+    path.write_bytes(raw)
+    return path
+
+
+def string(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
