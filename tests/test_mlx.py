@@ -293,13 +293,13 @@ def test_appending_is_in_place() -> None:
 @compiled_too
 def test_decoding_appends_in_place(tmp_path: Path, compiled: bool) -> None:
     c, tiny = soak_model(tmp_path, compiled)
-    _, (state,) = tiny.run(prompt(c, 3900))
+    _, (state,) = tiny.run(prompt(c, 3000))
     held = [state]
     for _ in range(3):
         held.append(tiny.run([1], held[-1])[1][0])
     mx.reset_peak_memory()
     before, buffer = used_memory().active, cache_bytes(state)
-    for _ in range(10):
+    for _ in range(4):
         held.append(tiny.run([1], held[-1])[1][0])
     assert cache_bytes(held[-1]) == buffer
     assert used_memory().peak - before < buffer / 2
@@ -386,7 +386,7 @@ def limits() -> Iterator[None]:
 
 def test_limit_memory(limits: None) -> None:
     limit_memory(64 << 20)
-    assert mx.get_memory_limit() == 64 << 20
+    assert mx.set_memory_limit(64 << 20) == 64 << 20  # the limit until now
     for _ in range(4):
         x = mx.zeros((32 << 18,)) + 1  # 32 MB
         mx.eval(x)

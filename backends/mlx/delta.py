@@ -72,27 +72,27 @@ def _chunks(x: _Tokens, state: mx.array, C: int) -> tuple[mx.array, mx.array]:
     """
     T, scale = x.q.shape[1], x.q.shape[2] ** -0.5
     c = _solve(x.map(lambda x: _in_chunks(x, C)))
-    memory, recalled, wrote = state.mT, [], []  # the state as [H, K, V]
+    memory, recalled, wrote = state.swapaxes(-1, -2), [], []  # the state as [H, K, V]
     for n in range(c.values.shape[1]):
         known = c.lookups[:, n] @ memory  # [H, 2 C, V]
         d = c.values[:, n] - known[:, :C]
-        memory = c.whole_decay[:, n] * memory + c.late_keys[:, n].mT @ d
+        memory = c.whole_decay[:, n] * memory + c.late_keys[:, n].swapaxes(-1, -2) @ d
         recalled.append(known[:, C:])
         wrote.append(d)
     o = mx.stack(recalled, axis=1) + c.scores @ mx.stack(wrote, axis=1)  # [H, N, C, V]
-    return o.flatten(1, 2)[:, :T] * scale, mx.contiguous(memory.mT)
+    return o.flatten(1, 2)[:, :T] * scale, mx.contiguous(memory.swapaxes(-1, -2))
 
 
 def _each(x: _Tokens, state: mx.array) -> tuple[mx.array, list[mx.array]]:
     """A few tokens: state [H, V, K] -> o [H, T, V] and the state after every one of them."""
     T, scale = x.q.shape[1], x.q.shape[2] ** -0.5
     c = _solve(x.map(lambda x: x[:, None]))
-    known = c.lookups[:, 0] @ state.mT
+    known = c.lookups[:, 0] @ state.swapaxes(-1, -2)
     d = c.values[:, 0] - known[:, :T]
     o = known[:, T:] + c.scores[:, 0] @ d
     decay, from_start = _decay(x.g)
     left = decay.swapaxes(0, 1)[..., None] * x.k  # [T, H, T, K]: of each key, what is left at token i
-    states = from_start.T[:, :, None, None] * state + d.mT @ left
+    states = from_start.T[:, :, None, None] * state + d.swapaxes(-1, -2) @ left
     return o * scale, [mx.contiguous(states[i]) for i in range(T)]
 
 
@@ -111,7 +111,7 @@ def _solve(x: _Tokens) -> _Chunks:
     C, V, beta = x.q.shape[2], x.v.shape[3], x.beta[..., None]
     decay, from_start = _decay(x.g)
     early = from_start[..., None]
-    products = mx.concatenate([x.k, x.q], axis=2) @ mx.contiguous(x.k.mT)  # [H, N, 2 C, C]
+    products = mx.concatenate([x.k, x.q], axis=2) @ mx.contiguous(x.k.swapaxes(-1, -2))  # [H, N, 2 C, C]
     inverse = _unit_lower_inverse(beta * decay * products[:, :, :C])
     solved = inverse @ (beta * mx.concatenate([x.v, early * x.k], axis=-1))
     return _Chunks(
