@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgeq.backends.cpu import _native
-from edgeq.backends.cpu.kv import NativeKV, check_kv_dtype
+from edgeq.backends.cpu.kv import NativeKV, check_kv_dtype, empty_aligned
 from edgeq.backends.numpy import NumpyOps
 from edgeq.backends.ops import Angles
 from edgeq.bf16 import Array, Float32
@@ -30,8 +30,8 @@ def like(x: Array) -> Array:
 
 
 def room(x: Array, count: int) -> list[Array]:
-    """Room for `count` results of x's shape, each of its own so that one can be kept without the others."""
-    return [np.empty(x.shape, np.float32) for _ in range(count)]
+    """Room for `count` states of x's shape, on cache lines; each of its own, so that one can be kept alone."""
+    return [empty_aligned(x.size * 4).view(np.float32).reshape(x.shape) for _ in range(count)]
 
 
 class CpuOps(NumpyOps):

@@ -82,9 +82,9 @@ void each_chunk(const DeltaSequence& s, Index keep, Index head, Index head_size,
 
 // q, k and beta, g of the chunk are there, q and k of unit length; v and o are `v` and `o`.
 void run_delta(Chunk& c, Index tokens, Index K, Index V, const float* v, Index v_stride, float* o, Index o_stride,
-               const float* from, float* to) {
+               const float* from, float* to, bool last) {
     plan_steps(c, tokens, K);
-    layer_kernels().delta(to, from, V, {tokens, K, c.q.data(), c.k.data(), v, v_stride, o, o_stride, c.steps});
+    layer_kernels().delta(to, from, V, {tokens, K, c.q.data(), c.k.data(), v, v_stride, o, o_stride, c.steps, last});
 }
 
 // Channels [first, first + n) of the tails after tokens - keep, ..., tokens tokens.
@@ -122,7 +122,7 @@ void run_head(const DeltaNet& net, const DeltaSequence& s, Index start, Index he
             c.g[t] = net.A[head] * softplus(net.a[row][head] + net.dt_bias[head]);
             c.beta[t] = sigmoid(net.b[row][head]);
         }
-        run_delta(c, tokens, K, V, c.v.data(), V, c.o.data(), V, from, to);
+        run_delta(c, tokens, K, V, c.v.data(), V, c.o.data(), V, from, to, t0 + tokens == s.tokens);
         for (Index t = 0; t < tokens; t++) {
             const Index row = start + t0 + t;
             kernels.rms_norm(net.out[row] + head * V, &c.o[t * V], net.norm, net.z[row] + head * V, V, net.eps);
@@ -161,7 +161,7 @@ void delta_rule(const DeltaRule& rule, const DeltaSequence& s) {
                 c.beta[t] = rule.beta[t0 + t][head];
             }
             run_delta(c, tokens, K, V, rule.v[t0] + head * V, rule.v.stride, rule.out[t0] + head * V, rule.out.stride,
-                      from, to);
+                      from, to, t0 + tokens == s.tokens);
         });
     });
 }

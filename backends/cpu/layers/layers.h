@@ -73,6 +73,7 @@ struct DeltaChunk {
     float* o;  // [tokens, o_stride]
     Index o_stride;
     const DeltaStep* steps;  // one for two tokens
+    bool last;               // no other token of the sequence comes right after
 };
 
 constexpr Index conv_widest = 8;  // taps of the causal convolution; Qwen3.5 has 4

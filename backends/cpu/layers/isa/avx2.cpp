@@ -17,6 +17,8 @@ inline V load(const float* p) { return _mm256_loadu_ps(p); }
 inline V load_n(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
 inline void store(float* p, V x) { _mm256_storeu_ps(p, x); }
 inline void store_n(float* p, V x, int n) { _mm256_maskstore_ps(p, first(n), x); }
+inline void stream(float* p, V x) { _mm256_stream_ps(p, x); }
+inline void stream_end() { _mm_sfence(); }
 inline V held(V x) {
     __asm__("" : "+x"(x));
     return x;

@@ -15,6 +15,8 @@ inline V load(const float* p) { return _mm512_loadu_ps(p); }
 inline V load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
 inline void store(float* p, V x) { _mm512_storeu_ps(p, x); }
 inline void store_n(float* p, V x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
+inline void stream(float* p, V x) { _mm512_stream_ps(p, x); }
+inline void stream_end() { _mm_sfence(); }
 inline V held(V x) {
     __asm__("" : "+v"(x));
     return x;

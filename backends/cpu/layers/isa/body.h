@@ -2,6 +2,7 @@
 //
 //     V, W                      a vector of floats and how many it has
 //     load, store, load_n, store_n (n <= W entries, the others zero / untouched), set1
+//     stream, stream_end        an aligned store past the caches, where there is one; before others may read those
 //     held                      the same, in a register: the compiler likes to load again what several sums need
 //     add, sub, mul, div, fma (x * y + z), max_of
 //     sum, peak_of              across the vector
@@ -160,8 +161,8 @@ constexpr Index delta_widest = 256;  // keys; Qwen3.5 has 128
 // R rows of the state stay in the nearest cache while the tokens of the chunk pass: the first step reads them from
 // `from`, the last writes them to `to`. A step takes B = 1 or 2 tokens, with one pass over the rows that reads what the
 // state recalls for every k and answers to every q, and one that writes.
-INLINE void delta_step(float* to, const float* from, const int R, const int B, const Index K, const float* q,
-                       const float* k, const DeltaStep& step, const float* v, Index v_stride, float* o,
+INLINE void delta_step(float* to, const float* from, const int R, const int B, const Index K, const bool past_caches,
+                       const float* q, const float* k, const DeltaStep& step, const float* v, Index v_stride, float* o,
                        Index o_stride) {
     V by[4][4];  // row; k, k of the second token, q, q of the second token
     for (int r = 0; r < R; r++)
@@ -202,7 +203,10 @@ INLINE void delta_step(float* to, const float* from, const int R, const int B, c
             V s = load_upto(from + r * K + i, K - i);
             if (!whole) s = mul(s, through);
             for (int j = 0; j < B; j++) s = fma(write[r][j], keys[j], s);
-            store_upto(to + r * K + i, s, K - i);
+            if (past_caches)
+                stream(to + r * K + i, s);
+            else
+                store_upto(to + r * K + i, s, K - i);
         }
     }
 }
@@ -214,9 +218,9 @@ INLINE void delta_rows(float* to, const float* from, float* near, const int R, c
         const float* v = c.v + t * c.v_stride + row;
         float* o = c.o + t * c.o_stride + row;
         if (t + 1 < c.tokens)
-            delta_step(next, from, R, 2, K, c.q + t * K, c.k + t * K, c.steps[t / 2], v, c.v_stride, o, c.o_stride);
+            delta_step(next, from, R, 2, K, false, c.q + t * K, c.k + t * K, c.steps[t / 2], v, c.v_stride, o, c.o_stride);
         else
-            delta_step(next, from, R, 1, K, c.q + t * K, c.k + t * K, c.steps[t / 2], v, c.v_stride, o, c.o_stride);
+            delta_step(next, from, R, 1, K, false, c.q + t * K, c.k + t * K, c.steps[t / 2], v, c.v_stride, o, c.o_stride);
         from = near;
     }
 }
@@ -232,7 +236,16 @@ INLINE void delta_of(float* to, const float* from, Index rows, const Index K, co
     for (; r < rows; r++) delta_rows(to + r * K, from + r * K, near(r), 1, K, r, c);
 }
 
+// One token that nobody follows up soon: the new state goes past the caches, which spares reading what is there.
+INLINE void delta_last(float* to, const float* from, Index rows, const Index K, const DeltaChunk& c) {
+    for (Index r = 0; r < rows; r += 4)
+        delta_step(to + r * K, from + r * K, 4, 1, K, true, c.q, c.k, c.steps[0], c.v + r, 0, c.o + r, 0);
+    stream_end();
+}
+
 void delta(float* to, const float* from, Index rows, const DeltaChunk& c) {
+    const bool aligned = reinterpret_cast<uintptr_t>(to) % (W * sizeof(float)) == 0;
+    if (c.last && c.tokens == 1 && c.K == 128 && rows % 4 == 0 && aligned) return delta_last(to, from, rows, 128, c);
     if (c.K == 128) return delta_of(to, from, rows, 128, c);  // Qwen3.5's, for which the compiler unrolls
     delta_of(to, from, rows, c.K, c);
 }

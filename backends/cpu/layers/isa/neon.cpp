@@ -21,6 +21,8 @@ inline void store_n(float* p, V x, int n) {
     vst1q_f32(entries, x);
     for (int i = 0; i < n; i++) p[i] = entries[i];
 }
+inline void stream(float* p, V x) { vst1q_f32(p, x); }
+inline void stream_end() {}
 inline V held(V x) {
     __asm__("" : "+w"(x));
     return x;

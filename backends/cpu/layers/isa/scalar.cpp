@@ -12,6 +12,8 @@ inline V load(const float* p) { return *p; }
 inline V load_n(const float* p, int) { return *p; }
 inline void store(float* p, V x) { *p = x; }
 inline void store_n(float* p, V x, int) { *p = x; }
+inline void stream(float* p, V x) { *p = x; }
+inline void stream_end() {}
 inline V held(V x) { return x; }
 inline V set1(float x) { return x; }
 inline V add(V x, V y) { return x + y; }
