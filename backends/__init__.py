@@ -16,12 +16,14 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from importlib.metadata import EntryPoint, entry_points
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgeq.errors import EdgeqError, UsageError
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from edgeq.backends.ops import Ops
 
 __all__ = ["GROUP", "Backend", "available", "choose", "select"]
@@ -31,10 +33,22 @@ if __name__ != "edgeq.backends":
 
 GROUP = "edgeq.backends"
 
+
+class _BuiltIn(NamedTuple):
+    """What an entry point is, without the time it takes to import importlib.metadata."""
+
+    name: str
+    value: str
+
+    def load(self) -> Any:
+        module, _, ops = self.value.partition(":")
+        return getattr(import_module(module), ops)
+
+
 _BUILT_IN = (
-    EntryPoint("mlx", "edgeq.backends.mlx:MlxOps", GROUP),
-    EntryPoint("cpu", "edgeq.backends.cpu:CpuOps", GROUP),
-    EntryPoint("numpy", "edgeq.backends.numpy:NumpyOps", GROUP),
+    _BuiltIn("mlx", "edgeq.backends.mlx:MlxOps"),
+    _BuiltIn("cpu", "edgeq.backends.cpu:CpuOps"),
+    _BuiltIn("numpy", "edgeq.backends.numpy:NumpyOps"),
 )
 
 
@@ -62,11 +76,11 @@ def choose(name: str | None = None) -> Backend:
     name = name or os.environ.get("EDGEQ_BACKEND") or "auto"
     if name == "auto":
         return _automatic()
-    found = [entry for entry in _known() if entry.name == name]
-    if not found:
+    entry = next((entry for entry in _known() if entry.name == name), None)
+    if entry is None:
         names = ", ".join(entry.name for entry in _known())
         raise UsageError(f"unknown backend {name!r}", hint=f"there are: auto, {names}")
-    backend = _probe(found[0])
+    backend = _probe(entry)
     if backend.ops is None:
         raise EdgeqError(
             f"the {name} backend cannot run here: {backend.reason}", hint="--backend auto takes one that can"
@@ -88,14 +102,16 @@ def select(name: str | None = None, **settings: object) -> Ops[Any]:
     return backend.ops(**given)
 
 
-def _known() -> Iterator[EntryPoint]:
-    """Entry points of all backends; a third party cannot take a built-in name."""
+def _known() -> Iterator[_BuiltIn | EntryPoint]:
+    """All backends, the built-in ones first; a third party cannot take a built-in name."""
     yield from _BUILT_IN
+    from importlib.metadata import entry_points
+
     taken = {entry.name for entry in _BUILT_IN} | {"auto"}
     yield from sorted((e for e in entry_points(group=GROUP) if e.name not in taken), key=lambda e: e.name)
 
 
-def _probe(entry: EntryPoint) -> Backend:
+def _probe(entry: _BuiltIn | EntryPoint) -> Backend:
     """Whether a backend can be imported."""
     try:
         return Backend(entry.name, entry.load(), f"{entry.value} imports")
@@ -107,9 +123,10 @@ def _automatic() -> Backend:
     """The first built-in backend that runs; MLX only counts on Apple Silicon (elsewhere it has no GPU to offer)."""
     passed_over: list[str] = []
     for entry in _BUILT_IN:
-        backend = _probe(entry)
         if entry.name == "mlx" and not _apple_silicon():
             backend = Backend("mlx", None, "not Apple Silicon")
+        else:
+            backend = _probe(entry)
         if backend.ops is not None:
             return backend._replace(reason="; ".join(["chosen automatically", *passed_over]))
         passed_over.append(f"{backend.name} passed over: {backend.reason}")

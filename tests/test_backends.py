@@ -19,7 +19,7 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def offer(monkeypatch: pytest.MonkeyPatch, *entries: tuple[str, str]) -> None:
     """Pretend that these entry points are installed."""
     points = [EntryPoint(name, value, backends.GROUP) for name, value in entries]
-    monkeypatch.setattr(backends, "entry_points", lambda group: points)
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points)
 
 
 def test_numpy_by_name_always_works() -> None:

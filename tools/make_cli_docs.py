@@ -36,10 +36,9 @@ def help_of(*command: str) -> str:
 
 def document() -> str:
     os.environ |= {"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}
-    from edgeq.cli import app
+    from edgeq.cli import COMMANDS
 
-    names = [info.name for info in app.registered_commands if info.name]
-    sections = [f"## edgeq {name}\n\n```\n{help_of(name)}\n```\n" for name in names]
+    sections = [f"## edgeq {name}\n\n```\n{help_of(name)}\n```\n" for name in COMMANDS]
     return "\n".join([INTRO, f"```\n{help_of()}\n```\n", *sections])
 
 

@@ -8,29 +8,47 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import UserDict
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 import edgeq
-from edgeq.cli import chat, generate, info, quantize
 from edgeq.cli.console import report_error
-from edgeq.cli.options import ALIASES, read_config_file
+from edgeq.cli.options import ALIASES, BENCH_ALIASES, read_config_file
 from edgeq.errors import EdgeqError
 
-__all__ = ["app", "main"]
+__all__ = ["COMMANDS", "app", "main"]
+
+COMMANDS = ("quantize", "export", "chat", "generate", "bench", "info")  # each a function in a module of its name
+
+
+class _CommandTable(UserDict[str, Any]):
+    """The commands by name. Each is imported when it is wanted, so that none waits for another's libraries."""
+
+    def __getitem__(self, name: str) -> Any:
+        if self.data[name] is None:
+            alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+            alone.command(name)(getattr(import_module(f"edgeq.cli.{name}"), name))
+            self.data[name] = typer.main.get_command(alone)
+        return self.data[name]
 
 
 class _Commands(TyperGroup):
     """Runs a command and turns what went wrong into one line and an exit code."""
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = _CommandTable(dict.fromkeys(COMMANDS))
+
     def invoke(self, ctx: Any) -> Any:
         debug = bool(ctx.params.get("debug"))
         try:
             ctx.default_map = read_config_file(
-                {name: {p.name for p in command.params if p.name} for name, command in self.commands.items()}
+                lambda: {name: {p.name for p in command.params if p.name} for name, command in self.commands.items()}
             )
             return super().invoke(ctx)
         except EdgeqError as error:
@@ -77,13 +95,9 @@ def edgeq_command(
     """Qwen3.5 0.8B, 2B and 4B on laptops, Apple Silicon and Raspberry Pi-class boards."""
 
 
-app.command("quantize")(quantize.quantize)
-app.command("chat")(chat.chat)
-app.command("generate")(generate.generate)
-app.command("info")(info.info)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits the process."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    app([ALIASES.get(argument, argument) for argument in given], prog_name="edgeq")
+    command = next((argument for argument in given if argument in COMMANDS), None)
+    aliases = BENCH_ALIASES if command == "bench" else ALIASES
+    app([aliases.get(argument, argument) for argument in given], prog_name="edgeq")

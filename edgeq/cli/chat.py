@@ -10,7 +10,6 @@ import typer
 
 from edgeq.chat import Chat
 from edgeq.cli.console import prefill_bar
-from edgeq.cli.generate import reply_object
 from edgeq.cli.options import (
     BackendOption,
     ContextOption,
@@ -29,7 +28,7 @@ from edgeq.cli.options import (
     TopPOption,
 )
 from edgeq.cli.prompt import joined_prompt
-from edgeq.cli.repl import Repl, show_reply
+from edgeq.cli.reply import reply_object, show_reply
 from edgeq.runtime import load
 
 __all__ = ["chat"]
@@ -110,6 +109,8 @@ def chat(
         if one_shot:
             answer_once(conversation, text, as_json=as_json)
         else:
+            from edgeq.cli.repl import Repl  # line editing is a large library that one shot does not need
+
             Repl(conversation, model).run()
 
 

@@ -1,4 +1,7 @@
-"""What the commands print: data to stdout, everything else to stderr; no colour where nobody sees it."""
+"""What the commands print: data to stdout, everything else to stderr; no colour where nobody sees it.
+
+`rich` is imported when there is a bar to show: most commands are done before one is due.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING
 
 from edgeq.errors import EdgeqError
-from edgeq.generate import StopReason
-from edgeq.reply import Reply
 
-__all__ = ["dim", "error_line", "peak_memory", "prefill_bar", "report_error", "usage_line"]
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
 
-stderr = Console(stderr=True, highlight=False)
+__all__ = ["dim", "error_line", "new_bar", "peak_memory", "prefill_bar", "report_error"]
 
 
 def dim(text: str) -> str:
@@ -43,33 +43,17 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-_ENDINGS = {
-    StopReason.LENGTH: "stopped at --max-tokens",
-    StopReason.LOOP: "stopped: the reply went round in circles",
-    StopReason.CONTEXT_FULL: "stopped: the context is full",
-    StopReason.INTERRUPTED: "interrupted",
-}
-_CUTS = {
-    StopReason.LENGTH: "thinking cut at --thinking-budget",
-    StopReason.LOOP: "thinking cut: it went round in circles",
-}
+def new_bar(*columns: str | ProgressColumn) -> Progress | None:
+    """A started progress bar on stderr, gone when stopped; None off a terminal. `columns` as rich has them."""
+    from rich.console import Console
+    from rich.progress import Progress
 
-
-def usage_line(reply: Reply) -> str:
-    """Prompt (cached and new) and generated tokens with their speeds, peak memory, and what cut the reply short."""
-    usage, finish = reply.usage, reply.finish
-    new = usage.prompt_tokens - usage.cached_tokens
-    parts = [
-        f"prompt {usage.prompt_tokens} tokens ({usage.cached_tokens} cached, {new} new), "
-        f"{usage.prompt_tok_per_s:.1f} tok/s",
-        f"generated {usage.generated_tokens} tokens, {usage.generate_tok_per_s:.1f} tok/s",
-        f"peak memory {peak_memory() / 1e6:,.0f} MB",
-    ]
-    if finish.thinking_cut in _CUTS:
-        parts.append(_CUTS[finish.thinking_cut])
-    if finish.reason in _ENDINGS:
-        parts.append(_ENDINGS[finish.reason])
-    return " | ".join(parts)
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        return None
+    bar = Progress(*columns, console=console, transient=True)
+    bar.start()
+    return bar
 
 
 class PrefillBar:
@@ -82,11 +66,8 @@ class PrefillBar:
     def __call__(self, done: int, total: int) -> None:
         if done == 0:
             self._started = monotonic()
-        if self._bar is None and stderr.is_terminal and done < total and monotonic() - self._started > 1:
-            columns = (TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=stderr, transient=True)
-            self._bar.add_task("", total=total)
-            self._bar.start()
+        if self._bar is None and done < total and monotonic() - self._started > 1:
+            self._open(total)
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done)
             if done >= total:
@@ -97,6 +78,14 @@ class PrefillBar:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+    def _open(self, total: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = new_bar(*columns)
+        if self._bar is not None:
+            self._bar.add_task("", total=total)
 
 
 @contextmanager

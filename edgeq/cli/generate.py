@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from edgeq.cli.console import dim, prefill_bar, usage_line
+from edgeq.cli.console import dim, prefill_bar
 from edgeq.cli.options import (
     BackendOption,
     ContextOption,
@@ -27,10 +27,10 @@ from edgeq.cli.options import (
     TopPOption,
 )
 from edgeq.cli.prompt import joined_prompt
-from edgeq.reply import Reply
+from edgeq.cli.reply import reply_object, usage_line
 from edgeq.runtime import load
 
-__all__ = ["generate", "reply_object"]
+__all__ = ["generate"]
 
 
 def generate(
@@ -83,16 +83,3 @@ def generate(
                 print(piece.text, end="", flush=True)
     print(json.dumps(reply_object(reply), ensure_ascii=False) if as_json else "")
     print(dim(usage_line(reply)), file=sys.stderr)
-
-
-def reply_object(reply: Reply) -> dict[str, object]:
-    """A finished reply as one JSON object, for programs."""
-    finish = reply.finish
-    return {
-        "text": reply.text,
-        "thinking": reply.thinking,
-        "ids": reply.ids,
-        "finish_reason": finish.reason.value,
-        "thinking_cut": finish.thinking_cut.value if finish.thinking_cut else None,
-        "usage": reply.usage._asdict(),
-    }

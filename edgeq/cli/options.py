@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from edgeq.errors import UsageError
 
 __all__ = [
     "ALIASES",
+    "BENCH_ALIASES",
     "BackendOption",
     "ContextOption",
     "FrequencyPenaltyOption",
@@ -61,6 +63,7 @@ ALIASES = {
     "--q-bits": "--bits",
     "--q-group-size": "--group-size",
 }
+BENCH_ALIASES = {"-pg": "--pg"}  # `edgeq bench` has llama-bench's letters, which mean other things elsewhere
 
 
 def config_file() -> Path:
@@ -71,8 +74,8 @@ def config_file() -> Path:
     return Path(base).expanduser() / "edgeq" / "config.toml"
 
 
-def read_config_file(commands: dict[str, set[str]]) -> dict[str, dict[str, Any]]:
-    """The file's values by command. `commands` names every command and its options; anything else is an error."""
+def read_config_file(options_of_commands: Callable[[], dict[str, set[str]]]) -> dict[str, dict[str, Any]]:
+    """The file's values by command; none without a file. Options that no command has are an error."""
     path = config_file()
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -80,6 +83,7 @@ def read_config_file(commands: dict[str, set[str]]) -> dict[str, dict[str, Any]]
         return {}
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
+    commands = options_of_commands()
     shared = {key: value for key, value in values.items() if not isinstance(value, dict)}
     known = set().union(*commands.values())
     for key in shared:

@@ -11,9 +11,8 @@ from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBar
 
-from edgeq.cli.console import peak_memory, stderr
+from edgeq.cli.console import new_bar, peak_memory
 from edgeq.errors import EdgeqError, UsageError
 from edgeq.quant.quantizer import Progress
 from edgeq.quant.quantizer import quantize as quantize_checkpoint
@@ -99,14 +98,16 @@ def _summary(report: Report) -> str:
 @contextmanager
 def progress_bar() -> Iterator[Progress | None]:
     """A bar on stderr; None off a terminal."""
-    if not stderr.is_terminal:
+    bar = new_bar(TextColumn("{task.description:44}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    if bar is None:
         yield None
         return
-    columns = (TextColumn("{task.description:44}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with ProgressBar(*columns, console=stderr, transient=True) as bar:
-        task = bar.add_task("opening", total=None)
+    task = bar.add_task("opening", total=None)
 
-        def progress(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, description=name)
+    def progress(done: int, total: int, name: str) -> None:
+        bar.update(task, completed=done, total=total, description=name)
 
+    try:
         yield progress
+    finally:
+        bar.stop()

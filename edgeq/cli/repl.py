@@ -17,35 +17,15 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
 from edgeq.chat import Chat
-from edgeq.cli.console import dim, error_line, usage_line
+from edgeq.cli.console import error_line
+from edgeq.cli.reply import show_reply, usage_line
 from edgeq.errors import EdgeqError, UsageError
 from edgeq.generate import GenerationSettings
 from edgeq.reply import Reply
 
-__all__ = ["Repl", "show_reply"]
+__all__ = ["Repl"]
 
 _FENCE = '"""'
-
-
-def show_reply(reply: Reply) -> bool:
-    """Print a reply as it comes, then its figures; False if Ctrl-C ended it."""
-    channel, finished = "answer", True
-    try:
-        for piece in reply:
-            if piece.channel != channel and (piece.text or piece.channel == "answer"):
-                if channel == "thinking":
-                    print("\n", file=sys.stderr)
-                channel = piece.channel
-            if channel == "thinking":
-                print(dim(piece.text) if piece.text else "", end="", file=sys.stderr, flush=True)
-            elif piece.text:
-                print(piece.text, end="", flush=True)
-    except KeyboardInterrupt:
-        reply.close()
-        finished = False
-    print(flush=True)
-    print(dim(usage_line(reply)), file=sys.stderr, flush=True)
-    return finished
 
 
 class Repl:

@@ -1,0 +1,190 @@
+"""How fast a model runs on this machine, beside how fast its memory can be read.
+
+Tests are llama-bench's: `pp512` runs a prompt of 512 tokens, `tg128` then generates 128 tokens one at a time,
+`pp512+tg128` does both and counts all tokens; `@ d4096` begins behind 4,096 tokens. Token ids are random, logits are
+computed as for a reply, nothing is sampled. A run that is not counted goes first.
+
+Generation reads every weight once per token, so its limit is the memory. `token_nbytes` counts what a token has to
+read, and `read_rate` measures what the machine can; their quotient says how much is left to gain.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from statistics import fmean, stdev
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.errors import UsageError
+from edgeq.runtime import Model
+from edgeq.state import DeltaState, KVCache, State
+from edgeq.weights import Role, text_tensors
+
+__all__ = ["Result", "Test", "measure", "model_size", "read_rate", "run_test", "token_nbytes"]
+
+PROBE_NBYTES = 256 << 20  # read for the memory's rate: many times what caches hold
+PROBE_PASSES = 5
+
+
+class Test(NamedTuple):
+    """Tokens of a prompt, tokens generated one at a time after it, and tokens in the context before both."""
+
+    prompt: int
+    generate: int
+    depth: int = 0
+
+    @property
+    def name(self) -> str:
+        parts = [f"{kind}{tokens}" for kind, tokens in (("pp", self.prompt), ("tg", self.generate)) if tokens]
+        return "+".join(parts) + (f" @ d{self.depth}" if self.depth else "")
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt + self.generate
+
+
+class Result(NamedTuple):
+    """Seconds of every repetition; for pure generation also the bytes a token reads and the memory's rate."""
+
+    test: Test
+    threads: int | None
+    seconds: tuple[float, ...]
+    token_nbytes: float | None = None
+    read_rate: float | None = None
+
+    @property
+    def rates(self) -> list[float]:
+        """Tokens per second of every repetition."""
+        return [self.test.tokens / seconds for seconds in self.seconds]
+
+    @property
+    def tok_per_s(self) -> float:
+        return fmean(self.rates)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of tokens per second; 0 for a single repetition."""
+        return stdev(self.rates) if len(self.rates) > 1 else 0.0
+
+    @property
+    def gb_per_s(self) -> float | None:
+        """Bytes read per second, 10^9."""
+        return self.tok_per_s * self.token_nbytes / 1e9 if self.token_nbytes else None
+
+    @property
+    def share(self) -> float | None:
+        """That rate as a part of the memory's."""
+        return self.gb_per_s / self.read_rate if self.gb_per_s and self.read_rate else None
+
+
+def measure(model: Model, tests: Sequence[Test], *, repetitions: int, threads: int | None = None) -> Iterator[Result]:
+    """Run the tests in order. `threads` is what the model was loaded with, for the memory probe and the record."""
+    for test in tests:
+        if test.depth + test.tokens > model.context_limit:
+            raise UsageError(f"{test.name} does not fit the context of {model.context_limit} tokens")
+    states: dict[int, State[Any]] = {}
+    for test in tests:
+        if test.depth not in states:
+            states = {test.depth: _state_behind(model, test.depth)}
+        yield run_test(model, test, states[test.depth], repetitions=repetitions, threads=threads)
+
+
+def run_test(model: Model, test: Test, state: State[Any], *, repetitions: int, threads: int | None = None) -> Result:
+    """One test from `state`, which holds `test.depth` tokens. The memory is probed right before and after."""
+    ids = _random_ids(model, test.tokens)
+    _seconds(model, ids[: test.prompt + 1], min(1, test.generate), state)  # not counted
+    if test.prompt:
+        return Result(test, threads, tuple(_seconds(model, ids, test.generate, state) for _ in range(repetitions)))
+    before = read_rate(threads)
+    seconds = tuple(_seconds(model, ids, test.generate, state) for _ in range(repetitions))
+    rate = max(before, read_rate(threads))
+    return Result(test, threads, seconds, token_nbytes(model, test.depth + test.generate / 2), rate)
+
+
+def _seconds(model: Model, ids: Sequence[int], generate: int, state: State[Any]) -> float:
+    """Time of running `ids` behind `state`, the last `generate` of them one at a time."""
+    started = perf_counter()
+    prompt = len(ids) - generate
+    if prompt:
+        _, state = model.forward(ids[:prompt], state)
+    for token in ids[prompt:]:
+        _, state = model.forward([token], state)
+    return perf_counter() - started
+
+
+def _random_ids(model: Model, count: int) -> list[int]:
+    ids: list[int] = np.random.default_rng(0).integers(0, model.vocab_size, count).tolist()
+    return ids
+
+
+def _state_behind(model: Model, tokens: int) -> State[Any]:
+    """A state after `tokens` random tokens."""
+    state = model.state()
+    return model.forward(_random_ids(model, tokens), state)[1] if tokens else state
+
+
+# --- what a token reads ----------------------------------------------------------------------------------------------
+
+
+def model_size(model: Model) -> tuple[int, int]:
+    """Weights of the language model, and the bytes that hold them."""
+    names = {spec.name for spec in text_tensors(model.config.text)}
+    stored = [(spec.size, storage.nbytes) for spec, storage in model.checkpoint.storage() if spec.name in names]
+    return sum(size for size, _ in stored), sum(nbytes for _, nbytes in stored)
+
+
+def token_nbytes(model: Model, position: float) -> float:
+    """Bytes that generating a token must read or write, with `position` tokens before it.
+
+    Every weight of the language model (an embedding that is not also the head counts one row), the DeltaNet states
+    read and written, and the keys and values so far. Activations, which stay in the caches, do not count.
+    """
+    weights = model_size(model)[1]
+    if not model.config.text.tie_word_embeddings:
+        table = next(s for spec, s in model.checkpoint.storage() if spec.role is Role.EMBEDDING)
+        weights -= table.nbytes * (model.vocab_size - 1) // model.vocab_size
+    states = [array for layer in model.state().layers if isinstance(layer, DeltaState) for array in layer]
+    moved: int = 2 * sum(array.nbytes for array in states)
+    return weights + moved + position * _kv(model)
+
+
+def _kv(model: Model) -> float:
+    """Bytes of keys and values of a token; many are asked for, because caches come in pages."""
+    c, many = model.config.text, 4096
+    empty = np.zeros((many, c.num_key_value_heads, c.head_dim), np.float32)
+    caches = sum(isinstance(layer, KVCache) for layer in model.state().layers)
+    return caches * model.ops.kv_cache(empty, empty).nbytes / many
+
+
+# --- what the memory gives -------------------------------------------------------------------------------------------
+
+
+def read_rate(threads: int | None = None) -> float:
+    """Rate at which `threads` threads (None: as many as there are cores) read memory, GB/s: the best of a few passes.
+
+    Small pieces are handed out one by one, so a thread that the system puts aside for another program does not
+    hold up the others: the figure is what this machine gives now.
+    """
+    threads = threads or os.cpu_count() or 1
+    pieces = np.array_split(_memory(), 64 * threads)
+    with ThreadPoolExecutor(threads) as pool:
+        return max(_read_once(pool, pieces) for _ in range(PROBE_PASSES))
+
+
+def _read_once(pool: ThreadPoolExecutor, pieces: list[NDArray[np.uint64]]) -> float:
+    started = perf_counter()
+    deque(pool.map(np.bitwise_xor.reduce, pieces), maxlen=0)  # NumPy computes without the GIL
+    return sum(piece.nbytes for piece in pieces) / 1e9 / (perf_counter() - started)
+
+
+@cache
+def _memory() -> NDArray[np.uint64]:
+    """Memory to read: written once, so that it is there."""
+    return np.ones(PROBE_NBYTES // 8, np.uint64)

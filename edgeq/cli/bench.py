@@ -1,0 +1,174 @@
+"""`edgeq bench`: how fast a model runs here, with llama-bench's options and columns."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from itertools import product
+from typing import Annotated, Any
+
+import typer
+
+import edgeq
+from edgeq.bench import Result, Test, measure, model_size
+from edgeq.cli.console import new_bar
+from edgeq.cli.options import BackendOption, ModelArgument
+from edgeq.errors import UsageError
+from edgeq.runtime import Model, load
+
+__all__ = ["bench"]
+
+_COLUMNS = ("model", "size", "params", "backend", "threads", "test", "t/s", "GB/s", "of memory")
+
+
+def bench(
+    model: ModelArgument,
+    n_prompt: Annotated[
+        str, typer.Option("--n-prompt", "-p", metavar="N,...", help="Lengths of prompts to run; 0 leaves them out.")
+    ] = "512",
+    n_gen: Annotated[
+        str, typer.Option("--n-gen", "-n", metavar="N,...", help="Numbers of tokens to generate; 0 leaves them out.")
+    ] = "128",
+    pg: Annotated[
+        list[str] | None, typer.Option("--pg", metavar="P,N", help="A prompt and generation together; -pg works too.")
+    ] = None,
+    n_depth: Annotated[
+        str, typer.Option("--n-depth", "-d", metavar="N,...", help="Tokens in the context before each test.")
+    ] = "0",
+    threads: Annotated[
+        str | None, typer.Option("--threads", "-t", metavar="N,...", help="Threads; the backend's choice unless given.")
+    ] = None,
+    repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="Counted runs of each test.")] = 5,
+    output: Annotated[str, typer.Option("--output", "-o", help="md, json or csv.")] = "md",
+    backend: BackendOption = "auto",
+) -> None:
+    """Measure prompt and generation speed, in llama-bench's terms, beside the rate at which memory can be read.
+
+    edgeq bench q2b -p 512,2048 -n 128 -d 0,4096 -t 1,2,4
+
+    GB/s is what generation reads of weights and states; "of memory" compares it with a plain read of memory by as
+    many threads, measured right before and after the test.
+    """
+    if output not in ("md", "json", "csv"):
+        raise UsageError(f"unknown output {output!r}", hint="--output is one of md, json, csv")
+    tests = _tests(_numbers("--n-prompt", n_prompt), _numbers("--n-gen", n_gen), pg or [], _numbers("-d", n_depth))
+    counts = [None] if threads is None else _numbers("--threads", threads, least=1)
+    rows = _measure_all(model, backend, tests, counts, repetitions)
+    {"md": _print_table, "json": _print_json, "csv": _print_csv}[output](rows)
+
+
+def _numbers(option: str, text: str, least: int = 0) -> list[int]:
+    """The numbers of a comma list."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [-1]
+    if min(numbers) < least:
+        raise UsageError(f"{option} {text}: expected whole numbers from {least}, separated by commas")
+    return numbers
+
+
+def _tests(prompts: list[int], generated: list[int], pairs: list[str], depths: list[int]) -> list[Test]:
+    """Every test at every depth: prompts, generation, then pairs of both."""
+    both = [_numbers("-pg", pair) for pair in pairs]
+    if any(len(pair) != 2 for pair in both):
+        raise UsageError(f"-pg {pairs[0]}: expected the tokens of a prompt and of its continuation", hint="-pg 512,128")
+    kinds = [(n, 0) for n in prompts] + [(0, n) for n in generated] + [(pair[0], pair[1]) for pair in both]
+    tests = [Test(*kind, depth) for depth, kind in product(depths, kinds) if any(kind)]
+    if not tests:
+        raise UsageError("there is nothing to measure", hint="give -p, -n or -pg more than 0 tokens")
+    return tests
+
+
+def _measure_all(
+    name: str, backend: str, tests: list[Test], counts: list[int] | list[None], repetitions: int
+) -> Iterator[tuple[Model, Result]]:
+    """Every test with every number of threads; what goes on shows on stderr."""
+    bar = new_bar("{task.description}")
+    task = bar.add_task("loading") if bar else None
+    try:
+        for count in counts:
+            model = load(name, backend=backend, threads=count)
+            results = measure(model, tests, repetitions=repetitions, threads=count)
+            for i, test in enumerate(tests):
+                if bar and task is not None:
+                    bar.update(task, description=f"{test.name}, {count or 'default'} threads ({i + 1} of {len(tests)})")
+                yield model, next(results)
+    finally:
+        if bar:
+            bar.stop()
+
+
+# --- output ----------------------------------------------------------------------------------------------------------
+
+
+def _print_table(rows: Iterator[tuple[Model, Result]]) -> None:
+    """llama-bench's Markdown table, and two columns more."""
+    widths = (18, 11, 9, 7, 7, 16, 16, 6, 9)
+    print(_table_row(_COLUMNS, widths))
+    print(_table_row([":" + "-" * (w - 1) if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)], widths))
+    for model, result in rows:
+        weights, nbytes = model_size(model)
+        speed = f"{result.tok_per_s:.2f} ± {result.deviation:.2f}"
+        rate = f"{result.gb_per_s:.1f}" if result.gb_per_s else ""
+        share = f"{result.share:.0%}" if result.share else ""
+        cells = (
+            _describe(model), f"{nbytes / 2**20:.2f} MiB", f"{weights / 1e6:.2f} M", model.ops.name,
+            result.threads or "", result.test.name, speed, rate, share,
+        )  # fmt: skip
+        print(_table_row(cells, widths), flush=True)
+
+
+def _table_row(cells: Any, widths: tuple[int, ...]) -> str:
+    first, *others = (f"{cell!s:>{width}}" for cell, width in zip(cells, widths, strict=True))
+    return f"| {first.strip():<{widths[0]}} | {' | '.join(others)} |"
+
+
+def _print_json(rows: Iterator[tuple[Model, Result]]) -> None:
+    print(json.dumps([_record(model, result) for model, result in rows], indent=2))
+
+
+def _print_csv(rows: Iterator[tuple[Model, Result]]) -> None:
+    writer = None
+    for model, result in rows:
+        record = {key: value for key, value in _record(model, result).items() if not isinstance(value, list)}
+        if writer is None:
+            writer = csv.DictWriter(sys.stdout, record, lineterminator="\n")
+            writer.writeheader()
+        writer.writerow(record)
+        sys.stdout.flush()
+
+
+def _record(model: Model, result: Result) -> dict[str, Any]:
+    """One result under llama-bench's names, and edgeq's own: bytes per token, GB/s, the memory's rate."""
+    weights, nbytes = model_size(model)
+    nanoseconds = [round(1e9 * seconds) for seconds in result.seconds]
+    return {
+        "build_number": edgeq.__version__,
+        "backends": model.ops.name,
+        "backend_info": model.ops.describe(),
+        "model_filename": str(model.checkpoint.path),
+        "model_type": _describe(model),
+        "model_size": nbytes,
+        "model_n_params": weights,
+        "n_threads": result.threads,
+        "n_prompt": result.test.prompt,
+        "n_gen": result.test.generate,
+        "n_depth": result.test.depth,
+        "test": result.test.name,
+        "avg_ns": round(sum(nanoseconds) / len(nanoseconds)),
+        "avg_ts": result.tok_per_s,
+        "stddev_ts": result.deviation,
+        "samples_ns": nanoseconds,
+        "samples_ts": result.rates,
+        "token_nbytes": round(result.token_nbytes) if result.token_nbytes else None,
+        "gb_per_s": result.gb_per_s,
+        "read_gb_per_s": result.read_rate,
+    }
+
+
+def _describe(model: Model) -> str:
+    weights, nbytes = model_size(model)
+    return f"qwen3.5 {8 * nbytes / weights:.2f} bits"

@@ -1,0 +1,73 @@
+"""A reply at the terminal, its figures, and the same for programs."""
+
+from __future__ import annotations
+
+import sys
+
+from edgeq.cli.console import dim, peak_memory
+from edgeq.generate import StopReason
+from edgeq.reply import Reply
+
+__all__ = ["reply_object", "show_reply", "usage_line"]
+
+_ENDINGS = {
+    StopReason.LENGTH: "stopped at --max-tokens",
+    StopReason.LOOP: "stopped: the reply went round in circles",
+    StopReason.CONTEXT_FULL: "stopped: the context is full",
+    StopReason.INTERRUPTED: "interrupted",
+}
+_CUTS = {
+    StopReason.LENGTH: "thinking cut at --thinking-budget",
+    StopReason.LOOP: "thinking cut: it went round in circles",
+}
+
+
+def usage_line(reply: Reply) -> str:
+    """Prompt (cached and new) and generated tokens with their speeds, peak memory, and what cut the reply short."""
+    usage, finish = reply.usage, reply.finish
+    new = usage.prompt_tokens - usage.cached_tokens
+    parts = [
+        f"prompt {usage.prompt_tokens} tokens ({usage.cached_tokens} cached, {new} new), "
+        f"{usage.prompt_tok_per_s:.1f} tok/s",
+        f"generated {usage.generated_tokens} tokens, {usage.generate_tok_per_s:.1f} tok/s",
+        f"peak memory {peak_memory() / 1e6:,.0f} MB",
+    ]
+    if finish.thinking_cut in _CUTS:
+        parts.append(_CUTS[finish.thinking_cut])
+    if finish.reason in _ENDINGS:
+        parts.append(_ENDINGS[finish.reason])
+    return " | ".join(parts)
+
+
+def show_reply(reply: Reply) -> bool:
+    """Print a reply as it comes, then its figures; False if Ctrl-C ended it."""
+    channel, finished = "answer", True
+    try:
+        for piece in reply:
+            if piece.channel != channel and (piece.text or piece.channel == "answer"):
+                if channel == "thinking":
+                    print("\n", file=sys.stderr)
+                channel = piece.channel
+            if channel == "thinking":
+                print(dim(piece.text) if piece.text else "", end="", file=sys.stderr, flush=True)
+            elif piece.text:
+                print(piece.text, end="", flush=True)
+    except KeyboardInterrupt:
+        reply.close()
+        finished = False
+    print(flush=True)
+    print(dim(usage_line(reply)), file=sys.stderr, flush=True)
+    return finished
+
+
+def reply_object(reply: Reply) -> dict[str, object]:
+    """A finished reply as one JSON object, for programs."""
+    finish = reply.finish
+    return {
+        "text": reply.text,
+        "thinking": reply.thinking,
+        "ids": reply.ids,
+        "finish_reason": finish.reason.value,
+        "thinking_cut": finish.thinking_cut.value if finish.thinking_cut else None,
+        "usage": reply.usage._asdict(),
+    }
