@@ -162,11 +162,12 @@ def test_scales_of_any_type(model: Any, scales: type) -> None:
 
 @compiled_too
 def test_several_sequences_at_once(model: Any, compiled: bool) -> None:
-    """Decoding three sequences together gives what each gives alone."""
+    """Decoding four sequences together gives what each gives alone."""
     c, weights = model
     tiny = Tiny(MlxOps("float32", compiled), c, weights)
     states = [tiny.run(prompt(c, n, n))[1][0] for n in (3, 1, 300)]
-    ids = [np.array([n], np.int32) for n in (5, 6, 7)]
+    states.append(states[0])  # two that go on from the same state
+    ids = [np.array([n], np.int32) for n in (5, 6, 7, 8)]
     hidden, after = forward(tiny.ops, c, tiny.weights, text_batch(ids, states), states)
     together = tiny.ops.numpy(logits(tiny.ops, tiny.weights, hidden))
     for i, state in enumerate(states):

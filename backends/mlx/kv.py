@@ -54,19 +54,19 @@ class BufferedKV(KVCache[mx.array]):
         self.buffer, self.length = buffer, length
         buffer.caches.add(self)
 
-    def with_room(self, tokens: int) -> Buffer:
-        """A buffer that begins with this cache and in which the next `tokens` places are free."""
+    def extended(self, tokens: int) -> BufferedKV:
+        """A cache of `tokens` more, which are still to be written: into its buffer, behind those of this one."""
         end, buffer = self.length + tokens, self.buffer
         if buffer.capacity < end or any(cache.length > self.length for cache in buffer.caches):
-            return buffer.copy(self.length, capacity_for(end))
-        return buffer
+            buffer = buffer.copy(self.length, capacity_for(end))
+        return BufferedKV(buffer, end)
 
     def appended(self, keys: mx.array, values: mx.array) -> BufferedKV:
         """This cache and then `keys`, `values` [T, Hkv, D], rounded to the cache's dtype."""
-        buffer, end = self.with_room(keys.shape[0]), self.length + keys.shape[0]
-        buffer.keys[:, self.length : end] = keys.swapaxes(0, 1)
-        buffer.values[:, self.length : end] = values.swapaxes(0, 1)
-        return BufferedKV(buffer, end)
+        longer = self.extended(keys.shape[0])
+        longer.buffer.keys[:, self.length : longer.length] = keys.swapaxes(0, 1)
+        longer.buffer.values[:, self.length : longer.length] = values.swapaxes(0, 1)
+        return longer
 
     def truncated(self, length: int) -> BufferedKV:
         return self if length == self.length else BufferedKV(self.buffer, length)

@@ -226,14 +226,12 @@ class MlxOps(Ops[mx.array]):
 
         piece = self._piece(("gated_attention", id(c), tuple(lengths)), on_buffers)
         old = [kv for kv in caches if isinstance(kv, BufferedKV)]
-        buffers = [kv.with_room(length) for kv, length in zip(old, lengths, strict=True)]
-        held = [(buffer.keys, buffer.values) for buffer in buffers]
+        longer = [kv.extended(length) for kv, length in zip(old, lengths, strict=True)]
+        held = [(kv.buffer.keys, kv.buffer.values) for kv in longer]
         y, after = piece(x, w, angles, held, [mx.array([kv.length]) for kv in old])
-        longer: list[KVCache[mx.array]] = []
-        for buffer, kv, length, (keys, values) in zip(buffers, old, lengths, after, strict=True):
-            buffer.keys, buffer.values = keys, values
-            longer.append(BufferedKV(buffer, kv.length + length))
-        return y, longer
+        for kv, (keys, values) in zip(longer, after, strict=True):
+            kv.buffer.keys, kv.buffer.values = keys, values
+        return y, list(longer)
 
     def _fused(self, f: F) -> F:
         """A pointwise function as one kernel, for all shapes at once."""
