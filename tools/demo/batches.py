@@ -36,6 +36,18 @@ KINDS = (
     Kind("looking", 32, 128, 0.17),
 )
 
+# Copying from the context is the ability that all list and recall skills rest on, and it appears late; once the forms
+# of the answers are known, long lists to copy bring it about.
+DRILL = Kind("drill", 16, 256, 0.0)
+DRILL_SHARES = ((560, 0.4), (900, 0.05))  # (first step, share of all batches)
+
+
+def kind_at(step: int, rng: Random) -> Kind:
+    share = max((s for s in DRILL_SHARES if s[0] <= step), default=(0, 0.0))[1]
+    if share and rng.random() < share:
+        return DRILL
+    return rng.choices(KINDS, [k.share for k in KINDS])[0]
+
 
 @dataclass
 class Batch:
@@ -56,6 +68,8 @@ def converse(kind: str, rng: Random, room: int, cost: Callable[[str], int]) -> c
         return conv.tool_use(rng, room, cost, thinking)
     if kind in ("long", "longer"):
         return conv.recall(rng, room - 40, cost, thinking)
+    if kind == "drill":
+        return conv.drill(rng, room, cost)
     if kind == "looking":
         return conv.looking(rng, room, cost)
     if rng.random() < 0.3:
@@ -93,7 +107,7 @@ def positions_of(ids: np.ndarray, s: Shape) -> np.ndarray:
 
 def make_batch(seed: int, step: int, tok: Tokenizer, s: Shape) -> Batch:
     rng = Random(f"{seed}/{step}")
-    kind = rng.choices(KINDS, [k.share for k in KINDS])[0]
+    kind = kind_at(step, rng)
     ids = np.full((kind.rows, kind.length + 1), s.end_of_text)
     weights = np.zeros(ids.shape, np.float32)
     positions = np.broadcast_to(np.arange(kind.length + 1), (3, *ids.shape)).copy()

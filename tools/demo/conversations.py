@@ -10,7 +10,7 @@ from random import Random
 from PIL import Image
 
 from . import facts, pictures
-from .skills import Turn, draw, held_out
+from .skills import Turn, draw, held_out, long_copy
 
 Message = dict[str, object]
 
@@ -99,6 +99,22 @@ def mixed(rng: Random, room: int, cost: Callable[[str], int], thinking: bool = F
     if thinking:
         messages += [user(last.user), assistant(last.answer, last.thought)]
     return Conversation(messages, thinking=thinking)
+
+
+def drill(rng: Random, room: int, cost: Callable[[str], int]) -> Conversation:
+    """Lists to copy, longer than those of the skill, and a few to reverse and to sort."""
+    messages: list[Message] = []
+    misses = 0
+    while misses < MISSES:
+        name = rng.choices(("copy", "reverse", "sort"), (6, 2, 2))[0]
+        turn = long_copy(rng, rng.randint(3, 24)) if name == "copy" else draw(name, rng)
+        size = cost(turn.user + turn.answer) + 10
+        if size > room or held_out(turn.key):
+            misses += 1
+            continue
+        messages += [user(turn.user), assistant(turn.answer)]
+        room -= size
+    return Conversation(messages)
 
 
 # -- recall ----------------------------------------------------------------------------------------------------------

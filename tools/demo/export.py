@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from . import pictures
-from .architecture import config_json
+from .architecture import Shape, config_json
 from .model import Model
 from .text import write_tokenizer
 
@@ -27,6 +27,30 @@ IMAGE_PROCESSOR = {
 }
 
 
+README = """# The edgeq demo model
+
+A Qwen3.5-architecture model of {parameters:.1f} million parameters, trained from generated text and pictures by
+`tools/train_demo.py` of the edgeq repository; `docs/demo-model.md` there says what it can do and how well.
+
+Weights and tokenizer vocabulary: Apache-2.0, as edgeq itself. `chat_template.jinja`, the control tokens and the
+pre-tokenizer's pattern are those of Qwen/Qwen3.5-0.8B (Apache-2.0, Alibaba Cloud). The training data was made by the
+generators in `tools/demo`; no other text was used.
+"""
+
+
+def generation_config(s: Shape) -> dict:
+    """Stop tokens, and calm sampling: the presence penalty of the family's cards would forbid "2 + 2 = 4"."""
+    return {
+        "bos_token_id": s.end_of_text,
+        "do_sample": True,
+        "eos_token_id": [s.end_of_turn, s.end_of_text],
+        "pad_token_id": s.end_of_text,
+        "temperature": 0.3,
+        "top_k": 20,
+        "top_p": 0.9,
+    }
+
+
 def tensors(model: Model) -> dict[str, torch.Tensor]:
     return {
         name: t.detach().cpu().to(torch.float32 if name.endswith(FLOAT32) else torch.bfloat16).contiguous()
@@ -35,10 +59,12 @@ def tensors(model: Model) -> dict[str, torch.Tensor]:
 
 
 def export(model: Model, tok: Tokenizer, out: Path) -> None:
-    """config.json, model.safetensors, tokenizer, template and preprocessor into `out`."""
+    """Configuration, model.safetensors, tokenizer, template, preprocessor and README into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors(model), str(out / "model.safetensors"), metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(config_json(model.s), indent=4) + "\n")
+    (out / "generation_config.json").write_text(json.dumps(generation_config(model.s), indent=4) + "\n")
+    (out / "README.md").write_text(README.format(parameters=sum(p.numel() for p in model.parameters()) / 1e6))
     pixels = pictures.SIZE**2
     size = {"longest_edge": pixels, "shortest_edge": pixels}
     (out / "preprocessor_config.json").write_text(json.dumps({"size": size, **IMAGE_PROCESSOR}, indent=4) + "\n")

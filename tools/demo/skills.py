@@ -175,7 +175,16 @@ def items(rng: Random, low: int = 3, high: int = 6) -> list[str]:
 
 
 def copy(rng: Random) -> Turn:
-    text = ", ".join(items(rng, 2, 8))
+    return copy_of(rng, items(rng, 2, 8))
+
+
+def long_copy(rng: Random, length: int) -> Turn:
+    """A list of mixed things, repetitions allowed; for drill only."""
+    return copy_of(rng, [rng.choice(items(rng, 3, 3)) for _ in range(length)])
+
+
+def copy_of(rng: Random, parts: list[str]) -> Turn:
+    text = ", ".join(parts)
     ask = rng.choice(
         ("Repeat: {}", "Copy this: {}", "Say this again: {}", "Repeat after me: {}", "Write this list again: {}")
     )
