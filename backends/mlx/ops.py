@@ -52,7 +52,7 @@ class MlxOps(Ops[mx.array]):
     name = "mlx"
 
     def __init__(self, dtype: Dtype | None = None, compiled: bool | None = None) -> None:
-        self._on_cpu = on_cpu = mx.default_device() == mx.Device(mx.cpu)
+        self._on_cpu = on_cpu = _on_cpu()
         self.dtype: mx.Dtype = getattr(mx, dtype or ("float32" if on_cpu else "bfloat16"))
         self._compiled = not on_cpu if compiled is None else compiled
         self._pieces: dict[Hashable, Callable[..., Any]] = {}  # compiled ones
@@ -60,6 +60,11 @@ class MlxOps(Ops[mx.array]):
         self._metal = mx.metal.is_available() and not on_cpu
         self._silu, self._silu_mul = self._fused(_silu), self._fused(_silu_mul)
         self._sigmoid_mul, self._delta_gates = self._fused(_sigmoid_mul), self._fused(_delta_gates)
+
+    @classmethod
+    def describe(cls) -> str:
+        device = "CPU" if _on_cpu() else "Metal" if mx.metal.is_available() else "CUDA"
+        return f"MLX {mx.__version__}, {device} ({mx.device_info().get('device_name', 'unknown device')})"
 
     # --- the edge ----------------------------------------------------------------------------------------------------
 
@@ -249,6 +254,10 @@ class MlxOps(Ops[mx.array]):
         if key not in self._pieces:
             self._pieces[key] = mx.compile(f)
         return self._pieces[key]
+
+
+def _on_cpu() -> bool:
+    return mx.default_device() == mx.Device(mx.cpu)
 
 
 # --- pointwise, float32 inside ----------------------------------------------------------------------------------------
