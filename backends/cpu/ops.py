@@ -1,25 +1,24 @@
 """The operations of the seam on native kernels. Arrays are NumPy's; Python only makes room and passes pointers.
 
-What is not here is NumPy's: the edge, the rotary angles (once per call of the model) and the gates of the unfused
-DeltaNet mixer. Everything a token or a prompt spends time in is native, and each mixer is one native call between
-its projections.
+What is not here is NumPy's: the rotary angles (once per call of the model) and the gates of the unfused DeltaNet
+mixer. Everything that a token or a prompt spends time in is native, and each larger piece is one native call.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 
 import numpy as np
 
-from edgeq.backends.cpu import _native
+from edgeq.backends.cpu import _native, bound
 from edgeq.backends.cpu.kv import NativeKV, check_kv_dtype, empty_aligned
 from edgeq.backends.numpy import NumpyOps
 from edgeq.backends.ops import Angles
 from edgeq.bf16 import Array, Float32
 from edgeq.config import RopeConfig, TextConfig
+from edgeq.errors import UsageError
 from edgeq.state import DeltaState, KVCache
-from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, QMatrix
+from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights
 
 __all__ = ["CpuOps"]
 
@@ -29,9 +28,11 @@ def like(x: Array) -> Array:
     return np.empty(x.shape, np.float32)
 
 
-def room(x: Array, count: int) -> list[Array]:
-    """Room for `count` states of x's shape, on cache lines; each of its own, so that one can be kept alone."""
-    return [empty_aligned(x.size * 4).view(np.float32).reshape(x.shape) for _ in range(count)]
+def delta_room(state: DeltaState[Array]) -> DeltaState[Array]:
+    """Room for another state, the matrix on a cache line. Every state has its own memory and can be kept alone."""
+    conv, matrix = state
+    space = empty_aligned(4 * (matrix.size + conv.size)).view(np.float32)
+    return DeltaState(space[matrix.size :].reshape(conv.shape), space[: matrix.size].reshape(matrix.shape))
 
 
 class CpuOps(NumpyOps):
@@ -46,16 +47,21 @@ class CpuOps(NumpyOps):
 
     def __init__(self, threads: int | None = None, kv_dtype: str = "f16") -> None:
         if threads is not None:
+            if not 1 <= threads <= 1024:
+                raise UsageError(f"threads is {threads}, expected 1 to 1024")
             _native.set_thread_count(threads)
         self.kv_dtype = check_kv_dtype(kv_dtype)
-        self._bound: dict[int, tuple[_native.Matrix, weakref.ref[Array]]] = {}
+        self._matrix = bound.Bound(bound.matrix)
+        self._mlp = bound.Bound(bound.mlp)
+        self._delta_net = bound.Bound(bound.delta_net)
+        self._attention = bound.Bound(bound.attention)
 
     @classmethod
     def describe(cls) -> str:
         return f"{_native.isa()} kernels, {_native.thread_count()} threads"
 
     def load(self, x: Array) -> Array:
-        return x.view()  # an object of our own, so that its end is the end of the weights (see `_matrix`)
+        return x.view()  # an object of our own, so that its end is the end of the weight (see bound.py)
 
     def kv_cache(self, keys: Float32, values: Float32) -> NativeKV:
         return NativeKV(keys.shape[1], keys.shape[2], self.kv_dtype).appended(keys, values)
@@ -63,35 +69,20 @@ class CpuOps(NumpyOps):
     # --- matrices ----------------------------------------------------------------------------------------------------
 
     def embed(self, table: Matrix[Array], ids: Array) -> Array:
-        rows = self._matrix(table)
+        rows = self._matrix(bound.storage(table), table)
         _native.embed(rows, ids, out := np.empty((len(ids), rows.shape[1]), np.float32))
         return out
 
     def linear(self, x: Array, w: Matrix[Array]) -> Array:
-        matrix = self._matrix(w)
+        matrix = self._matrix(bound.storage(w), w)
         _native.linear(x, matrix, y := np.empty((len(x), matrix.shape[0]), np.float32))
         return y
 
     def linears(self, x: Array, ws: Sequence[Matrix[Array]]) -> tuple[Array, ...]:
-        matrices = [self._matrix(w) for w in ws]
+        matrices = [self._matrix(bound.storage(w), w) for w in ws]
         ys = [np.empty((len(x), matrix.shape[0]), np.float32) for matrix in matrices]
         _native.linears(x, matrices, ys)
         return tuple(ys)
-
-    def _matrix(self, w: Matrix[Array]) -> _native.Matrix:
-        """The checked native form of a weight, made once and forgotten with the weight.
-
-        It holds views of its own: the mapped file lives as long as either, but nothing holds the weight itself.
-        """
-        key = w.codes if isinstance(w, QMatrix) else w
-        if found := self._bound.get(id(key)):
-            return found[0]
-        views = [x.view() for x in (w[:3] if isinstance(w, QMatrix) else (w,))]
-        matrix = _native.Matrix(*views, w.bits, w.group_size) if isinstance(w, QMatrix) else _native.Matrix(*views)
-        if key.base is not None:  # else a view of it would keep it, and be kept, for ever
-            forget, address = self._bound.pop, id(key)
-            self._bound[address] = matrix, weakref.ref(key, lambda _: forget(address, None))
-        return matrix
 
     # --- norms and pointwise -----------------------------------------------------------------------------------------
 
@@ -132,26 +123,8 @@ class CpuOps(NumpyOps):
     def attention(self, q: Array, k: Array, v: Array, cache: KVCache[Array]) -> tuple[Array, KVCache[Array]]:
         longer = _longer(cache, len(q))
         sequences = [(len(q), cache.length, longer.buffers())]
-        _native.attention(q, k, v, None, None, None, 0.0, None, None, longer.dtype, sequences, out := like(q))
+        _native.attention(q, k, v, longer.dtype, sequences, out := like(q))
         return out, longer
-
-    def gated_attention(
-        self, x: Array, w: AttentionWeights[Array], c: TextConfig, angles: Angles[Array],
-        caches: Sequence[KVCache[Array]], lengths: Sequence[int],
-    ) -> tuple[Array, list[KVCache[Array]]]:  # fmt: skip
-        q_gate, k, v = self.linears(x, (w.q_proj, w.k_proj, w.v_proj))
-        q_gate = q_gate.reshape(-1, c.num_attention_heads, 2 * c.head_dim)  # per head: query, then gate
-        q, gate = q_gate[:, :, : c.head_dim], q_gate[:, :, c.head_dim :]
-        k = k.reshape(-1, c.num_key_value_heads, c.head_dim)
-        v = v.reshape(-1, c.num_key_value_heads, c.head_dim)
-        after = [_longer(cache, length) for cache, length in zip(caches, lengths, strict=True)]
-        sequences = [
-            (length, cache.length, longer.buffers())
-            for length, cache, longer in zip(lengths, caches, after, strict=True)
-        ]
-        out, eps, dtype = like(q), c.rms_norm_eps, after[0].dtype
-        _native.attention(q, k, v, gate, w.q_norm, w.k_norm, eps, *angles, dtype, sequences, out)
-        return self.linear(out.reshape(-1, c.attention_dim), w.o_proj), list(after)
 
     # --- DeltaNet ----------------------------------------------------------------------------------------------------
 
@@ -164,23 +137,38 @@ class CpuOps(NumpyOps):
     def delta_rule(
         self, q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, keep: int = 0
     ) -> tuple[Array, tuple[Array, ...]]:
-        _native.delta_rule(q, k, v, g, beta, state, after := room(state, keep + 1), o := like(v))
+        after = [like(state) for _ in range(keep + 1)]
+        _native.delta_rule(q, k, v, g, beta, state, after, o := like(v))
         return o, tuple(after)
+
+    # --- larger pieces -----------------------------------------------------------------------------------------------
+
+    def mlp(self, x: Array, w: MLPWeights[Array]) -> Array:
+        self._mlp(bound.storage(w.down_proj), w)(x, y := like(x))
+        return y
 
     def delta_net(
         self, x: Array, w: DeltaNetWeights[Array], c: TextConfig, states: Sequence[DeltaState[Array]],
         lengths: Sequence[int], keep: int = 0,
     ) -> tuple[Array, list[tuple[DeltaState[Array], ...]]]:  # fmt: skip
-        qkv, z, b, a = self.linears(x, (w.in_proj_qkv, w.in_proj_z, w.in_proj_b, w.in_proj_a))
+        after = [tuple([delta_room(state) for _ in range(keep + 1)]) for state in states]
+        sequences = list(zip(lengths, states, after, strict=True))
+        mixer = self._delta_net(w.conv, w)
+        mixer(x, c.linear_num_key_heads, c.rms_norm_eps, keep, sequences, y := like(x))
+        return y, after
+
+    def gated_attention(
+        self, x: Array, w: AttentionWeights[Array], c: TextConfig, angles: Angles[Array],
+        caches: Sequence[KVCache[Array]], lengths: Sequence[int],
+    ) -> tuple[Array, list[KVCache[Array]]]:  # fmt: skip
+        after = [_longer(cache, length) for cache, length in zip(caches, lengths, strict=True)]
         sequences = [
-            (length, *state, room(state.conv, keep + 1), room(state.matrix, keep + 1))
-            for length, state in zip(lengths, states, strict=True)
+            (length, cache.length, longer.buffers())
+            for length, cache, longer in zip(lengths, caches, after, strict=True)
         ]
-        vectors = (w.conv, w.decay, w.dt_bias, w.norm)
-        out, eps, key_heads = like(z), c.rms_norm_eps, c.linear_num_key_heads
-        _native.delta_net(qkv, z, b, a, *vectors, eps, key_heads, keep, sequences, out)
-        after = [tuple(map(DeltaState, tails, matrices)) for *_, tails, matrices in sequences]
-        return self.linear(out, w.out_proj), after
+        mixer = self._attention(w.q_norm, w)
+        mixer(x, c.rms_norm_eps, *angles, after[0].dtype, sequences, y := like(x))
+        return y, list(after)
 
 
 def _longer(cache: KVCache[Array], tokens: int) -> NativeKV:

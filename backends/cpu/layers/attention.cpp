@@ -86,9 +86,9 @@ void append_token(const Attention& a, const KvSequence& s, Index start, Index to
     for (Index head = 0; head < a.Hkv; head++) {
         uint8_t* page = s.pages[at / kv_page];
         const Place to = place(a.Hkv, width, head, at % kv_page);
-        normed(a, a.k + t * a.k_stride + head * a.k_head_stride, a.k_norm, t, key);
+        normed(a, a.k.at(t, head), a.k_norm, t, key);
         write_entries(page, a.type, to.keys, kv_tile, key, width, scratch.bits.data());
-        const float* value = a.v + t * a.v_stride + head * a.v_head_stride;
+        const float* value = a.v.at(t, head);
         write_entries(page, a.type, to.values, 1, value, a.D, scratch.bits.data());
     }
 }
@@ -108,7 +108,7 @@ void attend_block(const Attention& a, const KvSequence& s, const Block& b, Index
     for (Index row = 0; row < b.tokens * share; row++) {
         const Index t = b.start + b.first + row / share, head = b.head * share + row % share;
         float* q = &scratch.q[row * width];
-        normed(a, a.q + t * a.q_stride + head * a.q_head_stride, a.q_norm, t, q);
+        normed(a, a.q.at(t, head), a.q_norm, t, q);
         for (Index i = 0; i < a.D; i++) q[i] *= scale;
         scratch.visible[row] = s.past + b.first + row / share + 1;
     }
@@ -140,7 +140,7 @@ void finish_block(const Attention& a, const Block& b, Index ranges, Index range_
             const float* part = out + (i * range_rows + row) * width;
             for (Index j = 0; j < a.D; j++) y[j] = weight * part[j] + (i ? y[j] : 0.0f);
         }
-        if (a.gate) kernels.sigmoid_mul(y, y, a.gate + t * a.gate_stride + head * a.gate_head_stride, a.D);
+        if (a.gate.data) kernels.sigmoid_mul(y, y, a.gate.at(t, head), a.D);
     }
 }
 

@@ -151,13 +151,18 @@ struct KvSequence {
     uint8_t* const* pages;
 };
 
+// Vectors of every token and head.
+struct Heads {
+    const float* data = nullptr;
+    Index stride = 0, head_stride = 0;
+    const float* at(Index token, Index head) const { return data + token * stride + head * head_stride; }
+};
+
 struct Attention {
     Index Hq, Hkv, D;
     KvType type;
-    const float *q, *k, *v;  // token t, head h at t * stride + h * head_stride
-    Index q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride;
-    const float* gate;  // or null: out *= sigmoid(gate)
-    Index gate_stride, gate_head_stride;
+    Heads q, k, v;
+    Heads gate;                    // or without data: out *= sigmoid(gate)
     const float *q_norm, *k_norm;  // gains [D], or null: q and k come normalised and rotated
     float eps;
     const float *cos, *sin;  // [T, pairs], or null
