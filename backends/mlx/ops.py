@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cache
+from importlib.metadata import version
 from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 import mlx.core as mx
@@ -58,13 +59,13 @@ class MlxOps(Ops[mx.array]):
         self._pieces: dict[Hashable, Callable[..., Any]] = {}  # compiled ones
         self._chunk = 16 if on_cpu else 64  # of the delta rule: few operations on a CPU, few steps on a GPU
         self._metal = mx.metal.is_available() and not on_cpu
-        self._silu, self._silu_mul = self._fused(_silu), self._fused(_silu_mul)
+        self._weighted_silu, self._silu_mul = self._fused(_weighted_silu), self._fused(_silu_mul)
         self._sigmoid_mul, self._delta_gates = self._fused(_sigmoid_mul), self._fused(_delta_gates)
 
     @classmethod
     def describe(cls) -> str:
         device = "CPU" if _on_cpu() else "Metal" if mx.metal.is_available() else "CUDA"
-        return f"MLX {mx.__version__}, {device} ({mx.device_info().get('device_name', 'unknown device')})"
+        return f"MLX {version('mlx')}, {device} ({mx.device_info().get('device_name', 'unknown device')})"
 
     # --- the edge ----------------------------------------------------------------------------------------------------
 
@@ -182,10 +183,10 @@ class MlxOps(Ops[mx.array]):
     ) -> tuple[mx.array, tuple[mx.array, ...]]:
         T, width = x.shape[0], w.shape[1]
         inputs = mx.concatenate([tail.astype(x.dtype), x])
-        y = sum((inputs[i : i + T] * w[:, i] for i in range(1, width)), inputs[:T] * w[:, 0])
+        y = self._weighted_silu([inputs[i : i + T] for i in range(width)], [w[:, i] for i in range(width)])
         # a tail must not keep all of `inputs` alive, as a view of it would
         tails = tuple(mx.contiguous(inputs[n : n + width - 1]) for n in range(T - keep, T + 1))
-        return self._silu(y).astype(x.dtype), tails
+        return y, tails
 
     def delta_rule(
         self, q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: mx.array, keep: int = 0
@@ -263,8 +264,11 @@ def _on_cpu() -> bool:
 # --- pointwise, float32 inside ----------------------------------------------------------------------------------------
 
 
-def _silu(x: mx.array) -> mx.array:
-    return x * mx.sigmoid(x)
+def _weighted_silu(xs: list[mx.array], weights: list[mx.array]) -> mx.array:
+    y = xs[0] * weights[0]
+    for x, w in zip(xs[1:], weights[1:], strict=True):
+        y = y + x * w
+    return (y * mx.sigmoid(y)).astype(xs[0].dtype)
 
 
 def _silu_mul(gate: mx.array, up: mx.array) -> mx.array:
