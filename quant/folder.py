@@ -47,6 +47,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process with our number that was killed
     try:
         partial.mkdir()
         yield partial
