@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType, quants, size_label
 
-from edgeq.backends.numpy.ops import matrix_rows, tiles
 from edgeq.bf16 import Array, Float32, from_float32
 from edgeq.checkpoint import Checkpoint
 from edgeq.checkpoint.gguf_layout import (
@@ -52,6 +51,7 @@ EXPORT_TYPES: Mapping[str, LlamaFileType] = {
 
 _BY_NAME = {t.name: t for t in TYPES.values()}
 _ALIGNMENT = 32
+_BLOCK = 1 << 20  # weights that are float32 at a time
 _MATRICES = (Role.LINEAR, Role.EMBEDDING, Role.GATE)
 
 Progress = Callable[[int, int, str], None]
@@ -115,7 +115,7 @@ def export_gguf(
         },
         **_tokenizer(checkpoint, notes),
     }
-    return _write(out, checkpoint.path, ARCH, metadata, tensors, tuple(notes), force, progress)
+    return _write(out, checkpoint, ARCH, metadata, tensors, tuple(notes), force, progress)
 
 
 def export_mmproj(
@@ -134,7 +134,7 @@ def export_mmproj(
             values = partial(_vision_blocks, checkpoint, spec.name, half if len(names) > 1 else None)
             tensors.append(_Tensor(name, file_shape(spec), _vision_type(spec, kind), values))
     metadata = {**_general(checkpoint, specs, "mmproj", kind), **vision_metadata(vision)}
-    return _write(out, checkpoint.path, VISION_ARCH, metadata, tensors, (), force, progress)
+    return _write(out, checkpoint, VISION_ARCH, metadata, tensors, (), force, progress)
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
@@ -188,14 +188,16 @@ def _blocks(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[Float32]:
         x = checkpoint.vector(spec.name)
         yield x if order is None else order.to_file(x)
         return
-    matrix = checkpoint.matrix(spec.name)
-    where = np.argsort(order.positions) if order is not None else np.arange(0)
-    for rows in tiles(matrix, spec.shape[1]):
-        if order is not None and order.axis == 0:
-            yield matrix_rows(matrix, where[rows])
+    where = np.argsort(order.positions) if order is not None else None
+    step = max(1, _BLOCK // spec.shape[1])
+    for row in range(0, spec.shape[0], step):
+        rows = slice(row, row + step)
+        if order is None or where is None:
+            yield checkpoint.rows(spec.name, rows)
+        elif order.axis == 0:
+            yield checkpoint.rows(spec.name, where[rows])
         else:
-            x = matrix_rows(matrix, rows)
-            yield x if order is None else x[:, where]
+            yield checkpoint.rows(spec.name, rows)[:, where]
 
 
 def _vision_blocks(checkpoint: Checkpoint, name: str, half: int | None) -> Iterator[Float32]:
@@ -220,10 +222,10 @@ def _encode(x: Float32, tensor: _Tensor) -> Array:
 
 
 def _write(
-    out: Path, source: Path, arch: str, metadata: Mapping[str, Any], tensors: Sequence[_Tensor],
+    out: Path, checkpoint: Checkpoint, arch: str, metadata: Mapping[str, Any], tensors: Sequence[_Tensor],
     notes: tuple[str, ...], force: bool, progress: Progress | None,
 ) -> ExportReport:  # fmt: skip
-    if out.exists() and (out.samefile(source) or out.is_dir()):
+    if out.exists() and (out.samefile(checkpoint.path) or out.is_dir()):
         raise UsageError(f"{out} is {'a folder' if out.is_dir() else 'the source'}", hint="choose another name")
     if out.exists() and not force:
         raise UsageError(f"{out} exists", hint="choose another name, or replace it with --force")
@@ -242,6 +244,7 @@ def _write(
                         if progress:
                             progress(done, total, tensor.name)
                     assert file.tell() == end, f"{tensor.name}: not as long as declared"
+                    checkpoint.drop_pages()
                 file.write(bytes(-file.tell() % _ALIGNMENT))
                 file.flush()
                 os.fsync(file.fileno())

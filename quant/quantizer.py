@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import threading
 import time
 from collections import deque
@@ -24,9 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from edgeq.bf16 import Array, Float32, round_to, to_float32
-from edgeq.checkpoint import FolderCheckpoint, open_checkpoint
-from edgeq.checkpoint.safetensors import DTYPES, SafetensorsWriter, dtype_name
-from edgeq.config import read_json
+from edgeq.checkpoint.safetensors import DTYPES, SafetensorsWriter
 from edgeq.errors import EdgeqError, ModelError, UsageError
 from edgeq.hub import find_model
 from edgeq.quant.folder import check_room, new_folder, refuse_existing
@@ -34,6 +31,7 @@ from edgeq.quant.matrix import QuantizedRows, quantize_rows
 from edgeq.quant.provenance import RECORD, Source, hash_files, provenance
 from edgeq.quant.recipe import KEEP, Assignment, QuantSpec, Recipe, TypeRule, assign, choose_recipe
 from edgeq.quant.report import Report, TensorReport
+from edgeq.quant.source import open_source
 
 __all__ = ["Progress", "quantize"]
 
@@ -44,16 +42,7 @@ _SHARD = 5_000_000_000  # bytes; the hub's own limit
 _BLOCK = 1 << 20  # weights that a thread works on at a time
 _DROP_EVERY = 1 << 25  # weights after which the source's pages are let go
 _ALIGNMENT = 64
-_COPIED = (  # what belongs to a model besides weights and config.json
-    "*token*.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.*",
-    "generation_config.json",
-    "*processor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
+_SIDE_FILES = 32 << 20  # bytes of tokenizer, configuration and record, or a little more
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -120,21 +109,17 @@ class _Plan:
     """Everything that is decided before the first byte is written."""
 
     def __init__(self, src: Path, recipe: Recipe, rules: Sequence[TypeRule]) -> None:
-        self.source = _open_source(src)
+        self.source = open_source(src)
         self.recipe = recipe
         self.rules = rules
-        tensors = [(t.spec, t.file_name) for t in self.source.tensors.values()]
-        self.assignments = assign(tensors, recipe, rules)
-        self.files_to_copy = sorted({path for pattern in _COPIED for path in src.glob(pattern) if path.is_file()})
-        embedding = self.source.raw("embed_tokens.weight").dtype
-        # mlx computes in the widest type of what it multiplies, so scales follow the source's 16-bit type.
-        self.scale_type = "F16" if embedding == np.float16 else "BF16"
+        self.assignments = assign(self.source.tensors, recipe, rules)
+        self.scale_type = self.source.scale_type
 
     def parts(self, a: Assignment) -> list[_Part]:
         """What is written for a tensor: itself, or the triple of a quantized matrix."""
         if not isinstance(a.storage, QuantSpec):
-            raw = self.source.raw(a.spec.name)
-            return [_Part(a.file_name, dtype_name(raw.dtype) if a.storage == KEEP else a.storage, raw.shape)]
+            stored = self.source.stored(a.spec.name)
+            return [_Part(a.file_name, stored.dtype if a.storage == KEEP else a.storage, stored.shape)]
         rows, columns = a.spec.shape
         module, groups = a.file_name.removesuffix(".weight"), (rows, columns // a.storage.group_size)
         return [
@@ -146,7 +131,7 @@ class _Plan:
     def nbytes(self) -> int:
         """Bytes of the output folder, or a little more."""
         weights = sum(part.nbytes for a in self.assignments for part in self.parts(a))
-        return weights + sum(path.stat().st_size for path in self.files_to_copy) + (4 << 20)
+        return weights + _SIDE_FILES
 
     def report(self, source: str, out: str) -> Report:
         tensors = []
@@ -155,7 +140,7 @@ class _Plan:
             kind = str(a.storage) if isinstance(a.storage, QuantSpec) else parts[0].dtype
             nbytes = sum(part.nbytes for part in parts)
             tensors.append(TensorReport(a.spec.name, a.file_name, a.spec.shape, kind, nbytes, note=a.note))
-        return Report(source, out, self.recipe.name, tuple(tensors))
+        return Report(source, out, self.recipe.name, tuple(tensors), warnings=self.source.warnings)
 
     def shards(self) -> dict[str, list[Assignment]]:
         """Files by name, and what goes into each."""
@@ -181,7 +166,7 @@ class _Plan:
 
     def config(self) -> dict[str, Any]:
         """The output's config.json."""
-        values = read_json(self.source.path / "config.json")
+        values = self.source.config_values()
         if "text_config" in values:  # mlx-lm looks for the flag only there
             tied = {"tie_word_embeddings": self.source.config.text.tie_word_embeddings}
             values["text_config"] = values["text_config"] | tied
@@ -204,15 +189,6 @@ class _Plan:
         }
 
 
-def _open_source(src: Path) -> FolderCheckpoint:
-    source = open_checkpoint(src)
-    if not isinstance(source, FolderCheckpoint):
-        raise UsageError(f"{src} cannot be quantized", hint="give a folder of unquantized safetensors")
-    if any(t.quantization for t in source.tensors.values()):
-        raise UsageError(f"{src} is quantized already", hint="quantize the original checkpoint instead")
-    return source
-
-
 def _module_path(name: str) -> str:
     """Where mlx-lm looks for a module's quantization: its path in their model."""
     module = name.removesuffix(".weight")
@@ -233,13 +209,10 @@ def _write_folder(
     """Write everything into `folder`; the relative squared error of every quantized tensor."""
     stop = threading.Event()
     with ThreadPoolExecutor(threads + 1) as pool:
-        inputs = pool.submit(
-            hash_files, [plan.source.path / "config.json", *(file.path for file in plan.source.files)], stop.is_set
-        )
+        inputs = pool.submit(hash_files, plan.source.files, stop.is_set)
         try:
             errors = _WeightWriter(plan, folder, pool, threads, progress).write()
-            for path in plan.files_to_copy:
-                shutil.copyfile(path, folder / path.name)
+            plan.source.write_side_files(folder)
             _write_json(folder / "config.json", plan.config())
             outputs = hash_files(sorted(folder.iterdir()))
             _write_json(folder / RECORD, provenance(source, inputs.result(), outputs, plan.recipe_record()))
@@ -306,17 +279,17 @@ class _WeightWriter:
 
     def _map_blocks(self, a: Assignment, job: Callable[[Float32], B]) -> Iterator[B]:
         """`job` of every block of rows of a tensor, in order; blocks are read, checked and worked on by the pool."""
-        raw = self.plan.source.raw(a.spec.name)
-        rows = raw.reshape(len(raw), -1)
-        step = max(1, _BLOCK // rows.shape[1])
+        source, count = self.plan.source, a.spec.shape[0]
+        width = a.spec.size // count
+        step = max(1, _BLOCK // width)
 
         def read(start: int) -> B:
-            return job(self._checked(a, rows[start : start + step]))
+            return job(self._checked(a, source.rows(a.spec.name, slice(start, start + step))))
 
-        for start, result in _in_order(self.pool, read, range(0, len(rows), step), self.ahead):
-            before, self.done = self.done, self.done + rows[start : start + step].size
+        for start, result in _in_order(self.pool, read, range(0, count, step), self.ahead):
+            before, self.done = self.done, self.done + min(step, count - start) * width
             if before // _DROP_EVERY != self.done // _DROP_EVERY:
-                self.plan.source.drop_pages()
+                source.drop_pages()
             if self.progress is not None:
                 self.progress(self.done, self.total, a.spec.name)
             yield result

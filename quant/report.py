@@ -40,13 +40,14 @@ class TensorReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A quantization: `seconds` is 0 and there are no errors after a dry run."""
+    """A quantization: `seconds` is 0 and there are no errors after a dry run; `warnings` are about the source."""
 
     source: str
     out: str
     recipe: str
     tensors: tuple[TensorReport, ...]
     seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
 
     @property
     def parts(self) -> list[str]:

@@ -22,10 +22,11 @@ from edgeq.backends import available
 from edgeq.backends.numpy import NumpyOps
 from edgeq.backends.numpy.ops import matrix_rows
 from edgeq.bf16 import Array, Float32
-from edgeq.checkpoint import GGUFCheckpoint, open_checkpoint
+from edgeq.checkpoint import FolderCheckpoint, GGUFCheckpoint, open_checkpoint
 from edgeq.checkpoint.gguf_file import GGUFFile
 from edgeq.checkpoint.gguf_layout import head_order
 from edgeq.errors import EdgeqError, ModelError, UsageError
+from edgeq.quant import quantize
 from edgeq.quant.ggml import TYPES, decode
 from edgeq.quant.gguf_export import EXPORT_TYPES, export_gguf, export_mmproj
 from edgeq.runtime import Model
@@ -333,6 +334,52 @@ class TestVision:
         export_mmproj(open_checkpoint(chat_folder), tmp_path / "mmproj.gguf", "f16")
         with pytest.raises(ModelError, match=r"is a vision tower \(mmproj\)"):
             open_checkpoint(tmp_path / "mmproj.gguf")
+
+
+class TestQuantize:
+    """A .gguf file as the quantizer's source."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        write_checkpoint(tmp_path / "model", config_values(mtp=True, vision=True, vocab_size=1088, **WIDE))
+        build_tiny_tokenizer(tmp_path / "model")
+        return tmp_path / "model"
+
+    def test_gives_what_the_folder_gives(self, folder: Path, tmp_path: Path) -> None:
+        source = open_checkpoint(folder)
+        export_gguf(source, tmp_path / "model.gguf", "bf16")
+        export_mmproj(source, tmp_path / "mmproj.gguf", "f32")
+        assert quantize(tmp_path / "model.gguf", tmp_path / "a", group_size=32).warnings == ()
+        quantize(folder, tmp_path / "b", group_size=32)
+        a, b = FolderCheckpoint(tmp_path / "a"), FolderCheckpoint(tmp_path / "b")
+        assert a.config.vision == b.config.vision
+        assert a.config.image_token_id == b.config.image_token_id
+        assert a.tensors.keys() == b.tensors.keys()
+        for name, tensor in a.tensors.items():
+            assert tensor.quantization == b.tensors[name].quantization
+            if tensor.quantization is not None:
+                for ours, theirs in zip(a.matrix(name)[:3], b.matrix(name)[:3], strict=True):
+                    np.testing.assert_array_equal(ours, theirs)
+            elif name.endswith("A_log"):
+                np.testing.assert_allclose(a.raw(name), b.raw(name), rtol=2e-7, atol=2e-7)  # log of exp
+            elif not name.startswith("visual."):  # which comes as float32 here
+                np.testing.assert_array_equal(a.raw(name), b.raw(name), err_msg=name)
+        tokenizer, template = a.tokenizer(), a.template()
+        assert tokenizer is not None
+        assert template is not None
+        assert_same_tokenizer(tokenizer, Tokenizer.from_folder(folder))
+        assert nmse(Model(b, NumpyOps()).logits([5, 9, 2]), Model(a, NumpyOps()).logits([5, 9, 2])) < 1e-10
+
+    @pytest.mark.parametrize(("kind", "coarse"), [("f16", False), ("q8_0", False), ("q4_0", True)])
+    def test_quantized_sources(self, kind: str, coarse: bool, folder: Path, tmp_path: Path) -> None:
+        export_gguf(open_checkpoint(folder), tmp_path / "model.gguf", kind)
+        report = quantize(tmp_path / "model.gguf", tmp_path / "out", bits=8, group_size=32)
+        expected = "model.gguf holds Q4_0: quantizing again adds to their error; better take an original"
+        assert report.warnings == ((expected,) if coarse else ())
+        gguf_logits, logits = (
+            Model(open_checkpoint(tmp_path / n), NumpyOps()).logits([5, 9]) for n in ("model.gguf", "out")
+        )
+        assert nmse(gguf_logits, logits) < 1e-2  # 8 bits of a random model
 
 
 # --- files that lie --------------------------------------------------------------------------------------------------

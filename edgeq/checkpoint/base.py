@@ -12,6 +12,7 @@ import numpy as np
 
 from edgeq.bf16 import Array, Float32, to_float32
 from edgeq.config import ModelConfig
+from edgeq.quant.affine import dequantize
 from edgeq.weights import Matrix, QMatrix, TensorSpec, TextWeights, text_tensors, text_weights
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ class Checkpoint(ABC):
     def matrix(self, name: str) -> Matrix[Array]:
         """A matrix [out, in] as stored, without copying where the format allows it."""
 
+    def rows(self, name: str, rows: slice | Array) -> Float32:
+        """Some rows of a matrix as float32; nothing of it is kept."""
+        return _rows(self.matrix(name), rows)
+
     @abstractmethod
     def vector(self, name: str) -> Float32:
         """A small tensor in the neutral convention (see `edgeq.weights`), float32."""
@@ -61,6 +66,10 @@ class Checkpoint(ABC):
     def tokenizer_files(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """The contents of tokenizer.json and tokenizer_config.json, stored so or not; None if there is no tokenizer."""
 
+    @abstractmethod
+    def drop_pages(self) -> None:
+        """Let the system forget the pages read so far (they count as this process's memory until it does)."""
+
     def text_weights(self) -> TextWeights[Array]:
         """The language model's weights."""
         return text_weights(self.config.text, self.matrix, self.vector)
@@ -75,3 +84,9 @@ class Checkpoint(ABC):
             if not all(np.isfinite(to_float32(rows)).all() for part in parts for rows in part):
                 return spec.name
         return None
+
+
+def _rows(w: Matrix[Array], rows: slice | Array) -> Float32:
+    if isinstance(w, QMatrix):
+        return dequantize(w.codes[rows], w.scales[rows], w.biases[rows], w.bits, w.group_size)
+    return to_float32(w[rows])

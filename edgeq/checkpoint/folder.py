@@ -155,7 +155,6 @@ class FolderCheckpoint(Checkpoint):
         return read_json(self.path / "tokenizer.json"), read_json(self.path / "tokenizer_config.json")
 
     def drop_pages(self) -> None:
-        """Let the system forget the pages read so far (they count as this process's memory until it does)."""
         for file in self.files:
             file.drop_pages()
 

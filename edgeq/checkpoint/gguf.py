@@ -33,7 +33,7 @@ from edgeq.checkpoint.gguf_tokenizer import token_ids, tokenizer_spec
 from edgeq.config import parse_config
 from edgeq.errors import ModelError
 from edgeq.quant.affine import pack
-from edgeq.quant.ggml import Coding, decode
+from edgeq.quant.ggml import Coding, Groups, decode
 from edgeq.weights import Matrix, QMatrix, Role, TensorSpec, all_tensors, text_tensors
 
 if TYPE_CHECKING:
@@ -59,6 +59,15 @@ class _Tensor(NamedTuple):
     def infos(self) -> list[TensorInfo]:
         return [self.file.tensors[name] for name in self.names]
 
+    def blocks(self, half: int = 0) -> Array:
+        """A view of the mapped file: values as they are shaped, or a matrix's blocks [out, blocks of a row]."""
+        info = self.infos[half]
+        return (
+            self.file.data(self.names[half])
+            .view(info.type.layout)
+            .reshape(*info.shape[:-1], info.shape[-1] // info.type.block)
+        )
+
 
 class GGUFCheckpoint(Checkpoint):
     """A .gguf file of architecture qwen35, and the mmproj file beside it."""
@@ -80,18 +89,28 @@ class GGUFCheckpoint(Checkpoint):
 
     def matrix(self, name: str) -> Matrix[Array]:
         tensor = self.tensors[name]
-        info, order = tensor.infos[0], self._order(name)
-        if info.type.coding is not None:
-            return self._quantized(tensor, info.type.coding, order)
-        x = tensor.file.data(tensor.names[0]).view(info.type.layout).reshape(info.shape)
-        return x if order is None else order.from_file(x)
+        coding = tensor.infos[0].type.coding
+        if coding is not None:
+            return self._quantized(tensor, coding)
+        order = self._order(name)
+        return tensor.blocks() if order is None else order.from_file(tensor.blocks())
+
+    def rows(self, name: str, rows: slice | Array) -> Float32:
+        tensor = self.tensors[name]
+        coding, order = tensor.infos[0].type.coding, self._order(name)
+        if coding is None:
+            x = to_float32(tensor.blocks()[_in_file(rows, order)])
+            return x if order is None or order.axis == 0 else order.from_file(x)
+        q, s, b = self._decode(tensor, coding, rows)
+        weights = q.astype(np.float32)
+        groups = weights.reshape(*s.shape, coding.group_size)
+        groups *= to_float32(s)[..., None]
+        groups += to_float32(b)[..., None]
+        return weights
 
     def vector(self, name: str) -> Float32:
         tensor, order = self.tensors[name], self._order(name)
-        halves = [
-            to_float32(tensor.file.data(file_name).view(info.type.layout).reshape(info.shape))
-            for file_name, info in zip(tensor.names, tensor.infos, strict=True)
-        ]
+        halves = [to_float32(tensor.blocks(half)) for half in range(len(tensor.names))]
         x = halves[0] if len(halves) == 1 else np.stack(halves, axis=2)
         if not np.isfinite(x).all():
             raise self._damaged(tensor)
@@ -118,7 +137,6 @@ class GGUFCheckpoint(Checkpoint):
         return tokenizer_spec(self.file)
 
     def drop_pages(self) -> None:
-        """Let the system forget the pages read so far (they count as this process's memory until it does)."""
         for file in filter(None, (self.file, self.mmproj)):
             file.drop_pages()
 
@@ -135,33 +153,34 @@ class GGUFCheckpoint(Checkpoint):
     def _order(self, name: str) -> HeadOrder | None:
         return head_order(name, self.config.text)
 
-    def _quantized(self, tensor: _Tensor, coding: Coding, order: HeadOrder | None) -> QMatrix[Array]:
+    def _quantized(self, tensor: _Tensor, coding: Coding) -> QMatrix[Array]:
         """Decode a matrix, some rows at a time, into the layout of `QMatrix`."""
-        info = tensor.infos[0]
-        out, width = info.shape
-        groups = width // coding.group_size
-        blocks = tensor.file.data(tensor.names[0]).view(info.type.layout).reshape(out, width // info.type.block)
+        out, width = tensor.infos[0].shape
         codes = np.empty((out, width * coding.bits // 32), np.uint32)
-        scales: Array = np.empty((out, groups), coding.dtype)
+        scales: Array = np.empty((out, width // coding.group_size), coding.dtype)
         biases = np.empty_like(scales)
-        columns = order.positions if order is not None and order.axis == 1 else None
 
         def convert(rows: slice) -> None:
-            part = blocks[order.positions[rows] if order is not None and order.axis == 0 else rows]
-            decoded = decode(part.reshape(-1), coding)
-            q, s, b = (x.reshape(len(part), -1) for x in decoded)
-            if columns is not None:  # whole heads move, and groups with them
-                by_group = columns[:: coding.group_size] // coding.group_size
-                q, s, b = q[:, columns], s[:, by_group], b[:, by_group]
-            if not (np.isfinite(s).all() and np.isfinite(b).all()):
-                raise self._damaged(tensor)
-            codes[rows], scales[rows], biases[rows] = pack(q, coding.bits), s, b
+            q, scales[rows], biases[rows] = self._decode(tensor, coding, rows)
+            codes[rows] = pack(q, coding.bits)
 
         step = max(1, _BLOCK // width)
         with ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(convert, (slice(row, row + step) for row in range(0, out, step))))
         tensor.file.drop_pages()
         return QMatrix(codes, scales, biases, coding.bits, coding.group_size)
+
+    def _decode(self, tensor: _Tensor, coding: Coding, rows: slice | Array) -> Groups:
+        """Some rows of a quantized matrix: codes [rows, in], scales and biases [rows, groups]."""
+        order = self._order(tensor.spec.name)
+        part = tensor.blocks()[_in_file(rows, order)]
+        q, s, b = (x.reshape(len(part), -1) for x in decode(part.reshape(-1), coding))
+        if order is not None and order.axis == 1:  # whole heads move, and groups with them
+            by_group = order.positions[:: coding.group_size] // coding.group_size
+            q, s, b = q[:, order.positions], s[:, by_group], b[:, by_group]
+        if not (np.isfinite(s).all() and np.isfinite(b).all()):
+            raise self._damaged(tensor)
+        return Groups(q, s, b)
 
     def _damaged(self, tensor: _Tensor) -> ModelError:
         return ModelError(
@@ -226,6 +245,11 @@ class GGUFCheckpoint(Checkpoint):
                 width, order = self.config.text.linear_value_head_dim, self._order(spec.name)
                 if order is not None and width % coding.group_size:
                     yield f"{name} is {info.type.name}, whose groups of {coding.group_size} cut heads of {width}"
+
+
+def _in_file(rows: slice | Array, order: HeadOrder | None) -> slice | Array:
+    """Where the file has the rows that neutral ones are."""
+    return order.positions[rows] if order is not None and order.axis == 0 else rows
 
 
 def _open_model(path: Path) -> GGUFFile:

@@ -25,7 +25,9 @@ _RECIPE_HELP = "; ".join(f"{recipe.name}: {recipe.summary}" for recipe in RECIPE
 
 
 def quantize(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder or hub id, not quantized.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A checkpoint folder, a .gguf file or a hub id, not quantized.")
+    ],
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="OUT", help="The folder to write.")] = None,
     bits: Annotated[
         int | None, typer.Option("--bits", show_default="the recipe's", help="4 or 8; also 2, 3, 5, 6.")
@@ -73,6 +75,8 @@ def quantize(
             force=force,
             progress=progress,
         )
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if report is not None:
         _write_report(report, result)
     if dry_run:

@@ -1,0 +1,187 @@
+"""What the quantizer reads from: checkpoint folders and GGUF files, both in the hub's names and conventions."""
+
+from __future__ import annotations
+
+import shutil
+from abc import ABC, abstractmethod
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from edgeq.bf16 import Array, Float32, from_float32, to_float32
+from edgeq.checkpoint import FolderCheckpoint, GGUFCheckpoint, open_checkpoint
+from edgeq.checkpoint.safetensors import DTYPES, dtype_name
+from edgeq.config import ModelConfig, read_json
+from edgeq.errors import UsageError
+from edgeq.weights import Role, TensorSpec
+
+__all__ = ["Stored", "WeightSource", "open_source"]
+
+_COPIED = (  # what belongs to a model besides weights and config.json
+    "*token*.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.*",
+    "generation_config.json",
+    "*processor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+_COARSE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+
+
+class Stored(NamedTuple):
+    """A tensor as it would be kept: its type by safetensors' name, its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class WeightSource(ABC):
+    """An unquantized checkpoint, or one that is dequantized as it is read."""
+
+    path: Path
+    config: ModelConfig
+    files: list[Path]  # everything that decides the result
+    tensors: list[tuple[TensorSpec, str]]  # and their names in the output
+    scale_type: str  # the 16-bit type of the weights: mlx computes in the widest type of what it multiplies
+    warnings: tuple[str, ...] = ()
+
+    @abstractmethod
+    def stored(self, name: str) -> Stored: ...
+
+    @abstractmethod
+    def rows(self, name: str, rows: slice) -> Array:
+        """Some rows of a tensor, in the hub's convention, of any float type: [rows, everything else]."""
+
+    @abstractmethod
+    def config_values(self) -> dict[str, Any]:
+        """The fields of config.json."""
+
+    @abstractmethod
+    def write_side_files(self, folder: Path) -> None:
+        """Write what belongs to a model besides weights and config.json."""
+
+    @abstractmethod
+    def drop_pages(self) -> None:
+        """Let the system forget the pages read so far."""
+
+
+def open_source(path: Path) -> WeightSource:
+    """Open what is to be quantized; UsageError if it has been already."""
+    checkpoint = open_checkpoint(path)
+    if isinstance(checkpoint, GGUFCheckpoint):
+        return _GGUFSource(checkpoint)
+    assert isinstance(checkpoint, FolderCheckpoint)
+    if any(t.quantization for t in checkpoint.tensors.values()):
+        raise UsageError(f"{path} is quantized already", hint="quantize the original checkpoint instead")
+    return _FolderSource(checkpoint)
+
+
+class _FolderSource(WeightSource):
+    def __init__(self, checkpoint: FolderCheckpoint) -> None:
+        self._checkpoint = checkpoint
+        self.path, self.config = checkpoint.path, checkpoint.config
+        self.files = [self.path / "config.json", *(file.path for file in checkpoint.files)]
+        self.tensors = [(t.spec, t.file_name) for t in checkpoint.tensors.values()]
+        self.scale_type = "F16" if checkpoint.raw("embed_tokens.weight").dtype == np.float16 else "BF16"
+        self._side_files = sorted({p for pattern in _COPIED for p in self.path.glob(pattern) if p.is_file()})
+
+    def stored(self, name: str) -> Stored:
+        raw = self._checkpoint.raw(name)
+        return Stored(dtype_name(raw.dtype), raw.shape)
+
+    def rows(self, name: str, rows: slice) -> Array:
+        raw = self._checkpoint.raw(name)
+        return raw.reshape(len(raw), -1)[rows]
+
+    def config_values(self) -> dict[str, Any]:
+        return read_json(self.path / "config.json")
+
+    def write_side_files(self, folder: Path) -> None:
+        for path in self._side_files:
+            shutil.copyfile(path, folder / path.name)
+
+    def drop_pages(self) -> None:
+        self._checkpoint.drop_pages()
+
+
+class _GGUFSource(WeightSource):
+    """A GGUF file turned back into the hub's layout.
+
+    Plain matrices are what the file holds. Norms lose the 1 that GGUF adds and A its exponential; where the result is
+    exact in 16 bits, as it is for a file made from 16-bit weights, it is stored so. Quantized matrices that are kept
+    become 16-bit floats.
+    """
+
+    def __init__(self, checkpoint: GGUFCheckpoint) -> None:
+        self._checkpoint = checkpoint
+        self.path, self.config = checkpoint.path, checkpoint.config
+        self.files = [file.path for file in (checkpoint.file, checkpoint.mmproj) if file is not None]
+        self.tensors = [(t.spec, _hub_name(t.spec.name)) for t in checkpoint.tensors.values()]
+        types = {spec.name: storage.type for spec, storage in checkpoint.storage()}
+        self.scale_type = "F16" if types["embed_tokens.weight"] == "F16" else "BF16"
+        self.warnings = _coarse_warning(self.path, types)
+        self._vector = cache(self._hub_vector)
+
+    def stored(self, name: str) -> Stored:
+        spec = self._checkpoint.tensors[name].spec
+        if not self._is_matrix(name):
+            return Stored(dtype_name(self._vector(name).dtype), spec.shape)
+        info = self._checkpoint.tensors[name].infos[0]
+        return Stored(info.type.name if info.type.name in DTYPES else self.scale_type, spec.shape)
+
+    def rows(self, name: str, rows: slice) -> Array:
+        if self._is_matrix(name):
+            return self._checkpoint.rows(name, rows)
+        x = self._vector(name)
+        return x.reshape(len(x), -1)[rows]
+
+    def config_values(self) -> dict[str, Any]:
+        return dict(self._checkpoint.config_values)
+
+    def write_side_files(self, folder: Path) -> None:
+        for name, text in self._checkpoint.folder_files().items():
+            if name != "config.json":
+                (folder / name).write_text(text, encoding="utf-8")
+
+    def drop_pages(self) -> None:
+        self._checkpoint.drop_pages()
+
+    def _is_matrix(self, name: str) -> bool:
+        return len(self._checkpoint.tensors[name].spec.shape) == 2
+
+    def _hub_vector(self, name: str) -> Array:
+        """A tensor that is no matrix in the hub's convention: 16 bits if nothing is lost, else float32."""
+        spec, x = self._checkpoint.tensors[name].spec, self._checkpoint.vector(name)
+        match spec.role:
+            case Role.NORM:
+                return self._short(x - 1, lambda short: np.array_equal(1 + to_float32(short), x))
+            case Role.DECAY:
+                with np.errstate(divide="ignore"):  # the quantizer refuses infinities
+                    return np.log(-x)
+            case Role.GATED_NORM:
+                return x
+            case _:
+                return self._short(x, lambda short: np.array_equal(to_float32(short), x)).reshape(spec.shape)
+
+    def _short(self, x: Float32, exact: Any) -> Array:
+        with np.errstate(over="ignore"):
+            short: Array = x.astype(np.float16) if self.scale_type == "F16" else from_float32(x)
+        return short if exact(short) else x
+
+
+def _hub_name(name: str) -> str:
+    """A tensor's name in the hub's multimodal layout."""
+    if name.startswith("visual."):
+        return f"model.{name}"
+    return name if name.startswith(("mtp.", "lm_head.")) else f"model.language_model.{name}"
+
+
+def _coarse_warning(path: Path, types: dict[str, str]) -> tuple[str, ...]:
+    coarse = sorted({kind for kind in types.values() if kind in _COARSE})
+    if not coarse:
+        return ()
+    return (f"{path.name} holds {', '.join(coarse)}: quantizing again adds to their error; better take an original",)
