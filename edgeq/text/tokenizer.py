@@ -1,8 +1,8 @@
 """Text to token ids and back: byte-level BPE from `tokenizer.json`, control tokens kept apart.
 
 A control token (`<|im_end|>`, `<think>`, ...) means something only where the chat template or the model wrote it.
-Text from a user that happens to spell one is ordinary text. So the BPE of the `tokenizers` library is run with all
-its added tokens switched off, and control tokens are found here, only when the caller says that the text is trusted.
+Text from a user that happens to spell one is ordinary text. So the BPE (see `edgeq.text.bpe`) knows no control tokens;
+they are found here, and only when the caller says that the text is trusted.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import tokenizers
-
 from edgeq.config import read_json
 from edgeq.errors import ModelError
+from edgeq.text.bpe import BYTE_OF, Bpe, bpe_of, load_bpe
 
 __all__ = ["Tokenizer"]
 
@@ -31,19 +30,16 @@ class Tokenizer:
     embedding beyond it are padding. `eos_token_ids` holds every token that ends a text, the chat turn's first.
     """
 
-    def __init__(self, bpe: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    def __init__(self, bpe: Bpe, config: Mapping[str, Any]) -> None:
         self._bpe = bpe
-        bpe.no_truncation()
-        bpe.no_padding()
         self._control = _control_tokens(bpe, config)
-        _switch_off_added_tokens(bpe)
         self._literal = {token_id: text for text, token_id in self._control.items()}
         self._pattern = _pattern(self._control)
         edges = sorted({edge for text in self._control for edge in (text[0], text[-1])})
         self._hide = {ord(edge): chr(_HIDDEN + n) for n, edge in enumerate(edges)}
         self._show = {_HIDDEN + n: edge for n, edge in enumerate(edges)}
         self.control_ids = frozenset(self._literal)
-        self.vocab_size = max(bpe.get_vocab_size(with_added_tokens=False), max(self._literal, default=-1) + 1)
+        self.vocab_size = max(bpe.size, max(self._literal, default=-1) + 1)
         self.eos_token_ids = self._find_eos(config)
 
     @classmethod
@@ -52,20 +48,12 @@ class Tokenizer:
         file = path / "tokenizer.json"
         if not file.is_file():
             raise ModelError(f"{file} does not exist", hint="is this a complete checkpoint folder?")
-        try:
-            bpe = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing more precise
-            raise ModelError(f"{file} is not a tokenizer: {error}") from None
-        return cls(bpe, read_json(path / "tokenizer_config.json"))
+        return cls(load_bpe(file), read_json(path / "tokenizer_config.json"))
 
     @classmethod
     def from_spec(cls, json_text: str, config: Mapping[str, Any]) -> Self:
         """Build one from the text of a tokenizer.json and the fields of a tokenizer_config.json."""
-        try:
-            bpe = tokenizers.Tokenizer.from_str(json_text)
-        except Exception as error:
-            raise ModelError(f"the tokenizer description cannot be used: {error}") from None
-        return cls(bpe, config)
+        return cls(bpe_of(json_text), config)
 
     def encode(self, text: str, *, control: bool = False) -> list[int]:
         """Token ids of `text`; control tokens spelled in it are recognised only with `control=True`."""
@@ -97,12 +85,12 @@ class Tokenizer:
         if not 0 <= token_id < self.vocab_size:
             return None
         literal = self._literal.get(token_id)
-        return literal if literal is not None else self._bpe.id_to_token(token_id)
+        return literal if literal is not None else self._bpe.token(token_id)
 
     def token_id(self, token: str) -> int | None:
         """The id of a token as the vocabulary spells it."""
         control = self._control.get(token)
-        return control if control is not None else self._bpe.token_to_id(token)
+        return control if control is not None else self._bpe.token_id(token)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The exact bytes a token stands for; a control token's are its spelling, a padding row's are none."""
@@ -112,14 +100,14 @@ class Tokenizer:
         if token_id in self.control_ids:
             return token.encode()
         try:
-            return bytes(_BYTE_OF[char] for char in token)
+            return bytes(BYTE_OF[char] for char in token)
         except KeyError:  # not spelled in the byte alphabet: the library's decoder takes it literally, and so do we
             return token.encode()
 
     def _encode_plain(self, text: str) -> list[int]:
         if not text:
             return []
-        ids: list[int] = self._bpe.encode(_SURROGATE.sub("\ufffd", text), add_special_tokens=False).ids
+        ids = self._bpe.encode(_SURROGATE.sub("\ufffd", text))
         if ids and max(ids) >= self.vocab_size:
             raise ModelError(f"tokenizer.json: token id {max(ids)} is beyond its {self.vocab_size} tokens")
         return ids
@@ -135,24 +123,11 @@ class Tokenizer:
         return tuple(self._control[name] for name in names if name in self._control)
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """The byte each character of byte-level BPE stands for (GPT-2's table).
-
-    Printable Latin-1 stands for itself; the other bytes, in order, are written as U+0100, U+0101, ...
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
-
-
-def _control_tokens(bpe: tokenizers.Tokenizer, config: Mapping[str, Any]) -> dict[str, int]:
+def _control_tokens(bpe: Bpe, config: Mapping[str, Any]) -> dict[str, int]:
     """Spelling -> id of the added tokens of both files; ModelError if they contradict each other."""
     found: dict[str, int] = {}
-    for token_id, token in bpe.get_added_tokens_decoder().items():
-        if token.lstrip or token.rstrip or token.single_word:
+    for token_id, token in bpe.added.items():
+        if not token.bare:
             raise ModelError(f"tokenizer.json: token {token.content!r} strips or needs word boundaries: not supported")
         found[token.content] = token_id
     for text, token_id in _config_tokens(config):
@@ -177,13 +152,6 @@ def _config_tokens(config: Mapping[str, Any]) -> list[tuple[str, int]]:
     if not all(isinstance(text, str) and text and token_id >= 0 for text, token_id in tokens):
         raise ModelError('tokenizer_config.json: added_tokens_decoder is not a table of {"id": {"content": text}}')
     return tokens
-
-
-def _switch_off_added_tokens(bpe: tokenizers.Tokenizer) -> None:
-    """Make the library treat spelled-out added tokens as text; it can do that for special ones, so make all special."""
-    added = bpe.get_added_tokens_decoder().values()
-    bpe.add_special_tokens([tokenizers.AddedToken(token.content, special=True, normalized=False) for token in added])
-    bpe.encode_special_tokens = True
 
 
 def _pattern(control: Iterable[str]) -> re.Pattern[str]:
