@@ -22,9 +22,11 @@ from edgeq.bf16 import Array, round_to, to_float32
 from edgeq.checkpoint import open_checkpoint
 from edgeq.config import TextConfig
 from edgeq.errors import ModelError
+from edgeq.hub import DEMO
 from edgeq.model import layers
 from edgeq.model.text import forward, initial_state, logits, text_batch
 from edgeq.quant.affine import dequantize
+from edgeq.runtime import Model
 from edgeq.state import KVCache, State
 from edgeq.state_io import state_arrays, state_from_arrays
 from edgeq.weights import QMatrix, TextWeights, map_text
@@ -145,6 +147,16 @@ def test_greedy_tokens_are_those_of_numpy(model: Any, compiled: bool) -> None:
     c, weights = model
     expected, _ = Tiny(NumpyOps(), c, weights).greedy(prompt(c, 40), 60)
     found, _ = Tiny(MlxOps("float32", compiled), c, weights).greedy(prompt(c, 40), 60)
+    assert found == expected
+
+
+def test_demo_says_what_it_says_on_numpy() -> None:
+    if not DEMO.exists():
+        pytest.skip("the demo model is not part of this checkout")
+    checkpoint = open_checkpoint(DEMO)
+    models = [Model(checkpoint, ops) for ops in (NumpyOps(), MlxOps("float32"))]
+    ids = models[0].need_tokenizer().encode("Once upon a time")
+    expected, found = (Tiny(m.ops, m.config.text, checkpoint.text_weights()).greedy(ids, 64)[0] for m in models)
     assert found == expected
 
 

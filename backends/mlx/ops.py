@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cache
 from importlib.metadata import version
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
@@ -32,7 +32,6 @@ __all__ = ["Dtype", "MlxOps"]
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 F = TypeVar("F", bound=Callable[..., Any])
-_Held: TypeAlias = list[tuple[mx.array, mx.array]]  # of every sequence, keys and values
 
 _STEP = 8  # tokens of a call that goes through mx.compile; longer ones would be traced for every length
 _SCORES = 1 << 24  # attention scores at a time: 64 MB, where MLX has no fused kernel and spells them out
@@ -222,22 +221,23 @@ class MlxOps(Ops[mx.array]):
         self, x: mx.array, w: AttentionWeights[mx.array], c: TextConfig, angles: Angles[mx.array],
         caches: Sequence[KVCache[mx.array]], lengths: Sequence[int],
     ) -> tuple[mx.array, list[KVCache[mx.array]]]:  # fmt: skip
-        if not self._compiles(x):
+        if not self._compiles(x) or len(caches) > 1:  # several would be traced for every mixture of capacities
             return layers.gated_attention(self, x, w, c, angles, caches, lengths)
 
-        def on_buffers(x: mx.array, w: Any, angles: Any, held: _Held, starts: list[mx.array]) -> tuple[mx.array, _Held]:
-            caches = [StepKV(*buffers, start) for buffers, start in zip(held, starts, strict=True)]
-            y, longer = layers.gated_attention(self, x, w, c, angles, caches, lengths)
-            return y, [(kv.keys, kv.values) for kv in longer if isinstance(kv, StepKV)]
+        def on_buffer(
+            x: mx.array, w: AttentionWeights[mx.array], angles: Angles[mx.array], *held: mx.array
+        ) -> tuple[mx.array, mx.array, mx.array]:
+            y, (kv,) = layers.gated_attention(self, x, w, c, angles, [StepKV(*held)], lengths)
+            assert isinstance(kv, StepKV)
+            return y, kv.keys, kv.values
 
-        piece = self._piece(("gated_attention", id(c), tuple(lengths)), on_buffers)
-        old = [kv for kv in caches if isinstance(kv, BufferedKV)]
-        longer = [kv.extended(length) for kv, length in zip(old, lengths, strict=True)]
-        held = [(kv.buffer.keys, kv.buffer.values) for kv in longer]
-        y, after = piece(x, w, angles, held, [mx.array([kv.length]) for kv in old])
-        for kv, (keys, values) in zip(longer, after, strict=True):
-            kv.buffer.keys, kv.buffer.values = keys, values
-        return y, list(longer)
+        (cache,) = caches
+        assert isinstance(cache, BufferedKV)
+        longer = cache.extended(x.shape[0])
+        held = (longer.buffer.keys, longer.buffer.values, mx.array([cache.length]))
+        piece = self._piece(("gated_attention", id(c), tuple(lengths)), on_buffer)
+        y, longer.buffer.keys, longer.buffer.values = piece(x, w, angles, *held)
+        return y, [longer]
 
     def _fused(self, f: F) -> F:
         """A pointwise function as one kernel, for all shapes at once."""
