@@ -37,15 +37,19 @@ KINDS = (
 )
 
 # Copying from the context is the ability that all list and recall skills rest on, and it appears late; once the forms
-# of the answers are known, long lists to copy bring it about.
-DRILL = Kind("drill", 16, 256, 0.0)
-DRILL_SHARES = ((560, 0.4), (900, 0.05))  # (first step, share of all batches)
+# of the answers are known, long lists to copy bring it about. After that, sums are what is learnt slowest.
+DRILLS = {"copying": Kind("copying", 16, 256, 0.0), "sums": Kind("sums", 16, 256, 0.0)}
+PHASES = ((0, {}), (560, {"copying": 0.4}), (880, {"copying": 0.04, "sums": 0.14}))  # (first step, shares)
 
 
 def kind_at(step: int, rng: Random) -> Kind:
-    share = max((s for s in DRILL_SHARES if s[0] <= step), default=(0, 0.0))[1]
-    if share and rng.random() < share:
-        return DRILL
+    shares = [drills for first, drills in PHASES if first <= step][-1]
+    if shares:
+        point = rng.random()
+        for name, share in shares.items():
+            if point < share:
+                return DRILLS[name]
+            point -= share
     return rng.choices(KINDS, [k.share for k in KINDS])[0]
 
 
@@ -68,8 +72,8 @@ def converse(kind: str, rng: Random, room: int, cost: Callable[[str], int]) -> c
         return conv.tool_use(rng, room, cost, thinking)
     if kind in ("long", "longer"):
         return conv.recall(rng, room - 40, cost, thinking)
-    if kind == "drill":
-        return conv.drill(rng, room, cost)
+    if kind in DRILLS:
+        return conv.drill(kind, rng, room, cost)
     if kind == "looking":
         return conv.looking(rng, room, cost)
     if rng.random() < 0.3:

@@ -101,12 +101,13 @@ def mixed(rng: Random, room: int, cost: Callable[[str], int], thinking: bool = F
     return Conversation(messages, thinking=thinking)
 
 
-def drill(rng: Random, room: int, cost: Callable[[str], int]) -> Conversation:
-    """Lists to copy, longer than those of the skill, and a few to reverse and to sort."""
+def drill(kind: str, rng: Random, room: int, cost: Callable[[str], int]) -> Conversation:
+    """Turns of one ability: sums, or lists to copy (longer than those of the skill), to reverse and to sort."""
+    weights = {"sum of two": 8, "product": 1} if kind == "sums" else {"copy": 6, "reverse": 2, "sort": 2}
     messages: list[Message] = []
     misses = 0
     while misses < MISSES:
-        name = rng.choices(("copy", "reverse", "sort"), (6, 2, 2))[0]
+        name = pick(rng, weights)
         turn = long_copy(rng, rng.randint(3, 24)) if name == "copy" else draw(name, rng)
         size = cost(turn.user + turn.answer) + 10
         if size > room or held_out(turn.key):
