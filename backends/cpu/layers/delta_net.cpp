@@ -105,6 +105,8 @@ void run_head(const DeltaNet& net, const DeltaSequence& s, Index start, Index he
     const Index q_at = head / share * K, k_at = net.Hk * K + q_at, v_at = 2 * net.Hk * K + head * V;
     const float q_scale = 1.0f / std::sqrt(float(K));
     const Rows<const float> x{net.qkv[start], net.qkv.stride};
+    const float* state = s.state + head * V * K;
+    for (Index i = 0; i < std::min(delta_ahead, V * K); i += 16) __builtin_prefetch(state + i);
     Chunk& c = chunk_of_thread;
     c.resize(K, V);
     each_chunk(s, net.keep, head, V * K, [&](Index t0, Index tokens, const float* from, float* to) {

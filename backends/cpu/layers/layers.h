@@ -76,6 +76,9 @@ struct DeltaChunk {
     bool last;               // no other token of the sequence comes right after
 };
 
+// Entries of a state that `delta` asks memory for in advance when only one token comes; the caller asks for the first.
+constexpr Index delta_ahead = 4096;
+
 constexpr Index conv_widest = 8;  // taps of the causal convolution; Qwen3.5 has 4
 
 struct LayerKernels {

@@ -1,0 +1,307 @@
+"""The native layers: every instruction set of this machine against scalar, the real sizes, and bad input refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgeq.backends.numpy import NumpyOps
+from edgeq.bf16 import Array, to_float32
+
+native = pytest.importorskip("edgeq.backends.cpu._native", reason="the native kernels are not built")
+
+from edgeq.backends.cpu import CpuOps  # noqa: E402
+from edgeq.backends.cpu.kv import PAGE, NativeKV, empty_aligned  # noqa: E402
+from edgeq.errors import UsageError  # noqa: E402
+
+# Between instruction sets only the order of float32 sums and the fusing of multiply-adds differ: 6e-8 an operation,
+# a few dozen operations deep; the delta rule feeds its errors back.
+SUMS = 1e-12
+RECURRENT = 1e-10
+
+FAST = [isa for isa in native.isas() if isa != "scalar"]
+
+
+@pytest.fixture(autouse=True)
+def _same_isa_after() -> Iterator[None]:
+    before = native.isa()
+    yield
+    native.set_isa(before)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(21)
+
+
+def normal(rng: np.random.Generator, *shape: int) -> Array:
+    return rng.standard_normal(shape, np.float32)
+
+
+def nmse(expected: Array, found: Array) -> float:
+    expected, found = np.asarray(expected, np.float64), np.asarray(found, np.float64)
+    error = np.sum((expected - found) ** 2)
+    return float(error / np.sum(expected**2)) if error else 0.0
+
+
+def compare(isa: str, compute: Callable[[], Any], bound: float) -> None:
+    """`compute` under `isa` and under scalar; results are arrays or (nested) sequences of them."""
+
+    def arrays(x: Any) -> list[Array]:
+        return [x] if isinstance(x, np.ndarray) else [a for part in x for a in arrays(part)]
+
+    results = []
+    for name in ("scalar", isa):
+        native.set_isa(name)
+        results.append(arrays(compute()))
+    for slow, fast in zip(*results, strict=True):
+        assert np.all(np.isfinite(fast))
+        assert nmse(slow, fast) <= bound
+
+
+# --- instruction sets ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", FAST)
+@pytest.mark.parametrize("n", [1, 3, 15, 16, 17, 31, 33, 128, 1000])
+def test_rows(isa: str, rng: np.random.Generator, n: int) -> None:
+    ops, x, y, gain = CpuOps(), 5 * normal(rng, 7, n), 5 * normal(rng, 7, n), normal(rng, n)
+    compare(isa, lambda: ops.add(x, y), 0.0)
+    compare(isa, lambda: ops.silu_mul(x, y), SUMS)
+    compare(isa, lambda: ops.sigmoid_mul(x, y), SUMS)
+    compare(isa, lambda: ops.rms_norm(x, gain, 1e-6), SUMS)
+    compare(isa, lambda: ops.gated_rms_norm(x, gain, y, 1e-6), SUMS)
+    compare(isa, lambda: ops.l2_norm(x, 1e-6), SUMS)
+
+
+@pytest.mark.parametrize("isa", FAST)
+@pytest.mark.parametrize(("T", "channels", "width"), [(1, 6144, 4), (70, 37, 4), (9, 130, 3), (2, 129, 8)])
+def test_convolution(isa: str, rng: np.random.Generator, T: int, channels: int, width: int) -> None:
+    x, w, tail = normal(rng, T, channels), normal(rng, channels, width), normal(rng, width - 1, channels)
+    compare(isa, lambda: CpuOps().causal_conv_silu(x, w, tail, keep=1), SUMS)
+
+
+@pytest.mark.parametrize("isa", FAST)
+@pytest.mark.parametrize(("T", "K", "V"), [(1, 128, 128), (2, 128, 128), (97, 128, 128), (33, 40, 7), (5, 300, 9)])
+def test_delta_rule(isa: str, rng: np.random.Generator, T: int, K: int, V: int) -> None:
+    q, k = normal(rng, T, 2, K) / K**0.5, normal(rng, T, 2, K) / K**0.5
+    v, g, beta = normal(rng, T, 4, V), -np.exp(2 * normal(rng, T, 4)), rng.uniform(0, 1, (T, 4)).astype(np.float32)
+    state = empty_aligned(4 * 4 * V * K).view(np.float32).reshape(4, V, K)
+    state[:] = normal(rng, 4, V, K)
+    compare(isa, lambda: CpuOps().delta_rule(q, k, v, g, beta, state, keep=min(T, 2)), RECURRENT)
+
+
+@pytest.mark.parametrize("isa", FAST)
+@pytest.mark.parametrize("kv_dtype", ["f16", "bf16", "f32"])
+@pytest.mark.parametrize(
+    ("T", "past", "heads", "dim"), [(1, 700, 8, 256), (40, 250, 4, 64), (3, 0, 2, 40), (9, 64, 6, 16)]
+)
+def test_attention(isa: str, rng: np.random.Generator, kv_dtype: str, T: int, past: int, heads: int, dim: int) -> None:
+    ops = CpuOps(kv_dtype=kv_dtype)
+    q, k, v = 2 * normal(rng, T, heads, dim), normal(rng, T, 2, dim), normal(rng, T, 2, dim)
+    old = normal(rng, past, 2, dim), normal(rng, past, 2, dim)
+
+    def attend() -> tuple[Array, ...]:
+        out, cache = ops.attention(q, k, v, ops.kv_cache(*old))
+        return out, *cache.arrays()
+
+    compare(isa, attend, SUMS)
+
+
+@pytest.mark.parametrize("isa", native.isas())
+def test_float16_rounds_to_nearest_even_and_saturates(isa: str) -> None:
+    native.set_isa(isa)
+    edges = [0, -0.0, 1, 1 + 2**-11, 1 + 3 * 2**-11, 2**-14, 2**-24, 2**-25, 1.5 * 2**-24, 65504, 65519, 7e4, -1e30]
+    x = np.array([*edges, *np.random.default_rng(0).standard_normal(51) * 1e-5], np.float32)
+    keys = x.reshape(1, 1, 64)
+    found, _ = NativeKV(1, 64, "f16").appended(keys, keys).arrays()
+    assert np.array_equal(found.ravel(), to_float32(np.clip(x, -65504, 65504).astype(np.float16)))
+
+
+# --- caches ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kv_dtype", "bound"), [("f32", 1e-11), ("f16", 1e-6), ("bf16", 1e-4)])
+def test_kv_types_against_float32(rng: np.random.Generator, kv_dtype: str, bound: float) -> None:
+    """Roundings of 2^-12 and 2^-9 of an entry, 6e-8 and 4e-6 squared; scores of variance 4 pass them on enlarged."""
+    q, k, v = 2 * normal(rng, 30, 8, 256), normal(rng, 30, 2, 256), normal(rng, 30, 2, 256)
+    old = normal(rng, 500, 2, 256), normal(rng, 500, 2, 256)
+    results = [ops.attention(q, k, v, ops.kv_cache(*old))[0] for ops in (NumpyOps(), CpuOps(kv_dtype=kv_dtype))]
+    assert nmse(*results) <= bound
+
+
+def test_pages_are_shared_until_branches_meet(rng: np.random.Generator) -> None:
+    k = normal(rng, PAGE + 10, 2, 32)
+    root = NativeKV(2, 32, "f16").appended(k, k)
+    one = root.appended(k[:3], k[:3])
+    two = root.appended(k[5:9], k[5:9])
+    assert one.pages[1] is root.pages[1]  # first come: written behind
+    assert two.pages[0] is root.pages[0]
+    assert two.pages[1] is not root.pages[1]
+    assert one.truncated(PAGE).nbytes == root.nbytes // 2
+
+
+def test_an_unknown_kv_type_is_refused() -> None:
+    with pytest.raises(UsageError, match="unknown KV cache type 'int3'"):
+        CpuOps(kv_dtype="int3")
+
+
+def test_threads_out_of_range_are_refused() -> None:
+    with pytest.raises(UsageError, match="threads is 0"):
+        CpuOps(threads=0)
+
+
+def test_weights_are_forgotten_with_their_arrays(rng: np.random.Generator) -> None:
+    ops = CpuOps()
+    owner = normal(rng, 8, 64)
+    weight = ops.load(owner)
+    ops.linear(normal(rng, 1, 64), weight)
+    assert len(ops._matrix._made) == 1
+    del weight
+    assert len(ops._matrix._made) == 0
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_any_number_of_threads_gives_the_same_bits(rng: np.random.Generator, threads: int) -> None:
+    """Pieces are the same whoever takes them; only attention splits its keys by the number of threads."""
+    before = native.thread_count()
+    x, w, tail = normal(rng, 300, 96), normal(rng, 96, 4), normal(rng, 3, 96)
+    q, k, v = normal(rng, 130, 4, 64), normal(rng, 130, 2, 64), normal(rng, 130, 2, 64)
+    empty = np.zeros((0, 2, 64), np.float32)
+    results = []
+    for count in (1, threads):
+        ops = CpuOps(threads=count)
+        results.append([ops.causal_conv_silu(x, w, tail)[0], ops.attention(q, k, v, ops.kv_cache(empty, empty))[0]])
+    native.set_thread_count(before)
+    assert np.array_equal(results[0][0], results[1][0])
+    assert nmse(results[0][1], results[1][1]) <= SUMS
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+ROW = np.zeros((2, 8), np.float32)
+
+
+def read_only(x: Array) -> Array:
+    x = x.copy()
+    x.flags.writeable = False
+    return x
+
+
+def misaligned(*shape: int) -> Array:
+    size = int(np.prod(shape))
+    return np.zeros(4 * size + 1, np.uint8)[1:].view(np.float32).reshape(shape)
+
+
+@pytest.mark.parametrize(
+    ("x", "out", "error"),
+    [
+        (ROW.astype(np.float64), ROW.copy(), TypeError),
+        (ROW, ROW.astype(np.float16), TypeError),
+        (ROW, read_only(ROW), TypeError),
+        (ROW.T, ROW.T.copy(), ValueError),  # last axis not contiguous
+        (ROW, np.zeros((2, 16), np.float32)[:, ::2], ValueError),
+        (ROW, np.zeros((8, 2), np.float32), ValueError),
+        (ROW, np.zeros((2, 9), np.float32), ValueError),
+        (misaligned(2, 8), ROW.copy(), ValueError),
+        (np.zeros((2, 2, 2, 2), np.float32), np.zeros((2, 2, 2, 2), np.float32), ValueError),
+    ],
+    ids=["float64", "float16 out", "read-only", "strided", "strided out", "swapped", "wide", "misaligned", "4 axes"],
+)
+def test_bad_rows_are_refused(x: Array, out: Array, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        native.add(x, x, out)
+    with pytest.raises(error):
+        native.l2_norm(x, 1e-6, out)
+
+
+def test_norms_and_rope_check_their_vectors() -> None:
+    angles = np.zeros((2, 3), np.float32)
+    heads = np.zeros((2, 1, 8), np.float32)
+    for call in (
+        lambda: native.rms_norm(ROW, np.zeros(7, np.float32), None, 1e-6, ROW.copy()),
+        lambda: native.rms_norm(ROW, np.zeros(8, np.float32), np.zeros((2, 7), np.float32), 1e-6, ROW.copy()),
+        lambda: native.rope(heads, angles[:1], angles[:1], heads.copy()),  # too few tokens
+        lambda: native.rope(heads, np.zeros((2, 5), np.float32), np.zeros((2, 5), np.float32), heads.copy()),
+        lambda: native.causal_conv_silu(ROW, np.zeros((8, 9), np.float32), np.zeros((8, 8), np.float32), ROW.copy()),
+        lambda: native.causal_conv_silu(ROW, np.zeros((8, 4), np.float32), np.zeros((2, 8), np.float32), ROW.copy()),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            call()
+
+
+def test_delta_rule_checks_its_arrays(rng: np.random.Generator) -> None:
+    q, v, g = normal(rng, 2, 2, 8), normal(rng, 2, 4, 8), normal(rng, 2, 4)
+    state = normal(rng, 4, 8, 8)
+
+    def run(**changes: Any) -> None:
+        good = {"q": q, "k": q, "v": v, "g": g, "beta": g, "state": state, "after": [state.copy()], "out": v.copy()}
+        native.delta_rule(*(good | changes).values())
+
+    run()
+    for name, bad in {
+        "k": q[:, :, :7], "v": normal(rng, 2, 3, 8), "g": g[:1], "state": state[:3], "after": [], "out": v[:1].copy(),
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match="expected"):
+            run(**{name: bad})
+    with pytest.raises(TypeError):
+        run(after=[read_only(state)])
+    with pytest.raises(ValueError, match="after"):
+        run(after=[state.copy() for _ in range(4)])  # keep = 3 of 2 tokens
+
+
+def test_attention_checks_its_pages(rng: np.random.Generator) -> None:
+    q, k = normal(rng, 1, 4, 32), normal(rng, 1, 2, 32)
+    page = np.zeros(native.page_nbytes("f16", 2, 32), np.uint8)
+
+    def run(*sequences: Any, dtype: str = "f16") -> None:
+        native.attention(q, k, k, dtype, list(sequences), np.empty_like(q))
+
+    run((1, 0, [page]))
+    run((1, PAGE, [page, page.copy()]))
+    for bad in ([(1, PAGE, [page])], [(1, -1, [page])], [(2, 0, [page])], [], [(1, 0, [page[:-1]])], [(1, 0)]):
+        with pytest.raises(ValueError, match="expected"):
+            run(*bad)
+    with pytest.raises(ValueError, match="dtype"):
+        run((1, 0, [page]), dtype="f8")
+    with pytest.raises(ValueError, match="bytes each"):
+        run((1, 0, [page]), dtype="f32")
+    for bad_page in (page.view(np.uint16), read_only(page), "page"):
+        with pytest.raises(TypeError):
+            run((1, 0, [bad_page]))
+    with pytest.raises(TypeError):
+        run(("1", 0, [page]))
+
+
+def test_mixers_check_their_weights(rng: np.random.Generator) -> None:
+    def matrix(out: int, width: int) -> Any:
+        return native.Matrix(normal(rng, out, width))
+
+    with pytest.raises(ValueError, match="up_proj"):
+        native.Mlp(matrix(6, 4), matrix(5, 4), matrix(4, 6))
+    with pytest.raises(ValueError, match="down_proj"):
+        native.Mlp(matrix(6, 4), matrix(6, 4), matrix(4, 5))
+    mlp = native.Mlp(matrix(6, 4), matrix(6, 4), matrix(4, 6))
+    with pytest.raises(ValueError, match="x: expected"):
+        mlp(normal(rng, 2, 5), normal(rng, 2, 4))
+    with pytest.raises(ValueError, match="out: expected"):
+        mlp(normal(rng, 2, 4), normal(rng, 1, 4))
+    norm = normal(rng, 8)
+    with pytest.raises(ValueError, match="v_proj"):
+        native.GatedAttention(matrix(32, 4), matrix(8, 4), matrix(9, 4), matrix(4, 16), norm, norm)
+    vectors = normal(rng, 16, 4), normal(rng, 2), normal(rng, 2), normal(rng, 4)
+    with pytest.raises(ValueError, match="in_proj_z"):
+        native.DeltaNet(matrix(16, 4), matrix(7, 4), matrix(2, 4), matrix(2, 4), *vectors, matrix(4, 8))
+    net = native.DeltaNet(matrix(16, 4), matrix(8, 4), matrix(2, 4), matrix(2, 4), *vectors, matrix(4, 8))
+    x, state = normal(rng, 1, 4), (normal(rng, 3, 16), normal(rng, 2, 4, 4))
+    with pytest.raises(ValueError, match="key_heads"):
+        net(x, 3, 1e-6, 0, [(1, state, (state,))], x.copy())
+    with pytest.raises(ValueError, match="sequences"):
+        net(x, 1, 1e-6, 0, [(2, state, (state,))], x.copy())
+    with pytest.raises(ValueError, match="matrix"):
+        net(x, 1, 1e-6, 0, [(1, (state[0], state[1][:1]), (state,))], x.copy())
+    with pytest.raises(ValueError, match="states after"):
+        net(x, 1, 1e-6, 1, [(1, state, (state,))], x.copy())
