@@ -51,6 +51,8 @@ EXPORT_TYPES: Mapping[str, LlamaFileType] = {
 
 _BY_NAME = {t.name: t for t in TYPES.values()}
 _ALIGNMENT = 32
+_TINY = 1e-30  # no type but F32 and BF16 can tell less from 0, and the reciprocal of a scale would overflow
+_DROP_EVERY = 1 << 25  # weights after which the source's pages are let go
 _BLOCK = 1 << 20  # weights that are float32 at a time
 _MATRICES = (Role.LINEAR, Role.EMBEDDING, Role.GATE)
 
@@ -213,9 +215,10 @@ def _encode(x: Float32, tensor: _Tensor) -> Array:
             f"{tensor.name} holds {limit}, which {tensor.type.name} cannot store",
             hint="export with --type bf16" if np.isfinite(limit) else "the checkpoint is damaged; fetch it again",
         )
-    if tensor.type.name == "BF16":
-        return from_float32(x)
-    return np.asarray(quants.quantize(np.ascontiguousarray(x), GGMLQuantizationType[tensor.type.name]))
+    if tensor.type.name in ("F32", "BF16"):
+        return from_float32(x) if tensor.type.name == "BF16" else np.ascontiguousarray(x)
+    x = np.ascontiguousarray(np.where(np.abs(x) < _TINY, np.float32(0), x))
+    return np.asarray(quants.quantize(x, GGMLQuantizationType[tensor.type.name]))
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -240,11 +243,12 @@ def _write(
                     end = file.tell() + tensor.nbytes
                     for block in tensor.blocks():
                         file.write(_encode(block, tensor).data)
-                        done += block.size
+                        before, done = done, done + block.size
+                        if before // _DROP_EVERY != done // _DROP_EVERY:
+                            checkpoint.drop_pages()
                         if progress:
                             progress(done, total, tensor.name)
                     assert file.tell() == end, f"{tensor.name}: not as long as declared"
-                    checkpoint.drop_pages()
                 file.write(bytes(-file.tell() % _ALIGNMENT))
                 file.flush()
                 os.fsync(file.fileno())

@@ -8,6 +8,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -194,6 +195,28 @@ class TestExport:
             type_ = gguf.GGMLQuantizationType[stored[name]]
             raw = gguf.quants.quantize(matrix_rows(source.matrix(name), slice(None)), type_)
             np.testing.assert_array_equal(dense(back, name), gguf.quants.dequantize(raw, type_))
+
+    def test_folders_that_are_quantized(self, folders: list[Path], tmp_path: Path) -> None:
+        quantize(folders[0], tmp_path / "q4", group_size=32)
+        source = open_checkpoint(tmp_path / "q4")
+        export_gguf(source, tmp_path / "model.gguf", "f32")
+        ours = Model(source, NumpyOps()).logits([5, 9, 2])
+        np.testing.assert_array_equal(Model(read(tmp_path / "model.gguf"), NumpyOps()).logits([5, 9, 2]), ours)
+
+    @pytest.mark.parametrize("kind", ["f16", "q8_0", "q5_1", "q4_0"])
+    def test_weights_too_small_for_any_scale_are_zero(self, kind: str, tmp_path: Path) -> None:
+        config = write_checkpoint(tmp_path / "model", config_values(**WIDE), dtype="F32")
+        source = open_checkpoint(tmp_path / "model")
+        stored = source.rows
+
+        def rows(name: str, rows: Any) -> Float32:
+            return stored(name, rows) * np.float32(1e-38)
+
+        source.rows = rows  # type: ignore[method-assign]
+        export_gguf(source, tmp_path / "model.gguf", kind)
+        back = read(tmp_path / "model.gguf")
+        assert config == source.config
+        assert not any(dense(back, spec.name).any() for spec, _ in back.storage() if len(spec.shape) == 2)
 
     def test_rows_that_fit_no_block_become_f16_and_are_reported(self, tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "model", config_values(intermediate_size=80, linear_num_value_heads=2))
@@ -502,6 +525,19 @@ class TestBadFiles:
         for _ in range(data.draw(st.integers(1, 8))):
             raw[data.draw(st.integers(0, end - 1))] = data.draw(st.integers(0, 255))
         survives(tmp_path / "model.gguf", bytes(raw))
+
+    @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(data=st.data())
+    def test_a_wrong_tower_beside_a_good_model(self, data: st.DataObject, chat_folder: Path, tmp_path: Path) -> None:
+        if not (tmp_path / "good").exists():
+            source = open_checkpoint(chat_folder)
+            export_gguf(source, tmp_path / "model.gguf", "f16")
+            export_mmproj(source, tmp_path / "good", "f16")
+        raw = bytearray((tmp_path / "good").read_bytes())
+        at, width, _ = data.draw(st.sampled_from(Fields(bytes(raw)).numbers))
+        raw[at : at + width] = (data.draw(st.sampled_from(ABSURD)) % (1 << 8 * width)).to_bytes(width, "little")
+        (tmp_path / "mmproj.gguf").write_bytes(raw)
+        survives(tmp_path / "model.gguf", (tmp_path / "model.gguf").read_bytes())
 
     def test_cut_short_at_every_section(self, victim: bytes, tmp_path: Path) -> None:
         fields = Fields(victim)

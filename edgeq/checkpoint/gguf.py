@@ -110,6 +110,8 @@ class GGUFCheckpoint(Checkpoint):
 
     def vector(self, name: str) -> Float32:
         tensor, order = self.tensors[name], self._order(name)
+        if tensor.infos[0].type.coding is not None:  # a matrix of the vision tower
+            return self.rows(name, slice(None))
         halves = [to_float32(tensor.blocks(half)) for half in range(len(tensor.names))]
         x = halves[0] if len(halves) == 1 else np.stack(halves, axis=2)
         if not np.isfinite(x).all():
