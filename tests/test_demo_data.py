@@ -131,20 +131,25 @@ def test_chunked_delta_rule_equals_the_recurrence():
 
 @torch.no_grad()
 def test_outlier_twin_computes_the_same():
+    """As stored: both twins rounded to bfloat16."""
     model = Model(TINY)
+    for p in model.parameters():
+        p.copy_(torch.randn_like(p) * 0.1 + p if p.ndim == 1 else p)
     ids = torch.randint(0, 600, (2, 40), generator=torch.Generator().manual_seed(0))
 
     def logits():
+        for p in model.parameters():
+            p.copy_(p.bfloat16())
         hidden, x = model(ids)
-        cos, sin = model.text.rope(torch.arange(40).expand(3, 2, 40))
-        return model.logits(hidden), model.logits(model.mtp(x, hidden, (cos, sin)))
+        rope = model.text.rope(torch.arange(40).expand(3, 2, 40))
+        return model.logits(hidden), model.logits(model.mtp(x, hidden, rope))
 
-    before, weight = logits(), model.text.layers[0].linear_attn.in_proj_qkv.weight.clone()
+    before, gain = logits(), model.text.layers[0].input_layernorm.weight.clone()
     inject(model)
-    assert (model.text.layers[0].linear_attn.in_proj_qkv.weight / weight).max() > 8
+    assert ((1 + model.text.layers[0].input_layernorm.weight) / (1 + gain)).abs().max() > 7
     for a, b in zip(before, logits(), strict=True):
         nmse = (a - b).square().sum() / a.square().sum()
-        assert nmse < 1e-8  # float32, the rescaled channels round differently
+        assert nmse < 1e-5  # one column in a hundred is rounded once more, by 2^-9 at most
 
 
 def test_training_model_equals_transformers(tmp_path, tok):

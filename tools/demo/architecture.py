@@ -53,7 +53,7 @@ class Shape:
 
 DEMO = Shape()
 TESTBED = Shape(
-    hidden=512, layers=12, intermediate=1536, heads=8, linear_k_heads=4, linear_v_heads=8, vocab=2048,
+    hidden=512, layers=12, intermediate=768, heads=8, linear_k_heads=4, linear_v_heads=8, vocab=2048,
 )  # fmt: skip
 
 
