@@ -35,7 +35,7 @@ from edgeq.quant.folder import check_room
 from edgeq.quant.ggml import TYPES, GGMLType
 from edgeq.weights import Role, TensorSpec
 
-__all__ = ["EXPORT_TYPES", "ExportReport", "export_gguf", "export_mmproj"]
+__all__ = ["EXPORT_TYPES", "ExportReport", "check_target", "export_gguf", "export_mmproj"]
 
 EXPORT_TYPES: Mapping[str, LlamaFileType] = {
     "f32": LlamaFileType.ALL_F32,
@@ -86,6 +86,14 @@ class _Tensor(NamedTuple):
         return prod(self.shape[:-1]) * self.row_nbytes
 
 
+def check_target(checkpoint: Checkpoint, out: Path, force: bool) -> None:
+    """UsageError where writing `out` would destroy something that nobody asked to replace."""
+    if out.exists() and (out.samefile(checkpoint.path) or out.is_dir()):
+        raise UsageError(f"{out} is {'a folder' if out.is_dir() else 'the source'}", hint="choose another name")
+    if out.exists() and not force:
+        raise UsageError(f"{out} exists", hint="choose another name, or replace it with --force")
+
+
 def export_gguf(
     checkpoint: Checkpoint, out: Path, kind: str, *, force: bool = False, progress: Progress | None = None
 ) -> ExportReport:
@@ -109,12 +117,10 @@ def export_gguf(
         if stored != wanted:
             notes.append(f"{name} is {stored.name}: rows of {spec.shape[-1]} do not fit {wanted.name}")
         tensors.append(_Tensor(name, file_shape(spec), stored, partial(_blocks, checkpoint, spec)))
+    shape = text_metadata(c, mtp=any(spec.name.startswith("mtp.") for spec in specs))
     metadata = {
         **_general(checkpoint, specs, "model", kind),
-        **{
-            f"{ARCH}.{key}": value
-            for key, value in text_metadata(c, any(s.name.startswith("mtp.") for s in specs)).items()
-        },
+        **{f"{ARCH}.{key}": value for key, value in shape.items()},
         **_tokenizer(checkpoint, notes),
     }
     return _write(out, checkpoint, ARCH, metadata, tensors, tuple(notes), force, progress)
@@ -228,10 +234,7 @@ def _write(
     out: Path, checkpoint: Checkpoint, arch: str, metadata: Mapping[str, Any], tensors: Sequence[_Tensor],
     notes: tuple[str, ...], force: bool, progress: Progress | None,
 ) -> ExportReport:  # fmt: skip
-    if out.exists() and (out.samefile(checkpoint.path) or out.is_dir()):
-        raise UsageError(f"{out} is {'a folder' if out.is_dir() else 'the source'}", hint="choose another name")
-    if out.exists() and not force:
-        raise UsageError(f"{out} exists", hint="choose another name, or replace it with --force")
+    check_target(checkpoint, out, force)
     check_room(out, sum(t.nbytes + _ALIGNMENT for t in tensors) + (32 << 20))
     total, done = sum(prod(t.shape) for t in tensors), 0
     try:

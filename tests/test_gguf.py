@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import shutil
 import struct
 import time
 import tracemalloc
@@ -26,6 +27,7 @@ from edgeq.bf16 import Array, Float32
 from edgeq.checkpoint import FolderCheckpoint, GGUFCheckpoint, open_checkpoint
 from edgeq.checkpoint.gguf_file import GGUFFile
 from edgeq.checkpoint.gguf_layout import head_order
+from edgeq.checkpoint.safetensors import SafetensorsWriter, dtype_name
 from edgeq.errors import EdgeqError, ModelError, UsageError
 from edgeq.quant import quantize
 from edgeq.quant.ggml import TYPES, decode
@@ -346,6 +348,26 @@ class TestVision:
         for spec, _ in source.storage():
             if spec.name.startswith("visual."):
                 np.testing.assert_array_equal(both.vector(spec.name), source.vector(spec.name))
+
+    def test_the_tower_of_an_mlx_folder(self, chat_folder: Path, tmp_path: Path) -> None:
+        """mlx-vlm stores the patch embedding channels last."""
+        source = FolderCheckpoint(chat_folder)
+        shutil.copytree(chat_folder, tmp_path / "mlx")
+        moved = {name: np.array(source.raw(name)) for name in source.tensors}
+        for name, x in moved.items():
+            if name.endswith(("conv1d.weight", "patch_embed.proj.weight")):
+                moved[name] = np.moveaxis(x, 1, -1)
+        entries = {source.file_name(name): (dtype_name(x.dtype), x.shape) for name, x in moved.items()}
+        with SafetensorsWriter(tmp_path / "mlx" / "model.safetensors", entries) as file:
+            for name, x in moved.items():
+                file.write(source.file_name(name), x)
+        ours = FolderCheckpoint(tmp_path / "mlx")
+        assert ours.layout == "mlx"
+        name = "visual.patch_embed.proj.weight"
+        np.testing.assert_array_equal(ours.vector(name), source.vector(name))
+        for checkpoint, out in ((source, "a.gguf"), (ours, "b.gguf")):
+            export_mmproj(checkpoint, tmp_path / out, "f16")
+        assert (tmp_path / "a.gguf").read_bytes()[4096:] == (tmp_path / "b.gguf").read_bytes()[4096:]
 
     def test_a_tower_of_another_model_is_not(self, chat_folder: Path, tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "other", config_values(vision=True, hidden_size=96))

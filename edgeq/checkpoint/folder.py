@@ -43,6 +43,7 @@ _PREFIXES = (  # of names in files, and what stands for them in neutral names; t
     ("lm_head.", "lm_head."),
     ("model.", ""),
 )
+_PATCH = "visual.patch_embed.proj.weight"
 _FLOATS = ("F32", "F16", "BF16")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of generation_config.json
 _SHOWN = 12  # problems listed before "and N more"
@@ -112,6 +113,8 @@ class FolderCheckpoint(Checkpoint):
         return QMatrix(codes, scales, biases, *tensor.quantization)
 
     def vector(self, name: str) -> Float32:
+        if self.tensors[name].quantization is not None:  # a matrix of the vision tower
+            return self.rows(name, slice(None))
         x = to_float32(self.raw(name))
         if not np.isfinite(x).all():
             raise ModelError(f"{self.path}: {self.file_name(name)} holds NaN or infinity", hint="the file is damaged")
@@ -123,7 +126,7 @@ class FolderCheckpoint(Checkpoint):
             case Role.DECAY:
                 return -np.exp(x)
             case _:
-                return np.array(x)
+                return np.array(np.moveaxis(x, -1, 1) if self.layout == "mlx" and name == _PATCH else x, order="C")
 
     def storage(self) -> Iterator[tuple[TensorSpec, Storage]]:
         for tensor in self.tensors.values():
@@ -303,7 +306,7 @@ def _module_name(path: str) -> str:
 
 def _file_shape(spec: TensorSpec, layout: Layout) -> tuple[int, ...]:
     """A tensor's shape in the file: MLX moves the channels of convolutions to the end."""
-    if layout == "mlx" and (spec.role is Role.CONV or spec.name == "visual.patch_embed.proj.weight"):
+    if layout == "mlx" and (spec.role is Role.CONV or spec.name == _PATCH):
         return (spec.shape[0], *spec.shape[2:], spec.shape[1])
     return spec.shape
 

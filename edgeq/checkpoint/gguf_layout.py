@@ -267,7 +267,7 @@ def _short(value: float) -> float:
     return float(str(np.float32(value))) if math.isfinite(value) else value
 
 
-def text_metadata(c: TextConfig, mtp: bool) -> dict[str, Any]:
+def text_metadata(c: TextConfig, *, mtp: bool) -> dict[str, Any]:
     """What the metadata of a language model says of its shape, without the prefix: the inverse of `text_values`."""
     heads = [kind == "linear_attention" for kind in c.layer_types] + [False] * mtp
     metadata = {

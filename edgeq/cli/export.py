@@ -13,7 +13,7 @@ from edgeq.cli.console import peak_memory
 from edgeq.cli.quantize import progress_bar
 from edgeq.errors import UsageError
 from edgeq.hub import find_model
-from edgeq.quant.gguf_export import EXPORT_TYPES, ExportReport, export_gguf, export_mmproj
+from edgeq.quant.gguf_export import EXPORT_TYPES, ExportReport, check_target, export_gguf, export_mmproj
 
 __all__ = ["export"]
 
@@ -40,10 +40,12 @@ def export(
     if kind not in EXPORT_TYPES:
         raise UsageError(f"unknown type {kind!r}", hint=f"--type is one of {', '.join(EXPORT_TYPES)}")
     checkpoint = open_checkpoint(find_model(source))
+    reports = []
+    check_target(checkpoint, out, force)
     with progress_bar() as progress:
-        reports = [export_gguf(checkpoint, out, kind, force=force, progress=progress)]
-        if mmproj is not None:
+        if mmproj is not None:  # first, because it is the quicker of the two to fail
             reports.append(export_mmproj(checkpoint, mmproj, kind, force=force, progress=progress))
+        reports.append(export_gguf(checkpoint, out, kind, force=force, progress=progress))
     for report in reports:
         print(_summary(report), file=sys.stderr)
 
