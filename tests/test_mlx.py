@@ -10,7 +10,7 @@ import gc
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -203,6 +203,63 @@ def test_kept_states_and_old_states_stay_good(model: Any, compiled: bool) -> Non
         assert nmse(expected[state.length :], scores) <= FLOAT32
 
 
+# --- operations in 16 bits -------------------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """An input for the specification, and the same for MLX."""
+
+    spec: Any
+    mlx: Any
+
+
+@compiled_too
+@pytest.mark.parametrize("dtype", UNIT)
+def test_operations_in_16_bits(dtype: Any, compiled: bool) -> None:
+    """On inputs that `dtype` holds exactly, each operation rounds a few times, and everything between is float32."""
+    rng = np.random.default_rng(0)
+    spec, ops = NumpyOps(), MlxOps(dtype, compiled)
+    short = np.float16 if dtype == "float16" else np.uint16
+
+    def pair(*shape: int, scale: float = 1.0) -> Pair:
+        x = round_to(scale * rng.standard_normal(shape, np.float32), short)
+        return Pair(to_float32(x), ops.load(x))
+
+    def exact(x: Array) -> Pair:
+        return Pair(x.astype(np.float32), ops.load(x.astype(np.float32)))
+
+    def check(name: str, *inputs: Any) -> None:
+        expected, found = (
+            getattr(which, name)(*(x[i] if isinstance(x, Pair) else x for x in inputs))
+            for i, which in enumerate((spec, ops))
+        )
+        if isinstance(found, tuple):
+            expected, found = expected[0], found[0]
+        assert name == "delta_gates" or found.dtype == ops.dtype, name
+        assert nmse(expected, ops.numpy(found)) <= UNIT[dtype] ** 2, name  # four roundings of half a unit each
+
+    T, H, D = 70, 2, 64
+    x, gain, z = pair(T, 128), exact(1 + rng.standard_normal(128) / 5), pair(T, 128)
+    codes, *affine = (np.array(a) for a in mx.quantize(mx.array(x[0]), 32, 4))
+    stored = [codes, *(round_to(a, short) for a in affine)]
+    check("linear", z, Pair(QMatrix(*stored, 4, 32), QMatrix(*map(ops.load, stored), 4, 32)))
+    check("linear", z, x)
+    check("rms_norm", x, gain, 1e-6)
+    check("gated_rms_norm", x, gain, z, 1e-6)
+    check("l2_norm", x, 1e-6)
+    check("silu_mul", x, z)
+    check("sigmoid_mul", x, z)
+    check("delta_gates", x, z, exact(-np.exp(rng.standard_normal(128))), exact(rng.standard_normal(128)))
+    check("causal_conv_silu", x, exact(rng.standard_normal((128, 4))), pair(3, 128))
+    q, k, v = pair(T, H, D, scale=0.1), pair(T, H, D, scale=0.1), pair(T, H, D)
+    g, beta = exact(-rng.uniform(0, 1, (T, H))), exact(rng.uniform(0, 1, (T, H)))
+    check("delta_rule", q, k, v, g, beta, exact(rng.standard_normal((H, D, D))))
+    angles = exact(rng.uniform(0, 6, (T, 8)))
+    turns = Pair(*((which.array(np.cos(angles[0])), which.array(np.sin(angles[0]))) for which in (spec, ops)))
+    check("rope", q, turns)
+    check("attention", q, k, v, Pair(*(which.kv_cache(k[0][:9], v[0][:9]) for which in (spec, ops))))
+
+
 # --- states travel ---------------------------------------------------------------------------------------------------
 
 
@@ -274,6 +331,18 @@ def test_metal_kernel(T: int, dtype: str) -> None:
             assert nmse(np.array(o_products), np.array(o)) <= 1e-9  # float32 on both sides, whatever the inputs were
             for found, expected in zip(states, states_products, strict=True):
                 assert nmse(np.array(expected), np.array(found)) <= 1e-9
+
+
+def test_attention_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long context: the scores of a chunk are spelled out a few rows at a time."""
+    rng, ops = np.random.default_rng(0), MlxOps("float32")
+    q, k, v = (rng.standard_normal((50, heads, 16)).astype(np.float32) for heads in (4, 2, 2))
+    answers = []
+    for scores in (1 << 24, 7 * 4 * 70, 1):  # all rows, seven, and one at a time
+        monkeypatch.setattr("edgeq.backends.mlx.ops._SCORES", scores)
+        answers.append(np.array(ops.attention(*map(mx.array, (q, k, v)), ops.kv_cache(k[:20], v[:20]))[0]))
+    assert nmse(answers[0], answers[1]) <= 1e-12  # the same sums in another order
+    assert nmse(answers[0], answers[2]) <= 1e-12
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
