@@ -36,6 +36,8 @@ def pack(codes: NDArray[Any], bits: int) -> Codes:
 
     Works on bytes, where eight codes fill exactly `bits` of them: four times faster than on words.
     """
+    if bits == 8:
+        return np.ascontiguousarray(codes, np.uint8).view(np.uint32)
     eights = codes.astype(np.uint8, copy=False).reshape(*codes.shape[:-1], -1, 8)
     packed = np.zeros((*eights.shape[:-1], bits), np.uint8)
     for i in range(8):
