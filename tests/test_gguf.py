@@ -582,8 +582,8 @@ class TestBadFiles:
         assert survives(tmp_path / "model.gguf", raw) is not None
 
     def test_every_number_alone(self, victim: bytes, tmp_path: Path) -> None:
-        """The header's first 200 numbers, each replaced by each absurd value; only the header is read."""
-        for at, width, _ in Fields(victim).numbers[:200]:
+        """The header's first 100 numbers, each replaced by each absurd value; only the header is read."""
+        for at, width, _ in Fields(victim).numbers[:100]:
             for value in ABSURD[8:]:
                 raw = bytearray(victim)
                 raw[at : at + width] = (value % (1 << 8 * width)).to_bytes(width, "little")
