@@ -48,16 +48,15 @@ struct Activations {
     int64_t tokens, in, stride, groups;
 };
 
-constexpr int gemv_tokens = 4;  // most tokens that gemv takes
-
 struct LinearKernels {
     // Quantize a row of n values; codes, scales, sums and totals are already zero beyond the row.
     void (*quantize)(const float* x, int64_t n, int group, Order order, int8_t* codes, float* scales, float* sums,
                      int32_t* totals);
-    // y[t * stride + row] for rows [row0, row1) and all of at most gemv_tokens tokens. Reads the weights once.
-    // 4-bit matrices take even_odd activations, all others natural ones.
-    void (*gemv)(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride);
-    // The same for tokens [t0, t1) of many; natural activations.
+    // y[t * stride + row] for rows [row0, row1) and tokens [t0, t1). For few tokens and few rows: reads the rows once
+    // for every four tokens. 4-bit matrices take even_odd activations, all others natural ones.
+    void (*gemv)(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, int64_t t0, int64_t t1, float* y,
+                 int64_t stride);
+    // The same for many tokens; natural activations.
     void (*gemm)(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, int64_t t0, int64_t t1, float* y,
                  int64_t stride);
     int gemm_rows;  // gemm works on tiles of so many rows

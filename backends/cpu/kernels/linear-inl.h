@@ -7,7 +7,9 @@
 //   signed_bytes              whether dot8 takes codes - 128 (there is no unsigned by signed product of full range)
 //   F, I, B                   vectors of float, int32, bytes
 //   f_zero f_set f_load f_store f_add f_mul f_max f_abs f_fma(a, b, c) = a * b + c, f_sum, f_max_lane
+//   f_load_some, f_store_some(p, v, n)  the first n lanes only, the others zero (n may be negative or too large)
 //   f_widen(p, type, i)       lanes values from index i of an array of `type`, as float
+//   f_widen_some(p, type, i, n)  the first n of them, the others zero (n may be negative or too large)
 //   f_store_int8(p, v)        lanes bytes: v rounded to nearest even
 //   i_zero i_set i_first(n) (n, 0, 0, ...), i_float
 //   b_load, b_broadcast(p)    4 * lanes bytes; the same 4 bytes in every lane
@@ -19,9 +21,12 @@
 //   f_spread<n>(p)            lanes / n times p[0], then p[1], ...
 //   transpose(p, n, out)      lanes rows of 4 * lanes bytes, n bytes apart: out[i] = the i-th 4 bytes of every row
 //   f_transpose(p, n, out)    lanes rows of lanes floats, n floats apart, transposed
+#define EDGEQ_INLINE inline __attribute__((always_inline))
+
 namespace edgeq {
 namespace {
 
+constexpr int gemv_tokens = 4;  // that share one reading of the weights
 constexpr int sixteen = 16;  // groups whose scales are treated together; rows of scales are padded to this
 
 // --- activations -----------------------------------------------------------------------------------------------------
@@ -65,18 +70,7 @@ void quantize(const float* x, int64_t n, int group, Order order, int8_t* codes, 
 
 // --- few tokens ------------------------------------------------------------------------------------------------------
 
-#define EDGEQ_INLINE inline __attribute__((always_inline))
-
-// n of the scales (or biases) of an array, the rest of a vector zero.
-EDGEQ_INLINE F widen_some(const void* p, Type type, int64_t i, int n) {
-    if (n >= lanes) return f_widen(p, type, i);
-    uint32_t some[lanes] = {};
-    if (n > 0) {
-        int size = type == Type::f32 ? 4 : 2;
-        memcpy(some, static_cast<const char*>(p) + i * size, n * size);
-    }
-    return f_widen(some, type, 0);
-}
+constexpr int prefetch_nbytes = 4096;
 
 // The codes that gemv takes at a time.
 template <int bits>
@@ -88,7 +82,7 @@ EDGEQ_INLINE void dot_unit(const uint8_t* src, const int8_t* q, int64_t stride, 
     if constexpr (bits == 4) {
         B low, high;
         nibbles(src, &low, &high);
-        const int8_t* even = q + c / order_block * order_block + c % order_block / 2;
+        const int8_t* even = q + (c & -order_block) + (c & (order_block - 1)) / 2;
         for (int t = 0; t < tokens; t++) {
             d[t] = dot(d[t], low, b_load(even + t * stride));
             d[t] = dot(d[t], high, b_load(even + t * stride + order_block / 2));
@@ -102,14 +96,21 @@ EDGEQ_INLINE void dot_unit(const uint8_t* src, const int8_t* q, int64_t stride, 
     }
 }
 
+// How far ahead of a block of rows to prefetch: whole blocks, at least prefetch_nbytes. The order is that of memory, not
+// that in which the rows are used in turns: the hardware prefetches along with it, and only with it ("Matrices" in
+// docs/speed.md).
+EDGEQ_INLINE int64_t prefetch_distance(int64_t block_nbytes) {
+    return (prefetch_nbytes + block_nbytes - 1) / block_nbytes * block_nbytes;
+}
+
 // A block of rows: they share the loads of the activations, and one's sums do not wait for the other's.
 template <int bits, int group, int tokens, int rows>
 EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row, float* y, int64_t stride) {
     constexpr int codes = unit<bits>;
     constexpr int step = group > codes ? group : codes;  // codes for one floating-point multiply-add
-    constexpr int nbytes = codes * bits / 8;
     const int64_t groups = w.in / group, row_bytes = w.in * bits / 8;
     const uint8_t* src = static_cast<const uint8_t*>(w.data) + row * row_bytes;
+    const uint8_t* next = src + prefetch_distance(rows * row_bytes);
     F acc[rows][tokens], bias[rows][tokens];
     for (int r = 0; r < rows; r++)
         for (int t = 0; t < tokens; t++) acc[r][t] = bias[r][t] = f_zero();
@@ -118,8 +119,8 @@ EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row,
         alignas(64) float products[rows][tokens][sixteen];  // scale of the weight times scale of the activation
         for (int r = 0; r < rows; r++) {
             for (int i = 0; i < sixteen; i += lanes) {
-                F s = widen_some(w.scales, w.type, (row + r) * groups + g0 + i, some - i);
-                F b = widen_some(w.biases, w.type, (row + r) * groups + g0 + i, some - i);
+                F s = f_widen_some(w.scales, w.type, (row + r) * groups + g0 + i, some - i);
+                F b = f_widen_some(w.biases, w.type, (row + r) * groups + g0 + i, some - i);
                 for (int t = 0; t < tokens; t++) {
                     int64_t at = t * a.groups + g0 + i;
                     f_store(products[r][t] + i, f_mul(s, f_load(a.scales + at)));
@@ -127,25 +128,30 @@ EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row,
                 }
             }
         }
-        for (int64_t c = g0 * group, last = (g0 + some) * group; c < last; c += step, src += step * bits / 8) {
+        // One floating-point step: the codes from c, those of row r from `from + r * distance`.
+        auto take = [&](const uint8_t* from, int64_t distance, int64_t c) __attribute__((always_inline)) {
             const int g = int(c / group - g0);
-            const bool whole = last - c >= step;  // not the last part of a row that is no whole number of units
             for (int r = 0; r < rows; r++) {
                 I d[tokens];
                 for (int t = 0; t < tokens; t++)
                     d[t] = signed_bytes && bits == 8 ? i_first(128 * a.totals[t * a.groups + g0 + g]) : i_zero();
-                const uint8_t* from = src + r * row_bytes;
-                uint8_t rest[nbytes];
-                if (!whole) {
-                    memset(rest, 0, nbytes);
-                    memcpy(rest, from, (last - c) * bits / 8);
-                    from = rest;
-                }
                 for (int u = 0; u < step; u += codes)
-                    dot_unit<bits, tokens>(from + u * bits / 8, a.codes, a.stride, c + u, d);
+                    dot_unit<bits, tokens>(from + r * distance + u * bits / 8, a.codes, a.stride, c + u, d);
                 for (int t = 0; t < tokens; t++)
                     acc[r][t] = f_fma(i_float(d[t]), f_spread<step / group>(products[r][t] + g), acc[r][t]);
             }
+        };
+        int64_t c = g0 * group;
+        const int64_t last = (g0 + some) * group;
+        for (; c + step <= last; c += step, src += step * bits / 8) {
+            for (int i = 0; i < rows * step * bits / 8; i += 64) __builtin_prefetch(next + i, 0, 2);
+            next += rows * step * bits / 8;
+            take(src, row_bytes, c);
+        }
+        if (c < last) {  // a row that is no whole number of units
+            uint8_t rest[rows][step * bits / 8] = {};
+            for (int r = 0; r < rows; r++) memcpy(rest[r], src + r * row_bytes, (last - c) * bits / 8);
+            take(rest[0], sizeof rest[0], c);
         }
     }
     for (int r = 0; r < rows; r++)
@@ -176,9 +182,9 @@ void gemv_plain(const Matrix& w, const Activations& a, int64_t row0, int64_t row
         }
         for (; i < w.in; i += lanes) {
             int some = w.in - i < lanes ? int(w.in - i) : lanes;
-            F w0 = widen_some(w.data, w.type, at + i, some);
+            F w0 = f_widen_some(w.data, w.type, at + i, some);
             for (int t = 0; t < tokens; t++)
-                even[t] = f_fma(w0, widen_some(a.values + t * w.in, Type::f32, i, some), even[t]);
+                even[t] = f_fma(w0, f_widen_some(a.values + t * w.in, Type::f32, i, some), even[t]);
         }
         for (int t = 0; t < tokens; t++) y[t * stride + row] = f_sum(f_add(even[t], odd[t]));
     }
@@ -205,7 +211,8 @@ void gemv_bits(const Matrix& w, const Activations& a, int64_t row0, int64_t row1
     }
 }
 
-void gemv(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
+// `a` are the tokens of one pass, at most gemv_tokens.
+void gemv_pass(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
     switch (w.bits) {
         case 2: return gemv_bits<2>(w, a, row0, row1, y, stride);
         case 3: return gemv_bits<3>(w, a, row0, row1, y, stride);
@@ -219,6 +226,22 @@ void gemv(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, flo
         case 2: return gemv_plain<2>(w, a, row0, row1, y, stride);
         case 3: return gemv_plain<3>(w, a, row0, row1, y, stride);
         default: return gemv_plain<4>(w, a, row0, row1, y, stride);
+    }
+}
+
+void gemv(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, int64_t t0, int64_t t1, float* y,
+          int64_t stride) {
+    for (int64_t t = t0; t < t1; t += gemv_tokens) {
+        Activations pass = a;
+        pass.tokens = t1 - t < gemv_tokens ? t1 - t : gemv_tokens;
+        pass.values += t * a.in;
+        if (w.bits) {
+            pass.codes += t * a.stride;
+            pass.scales += t * a.groups;
+            pass.sums += t * a.groups;
+            pass.totals += t * a.groups;
+        }
+        gemv_pass(w, pass, row0, row1, y + t * stride, stride);
     }
 }
 
@@ -267,8 +290,8 @@ void unpack_scales(const Matrix& w, int64_t row, int64_t g0, int n, int r, Tile&
         int some = n - i < lanes ? n - i : lanes;
         int64_t at = row * (w.in / w.group) + g0 + i;
         float s[lanes], b[lanes];
-        f_store(s, widen_some(w.scales, w.type, at, some));
-        f_store(b, widen_some(w.biases, w.type, at, some));
+        f_store(s, f_widen_some(w.scales, w.type, at, some));
+        f_store(b, f_widen_some(w.biases, w.type, at, some));
         for (int j = 0; j < some; j++) {
             tile.scales[i + j][r] = s[j];
             tile.biases[i + j][r] = b[j];
@@ -361,7 +384,7 @@ void unpack_plain(const Matrix& w, int64_t row, int64_t row1, int64_t c, int n, 
             int64_t at = row + v * lanes + r;
             for (int i = 0; i < n; i += lanes) {
                 int some = n - i < lanes ? n - i : lanes;
-                f_store(rows[r] + i, at < row1 ? widen_some(w.data, w.type, at * w.in + c + i, some) : f_zero());
+                f_store(rows[r] + i, at < row1 ? f_widen_some(w.data, w.type, at * w.in + c + i, some) : f_zero());
             }
         }
         for (int i = 0; i < n; i += lanes) {

@@ -80,6 +80,7 @@ struct Job {
     int row_pieces, first_piece;
 };
 
+constexpr int64_t few_tokens = 16;    // up to so many gemv is faster: it has no tile to make ready
 constexpr int64_t token_block = 512;  // of a gemm piece: its activations stay in the second-level cache
 
 // Bytes of weights in a piece of gemv: 8 pieces for a thread, no smaller than what a thread streams in a microsecond.
@@ -113,7 +114,7 @@ const LinearKernels& linear_kernels() {
 void linears(const float* x, int64_t tokens, const Matrix* ws, int count, float* const* ys) {
     if (tokens == 0 || count == 0) return;
     const LinearKernels& kernels = linear_kernels();
-    const bool few = tokens <= gemv_tokens;
+    const bool few = tokens <= few_tokens;
     const Activations plain = {x, nullptr, nullptr, nullptr, nullptr, tokens, ws[0].in, 0, 0};
     const int64_t piece_nbytes = few ? gemv_piece_nbytes(ws, count) : 0;
     const int token_pieces = few ? 1 : int((tokens + token_block - 1) / token_block);
@@ -141,7 +142,7 @@ void linears(const float* x, int64_t tokens, const Matrix* ws, int count, float*
         const Job& job = jobs[i];
         const int at = piece - job.first_piece;
         const int64_t row0 = at % job.row_pieces * job.rows, row1 = std::min(job.w->out, row0 + job.rows);
-        if (few) return kernels.gemv(*job.w, *job.a, row0, row1, job.y, job.w->out);
+        if (few) return kernels.gemv(*job.w, *job.a, row0, row1, 0, tokens, job.y, job.w->out);
         const int64_t t0 = at / job.row_pieces * token_block, t1 = std::min(tokens, t0 + token_block);
         kernels.gemm(*job.w, *job.a, row0, row1, t0, t1, job.y, job.w->out);
     });

@@ -131,15 +131,15 @@ void test_matrix(const char* isa, int64_t out, int64_t in, int bits, int group, 
 void test_matrices(const char* isa) {
     for (int bits : {2, 3, 4, 5, 6, 8})
         for (int group : {32, 64, 128})
-            for (int64_t tokens : {1, 2, 3, 4, 5, 13})
+            for (int64_t tokens : {1, 2, 3, 4, 7, 19})
                 for (int64_t in : {1, 3, 17}) test_matrix(isa, 37, in * group, bits, group, Type::bf16, tokens);
-    for (int64_t tokens : {1, 2, 3, 4, 5, 13})
+    for (int64_t tokens : {1, 2, 3, 4, 7, 19})
         for (int64_t in : {32, 96, 256, 1280}) test_matrix(isa, 37, in, 6, 16, Type::f32, tokens);
     for (Type type : {Type::f32, Type::f16, Type::bf16}) {
         test_matrix(isa, 5, 640, 4, 64, type, 1);
-        test_matrix(isa, 5, 640, 4, 64, type, 9);
+        test_matrix(isa, 5, 640, 4, 64, type, 18);
         for (int64_t in : {1, 31, 64, 301})
-            for (int64_t tokens : {1, 4, 11}) test_matrix(isa, 35, in, 0, 0, type, tokens);
+            for (int64_t tokens : {1, 4, 11, 21}) test_matrix(isa, 35, in, 0, 0, type, tokens);
     }
     test_matrix(isa, 1, 64, 4, 64, Type::bf16, 1);
     test_matrix(isa, 70, 1024, 4, 64, Type::bf16, 600);  // more than one block of tokens
@@ -177,7 +177,7 @@ void test_quantize(const char* isa) {
 
 void test_several(const char* isa) {
     std::mt19937 random(5);
-    for (int64_t tokens : {1, 7}) {
+    for (int64_t tokens : {1, 7, 17}) {
         TestMatrix a(33, 256, 4, 64, Type::bf16, true, random), b(65, 256, 8, 32, Type::f16, true, random),
             c(16, 256, 0, 0, Type::bf16, true, random), d(40, 256, 4, 64, Type::f32, true, random);
         auto x = make_input(tokens, 256, true, random);

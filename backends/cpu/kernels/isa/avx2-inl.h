@@ -45,6 +45,15 @@ F f_widen(const void* p, Type type, int64_t i) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
 }
 
+F f_widen_some(const void* p, Type type, int64_t i, int n) {
+    if (n >= lanes) return f_widen(p, type, i);
+    if (n <= 0) return f_zero();
+    const int size = type == Type::f32 ? 4 : 2;
+    uint32_t some[lanes] = {};
+    memcpy(some, static_cast<const char*>(p) + i * size, n * size);
+    return f_widen(some, type, 0);
+}
+
 void f_store_int8(int8_t* p, F v) {
     __m256i n = _mm256_cvtps_epi32(v);
     __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1));

@@ -45,6 +45,15 @@ F f_widen(const void* p, Type type, int64_t i) {
     return vreinterpretq_f32_u32(vshll_n_u16(v, 16));
 }
 
+F f_widen_some(const void* p, Type type, int64_t i, int n) {
+    if (n >= lanes) return f_widen(p, type, i);
+    if (n <= 0) return f_zero();
+    const int size = type == Type::f32 ? 4 : 2;
+    uint32_t some[lanes] = {};
+    memcpy(some, static_cast<const char*>(p) + i * size, n * size);
+    return f_widen(some, type, 0);
+}
+
 void f_store_int8(int8_t* p, F v) {
     int16x4_t words = vqmovn_s32(vcvtnq_s32_f32(v));
     int8x8_t bytes = vqmovn_s16(vcombine_s16(words, words));

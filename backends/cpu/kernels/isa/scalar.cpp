@@ -83,19 +83,21 @@ float plain_product(const Matrix& w, const Activations& a, int64_t row, int64_t 
     return y;
 }
 
-void gemv(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
-    Order order = w.bits == 4 ? Order::even_odd : Order::natural;
-    for (int64_t t = 0; t < a.tokens; t++)
+void product(const Matrix& w, const Activations& a, Order order, int64_t row0, int64_t row1, int64_t t0, int64_t t1,
+             float* y, int64_t stride) {
+    for (int64_t t = t0; t < t1; t++)
         for (int64_t row = row0; row < row1; row++)
             y[t * stride + row] = w.bits ? quantized_product(w, a, row, t, order) : plain_product(w, a, row, t);
 }
 
+void gemv(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, int64_t t0, int64_t t1, float* y,
+          int64_t stride) {
+    product(w, a, w.bits == 4 ? Order::even_odd : Order::natural, row0, row1, t0, t1, y, stride);
+}
+
 void gemm(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, int64_t t0, int64_t t1, float* y,
           int64_t stride) {
-    for (int64_t t = t0; t < t1; t++)
-        for (int64_t row = row0; row < row1; row++)
-            y[t * stride + row] =
-                w.bits ? quantized_product(w, a, row, t, Order::natural) : plain_product(w, a, row, t);
+    product(w, a, Order::natural, row0, row1, t0, t1, y, stride);
 }
 
 }  // namespace
