@@ -38,8 +38,14 @@ KINDS = (
 
 # Copying from the context is the ability that all list and recall skills rest on, and it appears late; once the forms
 # of the answers are known, long lists to copy bring it about. After that, sums are what is learnt slowest.
-DRILLS = {"copying": Kind("copying", 16, 256, 0.0), "sums": Kind("sums", 16, 256, 0.0)}
-PHASES = ((0, {}), (560, {"copying": 0.4}), (880, {"copying": 0.04, "sums": 0.14}))  # (first step, shares)
+DRILLS = {name: Kind(name, 16, 256, 0.0) for name in ("copying", "small sums", "sums")}
+PHASES = (  # (first step, shares)
+    (0, {}),
+    (560, {"copying": 0.4}),
+    (880, {"copying": 0.04, "sums": 0.14}),
+    (1120, {"copying": 0.03, "small sums": 0.1, "sums": 0.35}),
+    (1500, {"copying": 0.03, "sums": 0.2}),
+)
 
 
 def kind_at(step: int, rng: Random) -> Kind:

@@ -10,7 +10,7 @@ from random import Random
 from PIL import Image
 
 from . import facts, pictures
-from .skills import Turn, draw, held_out, long_copy
+from .skills import DRILL_ONLY, Turn, draw, held_out
 
 Message = dict[str, object]
 
@@ -101,14 +101,21 @@ def mixed(rng: Random, room: int, cost: Callable[[str], int], thinking: bool = F
     return Conversation(messages, thinking=thinking)
 
 
+DRILLS = {
+    "copying": {"copy": 6, "reverse": 2, "sort": 2},
+    "small sums": {"small sum": 1},
+    "sums": {"sum of two": 8, "product": 1},
+}
+
+
 def drill(kind: str, rng: Random, room: int, cost: Callable[[str], int]) -> Conversation:
     """Turns of one ability: sums, or lists to copy (longer than those of the skill), to reverse and to sort."""
-    weights = {"sum of two": 8, "product": 1} if kind == "sums" else {"copy": 6, "reverse": 2, "sort": 2}
+    weights = DRILLS[kind]
     messages: list[Message] = []
     misses = 0
     while misses < MISSES:
         name = pick(rng, weights)
-        turn = long_copy(rng, rng.randint(3, 24)) if name == "copy" else draw(name, rng)
+        turn = DRILL_ONLY[name](rng) if name in DRILL_ONLY else draw(name, rng)
         size = cost(turn.user + turn.answer) + 10
         if size > room or held_out(turn.key):
             misses += 1

@@ -96,6 +96,15 @@ def sum_of_two(rng: Random) -> Turn:
     a, b, op = rng.randrange(100), rng.randrange(100), rng.choice("+-")
     if rng.random() < 0.25:
         b = rng.randrange(10)
+    return sum_turn(rng, a, b, op)
+
+
+def small_sum(rng: Random) -> Turn:
+    """One digit and one or two digits; for drill only."""
+    return sum_turn(rng, rng.randrange(rng.choice((10, 30))), rng.randrange(10), rng.choice("+-"))
+
+
+def sum_turn(rng: Random, a: int, b: int, op: str) -> Turn:
     if op == "-" and b > a:
         a, b = b, a
     key = f"{min(a, b)}+{max(a, b)}" if op == "+" else f"{a}-{b}"
@@ -178,8 +187,9 @@ def copy(rng: Random) -> Turn:
     return copy_of(rng, items(rng, 2, 8))
 
 
-def long_copy(rng: Random, length: int) -> Turn:
+def long_copy(rng: Random) -> Turn:
     """A list of mixed things, repetitions allowed; for drill only."""
+    length = rng.randint(3, 24)
     return copy_of(rng, [rng.choice(items(rng, 3, 3)) for _ in range(length)])
 
 
@@ -249,6 +259,8 @@ SKILLS: dict[str, Callable[[Random], Turn]] = {
     "count": count,
     "prose": write,
 }
+
+DRILL_ONLY = {"copy": long_copy, "small sum": small_sum}
 
 
 def draw(name: str, rng: Random, *, evaluation: bool = False) -> Turn:
