@@ -178,12 +178,13 @@ inline KvType kv_type(const char* name) {
     if (std::string(name) == "f16") return KvType::f16;
     if (std::string(name) == "bf16") return KvType::bf16;
     if (std::string(name) == "f32") return KvType::f32;
-    throw nb::value_error("dtype: expected f16, bf16 or f32");
+    if (std::string(name) == "int8") return KvType::int8;
+    throw nb::value_error("dtype: expected f16, bf16, f32 or int8");
 }
 
 inline Index page_nbytes(const char* dtype, Index heads, Index D) {
     require(0 < heads && heads < 1 << 20 && 0 < D && D < 1 << 20, "heads, D", "1 to a million");
-    return 2 * heads * kv_page * kv_width(D) * kv_size(kv_type(dtype));
+    return kv_page_nbytes(kv_type(dtype), heads, D);
 }
 
 inline uint8_t* page_of(const nb::handle& item, Index nbytes) {

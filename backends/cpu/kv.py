@@ -16,7 +16,7 @@ __all__ = ["PAGE", "KvDtype", "NativeKV", "Page", "check_kv_dtype", "empty_align
 PAGE: int = _native.KV_PAGE  # tokens
 _LINE = 64  # bytes of a cache line
 
-KvDtype = Literal["f16", "bf16", "f32"]
+KvDtype = Literal["f16", "bf16", "f32", "int8"]
 
 
 def check_kv_dtype(name: str) -> KvDtype:

@@ -38,9 +38,9 @@ def delta_room(state: DeltaState[Array]) -> DeltaState[Array]:
 class CpuOps(NumpyOps):
     """The native CPU backend.
 
-    threads: how many the process's pool may use; None leaves that to the pool. kv_dtype: "f16", "bf16" or "f32".
-    float16 is the default: as small as bfloat16 and eight times as fine, and keys (normalised) and values stay far
-    from its largest number, 65504, at which it saturates.
+    threads: how many the process's pool may use; None leaves that to the pool. kv_dtype: "f16", "bf16", "f32" or
+    "int8" (one scale per token and head). float16 is the default: as small as bfloat16 and eight times as fine, and
+    keys (normalised) and values stay far from its largest number, 65504, at which it saturates.
     """
 
     name = "cpu"

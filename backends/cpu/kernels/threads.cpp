@@ -21,6 +21,10 @@ namespace {
 // a token are shorter than that; see "Threads" in docs/speed.md for the measurement.
 constexpr std::chrono::microseconds spin_time{60};
 
+// How long the caller sleeps before it looks again, although it will be told: every time a core falls idle, Linux
+// considers moving a thread to it that waits for another core, but never one that ran within half a millisecond.
+constexpr std::chrono::microseconds patience{300};
+
 void pause() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
@@ -95,7 +99,8 @@ public:
         if (!spin_until([&] { return finished(); })) {
             std::unique_lock lock(sleep_);
             caller_sleeps_ = true;
-            done_.wait(lock, [&] { return unfinished_.load() == 0; });
+            while (!done_.wait_for(lock, patience, [&] { return unfinished_.load() == 0; })) {
+            }
             caller_sleeps_ = false;
         }
     }

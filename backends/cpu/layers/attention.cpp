@@ -29,6 +29,22 @@ Place place(Index heads, Index width, Index head, Index token) {
     return {head_keys + tile * width * kv_tile + token % kv_tile, heads * kv_page * width + head_keys + token * width};
 }
 
+// The scale of a token's key or value.
+float* scale_of(uint8_t* page, KvType type, Index heads, Index D, bool value, Index head, Index token) {
+    float* scales = reinterpret_cast<float*>(page + kv_entries_nbytes(type, heads, D));
+    return scales + ((value ? heads : 0) + head) * kv_page + token;
+}
+
+// Entries as multiples of a scale, which is returned.
+float write_int8(uint8_t* page, Index at, Index step, const float* x, Index n) {
+    float largest = 0.0f;
+    for (Index i = 0; i < n; i++) largest = std::max(largest, std::abs(x[i]));
+    const float scale = largest / 127.0f, inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+    int8_t* to = reinterpret_cast<int8_t*>(page) + at;
+    for (Index i = 0; i < n; i++) to[i * step] = int8_t(std::lrint(x[i] * inverse));
+    return scale;
+}
+
 // Entries that are 16 bits wide as bits, through `bits` to work in; float entries as they are.
 void write_entries(uint8_t* page, KvType type, Index at, Index step, const float* x, Index n, uint16_t* bits) {
     if (type == KvType::f32) {
@@ -44,7 +60,9 @@ void write_entries(uint8_t* page, KvType type, Index at, Index step, const float
     for (Index i = 0; i < n; i++) to[i * step] = bits[i];
 }
 
+// An entry, to be multiplied by the scale if it is int8.
 float read_entry(const uint8_t* page, KvType type, Index at) {
+    if (type == KvType::int8) return reinterpret_cast<const int8_t*>(page)[at];
     if (type == KvType::f32) return reinterpret_cast<const float*>(page)[at];
     const uint16_t bits = reinterpret_cast<const uint16_t*>(page)[at];
     return type == KvType::f16 ? from_f16(bits) : from_bf16(bits);
@@ -56,6 +74,7 @@ struct Scratch {
     Floats q, scores, out, peak, total;
     std::vector<Index> visible;
     std::vector<const uint8_t*> keys, values;
+    std::vector<const float*> key_scales, value_scales;
     std::vector<uint16_t> bits;
 };
 
@@ -87,8 +106,13 @@ void append_token(const Attention& a, const KvSequence& s, Index start, Index to
         uint8_t* page = s.pages[at / kv_page];
         const Place to = place(a.Hkv, width, head, at % kv_page);
         normed(a, a.k.at(t, head), a.k_norm, t, key);
-        write_entries(page, a.type, to.keys, kv_tile, key, width, scratch.bits.data());
         const float* value = a.v.at(t, head);
+        if (a.type == KvType::int8) {
+            *scale_of(page, a.type, a.Hkv, a.D, false, head, at % kv_page) = write_int8(page, to.keys, kv_tile, key, width);
+            *scale_of(page, a.type, a.Hkv, a.D, true, head, at % kv_page) = write_int8(page, to.values, 1, value, a.D);
+            continue;
+        }
+        write_entries(page, a.type, to.keys, kv_tile, key, width, scratch.bits.data());
         write_entries(page, a.type, to.values, 1, value, a.D, scratch.bits.data());
     }
 }
@@ -116,12 +140,16 @@ void attend_block(const Attention& a, const KvSequence& s, const Block& b, Index
     const Place at = place(a.Hkv, width, b.head, 0);
     scratch.keys.resize(pages);
     scratch.values.resize(pages);
+    scratch.key_scales.resize(pages);
+    scratch.value_scales.resize(pages);
     for (Index i = 0; i < pages; i++) {
         scratch.keys[i] = s.pages[i] + at.keys * size;
         scratch.values[i] = s.pages[i] + at.values * size;
+        scratch.key_scales[i] = scale_of(s.pages[i], a.type, a.Hkv, a.D, false, b.head, 0);
+        scratch.value_scales[i] = scale_of(s.pages[i], a.type, a.Hkv, a.D, true, b.head, 0);
     }
     kernels.attend({a.type, rows, width, scratch.q.data(), scratch.visible.data(), scratch.keys.data(),
-                    scratch.values.data(), begin, end, peak, total, out, scratch.scores.data()});
+                    scratch.values.data(), scratch.key_scales.data(), scratch.value_scales.data(), begin, end, peak, total, out, scratch.scores.data()});
 }
 
 // Sums over several ranges of keys -> the layer's output.
@@ -221,9 +249,12 @@ void read_page(const uint8_t* page, KvType type, Index heads, Index D, Index tok
         for (Index t = 0; t < tokens; t++) {
             const Place from = place(heads, kv_width(D), head, t);
             const Index to = (t * heads + head) * D;
+            auto scale = [&](bool value) {
+                return type == KvType::int8 ? *scale_of(const_cast<uint8_t*>(page), type, heads, D, value, head, t) : 1.0f;
+            };
             for (Index i = 0; i < D; i++) {
-                keys[to + i] = read_entry(page, type, from.keys + i * kv_tile);
-                values[to + i] = read_entry(page, type, from.values + i);
+                keys[to + i] = scale(false) * read_entry(page, type, from.keys + i * kv_tile);
+                values[to + i] = scale(true) * read_entry(page, type, from.values + i);
             }
         }
 }

@@ -19,14 +19,27 @@ using Index = long long;
 // width being the head's rounded up to kv_tile. Values are stored like that. Keys are stored in tiles of kv_tile tokens,
 // [heads, kv_page / kv_tile, width, kv_tile]: the scores of a tile are sums over the width of whole vectors of
 // tokens, without a horizontal sum.
+//
+// int8 entries are multiples of a scale of their token and head, whose largest entry is 127 of it; the scales follow
+// the entries, float32 [heads, kv_page] for keys and then for values. A key's scale multiplies its score and a value's
+// its weight, so the sums run over the plain integers.
 
-enum class KvType { f16, bf16, f32 };
+enum class KvType { f16, bf16, f32, int8 };
 
 constexpr int kv_page = 256;
 constexpr int kv_tile = 16;
 
 static inline Index kv_width(Index dim) { return (dim + kv_tile - 1) / kv_tile * kv_tile; }
-static inline Index kv_size(KvType type) { return type == KvType::f32 ? 4 : 2; }
+static inline Index kv_size(KvType type) { return type == KvType::f32 ? 4 : type == KvType::int8 ? 1 : 2; }
+
+// Bytes of a page's entries, and of the whole page.
+static inline Index kv_entries_nbytes(KvType type, Index heads, Index dim) {
+    return 2 * heads * kv_page * kv_width(dim) * kv_size(type);
+}
+static inline Index kv_page_nbytes(KvType type, Index heads, Index dim) {
+    const Index scales = type == KvType::int8 ? 2 * heads * kv_page * Index(sizeof(float)) : 0;
+    return kv_entries_nbytes(type, heads, dim) + scales;
+}
 
 // Some queries that share a KV head, over part of its keys.
 struct Attend {
@@ -36,6 +49,8 @@ struct Attend {
     const Index* visible;       // [rows], how many keys (from the first of the sequence) each row may see
     const uint8_t* const* keys;    // of this head, one pointer per page of the sequence
     const uint8_t* const* values;
+    const float* const* key_scales;  // likewise [kv_page], for int8
+    const float* const* value_scales;
     Index begin, end;           // the keys to attend to; begin is a multiple of attend_keys
     float* peak;                // [rows], out: largest score
     float* total;               // [rows], out: sum of exp(score - peak)

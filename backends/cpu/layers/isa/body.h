@@ -9,7 +9,7 @@
 //     sum4(a, b, c, d, out)     four sums at once
 //     round_, pow2              to the nearest integer; 2^x of an integer, |x| <= 127
 //     load4                     4 W entries as 4 vectors, entry i going to vector i % 4
-//     load_f16, load_bf16       W entries of 16 bits, widened
+//     load_f16, load_bf16, load_i8  W entries of 16 or 8 bits, widened
 //     store_f16                 rounded to nearest even
 //
 // and LAYERS, the name of the table. Everything here has internal linkage.
@@ -270,6 +270,7 @@ constexpr float HIDDEN = -1e30f;
 
 INLINE V load_kv(const uint8_t* p, Index entry, const KvType type) {
     if (type == KvType::f32) return load(reinterpret_cast<const float*>(p) + entry);
+    if (type == KvType::int8) return load_i8(reinterpret_cast<const int8_t*>(p) + entry);
     const uint16_t* half = reinterpret_cast<const uint16_t*>(p) + entry;
     return type == KvType::f16 ? load_f16(half) : load_bf16(half);
 }
@@ -303,10 +304,17 @@ INLINE void score_span(float* scores, const float* q, Index width, const uint8_t
         for (int j = 0; j < SPAN_V; j++) store(scores + r * attend_keys + j * W, total[r][j]);
 }
 
+// The scores or weights of a block of keys times their scales. Those of keys that are not there yet are undefined, and
+// so is what comes of them, which nobody reads.
+INLINE void mul_rows(float* scores, const float* scales) {
+    for (Index i = 0; i < attend_keys; i += W) store(scores + i, mul(load(scores + i), load(scales + i)));
+}
+
 // Turn a row's scores of `count` keys from `first` on into weights under the running maximum; rescale what was summed.
 // A row that sees no key of the whole range ends with the peak HIDDEN and counts for nothing when ranges are merged.
-INLINE void weigh_row(const Attend& a, Index row, Index first, Index count) {
+INLINE void weigh_row(const Attend& a, Index row, Index first, Index count, const KvType type) {
     float* scores = a.scores + row * attend_keys;
+    if (type == KvType::int8) mul_rows(scores, a.key_scales[first / kv_page] + first % kv_page);
     for (Index i = a.visible[row] - first < 0 ? 0 : a.visible[row] - first; i < attend_keys; i++) scores[i] = HIDDEN;
     for (Index i = count; i < attend_keys; i++) scores[i] = HIDDEN;
     V most = load(scores);
@@ -329,6 +337,7 @@ INLINE void weigh_row(const Attend& a, Index row, Index first, Index count) {
         total = add(total, weight);
     }
     a.total[row] += sum(total);
+    if (type == KvType::int8) mul_rows(scores, a.value_scales[first / kv_page] + first % kv_page);
 }
 
 // out += weights @ values for R rows and `wide` vectors of the width from entry i on.
@@ -373,7 +382,7 @@ INLINE void attend_as(const Attend& a, const KvType type) {
             for (Index row = 0; row < a.rows; row += R)
                 score_span(a.scores + row * attend_keys + span, a.q + row * a.width, a.width, keys,
                            entry + span * a.width, type, ahead);
-        for (Index row = 0; row < a.rows; row++) weigh_row(a, row, first, count);
+        for (Index row = 0; row < a.rows; row++) weigh_row(a, row, first, count, type);
         const Index next = first + attend_keys;
         if (next < a.end) {
             ahead.at = a.keys[next / kv_page] + next % kv_page * a.width * kv_size(type);
@@ -388,6 +397,7 @@ void attend(const Attend& a) {
         case KvType::f16: return attend_as(a, KvType::f16);
         case KvType::bf16: return attend_as(a, KvType::bf16);
         case KvType::f32: return attend_as(a, KvType::f32);
+        case KvType::int8: return attend_as(a, KvType::int8);
     }
 }
 

@@ -34,6 +34,7 @@ inline void load4(const float* p, V* out) {
 
 inline V load_f16(const uint16_t* p) { return from_f16(*p); }
 inline V load_bf16(const uint16_t* p) { return from_bf16(*p); }
+inline V load_i8(const int8_t* p) { return float(*p); }
 inline void store_f16(uint16_t* p, V x) { *p = edgeq::to_f16_bits(x); }
 
 }  // namespace
