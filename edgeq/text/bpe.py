@@ -126,9 +126,10 @@ class TableBpe:
         """
         try:
             path = _cache() / f"{digest[:32]}-{_VERSION}.safetensors"
-            if not path.exists() and not write_table(spec(), path):
-                return None
-            return cls(SafetensorsFile(path))
+            try:
+                return cls(SafetensorsFile(path))
+            except ModelError:  # not there yet, or damaged
+                return cls(SafetensorsFile(path)) if write_table(spec(), path) else None
         except Exception:  # a cache that cannot be used, or an odd file: the library works, or says what is wrong
             return None
 

@@ -1,0 +1,99 @@
+"""What a process takes: constant but for keys and values, and within the budgets on models of the real shapes.
+
+Every measurement is a process of its own under RLIMIT_DATA, which counts what is private and writable (heap, stacks)
+and not the mapped weights; the peak of the resident set counts both. The real shapes run where EDGEQ_REF_DIR names a
+folder with their checkpoints, quantized with the default recipes: q4_0.8b, q4_2b, q8_2b, q4_4b, and 2b unquantized.
+Their weights may be random.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import config_values, write_checkpoint
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status and sets RLIMIT_DATA"),
+]
+
+MB = 1_000_000
+
+# Runs a model over `steps` numbers of tokens in one sequence; prints, after each, the peak of the resident set and of
+# its anonymous part, what the state's keys and values hold, and the length. `chunk` tokens go in at a time.
+RUN = """
+import json, resource, sys
+path, backend, limit, chunk, *steps = json.loads(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+from edgeq.runtime import load
+from edgeq.state import KVCache
+
+def status(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+model = load(path, backend=backend)
+state, done, anonymous = model.state(), 0, 0
+for end in steps:
+    for start in range(done, end, chunk):
+        ids = [i * 7919 % model.vocab_size for i in range(start, min(end, start + chunk))]
+        _, state = model.forward(ids, state)
+    done = end
+    anonymous = max(anonymous, status("RssAnon"))
+    kv = sum(layer.nbytes for layer in state.layers if isinstance(layer, KVCache))
+    print(json.dumps({"peak": status("VmHWM"), "anonymous": anonymous, "kv": kv, "length": state.length}))
+"""
+
+
+def run(path: Path, *steps: int, backend: str = "cpu", limit: int = 1 << 40, chunk: int = 512) -> list[dict]:
+    """The figures after each number of tokens."""
+    request = json.dumps([str(path), backend, limit, chunk, *steps])
+    done = subprocess.run([sys.executable, "-c", RUN, request], capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose sequences may be long."""
+    folder = tmp_path_factory.mktemp("memory") / "model"
+    write_checkpoint(folder, config_values(max_position_embeddings=1 << 18))
+    return folder
+
+
+class TestGrowth:
+    """Peak memory after many tokens is that after 1,000 and the keys and values since, within 1 MB."""
+
+    def check(self, after: list[dict]) -> None:
+        first, last = after
+        assert first["length"] >= 1000
+        assert last["length"] >= 20 * first["length"]
+        grown, accounted = last["peak"] - first["peak"], last["kv"] - first["kv"]
+        assert grown <= accounted + MB, f"{grown / MB:.2f} MB more, {accounted / MB:.2f} of them keys and values"
+
+    def test_generating(self, small: Path) -> None:
+        pytest.importorskip("edgeq.backends.cpu", reason="the native backend is not built")
+        self.check(run(small, 1000, 20_000, chunk=1))
+
+    def test_prompts(self, small: Path) -> None:
+        pytest.importorskip("edgeq.backends.cpu", reason="the native backend is not built")
+        self.check(run(small, 1024, 50_000))
+
+
+BUDGETS = {"q4_0.8b": 0.68, "q4_2b": 1.35, "q8_2b": 2.2, "2b": 4.0, "q4_4b": 2.75}  # GB, text only, 4,096 tokens
+LIMIT = 400 * MB  # private memory, NumPy's and the threads' reserve of 200 MB included
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_real_shapes(name: str) -> None:
+    """4,096 tokens of context, most of them a prompt."""
+    pytest.importorskip("edgeq.backends.cpu", reason="the native backend is not built")
+    folder = Path(os.environ.get("EDGEQ_REF_DIR", "")) / name
+    if "EDGEQ_REF_DIR" not in os.environ or not folder.exists():
+        pytest.skip(f"EDGEQ_REF_DIR names no folder with the checkpoint {name}")
+    (after,) = run(folder, 4096, limit=LIMIT)
+    assert after["peak"] <= BUDGETS[name] * 1e9, f"{after['peak'] / MB:.0f} MB, {after['anonymous'] / MB:.0f} private"
