@@ -61,7 +61,8 @@ class CpuOps(NumpyOps):
         return f"{_native.isa()} kernels, {_native.thread_count()} threads"
 
     def load(self, x: Array) -> Array:
-        return x.view()  # an object of our own, so that its end is the end of the weight (see bound.py)
+        """A view, whose end is the end of the weight (bound.py); a copy only of what is misaligned or in pieces."""
+        return np.require(x, requirements=("C_CONTIGUOUS", "ALIGNED")).view()
 
     def kv_cache(self, keys: Float32, values: Float32) -> NativeKV:
         return NativeKV(keys.shape[1], keys.shape[2], self.kv_dtype).appended(keys, values)
