@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,6 +157,20 @@ class TestExitCodes:
         result = run("chat", chat_folder, "-p", "x")
         assert result.code == 130
         assert "interrupted" in result.err
+
+    def test_terminated_while_quantizing_leaves_nothing(self, chat_folder: Path, tmp_path: Path) -> None:
+        code = (
+            "import os, signal, sys\n"
+            "from edgeq.quant import quantizer\n"
+            "from edgeq.cli import main\n"
+            "quantizer._write_json = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+            "main(sys.argv[1:])\n"
+        )
+        arguments = ["quantize", str(chat_folder), "-o", str(tmp_path / "out")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, timeout=60)
+        assert done.returncode == 143
+        assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
     def test_debug_shows_the_traceback(self, chat_folder: Path) -> None:
         with pytest.raises(edgeq.UsageError):

@@ -21,7 +21,7 @@ Made from `--help` by tools/make_cli_docs.py.
 Data goes to stdout, everything else to stderr. The options of `chat` and `generate` can also be
 set by environment variables (EDGEQ_ and the option's name) and in ~/.config/edgeq/config.toml; `edgeq info --config`
 shows which won. Exit codes: 0 done, 1 failed while
-running, 2 usage, 3 does not fit, 4 bad model, 5 network, 6 quality check failed, 130 interrupted.
+running, 2 usage, 3 does not fit, 4 bad model, 5 network, 6 quality check failed, 130 interrupted, 143 terminated.
 """
 
 

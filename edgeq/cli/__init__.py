@@ -1,15 +1,17 @@
 """The command line. Each command parses and calls; the work is in the library.
 
 Exit codes: 0 done, 1 failed while running, 2 usage, 3 does not fit, 4 bad model, 5 network, 6 quality check failed,
-130 interrupted (see `edgeq.errors`).
+130 interrupted, 143 terminated (see `edgeq.errors`).
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections import UserDict
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -97,6 +99,8 @@ def edgeq_command(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits the process."""
+    with suppress(ValueError):  # not in the main thread: then signals are somebody else's
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that half-written files are removed
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = next((argument for argument in given if argument in COMMANDS), None)
     aliases = BENCH_ALIASES if command == "bench" else ALIASES
