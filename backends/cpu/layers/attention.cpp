@@ -182,13 +182,13 @@ std::vector<Block> blocks_of(const Attention& a, const KvSequence* sequences, In
     return blocks;
 }
 
-// Keys that a piece takes: all of them where there are pieces enough, else whole pages so that there are.
+// Keys that a piece takes: all of them where there are pieces enough, else whole units so that there are.
 Index keys_per_piece(const KvSequence* sequences, Index count, Index blocks) {
+    constexpr Index unit = 2 * attend_keys;
     Index longest = 0;
     for (Index i = 0; i < count; i++) longest = std::max(longest, sequences[i].past + sequences[i].tokens);
-    const Index wanted = (4 * thread_count() + blocks - 1) / blocks;
-    const Index pages = (longest + kv_page - 1) / kv_page;
-    return std::max<Index>(1, (pages + wanted - 1) / wanted) * kv_page;
+    const Index wanted = (4 * thread_count() + blocks - 1) / blocks, units = (longest + unit - 1) / unit;
+    return std::max<Index>(1, (units + wanted - 1) / wanted) * unit;
 }
 
 }  // namespace
