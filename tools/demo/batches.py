@@ -42,9 +42,7 @@ DRILLS = {name: Kind(name, 16, 256, 0.0) for name in ("copying", "small sums", "
 PHASES = (  # (first step, shares)
     (0, {}),
     (560, {"copying": 0.4}),
-    (880, {"copying": 0.04, "sums": 0.14}),
-    (1120, {"copying": 0.03, "small sums": 0.1, "sums": 0.35}),
-    (1500, {"copying": 0.03, "sums": 0.2}),
+    (900, {"copying": 0.03, "small sums": 0.2, "sums": 0.2}),
 )
 
 

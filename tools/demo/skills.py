@@ -100,8 +100,8 @@ def sum_of_two(rng: Random) -> Turn:
 
 
 def small_sum(rng: Random) -> Turn:
-    """One digit and one or two digits; for drill only."""
-    return sum_turn(rng, rng.randrange(rng.choice((10, 30))), rng.randrange(10), rng.choice("+-"))
+    """Numbers up to 30 and up to 20."""
+    return sum_turn(rng, rng.randrange(rng.choice((10, 31))), rng.randrange(rng.choice((10, 21))), rng.choice("+-"))
 
 
 def sum_turn(rng: Random, a: int, b: int, op: str) -> Turn:
@@ -128,15 +128,15 @@ def product(rng: Random) -> Turn:
 
 
 def running_total(rng: Random, terms: int) -> list[tuple[str, int, int]]:
-    """[(op, operand, total)], all totals in 0..99; the first op is a plus from zero."""
-    total = rng.randrange(5, 60)
+    """[(op, operand, total)], all totals in 0..50; the first op is a plus from zero."""
+    total = rng.randrange(5, 40)
     chain = [("+", total, total)]
     for _ in range(terms - 1):
         op = rng.choice("+-")
-        room = 99 - total if op == "+" else total
+        room = 50 - total if op == "+" else total
         if room < 3:
-            op, room = ("-", total) if op == "+" else ("+", 99 - total)
-        operand = rng.randrange(2, min(room, 50) + 1)
+            op, room = ("-", total) if op == "+" else ("+", 50 - total)
+        operand = rng.randrange(2, min(room, 20) + 1)
         total += operand if op == "+" else -operand
         chain.append((op, operand, total))
     return chain
@@ -249,6 +249,7 @@ SKILLS: dict[str, Callable[[Random], Turn]] = {
     "about": about,
     "small talk": small_talk,
     "unknown": unknown,
+    "small sum": small_sum,
     "sum of two": sum_of_two,
     "product": product,
     "sum of many": sum_of_many,
@@ -260,7 +261,7 @@ SKILLS: dict[str, Callable[[Random], Turn]] = {
     "prose": write,
 }
 
-DRILL_ONLY = {"copy": long_copy, "small sum": small_sum}
+DRILL_ONLY = {"copy": long_copy}
 
 
 def draw(name: str, rng: Random, *, evaluation: bool = False) -> Turn:

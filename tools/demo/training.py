@@ -30,7 +30,7 @@ class Plan:
     muon_rate: float = 0.02
     adam_rate: float = 2e-3
     warmup: int = 100
-    decay: float = 0.4
+    decay: float = 0.45
 
     def factor(self, step: int) -> float:
         left = (self.steps - step) / (self.decay * self.steps)
