@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from edgeq.bf16 import Array, Float32, from_float32, to_float32
-from edgeq.checkpoint import FolderCheckpoint, GGUFCheckpoint, open_checkpoint
+from edgeq.checkpoint import FolderCheckpoint, open_checkpoint
+from edgeq.checkpoint.gguf import GGUFCheckpoint
 from edgeq.checkpoint.safetensors import DTYPES, dtype_name
 from edgeq.config import ModelConfig, read_json
 from edgeq.errors import UsageError

@@ -24,7 +24,8 @@ from edgeq.backends import available
 from edgeq.backends.numpy import NumpyOps
 from edgeq.backends.numpy.ops import matrix_rows
 from edgeq.bf16 import Array, Float32
-from edgeq.checkpoint import FolderCheckpoint, GGUFCheckpoint, open_checkpoint
+from edgeq.checkpoint import FolderCheckpoint, open_checkpoint
+from edgeq.checkpoint.gguf import GGUFCheckpoint
 from edgeq.checkpoint.gguf_file import GGUFFile
 from edgeq.checkpoint.gguf_layout import head_order
 from edgeq.checkpoint.safetensors import SafetensorsWriter, dtype_name

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from edgeq.checkpoint.base import Checkpoint, Storage
 from edgeq.checkpoint.folder import FolderCheckpoint
-from edgeq.checkpoint.gguf import GGUFCheckpoint
 from edgeq.errors import ModelError
 
-__all__ = ["Checkpoint", "FolderCheckpoint", "GGUFCheckpoint", "Storage", "open_checkpoint"]
+__all__ = ["Checkpoint", "FolderCheckpoint", "Storage", "open_checkpoint"]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -17,6 +16,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_dir():
         return FolderCheckpoint(path)
     if path.is_file() and path.suffix.lower() == ".gguf":
+        from edgeq.checkpoint.gguf import GGUFCheckpoint  # knows two dozen formats; a folder need not wait for it
+
         return GGUFCheckpoint(path)
     raise ModelError(
         f"{path} is neither a checkpoint folder nor a .gguf file",

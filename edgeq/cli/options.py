@@ -9,7 +9,6 @@ default; `edgeq info --config` shows which won.
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,10 +76,12 @@ def config_file() -> Path:
 def read_config_file(options_of_commands: Callable[[], dict[str, set[str]]]) -> dict[str, dict[str, Any]]:
     """The file's values by command; none without a file. Options that no command has are an error."""
     path = config_file()
+    if not path.exists():
+        return {}
+    import tomllib
+
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
     commands = options_of_commands()
