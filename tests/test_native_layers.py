@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 
 from edgeq.backends.numpy import NumpyOps
 from edgeq.bf16 import Array, to_float32
+from edgeq.quant.affine import pack
+from edgeq.weights import MLPWeights, QMatrix
 
 native = pytest.importorskip("edgeq.backends.cpu._native", reason="the native kernels are not built")
 
@@ -164,6 +167,32 @@ def test_weights_are_forgotten_with_their_arrays(rng: np.random.Generator) -> No
     assert len(ops._matrix._made) == 1
     del weight
     assert len(ops._matrix._made) == 0
+
+
+def test_weights_that_differ_in_one_array_are_others(rng: np.random.Generator) -> None:
+    ops = CpuOps()
+    shapes = ((48, 32), (48, 32), (32, 48))
+    w = MLPWeights(*(ops.load(normal(rng, *shape)) for shape in shapes))
+    x, other = normal(rng, 1, 32), w._replace(up_proj=ops.load(normal(rng, 48, 32)))
+    assert nmse(ops.mlp(x, w), ops.mlp(x, other)) > 0.1
+    codes = ops.load(pack(rng.integers(0, 16, (8, 64)), 4))
+    one, two = (ops.load(np.full((8, 1), value, np.float32)) for value in (1, 2))
+    x = normal(rng, 1, 64)
+    y = [ops.linear(x, QMatrix(codes, scales, one, 4, 64)) for scales in (one, two)]
+    assert not np.array_equal(*y)
+
+
+def test_two_threads_of_python_at_once(rng: np.random.Generator) -> None:
+    ops, inputs = CpuOps(), [(normal(rng, 50, 6, 64), normal(rng, 50, 2, 64)) for _ in range(8)]
+    empty = np.zeros((0, 2, 64), np.float32)
+
+    def attend(qk: tuple[Array, Array]) -> Array:
+        return ops.attention(*qk, qk[1], ops.kv_cache(empty, empty))[0]
+
+    with ThreadPoolExecutor(4) as threads:
+        at_once = list(threads.map(attend, inputs * 5))
+    for found, expected in zip(at_once, [attend(qk) for qk in inputs] * 5, strict=True):
+        assert np.array_equal(found, expected)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])

@@ -6,38 +6,50 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+
 from edgeq.backends.cpu import _native
 from edgeq.bf16 import Array
 from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights, QMatrix
 
-__all__ = ["Bound", "attention", "delta_net", "matrix", "mlp", "storage"]
+__all__ = ["Bound", "attention", "delta_net", "matrix", "mlp"]
 
 W = TypeVar("W")
 
 
 class Bound(Generic[W]):
-    """Native forms by the identity of one of their arrays, made when first asked for and forgotten with it.
+    """Native forms of weights, made when first asked for and forgotten as soon as one of the arrays goes.
 
-    `make` must hold views of the arrays, not the arrays: a view keeps the mapped file, but not the weight.
+    They are found by the identity of all their arrays: weights that differ in a single one are others. `make` must
+    hold views of the arrays, not the arrays: a view keeps the mapped file, but not the weight.
     """
 
     def __init__(self, make: Callable[[W], Any]) -> None:
         self._make = make
-        self._made: dict[int, tuple[Any, weakref.ref[Array]]] = {}
+        self._made: dict[tuple[int, ...], tuple[Any, list[weakref.ref[Array]]]] = {}
 
-    def __call__(self, key: Array, weights: W) -> Any:
-        if found := self._made.get(id(key)):
+    def __call__(self, weights: W) -> Any:
+        arrays = leaves(weights)
+        key = tuple([id(x) for x in arrays])
+        if found := self._made.get(key):
             return found[0]
         native = self._make(weights)
-        if key.base is not None:  # else a view of it would keep it, and be kept, for ever
-            address, forget = id(key), self._made.pop
-            self._made[address] = native, weakref.ref(key, lambda _: forget(address, None))
+        if all(x.base is not None for x in arrays):  # else a view of it would keep it, and be kept, for ever
+            self._made[key] = native, [weakref.ref(x, lambda _: self._made.pop(key, None)) for x in arrays]
         return native
 
 
-def storage(w: Matrix[Array]) -> Array:
-    """The array that stands for a matrix."""
-    return w.codes if isinstance(w, QMatrix) else w
+def leaves(weights: Any) -> list[Array]:
+    """The arrays of a matrix or of a tuple of matrices and vectors."""
+    if isinstance(weights, np.ndarray):
+        return [weights]
+    arrays: list[Array] = []
+    for part in weights[:3] if isinstance(weights, QMatrix) else weights:
+        if isinstance(part, QMatrix):
+            arrays += part[:3]
+        else:
+            arrays.append(part)
+    return arrays
 
 
 def matrix(w: Matrix[Array]) -> Any:

@@ -70,17 +70,17 @@ class CpuOps(NumpyOps):
     # --- matrices ----------------------------------------------------------------------------------------------------
 
     def embed(self, table: Matrix[Array], ids: Array) -> Array:
-        rows = self._matrix(bound.storage(table), table)
+        rows = self._matrix(table)
         _native.embed(rows, ids, out := np.empty((len(ids), rows.shape[1]), np.float32))
         return out
 
     def linear(self, x: Array, w: Matrix[Array]) -> Array:
-        matrix = self._matrix(bound.storage(w), w)
+        matrix = self._matrix(w)
         _native.linear(x, matrix, y := np.empty((len(x), matrix.shape[0]), np.float32))
         return y
 
     def linears(self, x: Array, ws: Sequence[Matrix[Array]]) -> tuple[Array, ...]:
-        matrices = [self._matrix(bound.storage(w), w) for w in ws]
+        matrices = [self._matrix(w) for w in ws]
         ys = [np.empty((len(x), matrix.shape[0]), np.float32) for matrix in matrices]
         _native.linears(x, matrices, ys)
         return tuple(ys)
@@ -145,7 +145,7 @@ class CpuOps(NumpyOps):
     # --- larger pieces -----------------------------------------------------------------------------------------------
 
     def mlp(self, x: Array, w: MLPWeights[Array]) -> Array:
-        self._mlp(bound.storage(w.down_proj), w)(x, y := like(x))
+        self._mlp(w)(x, y := like(x))
         return y
 
     def delta_net(
@@ -154,7 +154,7 @@ class CpuOps(NumpyOps):
     ) -> tuple[Array, list[tuple[DeltaState[Array], ...]]]:  # fmt: skip
         after = [tuple([delta_room(state) for _ in range(keep + 1)]) for state in states]
         sequences = list(zip(lengths, states, after, strict=True))
-        mixer = self._delta_net(w.conv, w)
+        mixer = self._delta_net(w)
         mixer(x, c.linear_num_key_heads, c.rms_norm_eps, keep, sequences, y := like(x))
         return y, after
 
@@ -167,7 +167,7 @@ class CpuOps(NumpyOps):
             (length, cache.length, longer.buffers())
             for length, cache, longer in zip(lengths, caches, after, strict=True)
         ]
-        mixer = self._attention(w.q_norm, w)
+        mixer = self._attention(w)
         mixer(x, c.rms_norm_eps, *angles, after[0].dtype, sequences, y := like(x))
         return y, list(after)
 
