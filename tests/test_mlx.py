@@ -505,7 +505,8 @@ def soak(tiny: Tiny, tokens: int, *, compiled: bool) -> None:
             gc.collect()
             mx.synchronize()  # the token's logits are there; its states may not be yet
             held.append(used_memory().active - cache_bytes(state))
-    assert max(held[1:]) - min(held[1:]) <= (32 * len(capacities) if compiled else 0), held
+    half = len(held) // 2  # a sample may catch something that is just being freed; the least of many does not
+    assert min(held[half:]) - min(held[:half]) <= (32 * len(capacities) if compiled else 0), held
     assert used_memory().peak < held[0] + 4 * cache_bytes(state) + (64 << 20)
 
 
