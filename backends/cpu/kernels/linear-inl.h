@@ -144,7 +144,7 @@ EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row,
         int64_t c = g0 * group;
         const int64_t last = (g0 + some) * group;
         for (; c + step <= last; c += step, src += step * bits / 8) {
-            for (int i = 0; i < rows * step * bits / 8; i += 64) __builtin_prefetch(next + i, 0, 2);
+            for (int i = 0; i < rows * step * bits / 8; i += 64) __builtin_prefetch(next + i);
             next += rows * step * bits / 8;
             take(src, row_bytes, c);
         }
