@@ -31,6 +31,7 @@ __all__ = ["Result", "Test", "measure", "model_size", "read_rate", "run_test", "
 
 PROBE_NBYTES = 256 << 20  # read for the memory's rate: many times what caches hold
 PROBE_PASSES = 5
+PIECES = 8  # per thread: large, because handing one out takes tens of microseconds
 
 
 class Test(NamedTuple):
@@ -169,11 +170,11 @@ def _kv(model: Model) -> float:
 def read_rate(threads: int | None = None) -> float:
     """Rate at which `threads` threads (None: as many as there are cores) read memory, GB/s: the best of a few passes.
 
-    Small pieces are handed out one by one, so a thread that the system puts aside for another program does not
-    hold up the others: the figure is what this machine gives now.
+    A thread has several pieces on average and takes one at a time, so that one that the system puts aside for another
+    program does not hold up the others: the figure is what this machine gives now.
     """
     threads = threads or os.cpu_count() or 1
-    pieces = np.array_split(_memory(), 64 * threads)
+    pieces = np.array_split(_memory(), PIECES * threads)
     with ThreadPoolExecutor(threads) as pool:
         return max(_read_once(pool, pieces) for _ in range(PROBE_PASSES))
 
