@@ -151,6 +151,16 @@ class TestFilesOfLlamaCpp:
                 # Activations are 8-bit integers in groups: (amax / 127)^2 / 12 of a unit variance is some 1e-5.
                 assert nmse(expected, ops.linear(x, matrix)) <= 1e-4, (spec.name, storage.type)
 
+    @pytest.mark.parametrize("name", FILES)
+    def test_mlx_runs_the_same_weights(self, name: str, tmp_path: Path) -> None:
+        pytest.importorskip("mlx.core", reason="MLX is not installed")
+        from edgeq.backends.mlx import MlxOps
+
+        checkpoint = read(unpacked(name, tmp_path))
+        ids = np.random.default_rng(0).integers(0, 288, 12).tolist()
+        expected, found = (Model(checkpoint, ops).logits(ids) for ops in (NumpyOps(), MlxOps(dtype="float32")))
+        assert nmse(expected, found) <= 1e-8  # float32 sums in another order, fed back by the delta rule
+
 
 WIDE = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}  # a head is no narrower than a block
 SHAPES = (WIDE, {"linear_num_value_heads": 2}, {"linear_num_value_heads": 8, "tie_word_embeddings": False})

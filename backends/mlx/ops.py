@@ -97,16 +97,14 @@ class MlxOps(Ops[mx.array]):
     def embed(self, table: Matrix[mx.array], ids: mx.array) -> mx.array:
         if isinstance(table, QMatrix):
             codes, scales, biases = (x[ids] for x in table[:3])
-            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-            rows = mx.dequantize(codes, scales, biases, group_size=table.group_size, bits=table.bits)
-            return rows.astype(self.dtype)
+            wide = scales.astype(mx.float32), biases.astype(mx.float32)
+            return _dequantize(QMatrix(codes, *wide, table.bits, table.group_size)).astype(self.dtype)
         return table[ids].astype(self.dtype)
 
     def linear(self, x: mx.array, w: Matrix[mx.array]) -> mx.array:
         if isinstance(w, QMatrix):
-            codes, scales, biases, bits, group_size = w
-            a = x.astype(mx.float32) if self._on_cpu else _as_stored(x, scales)  # its 16-bit products sum in 16 bits
-            y = mx.quantized_matmul(a, codes, scales, biases, transpose=True, group_size=group_size, bits=bits)
+            # A CPU's 16-bit products sum in 16 bits.
+            y = _quantized_product(x.astype(mx.float32) if self._on_cpu else _as_stored(x, w.scales), w)
         else:
             y = _as_stored(x, w) @ w.T
         return y.astype(x.dtype)
@@ -301,6 +299,31 @@ def _rope_tables(rope: RopeConfig) -> tuple[mx.array, mx.array]:
 def _as_stored(x: mx.array, weights: mx.array) -> mx.array:
     """Activations in the type of the weights they meet; float32 stays, and the weights are widened."""
     return x if x.dtype == mx.float32 else x.astype(weights.dtype)
+
+
+def _quantized_product(x: mx.array, w: QMatrix[mx.array]) -> mx.array:
+    if w.group_size == 16:
+        first, second = _halves(w)
+        mine = _in_first_half(x.shape[-1])
+        return _quantized_product(mx.where(mine, x, 0), first) + _quantized_product(mx.where(mine, 0, x), second)
+    return mx.quantized_matmul(x, w.codes, w.scales, w.biases, transpose=True, group_size=w.group_size, bits=w.bits)
+
+
+def _dequantize(w: QMatrix[mx.array]) -> mx.array:
+    if w.group_size == 16:
+        first, second = (_dequantize(half) for half in _halves(w))
+        return mx.where(_in_first_half(first.shape[-1]), first, second)
+    return mx.dequantize(w.codes, w.scales, w.biases, group_size=w.group_size, bits=w.bits)
+
+
+def _halves(w: QMatrix[mx.array]) -> list[QMatrix[mx.array]]:
+    """MLX has no groups of 16, which GGUF's Q6_K has: two readings of the same codes in groups of 32, one right in the
+    first half of every group, one in the second."""
+    return [QMatrix(w.codes, w.scales[..., half::2], w.biases[..., half::2], w.bits, 32) for half in (0, 1)]
+
+
+def _in_first_half(n: int) -> mx.array:
+    return mx.arange(n) % 32 < 16
 
 
 def _row_blocks(T: int, size: int) -> Iterator[slice]:
