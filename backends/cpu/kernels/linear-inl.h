@@ -168,11 +168,13 @@ void gemv_rows(const Matrix& w, const Activations& a, int64_t row0, int64_t row1
 
 template <int tokens>
 void gemv_plain(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
+    const int size = w.type == Type::f32 ? 4 : 2;
     for (int64_t row = row0; row < row1; row++) {
         F even[tokens], odd[tokens];  // two sums, since one would wait for itself
         for (int t = 0; t < tokens; t++) even[t] = odd[t] = f_zero();
         int64_t i = 0, at = row * w.in;
         for (; i + 2 * lanes <= w.in; i += 2 * lanes) {
+            __builtin_prefetch(static_cast<const char*>(w.data) + (at + i) * size + prefetch_nbytes);
             F w0 = f_widen(w.data, w.type, at + i), w1 = f_widen(w.data, w.type, at + i + lanes);
             for (int t = 0; t < tokens; t++) {
                 const float* x = a.values + t * w.in + i;
