@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -157,6 +160,14 @@ def test_an_unknown_kv_type_is_refused() -> None:
 def test_threads_out_of_range_are_refused() -> None:
     with pytest.raises(UsageError, match="threads is 0"):
         CpuOps(threads=0)
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    program = "from edgeq.backends import select; select('cpu')"
+    environment = os.environ | {"EDGEQ_ISA": "mmx"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "UsageError: EDGEQ_ISA: unknown instruction set 'mmx'" in done.stderr
 
 
 def test_weights_are_forgotten_with_their_arrays(rng: np.random.Generator) -> None:

@@ -26,8 +26,12 @@ using MaybeIn = std::optional<In>;
 
 // --- checks ----------------------------------------------------------------------------------------------------------
 
-inline void require(bool condition, const char* name, const std::string& expected) {
-    if (!condition) throw nb::value_error((std::string(name) + ": expected " + expected).c_str());
+[[noreturn]] inline void refuse(const char* name, const std::string& expected) {
+    throw nb::value_error((std::string(name) + ": expected " + expected).c_str());
+}
+
+inline void require(bool condition, const char* name, const char* expected) {
+    if (!condition) refuse(name, expected);
 }
 
 inline std::string text(std::initializer_list<Index> shape) {
@@ -41,7 +45,7 @@ void require_shape(const A& x, const char* name, std::initializer_list<Index> sh
     bool same = x.ndim() == shape.size();
     size_t i = 0;
     for (Index n : shape) same = same && Index(x.shape(i++)) == n;
-    require(same, name, "shape " + text(shape));
+    if (!same) refuse(name, "shape " + text(shape));
 }
 
 template <class A>
@@ -107,12 +111,14 @@ inline Rows<const float> tokens_of(const In& x, const char* name, std::initializ
 }
 
 // Output arrays of a shape, one for every kept state.
-inline std::vector<float*> outputs(const nb::list& arrays, const char* name, Index count, std::initializer_list<Index> shape) {
-    require(Index(nb::len(arrays)) == count, name, std::to_string(count) + " arrays");
+inline std::vector<float*> outputs(const nb::list& arrays, const char* name, Index count,
+                                   std::initializer_list<Index> shape) {
+    if (Index(nb::len(arrays)) != count) refuse(name, std::to_string(count) + " arrays");
     std::vector<float*> pointers;
     for (nb::handle item : arrays) {
         Out array;
-        if (!nb::try_cast<Out>(item, array, false)) throw nb::type_error((std::string(name) + ": expected writable float32 arrays").c_str());
+        if (!nb::try_cast<Out>(item, array, false))
+            throw nb::type_error((std::string(name) + ": expected writable float32 arrays").c_str());
         require_shape(array, name, shape);
         require_contiguous(array, name);
         pointers.push_back(array.data());
@@ -159,7 +165,7 @@ struct DeltaSequences {
             require(n > 0 && n >= net.keep, "sequences", "at least one token, and as many as states are kept");
             const nb::tuple before = item<nb::tuple>(tuple, 1, delta_tuple);
             const nb::tuple states = item<nb::tuple>(tuple, 2, delta_tuple);
-            require(Index(nb::len(states)) == net.keep + 1, "states after", std::to_string(net.keep + 1) + " states");
+            if (Index(nb::len(states)) != net.keep + 1) refuse("states after", std::to_string(net.keep + 1) + " states");
             after.emplace_back();
             after.emplace_back();
             for (nb::handle state : states) {
@@ -190,7 +196,7 @@ inline Index page_nbytes(const char* dtype, Index heads, Index D) {
 inline uint8_t* page_of(const nb::handle& item, Index nbytes) {
     Bytes page;
     if (!nb::try_cast<Bytes>(item, page, false)) throw nb::type_error("pages: expected writable uint8 arrays");
-    require(Index(page.size()) == nbytes, "pages", std::to_string(nbytes) + " bytes each");
+    if (Index(page.size()) != nbytes) refuse("pages", std::to_string(nbytes) + " bytes each");
     require(reinterpret_cast<uintptr_t>(page.data()) % sizeof(float) == 0, "pages", "aligned data");
     return page.data();
 }

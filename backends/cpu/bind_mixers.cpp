@@ -20,7 +20,7 @@ float* room(Index floats) {
 }
 
 void require_matrix(const BoundMatrix& w, const char* name, Index out, Index in) {
-    require(w.matrix.out == out && w.matrix.in == in, name, "shape " + text({out, in}));
+    if (w.matrix.out != out || w.matrix.in != in) refuse(name, "shape " + text({out, in}));
 }
 
 // x [T, hidden] -> T
@@ -43,7 +43,7 @@ struct Mlp {
 
     Mlp(const BoundMatrix& gate, const BoundMatrix& up, const BoundMatrix& down) : gate(gate), up(up), down(down) {
         require_matrix(up, "up_proj", gate.matrix.out, gate.matrix.in);
-        require(down.matrix.in == gate.matrix.out, "down_proj", std::to_string(gate.matrix.out) + " columns");
+        if (down.matrix.in != gate.matrix.out) refuse("down_proj", std::to_string(gate.matrix.out) + " columns");
     }
 
     void run(const In& x, const Out& out) const {
@@ -85,7 +85,7 @@ struct DeltaNetMixer {
         require_matrix(z, "in_proj_z", Hv * V, hidden);
         require_matrix(b, "in_proj_b", Hv, hidden);
         require_matrix(a, "in_proj_a", Hv, hidden);
-        require(out_proj.matrix.in == Hv * V, "out_proj", std::to_string(Hv * V) + " columns");
+        if (out_proj.matrix.in != Hv * V) refuse("out_proj", std::to_string(Hv * V) + " columns");
     }
 
     void run(const In& x, Index key_heads, float eps, Index keep, const nb::list& sequences, const Out& out) const {
@@ -129,7 +129,7 @@ struct AttentionMixer {
         require(Hkv > 0 && Hq % Hkv == 0, "k_proj", "a divisor of the query heads");
         require_matrix(k, "k_proj", Hkv * D, q.matrix.in);
         require_matrix(v, "v_proj", Hkv * D, q.matrix.in);
-        require(o.matrix.in == Hq * D, "o_proj", std::to_string(Hq * D) + " columns");
+        if (o.matrix.in != Hq * D) refuse("o_proj", std::to_string(Hq * D) + " columns");
     }
 
     void run(const In& x, float eps, const In& cos, const In& sin, const char* dtype, const nb::list& sequences,

@@ -46,6 +46,10 @@ class CpuOps(NumpyOps):
     name = "cpu"
 
     def __init__(self, threads: int | None = None, kv_dtype: str = "f16") -> None:
+        try:
+            _native.isa()
+        except RuntimeError as error:  # EDGEQ_ISA names none that is here
+            raise UsageError(str(error)) from None
         if threads is not None:
             if not 1 <= threads <= 1024:
                 raise UsageError(f"threads is {threads}, expected 1 to 1024")
