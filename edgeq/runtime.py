@@ -65,6 +65,7 @@ class Model:
         self.template: ChatTemplate | None = checkpoint.template()
         self._check_tokenizer()
         self._weights = map_text(checkpoint.text_weights(), ops.load)
+        checkpoint.drop_pages()  # where the backend has copies of its own, the file's pages need not stay
 
     def _check_tokenizer(self) -> None:
         if self.tokenizer is not None and self.tokenizer.vocab_size > self.vocab_size:

@@ -57,7 +57,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, *, body: bool) -> None:
         path = self.path.split("?")[0]
         self.server.requests.append((self.command, path, dict(self.headers)))
-        if path.startswith("/Qwen/Private") or path.startswith("/api/models/Qwen/Private"):
+        if path.startswith(("/Qwen/Private", "/api/models/Qwen/Private")):
             return self.reply(401, b'{"error": "Invalid credentials"}', {"X-Error-Code": "GatedRepo"}, body)
         if f"/{REPO}" not in path:
             return self.reply(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"}, body)
@@ -134,7 +134,9 @@ def fetch(hub: Hub, tmp_path: Path, model: str, **environment: str) -> subproces
         "from edgeq.errors import EdgeqError\n"
         "from edgeq.hub import find_model\n"
         "try:\n    print(find_model(sys.argv[1]))\n"
-        "except EdgeqError as e:\n    print(f'{type(e).__name__}: {e.message}', file=sys.stderr); sys.exit(e.exit_code)\n"
+        "except EdgeqError as e:\n"
+        "    print(f'{type(e).__name__}: {e.message}', file=sys.stderr)\n"
+        "    sys.exit(e.exit_code)\n"
     )
     keep = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     settings = {
@@ -218,8 +220,12 @@ class TestNames:
 
     @pytest.mark.parametrize(
         ("short", "repo"),
-        [("qwen3.5:2b", "Qwen/Qwen3.5-2B"), ("Qwen3.5-0.8B", "Qwen/Qwen3.5-0.8B"), ("qwen3.5:4b-base", "Qwen/Qwen3.5-4B-Base")],
-    )  # fmt: skip
+        [
+            ("qwen3.5:2b", "Qwen/Qwen3.5-2B"),
+            ("Qwen3.5-0.8B", "Qwen/Qwen3.5-0.8B"),
+            ("qwen3.5:4b-base", "Qwen/Qwen3.5-4B-Base"),
+        ],
+    )
     def test_short_names(self, short: str, repo: str, monkeypatch: pytest.MonkeyPatch) -> None:
         asked: list[tuple[str, str | None]] = []
         monkeypatch.setattr("edgeq.hub._download", lambda repo, revision: asked.append((repo, revision)))
