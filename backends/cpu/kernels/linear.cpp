@@ -131,7 +131,7 @@ void linears(const float* x, int64_t tokens, const Matrix* ws, int count, float*
         job.w = &w;
         job.a = w.bits ? quantized_for(w, order, x, tokens, used) : &plain;
         job.y = ys[i];
-        job.rows = few ? std::max<int64_t>(1, piece_nbytes / int64_t(row_nbytes(w))) : kernels.gemm_rows;
+        job.rows = few ? round_up(1 + piece_nbytes / int64_t(row_nbytes(w)), 4) : kernels.gemm_rows;  // gemv: fours
         job.row_pieces = int((w.out + job.rows - 1) / job.rows);
         job.first_piece = pieces;
         pieces += job.row_pieces * token_pieces;
