@@ -108,8 +108,10 @@ void append_token(const Attention& a, const KvSequence& s, Index start, Index to
         normed(a, a.k.at(t, head), a.k_norm, t, key);
         const float* value = a.v.at(t, head);
         if (a.type == KvType::int8) {
-            *scale_of(page, a.type, a.Hkv, a.D, false, head, at % kv_page) = write_int8(page, to.keys, kv_tile, key, width);
-            *scale_of(page, a.type, a.Hkv, a.D, true, head, at % kv_page) = write_int8(page, to.values, 1, value, a.D);
+            float* key_scale = scale_of(page, a.type, a.Hkv, a.D, false, head, at % kv_page);
+            float* value_scale = scale_of(page, a.type, a.Hkv, a.D, true, head, at % kv_page);
+            *key_scale = write_int8(page, to.keys, kv_tile, key, width);
+            *value_scale = write_int8(page, to.values, 1, value, a.D);
             continue;
         }
         write_entries(page, a.type, to.keys, kv_tile, key, width, scratch.bits.data());
@@ -149,7 +151,8 @@ void attend_block(const Attention& a, const KvSequence& s, const Block& b, Index
         scratch.value_scales[i] = scale_of(s.pages[i], a.type, a.Hkv, a.D, true, b.head, 0);
     }
     kernels.attend({a.type, rows, width, scratch.q.data(), scratch.visible.data(), scratch.keys.data(),
-                    scratch.values.data(), scratch.key_scales.data(), scratch.value_scales.data(), begin, end, peak, total, out, scratch.scores.data()});
+                    scratch.values.data(), scratch.key_scales.data(), scratch.value_scales.data(), begin, end, peak,
+                    total, out, scratch.scores.data()});
 }
 
 // Sums over several ranges of keys -> the layer's output.
@@ -160,7 +163,8 @@ void finish_block(const Attention& a, const Block& b, Index ranges, Index range_
     for (Index row = 0; row < b.tokens * share; row++) {
         float most = peak[row], all = 0.0f;
         for (Index i = 1; i < ranges; i++) most = std::max(most, peak[i * range_rows + row]);
-        for (Index i = 0; i < ranges; i++) all += total[i * range_rows + row] * std::exp(peak[i * range_rows + row] - most);
+        for (Index i = 0; i < ranges; i++)
+            all += total[i * range_rows + row] * std::exp(peak[i * range_rows + row] - most);
         const Index t = b.start + b.first + row / share, head = b.head * share + row % share;
         float* y = a.out + (t * a.Hq + head) * a.D;
         for (Index i = 0; i < ranges; i++) {
@@ -208,7 +212,8 @@ void attention(const Attention& a, const KvSequence* sequences, Index count) {
     for (Index i = 0, start = 0; i < count; start += sequences[i++].tokens) append_kv(a, sequences[i], start);
     const std::vector<Block> blocks = blocks_of(a, sequences, count);
     if (blocks.empty()) return;
-    const Index width = kv_width(a.D), rows = padded_rows(std::max<Index>(1, block_rows / (a.Hq / a.Hkv)) * (a.Hq / a.Hkv));
+    const Index share = a.Hq / a.Hkv, width = kv_width(a.D);
+    const Index rows = padded_rows(std::max<Index>(1, block_rows / share) * share);
     const Index span = keys_per_piece(sequences, count, Index(blocks.size()));
     auto keys_of = [&](const Block& b) { return sequences[b.sequence].past + b.first + b.tokens; };
     Index ranges = 1;
@@ -250,7 +255,8 @@ void read_page(const uint8_t* page, KvType type, Index heads, Index D, Index tok
             const Place from = place(heads, kv_width(D), head, t);
             const Index to = (t * heads + head) * D;
             auto scale = [&](bool value) {
-                return type == KvType::int8 ? *scale_of(const_cast<uint8_t*>(page), type, heads, D, value, head, t) : 1.0f;
+                if (type != KvType::int8) return 1.0f;
+                return *scale_of(const_cast<uint8_t*>(page), type, heads, D, value, head, t);
             };
             for (Index i = 0; i < D; i++) {
                 keys[to + i] = scale(false) * read_entry(page, type, from.keys + i * kv_tile);

@@ -16,9 +16,9 @@ using Index = long long;
 // --- the cache of keys and values ------------------------------------------------------------------------------------
 //
 // A page holds `kv_page` tokens of all KV heads: first the keys, then the values, each [heads, kv_page, width] entries,
-// width being the head's rounded up to kv_tile. Values are stored like that. Keys are stored in tiles of kv_tile tokens,
-// [heads, kv_page / kv_tile, width, kv_tile]: the scores of a tile are sums over the width of whole vectors of
-// tokens, without a horizontal sum.
+// width being the head's rounded up to kv_tile. Values are stored like that. Keys are stored in tiles of kv_tile
+// tokens, [heads, kv_page / kv_tile, width, kv_tile]: the scores of a tile are sums over the width of whole vectors
+// of tokens, without a horizontal sum.
 //
 // int8 entries are multiples of a scale of their token and head, whose largest entry is 127 of it; the scales follow
 // the entries, float32 [heads, kv_page] for keys and then for values. A key's scale multiplies its score and a value's

@@ -70,7 +70,8 @@ void test_rows(Index n) {
 
 void test_delta_net(Index tokens, Index keep, Index Hk, Index Hv, Index K, Index V, Index width) {
     const Index C = 2 * Hk * K + Hv * V, size = Hv * V * K;
-    const Vector qkv = normal(tokens * C), z = normal(tokens * Hv * V), b = normal(tokens * Hv), a = normal(tokens * Hv, 3);
+    const Vector qkv = normal(tokens * C), z = normal(tokens * Hv * V);
+    const Vector b = normal(tokens * Hv), a = normal(tokens * Hv, 3);
     const Vector conv = normal(C * width), dt_bias = normal(Hv), gain = normal(V);
     const Vector tail = normal((width - 1) * C), state = normal(size);
     Vector decay = normal(Hv);
@@ -81,8 +82,9 @@ void test_delta_net(Index tokens, Index keep, Index Hk, Index Hv, Index K, Index
         for (Vector& t : tails) tail_pointers.push_back(t.data());
         for (Vector& s : states) state_pointers.push_back(s.data());
         Vector out(tokens * Hv * V);
-        const DeltaNet net{Hk, Hv, K, V, width, keep, {qkv.data(), C}, {z.data(), Hv * V}, {b.data(), Hv}, {a.data(), Hv},
-                           conv.data(), decay.data(), dt_bias.data(), gain.data(), 1e-6f, {out.data(), Hv * V}};
+        const DeltaNet net{Hk, Hv, K, V, width, keep, {qkv.data(), C}, {z.data(), Hv * V}, {b.data(), Hv},
+                           {a.data(), Hv}, conv.data(), decay.data(), dt_bias.data(), gain.data(), 1e-6f,
+                           {out.data(), Hv * V}};
         const DeltaSequence sequence{tokens, tail.data(), state.data(), tail_pointers.data(), state_pointers.data()};
         delta_net(net, &sequence, 1);
         for (const auto* after : {&tails, &states})

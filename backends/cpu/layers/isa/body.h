@@ -217,10 +217,11 @@ INLINE void delta_rows(float* to, const float* from, float* near, const int R, c
         float* next = t + 2 >= c.tokens ? to : near;
         const float* v = c.v + t * c.v_stride + row;
         float* o = c.o + t * c.o_stride + row;
+        const float *q = c.q + t * K, *k = c.k + t * K;
         if (t + 1 < c.tokens)
-            delta_step(next, from, R, 2, K, false, c.q + t * K, c.k + t * K, c.steps[t / 2], v, c.v_stride, o, c.o_stride);
+            delta_step(next, from, R, 2, K, false, q, k, c.steps[t / 2], v, c.v_stride, o, c.o_stride);
         else
-            delta_step(next, from, R, 1, K, false, c.q + t * K, c.k + t * K, c.steps[t / 2], v, c.v_stride, o, c.o_stride);
+            delta_step(next, from, R, 1, K, false, q, k, c.steps[t / 2], v, c.v_stride, o, c.o_stride);
         from = near;
     }
 }
