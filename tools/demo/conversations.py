@@ -105,6 +105,7 @@ def mixed(rng: Random, room: int, cost: Callable[[str], int], thinking: bool = F
 
 DRILLS = {
     "copying": {"copy": 6, "reverse": 2, "sort": 2},
+    "sorting": {"copy": 1, "reverse": 2, "sort": 5, "count": 3},
     "small sums": {"small sum": 1},
     "sums": {"sum of two": 8, "product": 1},
 }
