@@ -212,8 +212,10 @@ void attention(const Attention& a, const KvSequence* sequences, Index count) {
     for (Index i = 0, start = 0; i < count; start += sequences[i++].tokens) append_kv(a, sequences[i], start);
     const std::vector<Block> blocks = blocks_of(a, sequences, count);
     if (blocks.empty()) return;
-    const Index share = a.Hq / a.Hkv, width = kv_width(a.D);
-    const Index rows = padded_rows(std::max<Index>(1, block_rows / share) * share);
+    const Index width = kv_width(a.D);
+    Index most_tokens = 0;
+    for (const Block& b : blocks) most_tokens = std::max(most_tokens, b.tokens);
+    const Index rows = padded_rows(most_tokens * (a.Hq / a.Hkv));
     const Index span = keys_per_piece(sequences, count, Index(blocks.size()));
     auto keys_of = [&](const Block& b) { return sequences[b.sequence].past + b.first + b.tokens; };
     Index ranges = 1;
@@ -232,8 +234,12 @@ void attention(const Attention& a, const KvSequence* sequences, Index count) {
         });
         return;
     }
-    Floats sums(blocks.size() * ranges * rows * (width + 2));
-    auto peak = [&](Index block) { return &sums[block * ranges * rows * (width + 2)]; };
+    // Peaks, totals and outputs of every range; there are few rows where keys are split, and the memory is kept.
+    thread_local Floats memory;
+    const Index block_size = ranges * rows * (width + 2);
+    memory.resize(std::max<Index>(memory.size(), blocks.size() * block_size));
+    float* sums = memory.data();  // the calling thread's, for all threads
+    auto peak = [&](Index block) { return sums + block * block_size; };
     auto total = [&](Index block) { return peak(block) + ranges * rows; };
     auto out = [&](Index block) { return peak(block) + 2 * ranges * rows; };
     parallel_for(int(blocks.size() * ranges), [&](int piece) {
