@@ -130,8 +130,8 @@ void decode(bool cached, int bits, int group, int64_t out, int64_t in, int token
             linears(x.data(), tokens, &ws[i], 1, &out_i);
         }
     });
-    std::printf("  %-6s  %d bits group %3d  %5ld x %5ld  T %d  %6.1f GB/s  %7.1f us a call\n", cached ? "cache" : "memory",
-                bits, group, long(out), long(in), tokens, nbytes * count / time * 1e-9, time / count * 1e6);
+    std::printf("  %-6s  %d bits group %3d  %5ld x %5ld  T %d  %6.1f GB/s  %7.1f us a call\n",
+                cached ? "cache" : "memory", bits, group, long(out), long(in), tokens, nbytes * count / time * 1e-9, time / count * 1e6);
 }
 
 void prefill(int bits, int group, int64_t out, int64_t in, int64_t tokens) {
@@ -140,8 +140,8 @@ void prefill(int bits, int group, int64_t out, int64_t in, int64_t tokens) {
     for (size_t i = 0; i < x.size(); i++) x[i] = float(i % 17) - 8;
     float* ys = y.data();
     double time = best_seconds(5, [&] { linears(x.data(), tokens, &s.w, 1, &ys); });
-    std::printf("  %d bits group %3d  %5ld x %5ld  T %4ld  %7.1f GOP/s\n", bits, group, long(out), long(in), long(tokens),
-                2.0 * double(out) * double(in) * double(tokens) / time * 1e-9);
+    std::printf("  %d bits group %3d  %5ld x %5ld  T %4ld  %7.1f GOP/s\n", bits, group, long(out), long(in),
+                long(tokens), 2.0 * double(out) * double(in) * double(tokens) / time * 1e-9);
 }
 
 // Tokens a second, mean of `duration` seconds by the clock on the wall.

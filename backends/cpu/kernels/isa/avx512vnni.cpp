@@ -138,7 +138,8 @@ void transpose_vectors(__m512i* r) {
     }
     for (int j = 0; j < 4; j++) {
         __m512i a = _mm512_shuffle_i32x4(t[j], t[4 + j], 0x88), b = _mm512_shuffle_i32x4(t[j], t[4 + j], 0xdd);
-        __m512i c = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0x88), d = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0xdd);
+        __m512i c = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0x88);
+        __m512i d = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0xdd);
         r[j] = _mm512_shuffle_i32x4(a, c, 0x88);
         r[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
         r[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
