@@ -515,7 +515,7 @@ def test_nothing_grows_over_2000_tokens(tmp_path: Path, compiled: bool) -> None:
     soak(soak_model(tmp_path, compiled)[1], 2000, compiled=compiled)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @compiled_too
 def test_nothing_grows_over_50000_tokens(tmp_path: Path, compiled: bool) -> None:
     soak(soak_model(tmp_path, compiled)[1], 50_000, compiled=compiled)
