@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from process import run_python
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
@@ -167,8 +166,7 @@ class TestExitCodes:
             "main(sys.argv[1:])\n"
         )
         arguments = ["quantize", str(chat_folder), "-o", str(tmp_path / "out")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, timeout=60)
+        done = run_python(code, *arguments)
         assert done.returncode == 143
         assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from process import run_python
 from tiny import write_checkpoint
 
 from edgeq.errors import UsageError
@@ -138,21 +137,13 @@ def fetch(hub: Hub, tmp_path: Path, model: str, **environment: str) -> subproces
         "    print(f'{type(e).__name__}: {e.message}', file=sys.stderr)\n"
         "    sys.exit(e.exit_code)\n"
     )
-    keep = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     settings = {
         "HF_HOME": str(tmp_path / "hf"),
         "HF_ENDPOINT": hub.url,
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    return subprocess.run(
-        [sys.executable, "-c", code, model],
-        env={**keep, **settings, **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    return run_python(code, model, without=("HF_", "HUGGING"), **{**settings, **environment})
 
 
 class TestHub:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from process import run_python
 from tiny import config_values, write_checkpoint
 
 pytestmark = [
@@ -52,7 +52,7 @@ for end in steps:
 def run(path: Path, *steps: int, backend: str = "cpu", limit: int = 1 << 40, chunk: int = 512) -> list[dict]:
     """The figures after each number of tokens."""
     request = json.dumps([str(path), backend, limit, chunk, *steps])
-    done = subprocess.run([sys.executable, "-c", RUN, request], capture_output=True, text=True, timeout=1200)
+    done = run_python(RUN, request, timeout=1200)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
+from process import run_python
 
 from edgeq.backends.numpy import NumpyOps
 from edgeq.bf16 import Array, to_float32
@@ -164,8 +162,7 @@ def test_threads_out_of_range_are_refused() -> None:
 
 def test_an_unknown_instruction_set_is_refused() -> None:
     program = "from edgeq.backends import select; select('cpu')"
-    environment = os.environ | {"EDGEQ_ISA": "mmx"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    done = run_python(program, EDGEQ_ISA="mmx")
     assert done.returncode == 1
     assert "UsageError: EDGEQ_ISA: unknown instruction set 'mmx'" in done.stderr
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from process import run_python
 
 from edgeq.bf16 import from_float32, round_to, to_float32
 from edgeq.quant.affine import dequantize, pack, unpack
@@ -294,13 +293,7 @@ def multiply_into(parts: tuple, x: Array, out: Array) -> None:
 def test_forcing_by_environment(isa: str) -> None:
     code = "from edgeq.backends.cpu import _native; print(_native.isa())"
     for name, expected in ((isa, isa), ("mmx", "unknown instruction set 'mmx'")):
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "EDGEQ_ISA": name, "PYTHONPATH": os.pathsep.join(sys.path)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        done = run_python(code, EDGEQ_ISA=name)
         assert expected in done.stdout + done.stderr
 
 
