@@ -39,12 +39,13 @@ KINDS = (
 # Copying from the context is the ability that all list and recall skills rest on, and it appears late; once the forms
 # of the answers are known, long lists to copy bring it about. After that, sums are what is learnt slowest.
 DRILLS = {name: Kind(name, 16, 256, 0.0) for name in ("copying", "small sums", "sums", "sorting")}
-EXTRA = {**DRILLS, "looking": KINDS[-1]}
+EXTRA = {**DRILLS, "looking": KINDS[-1], "tools": KINDS[2]}
 PHASES = (  # (first step, shares of extra batches)
     (0, {}),
     (560, {"copying": 0.4}),
     (900, {"copying": 0.03, "small sums": 0.2, "sums": 0.2}),
     (1700, {"sorting": 0.06, "small sums": 0.06, "sums": 0.14, "looking": 0.16}),
+    (2700, {"sorting": 0.14, "sums": 0.1, "looking": 0.09, "tools": 0.42}),
 )
 
 

@@ -105,7 +105,7 @@ def mixed(rng: Random, room: int, cost: Callable[[str], int], thinking: bool = F
 
 DRILLS = {
     "copying": {"copy": 6, "reverse": 2, "sort": 2},
-    "sorting": {"copy": 1, "reverse": 2, "sort": 5, "count": 3},
+    "sorting": {"reverse": 2, "sort": 4, "count": 6},
     "small sums": {"small sum": 1},
     "sums": {"sum of two": 8, "product": 1},
 }
@@ -362,22 +362,25 @@ def tool_exchange(rng: Random, bound: BoundTool) -> tuple[list[Message], list[st
 
 def tool_use(rng: Random, room: int, cost: Callable[[str], int], thinking: bool = False) -> Conversation:
     """One to three tools, several exchanges, now and then a turn that needs none."""
-    bound = [bind(rng, t) for t in rng.sample(TOOLS, rng.choice((1, 2, 3)))]
-    room -= 240 + sum(cost(json.dumps(b.schema())) for b in bound)
+    bound = [bind(rng, t) for t in rng.sample(TOOLS, rng.choice((1, 2, 3, 3)))]
+    unused = bound[:]
+    room -= 130 + sum(cost(json.dumps(b.schema())) for b in bound)
     messages: list[Message] = []
     misses = 0
     while misses < MISSES:
-        if rng.random() < 0.25:
+        if rng.random() < 0.15:
             turn = draw(pick(rng, {**DIRECT, "prose": 0, "product": 0}), rng)
             new: list[Message] = [user(turn.user), assistant(turn.answer, turn.thought)]
         else:
-            new, _ = tool_exchange(rng, rng.choice(bound))
+            new, _ = tool_exchange(rng, unused[-1] if unused else rng.choice(bound))
         size = sum(cost(str(m.get("content")) + str(m.get("tool_calls", ""))) + 6 for m in new)
         if size > room and messages:
             misses += 1
             continue
         messages += new
         room -= size
+        if unused and new[0]["role"] == "user" and len(new) == 4:
+            unused.pop()
     if not thinking:
         for m in messages:
             m.pop("reasoning_content", None)

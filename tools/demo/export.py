@@ -61,7 +61,9 @@ def tensors(model: Model) -> dict[str, torch.Tensor]:
 def export(model: Model, tok: Tokenizer, out: Path) -> None:
     """Configuration, model.safetensors, tokenizer, template, preprocessor and README into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors(model), str(out / "model.safetensors"), metadata={"format": "pt"})
+    weights = out / "model.safetensors"
+    save_file(tensors(model), str(weights), metadata={"format": "pt"})
+    weights.chmod(0o644)
     (out / "config.json").write_text(json.dumps(config_json(model.s), indent=4) + "\n")
     (out / "generation_config.json").write_text(json.dumps(generation_config(model.s), indent=4) + "\n")
     (out / "README.md").write_text(README.format(parameters=sum(p.numel() for p in model.parameters()) / 1e6))
