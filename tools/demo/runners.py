@@ -72,4 +72,8 @@ class EdgeqRunner:
 
     def __call__(self, prompts: list[list[int]], images: list[np.ndarray], max_tokens: int) -> list[list[int]]:
         assert not any(map(len, images))
-        return [[p.token for p in self.model.generate(ids, max_tokens, temperature=0.0)] for ids in prompts]
+        return [self.continue_greedily(ids, max_tokens) for ids in prompts]
+
+    def continue_greedily(self, ids: list[int], max_tokens: int) -> list[int]:
+        pieces = self.model.generate(ids, max_tokens=max_tokens, temperature=0.0)
+        return [p.token for p in pieces if p.token is not None]
