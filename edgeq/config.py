@@ -112,6 +112,7 @@ class ModelConfig:
 
     text: TextConfig
     vision: VisionConfig | None = None
+    name: str | None = None  # `_name_or_path`, where the checkpoint says what it is
     image_token_id: int | None = None
     video_token_id: int | None = None
     vision_start_token_id: int | None = None
@@ -187,7 +188,7 @@ def parse_config(values: Mapping[str, Any], name: str = "config.json") -> ModelC
     top = _Section(values, f"{name}: ")
     model_type = top.get("model_type", str)
     if model_type == "qwen3_5_text":
-        return ModelConfig(_text_config(top, top))
+        return ModelConfig(_text_config(top, top), name=_name(values))
     if model_type != "qwen3_5":
         raise ModelError(
             f"{name}: model_type is {model_type!r}, expected 'qwen3_5' or 'qwen3_5_text'",
@@ -196,11 +197,17 @@ def parse_config(values: Mapping[str, Any], name: str = "config.json") -> ModelC
     return ModelConfig(
         text=_text_config(top.section("text_config"), top),
         vision=_vision_config(top.section("vision_config")) if values.get("vision_config") is not None else None,
+        name=_name(values),
         image_token_id=values.get("image_token_id"),
         video_token_id=values.get("video_token_id"),
         vision_start_token_id=values.get("vision_start_token_id"),
         vision_end_token_id=values.get("vision_end_token_id"),
     )
+
+
+def _name(values: Mapping[str, Any]) -> str | None:
+    name = values.get("_name_or_path")
+    return name if isinstance(name, str) else None
 
 
 def _text_config(text: _Section, top: _Section) -> TextConfig:

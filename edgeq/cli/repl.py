@@ -100,7 +100,7 @@ class Repl:
     def _greet(self) -> None:
         mode = "thinks before it answers" if self._chat.thinking else "answers at once"
         _say(f"{self._name} on the {self._chat.model.ops.name} backend; it {mode}. /help lists commands, /exit leaves.")
-        if self._name == "demo":
+        if self._chat.model.config.name == "edgeq/demo":
             _say(
                 "This is the built-in 10 MB demo: it shows that everything works, and knows very little.\n"
                 "For a real model: edgeq chat Qwen/Qwen3.5-2B"

@@ -115,6 +115,7 @@ def config_json(s: Shape) -> dict:
         "temporal_patch_size": 2,
     }
     return {
+        "_name_or_path": "edgeq/demo",  # survives quantization, so that `edgeq chat` can say what it is talking to
         "architectures": ["Qwen3_5ForConditionalGeneration"],
         "image_token_id": s.image_token,
         "model_type": "qwen3_5",
