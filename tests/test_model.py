@@ -242,3 +242,18 @@ class TestBadRequests:
         broken = edgeq.load(tmp_path, backend="numpy")
         with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj\.weight holds NaN"):
             broken.forward([1], broken.state())
+
+    @pytest.mark.parametrize("value", [b"\xc0\x7f", b"\x80\xff"])
+    @pytest.mark.parametrize("part", ["scales", "biases"])
+    def test_nan_and_infinite_scales_are_named(self, tmp_path: Path, part: str, value: bytes) -> None:
+        """When the model is opened, whatever the backend: integer kernels would hide them."""
+        write_checkpoint(tmp_path / "in")
+        edgeq.quantize(tmp_path / "in", tmp_path / "q4", bits=4)
+        path = tmp_path / "q4" / "model.safetensors"
+        file = SafetensorsFile(path)
+        start = file._data_start + file.tensors[f"model.language_model.layers.1.mlp.up_proj.{part}"].start
+        data = bytearray(path.read_bytes())
+        data[start : start + 2] = value
+        path.write_bytes(data)
+        with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight has NaN or infinity in its scales"):
+            edgeq.load(tmp_path / "q4")

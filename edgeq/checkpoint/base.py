@@ -8,10 +8,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
-from edgeq.bf16 import Array, Float32, to_float32
+from edgeq.bf16 import Array, Float32, all_finite, to_float32
 from edgeq.config import ModelConfig
+from edgeq.errors import ModelError
 from edgeq.quant.affine import dequantize
 from edgeq.weights import Matrix, QMatrix, TensorSpec, TextWeights, text_tensors, text_weights
 
@@ -20,6 +19,9 @@ if TYPE_CHECKING:
     from edgeq.text.tokenizer import Tokenizer
 
 __all__ = ["Checkpoint", "Storage"]
+
+
+_HIDING = (".in_proj_a.weight", ".in_proj_b.weight", ".k_proj.weight")  # see `Checkpoint.text_weights`
 
 
 class Storage(NamedTuple):
@@ -71,8 +73,21 @@ class Checkpoint(ABC):
         """Let the system forget the pages read so far (they count as this process's memory until it does)."""
 
     def text_weights(self) -> TextWeights[Array]:
-        """The language model's weights."""
-        return text_weights(self.config.text, self.matrix, self.vector)
+        """The language model's weights. Raises ModelError for NaN or infinity where a kernel would hide it.
+
+        Integer kernels turn a NaN from scales or biases into numbers; a gate saturates; a key that is not a number
+        never wins the softmax. All that is a tenth of the file at most. Elsewhere NaN shows in the logits.
+        """
+        return text_weights(self.config.text, self._checked_matrix, self.vector)
+
+    def _checked_matrix(self, name: str) -> Matrix[Array]:
+        matrix = self.matrix(name)
+        if isinstance(matrix, QMatrix):
+            if not (all_finite(matrix.scales) and all_finite(matrix.biases)):
+                raise ModelError(f"{self.path}: {name} has NaN or infinity in its scales", hint="the file is damaged")
+        elif name.endswith(_HIDING) and not all_finite(matrix):
+            raise ModelError(f"{self.path}: {name} holds NaN or infinity", hint="the file is damaged")
+        return matrix
 
     def find_non_finite(self) -> str | None:
         """The first matrix of the language model with NaN or infinity in its weights or scales; reads all of them."""
@@ -81,7 +96,7 @@ class Checkpoint(ABC):
                 continue
             matrix = self.matrix(spec.name)
             parts = (matrix.scales, matrix.biases) if isinstance(matrix, QMatrix) else (matrix,)
-            if not all(np.isfinite(to_float32(rows)).all() for part in parts for rows in part):
+            if not all(all_finite(part) for part in parts):
                 return spec.name
         return None
 
