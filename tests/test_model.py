@@ -121,9 +121,10 @@ def state_arrays(state: State[Any]) -> list[Array]:
 
 
 def same_state(a: State[Any], b: State[Any]) -> bool:
-    """Equal up to float32 noise: chunks of different sizes sum in different orders."""
+    """Equal up to float32 noise, measured as for the logits of one position: it is amplified in the same places."""
     assert a.length == b.length
-    return all(np.allclose(x, y, rtol=1e-3, atol=1e-4) for x, y in zip(state_arrays(a), state_arrays(b), strict=True))
+    pairs = zip(state_arrays(a), state_arrays(b), strict=True)
+    return all(x.shape == y.shape and (not y.any() or nmse(x, y) <= NMSE_ONE_POSITION) for x, y in pairs)
 
 
 ids_strategy = st.lists(st.integers(0, 287), min_size=2, max_size=150)
