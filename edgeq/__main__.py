@@ -1,0 +1,5 @@
+"""`python -m edgeq`: the same as the command `edgeq`."""
+
+from edgeq.cli import main
+
+main()
