@@ -12,7 +12,8 @@
 //   f_widen_some(p, type, i, n)  the first n of them, the others zero (n may be negative or too large)
 //   f_store_int8(p, v)        lanes bytes: v rounded to nearest even
 //   i_zero i_set i_first(n) (n, 0, 0, ...), i_float
-//   b_load, b_broadcast(p)    4 * lanes bytes; the same 4 bytes in every lane
+//   b_load(p)                 4 * lanes bytes
+//   Spread, b_broadcast(p)    what dot_rows takes to multiply by the same 4 bytes in every lane
 //   unpack<bits>(p)           4 * lanes codes (minus 128 for 8 bits and signed_bytes); reads no byte beyond theirs
 //   nibbles(p, low, high)     4 * lanes bytes of 4-bit codes: the even ones, the odd ones
 //   dot(acc, w, a)            acc + sums of 4 (or, where signed_bytes, any) neighbouring products; codes below 64
@@ -344,7 +345,7 @@ void multiply(const Tile& tile, const Activations& a, int group, int64_t c, int 
             B w[row_vectors];
             for (int v = 0; v < row_vectors; v++) w[v] = b_load(codes + v * lanes * tile_depth + k * lanes);
             for (int t = 0; t < tokens; t++) {
-                B x = b_broadcast(q + t * a.stride + g * group + k);
+                Spread x = b_broadcast(q + t * a.stride + g * group + k);
                 for (int v = 0; v < row_vectors; v++)
                     d[v][t] = eight ? dot8_rows(d[v][t], w[v], x) : dot_rows(d[v][t], w[v], x);
             }

@@ -11,6 +11,7 @@ constexpr int row_vectors = 2, tile_tokens = 4;  // 8 integer sums in 16 registe
 using F = __m256;
 using I = __m256i;
 using B = __m256i;
+using Spread = B;
 
 F f_zero() { return _mm256_setzero_ps(); }
 F f_set(float x) { return _mm256_set1_ps(x); }
@@ -68,7 +69,7 @@ F i_float(I v) { return _mm256_cvtepi32_ps(v); }
 B b_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 void b_store(void* p, B v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 
-B b_broadcast(const int8_t* p) {
+Spread b_broadcast(const int8_t* p) {
     int four;
     memcpy(&four, p, 4);
     return _mm256_set1_epi32(four);

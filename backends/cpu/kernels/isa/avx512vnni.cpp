@@ -52,11 +52,9 @@ F i_float(I v) { return _mm512_cvtepi32_ps(v); }
 B b_load(const void* p) { return _mm512_loadu_si512(p); }
 void b_store(void* p, B v) { _mm512_storeu_si512(p, v); }
 
-B b_broadcast(const int8_t* p) {
-    int four;
-    memcpy(&four, p, 4);
-    return _mm512_set1_epi32(four);
-}
+// The product's own instruction broadcasts: as an instruction of its own that costs gemm a quarter of its speed.
+using Spread = const int8_t*;
+Spread b_broadcast(const int8_t* p) { return p; }
 
 // Codes of 3, 5 or 6 bits: every 64-bit lane gets the `bits` bytes of its 8 codes, then every byte of it the 8 bits
 // that begin with its code.
@@ -106,8 +104,12 @@ inline I dot(I acc, B w, B a) {
 }
 
 inline I dot8(I acc, B w, B a) { return dot(acc, w, a); }
-inline I dot_rows(I acc, B w, B a) { return dot(acc, w, a); }
-inline I dot8_rows(I acc, B w, B a) { return dot(acc, w, a); }
+inline I dot_rows(I acc, B w, Spread a) {
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*reinterpret_cast<const int32_t*>(a)));
+    return acc;
+}
+
+inline I dot8_rows(I acc, B w, Spread a) { return dot_rows(acc, w, a); }
 
 template <int n>
 F f_spread(const float* p) {
