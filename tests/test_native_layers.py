@@ -18,7 +18,7 @@ from edgeq.weights import MLPWeights, QMatrix
 native = pytest.importorskip("edgeq.backends.cpu._native", reason="the native kernels are not built")
 
 from edgeq.backends.cpu import CpuOps  # noqa: E402
-from edgeq.backends.cpu.kv import PAGE, NativeKV, empty_aligned  # noqa: E402
+from edgeq.backends.cpu.kv import PAGE, NativeKV  # noqa: E402
 from edgeq.errors import UsageError  # noqa: E402
 
 # Between instruction sets only the order of float32 sums and the fusing of multiply-adds differ: 6e-8 an operation,
@@ -93,7 +93,7 @@ def test_convolution(isa: str, rng: np.random.Generator, T: int, channels: int, 
 def test_delta_rule(isa: str, rng: np.random.Generator, T: int, K: int, V: int) -> None:
     q, k = normal(rng, T, 2, K) / K**0.5, normal(rng, T, 2, K) / K**0.5
     v, g, beta = normal(rng, T, 4, V), -np.exp(2 * normal(rng, T, 4)), rng.uniform(0, 1, (T, 4)).astype(np.float32)
-    state = empty_aligned(4 * 4 * V * K).view(np.float32).reshape(4, V, K)
+    state = _native.empty(4 * 4 * V * K).view(np.float32).reshape(4, V, K)
     state[:] = normal(rng, 4, V, K)
     compare(isa, lambda: CpuOps().delta_rule(q, k, v, g, beta, state, keep=min(T, 2)), RECURRENT)
 

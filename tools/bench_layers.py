@@ -16,7 +16,6 @@ from collections.abc import Callable
 import numpy as np
 
 from edgeq.backends.cpu import CpuOps, _native
-from edgeq.backends.cpu.kv import empty_aligned
 from edgeq.bf16 import Array
 
 SECONDS = 0.5  # for each figure
@@ -40,7 +39,7 @@ def best(run: Callable[[], object]) -> float:
 
 
 def state() -> Array:
-    matrix = empty_aligned(4 * HEADS * V * K).view(np.float32).reshape(HEADS, V, K)
+    matrix = _native.empty(4 * HEADS * V * K).view(np.float32).reshape(HEADS, V, K)
     matrix[:] = 1
     return matrix
 

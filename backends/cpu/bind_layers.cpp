@@ -1,6 +1,9 @@
 // The small operations of the seam that are no matrix product; the mixers are in bind_mixers.cpp.
 #include "bind_layers.h"
 
+#include <memory>
+
+#include "blocks.h"
 #include "kernels/threads.h"
 
 using namespace nanobind::literals;
@@ -140,12 +143,22 @@ void read_page_(const Bytes& page, const char* dtype, const Out& keys, const Out
     read_page(page.data(), kv_type(dtype), heads, D, tokens, keys.data(), values.data());
 }
 
+nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> empty(size_t nbytes) {
+    auto block = std::make_unique<Block>(take_block(nbytes));
+    nb::capsule owner(block.get(), [](void* p) noexcept {
+        std::unique_ptr<Block> given(static_cast<Block*>(p));
+        give_back(*given);
+    });
+    return {block.release()->data, {nbytes}, owner};
+}
+
 }  // namespace
 
 void bind_mixers(nb::module_& m);
 
 void bind_layers(nb::module_& m) {
     m.attr("KV_PAGE") = kv_page;
+    m.def("empty", &empty, "nbytes"_a, "Bytes on a cache line, not cleared, for what comes and goes with every token.");
     m.def("add", [](In x, In y, Out out) { pointwise(layer_kernels().add, x, y, out); }, "x"_a.noconvert(),
           "y"_a.noconvert(), "out"_a.noconvert());
     m.def("silu_mul", [](In gate, In up, Out out) { pointwise(layer_kernels().silu_mul, gate, up, out); },

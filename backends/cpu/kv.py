@@ -11,10 +11,9 @@ from edgeq.bf16 import Array, Float32
 from edgeq.errors import UsageError
 from edgeq.state import KVCache
 
-__all__ = ["PAGE", "KvDtype", "NativeKV", "Page", "check_kv_dtype", "empty_aligned"]
+__all__ = ["PAGE", "KvDtype", "NativeKV", "Page", "check_kv_dtype"]
 
 PAGE: int = _native.KV_PAGE  # tokens
-_LINE = 64  # bytes of a cache line
 
 KvDtype = Literal["f16", "bf16", "f32", "int8"]
 
@@ -26,20 +25,13 @@ def check_kv_dtype(name: str) -> KvDtype:
     return name  # type: ignore[return-value]  # mypy does not narrow a str by `in`
 
 
-def empty_aligned(nbytes: int) -> Array:
-    """Bytes that begin on a cache line."""
-    space = np.empty(nbytes + _LINE, np.uint8)
-    start = -space.__array_interface__["data"][0] % _LINE
-    return space[start : start + nbytes]
-
-
 class Page:
     """Room for PAGE tokens of a layer, laid out as layers/layers.h says; `written` tokens are in use by somebody."""
 
     __slots__ = ("data", "written")
 
     def __init__(self, nbytes: int) -> None:
-        self.data = empty_aligned(nbytes)
+        self.data: Array = _native.empty(nbytes)
         self.written = 0
 
     def copy(self) -> Page:

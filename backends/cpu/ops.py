@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgeq.backends.cpu import _native, bound
-from edgeq.backends.cpu.kv import NativeKV, check_kv_dtype, empty_aligned
+from edgeq.backends.cpu.kv import NativeKV, check_kv_dtype
 from edgeq.backends.numpy import NumpyOps
 from edgeq.backends.ops import Angles
 from edgeq.bf16 import Array, Float32
@@ -31,7 +31,7 @@ def like(x: Array) -> Array:
 def delta_room(state: DeltaState[Array]) -> DeltaState[Array]:
     """Room for another state, the matrix on a cache line. Every state has its own memory and can be kept alone."""
     conv, matrix = state
-    space = empty_aligned(4 * (matrix.size + conv.size)).view(np.float32)
+    space = _native.empty(4 * (matrix.size + conv.size)).view(np.float32)
     return DeltaState(space[matrix.size :].reshape(conv.shape), space[: matrix.size].reshape(matrix.shape))
 
 
