@@ -128,7 +128,7 @@ def _random_ids(model: Model, count: int) -> list[int]:
 def _state_behind(model: Model, tokens: int) -> State[Any]:
     """A state after `tokens` random tokens."""
     state = model.state()
-    return model.forward(_random_ids(model, tokens), state)[1] if tokens else state
+    return model.advance(_random_ids(model, tokens), state) if tokens else state
 
 
 # --- what a token reads ----------------------------------------------------------------------------------------------

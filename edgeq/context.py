@@ -43,7 +43,7 @@ class Context:
         for done, chunk in enumerate(chunks):
             if self._on_prefill:
                 self._on_prefill(done * PREFILL, len(ids))
-            _, self.state = self.model.forward(chunk, self.state)
+            self.state = self.model.advance(chunk, self.state)
         logits, self.state = self.model.forward(last, self.state)
         if self._on_prefill and chunks:
             self._on_prefill(len(ids), len(ids))

@@ -103,6 +103,13 @@ class Model:
             hidden, state = self._run(tokens[start : start + PREFILL], state)
         return self._last_logits(hidden), state
 
+    def advance(self, ids: Sequence[int], state: State[Any]) -> State[Any]:
+        """The state after `ids`, for who wants no logits: the head is not run."""
+        tokens = self._checked(ids, state)
+        for start in range(0, len(tokens), PREFILL):
+            _, state = self._run(tokens[start : start + PREFILL], state)
+        return state
+
     def logits(self, ids: Sequence[int]) -> Float32:
         """Logits after each of `ids` from an empty state: float32 [len(ids), vocab_size]."""
         state = self.state()

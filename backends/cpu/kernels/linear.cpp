@@ -77,11 +77,20 @@ struct Job {
     const Activations* a;
     float* y;
     int64_t rows;  // in a piece
-    int row_pieces, first_piece;
+    int row_pieces, first_piece;  // of its rows, for one block of tokens
 };
 
 constexpr int64_t few_tokens = 16;    // up to so many gemv is faster: it has no tile to make ready
 constexpr int64_t token_block = 512;  // of a gemm piece: its activations stay in the second-level cache
+constexpr int64_t least_tokens = 128;  // of one: fewer do not pay for unpacking its weights
+
+// Tokens of a gemm piece: fewer where there are so few rows that the threads would not end together.
+int64_t gemm_tokens(int64_t tokens, int row_pieces) {
+    int64_t block = std::min(tokens, token_block);
+    while (block >= 2 * least_tokens && row_pieces * ((tokens + block - 1) / block) < 8 * thread_count())
+        block = (block + 1) / 2;
+    return block;
+}
 
 // Bytes of weights in a piece of gemv: 8 pieces for a thread, no smaller than what a thread streams in a microsecond.
 int64_t gemv_piece_nbytes(const Matrix* ws, int count) {
@@ -117,12 +126,11 @@ void linears(const float* x, int64_t tokens, const Matrix* ws, int count, float*
     const bool few = tokens <= few_tokens;
     const Activations plain = {x, nullptr, nullptr, nullptr, nullptr, tokens, ws[0].in, 0, 0};
     const int64_t piece_nbytes = few ? gemv_piece_nbytes(ws, count) : 0;
-    const int token_pieces = few ? 1 : int((tokens + token_block - 1) / token_block);
 
     if (int(scratch.size()) < count) scratch.resize(count);
     std::vector<Job> jobs(count);
     size_t used = 0;
-    int pieces = 0;
+    int row_pieces = 0;
     for (int i = 0; i < count; i++) {
         const Matrix& w = ws[i];
         assert(w.in == ws[0].in);
@@ -133,17 +141,19 @@ void linears(const float* x, int64_t tokens, const Matrix* ws, int count, float*
         job.y = ys[i];
         job.rows = few ? round_up(1 + piece_nbytes / int64_t(row_nbytes(w)), 4) : kernels.gemm_rows;  // gemv: fours
         job.row_pieces = int((w.out + job.rows - 1) / job.rows);
-        job.first_piece = pieces;
-        pieces += job.row_pieces * token_pieces;
+        job.first_piece = row_pieces;
+        row_pieces += job.row_pieces;
     }
-    parallel_for(pieces, [&](int piece) {
+    const int64_t block = few ? tokens : gemm_tokens(tokens, row_pieces);
+    const int token_pieces = int((tokens + block - 1) / block);
+    parallel_for(row_pieces * token_pieces, [&](int piece) {
         int i = count - 1;
-        while (jobs[i].first_piece > piece) i--;
+        while (jobs[i].first_piece * token_pieces > piece) i--;
         const Job& job = jobs[i];
-        const int at = piece - job.first_piece;
+        const int at = piece - job.first_piece * token_pieces;
         const int64_t row0 = at % job.row_pieces * job.rows, row1 = std::min(job.w->out, row0 + job.rows);
         if (few) return kernels.gemv(*job.w, *job.a, row0, row1, 0, tokens, job.y, job.w->out);
-        const int64_t t0 = at / job.row_pieces * token_block, t1 = std::min(tokens, t0 + token_block);
+        const int64_t t0 = at / job.row_pieces * block, t1 = std::min(tokens, t0 + block);
         kernels.gemm(*job.w, *job.a, row0, row1, t0, t1, job.y, job.w->out);
     });
 }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "kernels/threads.h"
@@ -98,6 +99,12 @@ void copy_tails(const DeltaNet& net, const DeltaSequence& s, Rows<const float> x
         }
 }
 
+// Ask for n channels of some tokens' rows: they are far apart, so that the hardware does not see them coming.
+void prefetch(Rows<const float> x, Index t0, Index t1, Index channel, Index n) {
+    for (Index t = t0; t < t1; t++)
+        for (Index i = 0; i < n; i += 16) __builtin_prefetch(x[t] + channel + i, 0, 2);
+}
+
 void run_head(const DeltaNet& net, const DeltaSequence& s, Index start, Index head) {
     const LayerKernels& kernels = layer_kernels();
     const Index K = net.K, V = net.V, share = net.Hv / net.Hk;
@@ -117,6 +124,10 @@ void run_head(const DeltaNet& net, const DeltaSequence& s, Index start, Index he
         convolve(c.q.data(), q_at, K);
         convolve(c.k.data(), k_at, K);
         convolve(c.v.data(), v_at, V);
+        const Index next = t0 + tokens, after = std::min(next + tokens, s.tokens);
+        for (auto [channel, n] : {std::pair(q_at, K), std::pair(k_at, K), std::pair(v_at, V)})
+            prefetch(x, next, after, channel, n);
+        prefetch({net.z[start], net.z.stride}, t0, next, head * V, V);
         for (Index t = 0; t < tokens; t++) {
             const Index row = start + t0 + t;
             kernels.l2_norm(&c.q[t * K], &c.q[t * K], K, l2_eps, q_scale);

@@ -122,6 +122,17 @@ void to_f16(uint16_t* y, const float* x, Index n) {
 
 constexpr Index conv_block = 128;  // channels at a time, so that their taps stay near
 
+// One token of a block of channels; `rows` are its inputs, oldest first.
+INLINE void conv_token(float* out, const float* const* rows, const float (*taps)[conv_block + W], const Index width,
+                       Index block) {
+    for (Index c = 0; c < block; c += W) {
+        V total = set1(0.0f);
+        for (Index i = 0; i < width; i++)
+            total = fma(load_upto(rows[i] + c, block - c), load_upto(taps[i] + c, block - c), total);
+        store_upto(out + c, silu(total), block - c);
+    }
+}
+
 void conv_silu(float* y, Index y_stride, const float* x, Index x_stride, const float* tail, Index t_stride,
                const float* w, Index width, Index t0, Index t1, Index n) {
     alignas(64) float taps[conv_widest][conv_block + W];
@@ -144,12 +155,10 @@ void conv_silu(float* y, Index y_stride, const float* x, Index x_stride, const f
                 rows[i] = c0 + (from < 0 ? tail + (width - 1 + from) * t_stride : x + from * x_stride);
             }
             float* out = y + (t - t0) * y_stride + c0;
-            for (c = 0; c < block; c += W) {
-                V total = set1(0.0f);
-                for (Index i = 0; i < width; i++)
-                    total = fma(load_upto(rows[i] + c, block - c), load_upto(taps[i] + c, block - c), total);
-                store_upto(out + c, silu(total), block - c);
-            }
+            if (width == 4 && block == conv_block)
+                conv_token(out, rows, taps, 4, conv_block);  // the family's, with no loop but that over the channels
+            else
+                conv_token(out, rows, taps, width, block);
         }
     }
 }
