@@ -62,13 +62,14 @@ class TestMeasuring:
 
     def test_every_test_runs_the_tokens_it_says(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
         calls: list[tuple[int, int]] = []
-        forward = Model.forward
+        for name in ("forward", "advance"):
+            method = getattr(Model, name)
 
-        def recorded(self, ids, state):
-            calls.append((state.length, len(ids)))
-            return forward(self, ids, state)
+            def recorded(self, ids, state, method=method):
+                calls.append((state.length, len(ids)))
+                return method(self, ids, state)
 
-        monkeypatch.setattr(Model, "forward", recorded)
+            monkeypatch.setattr(Model, name, recorded)
         (result,) = measure(model, [Test(5, 2, 3)], repetitions=2)
         once = [(3, 5), (8, 1), (9, 1)]
         assert calls == [(0, 3), (3, 5), (8, 1), *once, *once]

@@ -93,7 +93,7 @@ def test_convolution(isa: str, rng: np.random.Generator, T: int, channels: int, 
 def test_delta_rule(isa: str, rng: np.random.Generator, T: int, K: int, V: int) -> None:
     q, k = normal(rng, T, 2, K) / K**0.5, normal(rng, T, 2, K) / K**0.5
     v, g, beta = normal(rng, T, 4, V), -np.exp(2 * normal(rng, T, 4)), rng.uniform(0, 1, (T, 4)).astype(np.float32)
-    state = _native.empty(4 * 4 * V * K).view(np.float32).reshape(4, V, K)
+    state = native.empty(4 * 4 * V * K).view(np.float32).reshape(4, V, K)
     state[:] = normal(rng, 4, V, K)
     compare(isa, lambda: CpuOps().delta_rule(q, k, v, g, beta, state, keep=min(T, 2)), RECURRENT)
 
