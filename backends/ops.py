@@ -52,6 +52,15 @@ class Ops(ABC, Generic[A]):
         """How it runs on this machine, in a few words: library, instruction set, device."""
         return "available"
 
+    def limit_memory(self, nbytes: int | None = None) -> None:
+        """Hold weights, states and work to `nbytes`, or None to what the machine recommends: for a backend whose
+        memory is its own to manage. Called before a model is loaded."""
+
+    def peak_memory(self) -> int | None:
+        """Most bytes that a backend's own allocator has held in this process; None where all memory is the process's.
+        A GPU's may be missing in the resident set."""
+        return None
+
     # --- the edge ----------------------------------------------------------------------------------------------------
 
     @abstractmethod

@@ -64,6 +64,7 @@ class Model:
         self.tokenizer: Tokenizer | None = checkpoint.tokenizer()
         self.template: ChatTemplate | None = checkpoint.template()
         self._check_tokenizer()
+        ops.limit_memory()
         self._weights = map_text(checkpoint.text_weights(), ops.load)
         checkpoint.drop_pages()  # where the backend has copies of its own, the file's pages need not stay
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ from edgeq.weights import QMatrix, TextWeights, map_text
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 
 from edgeq.backends.mlx import MlxOps, limit_memory, used_memory  # noqa: E402
-from edgeq.backends.mlx.delta import delta_metal, delta_products  # noqa: E402
+from edgeq.backends.mlx.delta import cpu_streams, delta_metal, delta_products  # noqa: E402
 from edgeq.backends.mlx.kv import BufferedKV, capacity_for  # noqa: E402
 
 ON_CPU = mx.default_device() == mx.Device(mx.cpu)
@@ -203,6 +204,47 @@ def test_kept_states_and_old_states_stay_good(model: Any, compiled: bool) -> Non
         assert nmse(expected[state.length :], scores) <= FLOAT32
 
 
+@compiled_too
+def test_any_thread_may_run_the_model(model: Any, compiled: bool) -> None:
+    """MLX computes nothing that another thread has left to be computed: weights and states are there when returned."""
+    c, weights = model
+    tiny = Tiny(MlxOps("float32", compiled), c, weights)
+    expected, _ = tiny.greedy(prompt(c, 40), 6)
+    found: list[int] = []
+    state: State[Any] | None = initial_state(tiny.ops, c)
+
+    def decode(ids: Any) -> None:
+        nonlocal state
+        tokens, state = tiny.greedy(ids, 2, state)
+        found.extend(tokens)
+
+    for _ in range(3):
+        thread = threading.Thread(target=decode, args=(found[-1:] or prompt(c, 40),))
+        thread.start()
+        thread.join()
+    assert found == expected
+
+
+@pytest.mark.skipif(not CAN_COMPILE, reason="without g++, mx.compile does nothing on a CPU")
+def test_a_trace_dies_with_its_backend() -> None:
+    """MLX finds traces by a function's address, and forgets them in one thread only when the function goes."""
+    x = mx.arange(50.0)
+
+    def answer(n: int) -> float:
+        def run() -> None:
+            found.append(ops._piece(("test",), lambda x: x[n])(x).item())
+
+        found: list[float] = []
+        ops = MlxOps("float32", compiled=True)
+        run()
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        return found[0]
+
+    assert [answer(n) for n in range(50)] == list(range(50))
+
+
 # --- operations in 16 bits -------------------------------------------------------------------------------------------
 
 
@@ -316,6 +358,17 @@ def test_delta_rule_with_keys_that_repeat(C: int) -> None:
         outputs.append(out)
     assert nmse(np.stack(outputs), np.array(o)) <= 1e-9  # float32 sums fed back a few hundred times
     assert nmse(state, np.array(after)) <= 1e-9
+
+
+@pytest.mark.parametrize("heads", [1, 2, 5])
+def test_heads_shared_out_among_streams(heads: int) -> None:
+    """Whatever each stream gets, the arithmetic is the same."""
+    inputs = [mx.array(x) for x in delta_inputs(75, heads, 32, 16, 2)]
+    o, states = delta_products(*inputs, 2, 16)
+    streams = [*cpu_streams(), *cpu_streams(), *cpu_streams()]  # on a machine of one core, three times the same
+    o_shared, states_shared = delta_products(*inputs, 2, 16, streams[:3])
+    assert np.array_equal(np.array(o), np.array(o_shared))
+    assert all(np.array_equal(np.array(a), np.array(b)) for a, b in zip(states, states_shared, strict=True))
 
 
 @needs_metal
@@ -478,6 +531,35 @@ def test_limit_memory(limits: None) -> None:
         del x
     assert used_memory().cached <= 8 << 20
     assert used_memory().peak >= 32 << 20
+
+
+def test_a_mac_is_held_to_what_it_recommends(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: dict[str, int] = {}
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda _: {"max_recommended_working_set_size": 6 << 30})
+    for kind in ("memory", "cache", "wired"):
+        monkeypatch.setattr(mx, f"set_{kind}_limit", lambda nbytes, kind=kind: held.__setitem__(kind, nbytes))
+    limit_memory()
+    assert held == {"memory": 6 << 30, "cache": 512 << 20, "wired": 6 << 30}
+    limit_memory(2 << 30)
+    assert held == {"memory": 2 << 30, "cache": 256 << 20, "wired": 2 << 30}
+    limit_memory(8 << 30)
+    assert held == {"memory": 8 << 30, "cache": 512 << 20, "wired": 6 << 30}
+
+
+def test_a_model_is_loaded_under_the_limit(tmp_path: Path) -> None:
+    class Watched(MlxOps):
+        active = -1
+
+        def limit_memory(self, nbytes: int | None = None) -> None:
+            super().limit_memory(nbytes)
+            self.active = used_memory().active
+
+    write_checkpoint(tmp_path, config_values())
+    ops = Watched("float32")
+    kept = Model(open_checkpoint(tmp_path), ops)
+    assert 0 <= ops.active < used_memory().active <= ops.peak_memory()
+    del kept
 
 
 def soak_model(folder: Path, compiled: bool) -> tuple[TextConfig, Tiny]:

@@ -4,19 +4,21 @@ The recurrence and its unrolling are those of `edgeq.backends.numpy.delta`, whic
 Networks", arXiv:2412.06464). Everything here is float32, and the heads run side by side: H value heads, T tokens.
 
 By products, tokens go in chunks of C. Within a chunk all d solve one unit lower triangular system, whose inverse takes
-2 log2(C) - 2 products, of all chunks at once. Only the state then passes from chunk to chunk.
+2 log2(C) - 2 products, of all chunks at once. Only the state then passes from chunk to chunk. On a CPU the heads are
+shared out among its cores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-__all__ = ["delta_metal", "delta_products"]
+__all__ = ["cpu_streams", "delta_metal", "delta_products"]
 
 
 class _Tokens(NamedTuple):
@@ -32,10 +34,18 @@ class _Tokens(NamedTuple):
         return _Tokens(f(self.q), f(self.k), f(self.v), f(self.g), f(self.beta))
 
 
+@cache
+def cpu_streams() -> Sequence[mx.Stream]:
+    """A stream of the CPU for every core; MLX runs each in a thread of its own."""
+    new = getattr(mx, "new_thread_local_stream", mx.new_stream)  # older ones serve all Python threads as they are
+    return [new(mx.cpu) for _ in range(os.cpu_count() or 1)]
+
+
 def delta_products(
-    q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: mx.array, keep: int, C: int
-) -> tuple[mx.array, tuple[mx.array, ...]]:
-    """The seam's delta rule by matrix products, in chunks of C tokens.
+    q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: mx.array, keep: int, C: int,
+    streams: Sequence[mx.Stream] = (),
+) -> tuple[mx.array, tuple[mx.array, ...]]:  # fmt: skip
+    """The seam's delta rule by matrix products, in chunks of C tokens, the heads shared out among `streams`, if any.
 
     q, k [T, Hk, K], v [T, Hv, V] of any float type; g, beta [T, Hv], state [Hv, V, K] float32
     -> o float32 [T, Hv, V] and the states after all tokens but the last keep, keep - 1, ..., 0.
@@ -49,7 +59,7 @@ def delta_products(
         o, state = _step(x.map(lambda x: x[:, 0]), state)
         outputs, states = [o[:, None]], [state]
     elif T - keep > 1:
-        o, state = _chunks(x.map(lambda x: x[:, : T - keep]), state, C)
+        o, state = _chunks(x.map(lambda x: x[:, : T - keep]), state, C, streams)
         outputs, states = [o], [state]
     if keep:
         o, later = _each(x.map(lambda x: x[:, T - keep :]), state)
@@ -65,27 +75,58 @@ def _step(x: _Tokens, state: mx.array) -> tuple[mx.array, mx.array]:
     return (new @ x.q[:, :, None]).squeeze(-1) * x.q.shape[-1] ** -0.5, new
 
 
-def _chunks(x: _Tokens, state: mx.array, C: int) -> tuple[mx.array, mx.array]:
+def _chunks(x: _Tokens, state: mx.array, C: int, streams: Sequence[mx.Stream]) -> tuple[mx.array, mx.array]:
     """T tokens: state [H, V, K] -> o [H, T, V] and the new state.
 
-    The longer the chunks, the more work there is in them, and the fewer steps from one to the next.
+    The longer the chunks, the more work there is in them, and the fewer steps from one to the next. Where several
+    streams walk abreast, every step is started at once: MLX hands out work only so far ahead of what is done, and on
+    its own would come to the end of one stream's chunks before it begins with those of the next.
     """
-    T, scale = x.q.shape[1], x.q.shape[2] ** -0.5
-    c = _solve(x.map(lambda x: _in_chunks(x, C)))
-    memory, recalled, wrote = state.swapaxes(-1, -2), [], []  # the state as [H, K, V]
-    for n in range(c.values.shape[1]):
-        known = c.lookups[:, n] @ memory  # [H, 2 C, V]
-        d = c.values[:, n] - known[:, :C]
-        memory = c.whole_decay[:, n] * memory + c.late_keys[:, n].swapaxes(-1, -2) @ d
-        recalled.append(known[:, C:])
-        wrote.append(d)
-    o = mx.stack(recalled, axis=1) + c.scores @ mx.stack(wrote, axis=1)  # [H, N, C, V]
-    return o.flatten(1, 2)[:, :T] * scale, mx.contiguous(memory.swapaxes(-1, -2))
+    T, H = x.q.shape[1], state.shape[0]
+    lanes = streams[:H] if streams and T > C else [mx.default_stream(mx.default_device())]
+    bounds = [i * H // len(lanes) for i in range(len(lanes) + 1)]
+    walks = [_Walk(stream, x, state, slice(*bounds[i : i + 2]), C) for i, stream in enumerate(lanes)]
+    for n in range(-(-T // C)):
+        for walk in walks:
+            walk.step(n)
+        if len(walks) > 1:
+            mx.async_eval([walk.memory for walk in walks])  # type: ignore[no-untyped-call]
+    outputs, states = map(list, zip(*(walk.end() for walk in walks), strict=True))
+    return mx.concatenate(outputs)[:, :T], mx.concatenate(states)
+
+
+class _Walk:
+    """Some of the heads on their way from chunk to chunk, in a stream."""
+
+    def __init__(self, stream: mx.Stream, x: _Tokens, state: mx.array, heads: slice, C: int) -> None:
+        self.stream = stream
+        with mx.stream(stream):
+            self.chunks = _solve(x.map(lambda x: _in_chunks(x[heads], C)))
+            self.memory = state[heads].swapaxes(-1, -2)  # [H, K, V]
+        self.recalled: list[mx.array] = []
+        self.wrote: list[mx.array] = []
+
+    def step(self, n: int) -> None:
+        """Chunk n."""
+        c = self.chunks
+        C = c.values.shape[2]
+        with mx.stream(self.stream):
+            known = c.lookups[:, n] @ self.memory  # [H, 2 C, V]
+            d = c.values[:, n] - known[:, :C]
+            self.memory = c.whole_decay[:, n] * self.memory + c.late_keys[:, n].swapaxes(-1, -2) @ d
+            self.recalled.append(known[:, C:])
+            self.wrote.append(d)
+
+    def end(self) -> tuple[mx.array, mx.array]:
+        """After the last chunk: o of all tokens [H, N C, V], and the state [H, V, K]."""
+        with mx.stream(self.stream):
+            o = mx.stack(self.recalled, axis=1) + self.chunks.scores @ mx.stack(self.wrote, axis=1)
+            return o.flatten(1, 2), mx.contiguous(self.memory.swapaxes(-1, -2))
 
 
 def _each(x: _Tokens, state: mx.array) -> tuple[mx.array, list[mx.array]]:
     """A few tokens: state [H, V, K] -> o [H, T, V] and the state after every one of them."""
-    T, scale = x.q.shape[1], x.q.shape[2] ** -0.5
+    T = x.q.shape[1]
     c = _solve(x.map(lambda x: x[:, None]))
     known = c.lookups[:, 0] @ state.swapaxes(-1, -2)
     d = c.values[:, 0] - known[:, :T]
@@ -93,7 +134,7 @@ def _each(x: _Tokens, state: mx.array) -> tuple[mx.array, list[mx.array]]:
     decay, from_start = _decay(x.g)
     left = decay.swapaxes(0, 1)[..., None] * x.k  # [T, H, T, K]: of each key, what is left at token i
     states = from_start.T[:, :, None, None] * state + d.swapaxes(-1, -2) @ left
-    return o * scale, [mx.contiguous(states[i]) for i in range(T)]
+    return o, [mx.contiguous(states[i]) for i in range(T)]
 
 
 class _Chunks(NamedTuple):
@@ -108,18 +149,17 @@ class _Chunks(NamedTuple):
 
 def _solve(x: _Tokens) -> _Chunks:
     """Tokens in chunks: q, k [H, N, C, K], v [H, N, C, V], g, beta [H, N, C]."""
-    C, V, beta = x.q.shape[2], x.v.shape[3], x.beta[..., None]
+    scale = x.q.shape[-1] ** -0.5
     decay, from_start = _decay(x.g)
-    early = from_start[..., None]
-    products = mx.concatenate([x.k, x.q], axis=2) @ mx.contiguous(x.k.swapaxes(-1, -2))  # [H, N, 2 C, C]
-    inverse = _unit_lower_inverse(beta * decay * products[:, :, :C])
-    solved = inverse @ (beta * mx.concatenate([x.v, early * x.k], axis=-1))
+    keys = mx.contiguous(x.k.swapaxes(-1, -2))
+    inverse = _unit_lower_inverse(x.beta[..., None] * decay * (x.k @ keys)) * x.beta[..., None, :]
+    early = from_start[..., None, :]
     return _Chunks(
-        values=solved[..., :V],
-        lookups=mx.concatenate([solved[..., V:], early * x.q], axis=2),
-        scores=decay * products[:, :, C:],
-        late_keys=decay[:, :, -1, :, None] * x.k,
-        whole_decay=early[:, :, -1:],
+        values=inverse @ x.v,
+        lookups=mx.concatenate([(inverse * early) @ x.k, (from_start * scale)[..., None] * x.q], axis=2),
+        scores=decay * scale * (x.q @ keys),
+        late_keys=decay[..., -1, :, None] * x.k,
+        whole_decay=from_start[..., -1:, None],
     )
 
 

@@ -8,7 +8,8 @@ import mlx.core as mx
 
 __all__ = ["Memory", "limit_memory", "used_memory"]
 
-_CACHE_SHARE = 8  # freed buffers that MLX may keep for reuse: at most this part of the budget
+_CACHE_SHARE = 8  # freed buffers that MLX may keep for reuse: at most this part of the budget,
+_CACHE_MOST = 512 << 20  # and never more than this
 
 
 class Memory(NamedTuple):
@@ -19,17 +20,25 @@ class Memory(NamedTuple):
     peak: int
 
 
-def limit_memory(nbytes: int) -> None:
-    """Hold MLX to `nbytes`, weights included.
+def limit_memory(nbytes: int | None = None) -> None:
+    """Hold MLX to `nbytes`, weights included; None is what macOS recommends for its GPU, or elsewhere MLX's own limits.
 
     Beyond the limit MLX waits for running work to free memory before it allocates; it fails only where the system has
     none left. A part of the budget bounds its cache of freed buffers. On Apple Silicon the budget is also wired (macOS
     15 and later), as far as the system lets it, so that a waiting model is not paged out.
     """
+    most = int(mx.device_info(mx.Device(mx.gpu))["max_recommended_working_set_size"]) if _on_metal() else None
+    nbytes = nbytes or most
+    if nbytes is None:
+        return
     mx.set_memory_limit(nbytes)
-    mx.set_cache_limit(nbytes // _CACHE_SHARE)
-    if mx.metal.is_available():
-        mx.set_wired_limit(min(nbytes, int(mx.device_info()["max_recommended_working_set_size"])))
+    mx.set_cache_limit(min(nbytes // _CACHE_SHARE, _CACHE_MOST))
+    if most is not None:
+        mx.set_wired_limit(min(nbytes, most))
+
+
+def _on_metal() -> bool:
+    return bool(mx.metal.is_available())
 
 
 def used_memory() -> Memory:

@@ -12,15 +12,17 @@ inside, norms, softmax, exponentials and everything of the delta rule are float3
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
+from itertools import count
 from importlib.metadata import version
 from typing import Any, Literal, TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
 
-from edgeq.backends.mlx.delta import delta_metal, delta_products
+from edgeq.backends.mlx.delta import cpu_streams, delta_metal, delta_products
 from edgeq.backends.mlx.kv import Buffer, BufferedKV, StepKV, capacity_for
+from edgeq.backends.mlx.memory import limit_memory, used_memory
 from edgeq.backends.ops import Angles, Ops
 from edgeq.bf16 import Array, Float32
 from edgeq.config import RopeConfig, TextConfig
@@ -35,6 +37,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _STEP = 8  # tokens of a call that goes through mx.compile; longer ones would be traced for every length
 _SCORES = 1 << 24  # attention scores at a time: 64 MB, where MLX has no fused kernel and spells them out
+_NUMBERS = count()  # of compiled functions
 
 
 class MlxOps(Ops[mx.array]):
@@ -57,6 +60,7 @@ class MlxOps(Ops[mx.array]):
         self._compiled = not on_cpu if compiled is None else compiled
         self._pieces: dict[Hashable, Callable[..., Any]] = {}  # compiled ones
         self._chunk = 16 if on_cpu else 64  # of the delta rule: few operations on a CPU, few steps on a GPU
+        self._streams = cpu_streams() if on_cpu else ()
         self._metal = mx.metal.is_available() and not on_cpu
         self._weighted_silu, self._silu_mul = self._fused(_weighted_silu), self._fused(_silu_mul)
         self._sigmoid_mul, self._delta_gates = self._fused(_sigmoid_mul), self._fused(_delta_gates)
@@ -66,10 +70,18 @@ class MlxOps(Ops[mx.array]):
         device = "CPU" if _on_cpu() else "Metal" if mx.metal.is_available() else "CUDA"
         return f"MLX {version('mlx')}, {device} ({mx.device_info().get('device_name', 'unknown device')})"
 
+    def limit_memory(self, nbytes: int | None = None) -> None:
+        limit_memory(nbytes)
+
+    def peak_memory(self) -> int:
+        return used_memory().peak
+
     # --- the edge ----------------------------------------------------------------------------------------------------
 
     def load(self, x: Array) -> mx.array:
-        return mx.array(x).view(mx.bfloat16) if x.dtype == np.uint16 else mx.array(x)
+        y = mx.array(x).view(mx.bfloat16) if x.dtype == np.uint16 else mx.array(x)
+        mx.eval(y)  # what is still to be computed belongs to the thread that asked for it
+        return y
 
     def array(self, x: Array) -> mx.array:
         return mx.array(x)
@@ -78,13 +90,15 @@ class MlxOps(Ops[mx.array]):
         return np.array(x.astype(mx.float32))
 
     def zeros(self, *shape: int) -> mx.array:
-        return mx.zeros(shape)
+        return mx.array(np.zeros(shape, np.float32))
 
     def kv_cache(self, keys: Float32, values: Float32) -> BufferedKV:
         _, heads, dim = keys.shape
         room = (heads, capacity_for(1), dim)
         buffer = Buffer(mx.zeros(room, self.dtype), mx.zeros(room, self.dtype))
-        return BufferedKV(buffer, 0).appended(mx.array(keys), mx.array(values))
+        cache = BufferedKV(buffer, 0).appended(mx.array(keys), mx.array(values))
+        mx.eval(cache.buffer.keys, cache.buffer.values)
+        return cache
 
     def concat(self, xs: Sequence[mx.array]) -> mx.array:
         return xs[0] if len(xs) == 1 else mx.concatenate(list(xs))
@@ -191,7 +205,7 @@ class MlxOps(Ops[mx.array]):
         if self._metal:
             o, states = delta_metal(q, k, v, g, beta, state, keep)
         else:
-            o, states = delta_products(q, k, v, g, beta, state, keep, self._chunk)
+            o, states = delta_products(q, k, v, g, beta, state, keep, self._chunk, self._streams)
         return o.astype(v.dtype), states
 
     # --- larger pieces, compiled where they are small ----------------------------------------------------------------
@@ -251,7 +265,9 @@ class MlxOps(Ops[mx.array]):
         `f` depends on; a configuration goes by its id, which stays its own as long as `f` refers to it.
         """
         if key not in self._pieces:
-            self._pieces[key] = mx.compile(f)
+            # MLX knows a function by its address. Where one that several threads have called is gone, the next at its
+            # address would get its traces, had not each a number of its own among its inputs.
+            self._pieces[key] = partial(mx.compile(lambda _, *inputs: f(*inputs)), next(_NUMBERS))
         return self._pieces[key]
 
 

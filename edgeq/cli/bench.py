@@ -13,7 +13,7 @@ import typer
 
 import edgeq
 from edgeq.bench import Result, Test, measure, model_size
-from edgeq.cli.console import new_bar
+from edgeq.cli.console import new_bar, peak_memory
 from edgeq.cli.options import BackendOption, ModelArgument
 from edgeq.errors import UsageError
 from edgeq.runtime import Model, load
@@ -142,7 +142,8 @@ def _print_csv(rows: Iterator[tuple[Model, Result]]) -> None:
 
 
 def _record(model: Model, result: Result) -> dict[str, Any]:
-    """One result under llama-bench's names, and edgeq's own: bytes per token, GB/s, the memory's rate."""
+    """One result under llama-bench's names, and edgeq's own: bytes per token, GB/s, the memory's rate,
+    and the most memory until now, of the process and of the backend."""
     weights, nbytes = model_size(model)
     nanoseconds = [round(1e9 * seconds) for seconds in result.seconds]
     return {
@@ -166,6 +167,8 @@ def _record(model: Model, result: Result) -> dict[str, Any]:
         "token_nbytes": round(result.token_nbytes) if result.token_nbytes else None,
         "gb_per_s": result.gb_per_s,
         "read_gb_per_s": result.read_rate,
+        "peak_nbytes": peak_memory(),
+        "backend_peak_nbytes": model.ops.peak_memory(),
     }
 
 

@@ -121,5 +121,5 @@ def answer_once(conversation: Chat, text: str, *, as_json: bool) -> None:
         for _ in reply:
             pass
         print(json.dumps(reply_object(reply), ensure_ascii=False))
-    elif not show_reply(reply):
+    elif not show_reply(reply, conversation.model.ops):
         raise KeyboardInterrupt

@@ -82,4 +82,4 @@ def generate(
             if not as_json:
                 print(piece.text, end="", flush=True)
     print(json.dumps(reply_object(reply), ensure_ascii=False) if as_json else "")
-    print(dim(usage_line(reply)), file=sys.stderr)
+    print(dim(usage_line(reply, loaded.ops)), file=sys.stderr)

@@ -93,7 +93,7 @@ class Repl:
 
     def _answer(self, reply: Reply) -> None:
         self._last = reply
-        show_reply(reply)
+        show_reply(reply, self._chat.model.ops)
 
     # --- commands ----------------------------------------------------------------------------------------------------
 
@@ -152,7 +152,7 @@ class Repl:
     def _stats(self, _: list[str]) -> None:
         if self._last is None:
             raise UsageError("there is no reply yet")
-        _say(usage_line(self._last))
+        _say(usage_line(self._last, self._chat.model.ops))
         _say(f"context: {len(self._chat.ids)} of {self._chat.model.context_limit} tokens")
 
 

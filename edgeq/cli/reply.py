@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
+from edgeq.backends.ops import Ops
 from edgeq.cli.console import dim, peak_memory
 from edgeq.generate import StopReason
 from edgeq.reply import Reply
@@ -22,15 +24,16 @@ _CUTS = {
 }
 
 
-def usage_line(reply: Reply) -> str:
+def usage_line(reply: Reply, ops: Ops[Any]) -> str:
     """Prompt (cached and new) and generated tokens with their speeds, peak memory, and what cut the reply short."""
-    usage, finish = reply.usage, reply.finish
+    usage, finish, backend = reply.usage, reply.finish, ops.peak_memory()
     new = usage.prompt_tokens - usage.cached_tokens
     parts = [
         f"prompt {usage.prompt_tokens} tokens ({usage.cached_tokens} cached, {new} new), "
         f"{usage.prompt_tok_per_s:.1f} tok/s",
         f"generated {usage.generated_tokens} tokens, {usage.generate_tok_per_s:.1f} tok/s",
-        f"peak memory {peak_memory() / 1e6:,.0f} MB",
+        f"peak memory {peak_memory() / 1e6:,.0f} MB"
+        + (f" ({ops.name} {backend / 1e6:,.0f} MB)" if backend is not None else ""),
     ]
     if finish.thinking_cut in _CUTS:
         parts.append(_CUTS[finish.thinking_cut])
@@ -39,7 +42,7 @@ def usage_line(reply: Reply) -> str:
     return " | ".join(parts)
 
 
-def show_reply(reply: Reply) -> bool:
+def show_reply(reply: Reply, ops: Ops[Any]) -> bool:
     """Print a reply as it comes, then its figures; False if Ctrl-C ended it."""
     channel, finished = "answer", True
     try:
@@ -56,7 +59,7 @@ def show_reply(reply: Reply) -> bool:
         reply.close()
         finished = False
     print(flush=True)
-    print(dim(usage_line(reply)), file=sys.stderr, flush=True)
+    print(dim(usage_line(reply, ops)), file=sys.stderr, flush=True)
     return finished
 
 
