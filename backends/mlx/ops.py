@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cache, partial
-from itertools import count
 from importlib.metadata import version
+from itertools import count
 from typing import Any, Literal, TypeVar, cast
 
 import mlx.core as mx
