@@ -22,7 +22,7 @@ from edgeq.bf16 import Array, Float32
 from edgeq.config import RopeConfig, TextConfig
 from edgeq.model import layers
 from edgeq.state import DeltaState, KVCache, State
-from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights
+from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights, QMatrix
 
 __all__ = ["Angles", "ArrayLike", "Ops"]
 
@@ -66,6 +66,10 @@ class Ops(ABC, Generic[A]):
     @abstractmethod
     def load(self, x: Array) -> A:
         """A weight from the file (uint16 is bfloat16, see `edgeq.bf16`) to the backend's array; no copy if possible."""
+
+    def prepare(self, w: QMatrix[Array]) -> QMatrix[Array]:
+        """A quantized matrix from the file in the form that the backend multiplies by, before its arrays are loaded."""
+        return w
 
     @abstractmethod
     def array(self, x: Array) -> A:

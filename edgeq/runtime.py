@@ -65,7 +65,7 @@ class Model:
         self.template: ChatTemplate | None = checkpoint.template()
         self._check_tokenizer()
         ops.limit_memory()
-        self._weights = map_text(checkpoint.text_weights(), ops.load)
+        self._weights = map_text(checkpoint.text_weights(), ops.load, ops.prepare)
         checkpoint.drop_pages()  # where the backend has copies of its own, the file's pages need not stay
 
     def _check_tokenizer(self) -> None:

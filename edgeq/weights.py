@@ -153,17 +153,42 @@ def all_tensors(config: ModelConfig) -> Iterator[TensorSpec]:
 
 
 class QMatrix(NamedTuple, Generic[A]):
-    """A group-quantized matrix [out, in] in the MLX affine layout: weight = scale * code + bias.
+    """A group-quantized matrix [out, in]: weight = scale * code + bias.
 
     codes: uint32 [out, in * bits / 32], every row one little-endian stream of `bits`-bit codes, lowest bit first.
     scales, biases: [out, in / group_size], float16, float32 or bfloat16.
+
+    That is MLX's layout. GGUF's types (edgeq.quant.ggml) leave something out, which takes no memory here either:
+    block_scales, block_biases: float16 [out, in / 128 or 256]; scales (biases) are int8 then, in units of these.
+    biases None: bias = -zero * scale.
+    iq4: a 4-bit code is a place in the table edgeq.quant.affine.IQ4, which has the codes proper, of 8 bits.
     """
 
     codes: A
     scales: A
-    biases: A
+    biases: A | None
     bits: int
     group_size: int
+    block_scales: A | None = None
+    block_biases: A | None = None
+    zero: int = 0
+    iq4: bool = False
+
+    @property
+    def arrays(self) -> list[A]:
+        """The arrays that it is made of."""
+        return [x for x in (self.codes, self.scales, self.biases, *self[5:7]) if x is not None]
+
+    def map(self, convert: Callable[[A], B]) -> QMatrix[B]:
+        """`convert` applied to every array."""
+
+        def optional(x: A | None) -> B | None:
+            return None if x is None else convert(x)
+
+        return QMatrix(
+            convert(self.codes), convert(self.scales), optional(self.biases), self.bits, self.group_size,
+            optional(self.block_scales), optional(self.block_biases), self.zero, self.iq4,
+        )  # fmt: skip
 
 
 Matrix: TypeAlias = A | QMatrix[A]
@@ -269,13 +294,16 @@ def text_weights(c: TextConfig, matrix: Callable[[str], Matrix[A]], vector: Call
     )
 
 
-def map_text(weights: TextWeights[A], convert: Callable[[A], B]) -> TextWeights[B]:
-    """Apply `convert` to every array of the tree; a tied head stays the same object as the embedding."""
+def map_text(
+    weights: TextWeights[A],
+    convert: Callable[[A], B],
+    prepare: Callable[[QMatrix[A]], QMatrix[A]] = lambda m: m,
+) -> TextWeights[B]:
+    """Apply `prepare` to every quantized matrix, then `convert` to every array of the tree; a tied head stays the same
+    object as the embedding."""
 
     def matrix(m: Matrix[A]) -> Matrix[B]:
-        if isinstance(m, QMatrix):
-            return QMatrix(convert(m.codes), convert(m.scales), convert(m.biases), m.bits, m.group_size)
-        return convert(m)
+        return prepare(m).map(convert) if isinstance(m, QMatrix) else convert(m)
 
     def mixer(m: DeltaNetWeights[A] | AttentionWeights[A]) -> DeltaNetWeights[B] | AttentionWeights[B]:
         leaves: list[Any] = [matrix(leaf) for leaf in m]

@@ -1,8 +1,11 @@
-"""Group-wise affine quantization in the MLX layout: weight = scale * code + bias.
+"""Group-wise affine quantization: weight = scale * code + bias (see `edgeq.weights.QMatrix`).
 
 A row of `n` weights is `n / group_size` groups; each group has one scale and one bias, 16 or 32 bits each. The codes
 of a row are one little-endian bit stream, lowest bit first, cut into uint32 words: 32 codes fill exactly `bits`
 words, whatever the width. Source of the layout: the MLX documentation of `mx.quantize`, checked bit for bit.
+
+Scales in two levels, biases that follow from the scales, and codes that are places in a table are what ggml's formats
+have beyond it; `mlx_layout` writes them out.
 """
 
 from __future__ import annotations
@@ -13,12 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.bf16 import Array, Float32, to_float32
+from edgeq.bf16 import Array, Float32, round_to, to_float32
+from edgeq.weights import QMatrix
 
-__all__ = ["BITS", "GROUP_SIZES", "dequantize", "pack", "unpack"]
+__all__ = ["BITS", "GROUP_SIZES", "IQ4", "apply_groups", "dequantize", "group_numbers", "mlx_layout", "pack", "unpack"]
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
+
+# What the 4-bit codes of ggml's IQ4_NL and IQ4_XS stand for (ggml/src/ggml-common.h), plus 128.
+IQ4 = np.array([1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241], np.uint8)
 
 Codes = NDArray[np.uint32]
 
@@ -59,10 +66,42 @@ def unpack(words: Codes, bits: int) -> NDArray[np.uint32]:
     return codes.reshape(*words.shape[:-1], -1)
 
 
-def dequantize(codes: Codes, scales: Array, biases: Array, bits: int, group_size: int) -> Float32:
-    """Packed codes [..., n * bits / 32], scales and biases [..., n / group_size] -> weights float32 [..., n]."""
-    weights = unpack(codes, bits).astype(np.float32)
-    groups = weights.reshape(*scales.shape, group_size)
-    groups *= to_float32(scales)[..., None]
-    groups += to_float32(biases)[..., None]
+def dequantize(w: QMatrix[Array]) -> Float32:
+    """Weights float32 [out, in]. A product has at most 24 significant bits in all of ggml's formats, and so is exact:
+    only the sum with the bias rounds.
+    """
+    codes = unpack(w.codes, w.bits)
+    return apply_groups(IQ4[codes] if w.iq4 else codes, *group_numbers(w))
+
+
+def apply_groups(codes: NDArray[Any], scales: Float32, biases: Float32) -> Float32:
+    """scale * code + bias, float32 [..., n]: codes [..., n], scales and biases [..., groups]."""
+    weights = codes.astype(np.float32)
+    groups = weights.reshape(*scales.shape, -1)
+    groups *= scales[..., None]
+    groups += biases[..., None]
     return weights
+
+
+def group_numbers(w: QMatrix[Array]) -> tuple[Float32, Float32]:
+    """The scale and the bias of every group, float32 [out, in / group_size]."""
+    scales = _times_block(w.scales, w.block_scales)
+    if w.biases is None:
+        return scales, scales * np.float32(-w.zero)
+    return scales, _times_block(w.biases, w.block_biases)
+
+
+def _times_block(numbers: Array, blocks: Array | None) -> Float32:
+    if blocks is None:
+        return to_float32(numbers)
+    return numbers * np.repeat(to_float32(blocks), numbers.shape[-1] // blocks.shape[-1], axis=-1)
+
+
+def mlx_layout(w: QMatrix[Array]) -> QMatrix[Array]:
+    """The same weights with a scale and a bias for every group, and with codes that are numbers."""
+    if w.biases is not None and w.block_scales is None:
+        return w
+    dtype = np.float32 if w.block_scales is not None else w.scales.dtype
+    scales, biases = (round_to(x, dtype) for x in group_numbers(w))
+    codes, bits = (pack(IQ4[unpack(w.codes, 4)], 8), 8) if w.iq4 else (w.codes, w.bits)
+    return QMatrix(codes, scales, biases, bits, w.group_size)

@@ -2,13 +2,15 @@
 
 A row of a tensor is cut into blocks of 32 or 256 weights; a block holds codes, and one or more scales (layouts:
 ggml/src/ggml-common.h and ggml-quants.c). Each format that edgeq reads is `scale * code + bias` over groups of 16 or
-32 weights, with small integer codes, so it runs as a `QMatrix` like any other:
+32 weights, with small integer codes, so it runs as a `QMatrix`, whose fields leave out what ggml leaves out:
 
-    Q4_0 Q5_0 Q8_0  d (q - 8 | 16 | 128)     scale d, bias -8 d ...: exact in float16, as they are powers of two
+    Q4_0 Q5_0 Q8_0  d (q - 8 | 16 | 128)     scale d, zero 8 ...
     Q4_1 Q5_1       d q + m                  scale d, bias m
-    Q4_K Q5_K       d sc q - dmin mn         scale d sc, bias -dmin mn: 17 bits, so float32
-    Q6_K            d sc (q - 32)            scale d sc, bias -32 d sc: float32, groups of 16
-    IQ4_NL IQ4_XS   d (sc) table[q]          the table's values + 128 as 8-bit codes
+    Q4_K Q5_K       d sc q - dmin mn         scale sc in units of d, bias -mn in units of dmin
+    Q6_K            d sc (q - 32)            scale sc in units of d, zero 32, groups of 16
+    IQ4_NL IQ4_XS   d (sc) table[q]          scale d, or sc in units of d; zero 128, as the table has its values + 128
+
+d, m and dmin are float16; sc and mn have 6 bits in the file (8 in Q6_K) and take 8 in memory.
 
 No product has more than 24 significant bits, so float32 holds it exactly and `scale * code + bias` rounds at most
 once, where ggml's own formula does: the dequantized values are equal to ggml's, bit for bit (but for the sign of 0).
@@ -21,31 +23,33 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edgeq.bf16 import Array, Float32
+from edgeq.bf16 import Array
+from edgeq.weights import QMatrix
 
-__all__ = ["TYPES", "Coding", "GGMLType", "Groups", "decode", "type_name"]
+__all__ = ["TYPES", "Coding", "GGMLType", "decode", "type_name"]
 
 Codes = Array  # uint8
 
-# What a 4-bit code of IQ4_NL and IQ4_XS stands for, shifted by 128 to be a code itself.
-_IQ4_CODES = np.array([1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241], np.uint8)
-
 
 class Groups(NamedTuple):
-    """Decoded blocks: codes uint8 [blocks, block], scales and biases [blocks, block / group size]."""
+    """Decoded blocks: codes uint8 [blocks, block]; the rest as in `QMatrix`: scales and biases [blocks, block / group
+    size], one-level in float16, two-level in int8 with their units [blocks, 1] in float16."""
 
     codes: Codes
     scales: Array
-    biases: Array
+    biases: Array | None = None
+    block_scales: Array | None = None
+    block_biases: Array | None = None
 
 
 class Coding(NamedTuple):
-    """How a quantized format becomes affine groups."""
+    """How a quantized format becomes affine groups (`zero`, `iq4`: see `QMatrix`)."""
 
     bits: int
     group_size: int
-    dtype: type  # of scales and biases
-    decode: Callable[[Array], Groups]
+    groups: Callable[[Array], Groups]
+    zero: int = 0
+    iq4: bool = False
 
 
 class GGMLType(NamedTuple):
@@ -61,12 +65,14 @@ class GGMLType(NamedTuple):
         return self.layout.itemsize
 
 
-def decode(blocks: Array, coding: Coding) -> Groups:
-    """Blocks (of a type's `layout`) -> affine groups. Scales or biases that are not finite are the caller's to refuse:
-    those of a damaged file, or of weights beyond float16's range, which no model has.
+def decode(blocks: Array, coding: Coding) -> QMatrix[Array]:
+    """Blocks, of a type's `layout`, as a matrix of one block a row, codes not packed yet: uint8 [blocks, block].
+
+    Numbers that are not finite, of a damaged file, are the caller's to refuse.
     """
-    with np.errstate(over="ignore", invalid="ignore"):
-        return coding.decode(blocks)
+    codes, scales, biases, block_scales, block_biases = coding.groups(blocks)
+    units = block_scales, block_biases, coding.zero, coding.iq4
+    return QMatrix(codes, scales, biases, coding.bits, coding.group_size, *units)
 
 
 def _nibbles(packed: Codes) -> Codes:
@@ -75,16 +81,12 @@ def _nibbles(packed: Codes) -> Codes:
     return codes
 
 
-def _column(x: Array, dtype: type = np.float16) -> Array:
-    return x.astype(dtype)[:, None]
+def _column(x: Array) -> Array:
+    return x[:, None]
 
 
-def _symmetric(codes: Codes, scales: Array, zero: int) -> Groups:
-    return Groups(codes, scales, scales * scales.dtype.type(-zero))
-
-
-def _q4_0(b: Array) -> Groups:
-    return _symmetric(_nibbles(b["qs"][:, None]), _column(b["d"]), 8)
+def _nibble_groups(b: Array) -> Groups:
+    return Groups(_nibbles(b["qs"][:, None]), _column(b["d"]))
 
 
 def _q4_1(b: Array) -> Groups:
@@ -98,7 +100,7 @@ def _five_bits(b: Array) -> Codes:
 
 
 def _q5_0(b: Array) -> Groups:
-    return _symmetric(_five_bits(b), _column(b["d"]), 16)
+    return Groups(_five_bits(b), _column(b["d"]))
 
 
 def _q5_1(b: Array) -> Groups:
@@ -106,46 +108,41 @@ def _q5_1(b: Array) -> Groups:
 
 
 def _q8_0(b: Array) -> Groups:
-    return _symmetric(b["qs"] ^ 0x80, _column(b["d"]), 128)  # two's complement + 128
-
-
-def _iq4_nl(b: Array) -> Groups:
-    return _symmetric(_IQ4_CODES[_nibbles(b["qs"][:, None])], _column(b["d"]), 128)
+    return Groups(b["qs"] ^ 0x80, _column(b["d"]))  # two's complement + 128
 
 
 def _iq4_xs(b: Array) -> Groups:
     low = np.stack([b["scales_l"] & 15, b["scales_l"] >> 4], axis=2).reshape(len(b), 8)
     high = b["scales_h"][:, None] >> np.arange(0, 16, 2, dtype=np.uint16) & 3
-    scales = _column(b["d"], np.float32) * ((low | high << 4).astype(np.float32) - 32)
-    return _symmetric(_IQ4_CODES[_nibbles(b["qs"].reshape(-1, 8, 16))], scales, 128)
+    scales = (low | high << 4).astype(np.int8) - np.int8(32)
+    return Groups(_nibbles(b["qs"].reshape(-1, 8, 16)), scales, block_scales=_column(b["d"]))
 
 
-def _k_scales(b: Array) -> tuple[Float32, Float32]:
-    """Scales and biases [blocks, 8] of Q4_K and Q5_K: eight pairs of 6-bit numbers in 12 bytes.
+def _k_groups(codes: Codes, b: Array) -> Groups:
+    """Q4_K and Q5_K: eight pairs of 6-bit numbers in 12 bytes.
 
     The first four pairs are the low six bits of bytes 0-3 and 4-7; the others have their low four bits in the
     nibbles of bytes 8-11 and their high two on top of the first four.
     """
     first, second, third = (b["scales"][:, i : i + 4] for i in (0, 4, 8))
-    sc = np.concatenate([first & 63, third & 15 | first >> 6 << 4], axis=1)
-    mn = np.concatenate([second & 63, third >> 4 | second >> 6 << 4], axis=1)
-    d, dmin = _column(b["d"], np.float32), _column(b["dmin"], np.float32)
-    return d * sc.astype(np.float32), -dmin * mn.astype(np.float32)
+    sc = np.concatenate([first & 63, third & 15 | first >> 6 << 4], axis=1).view(np.int8)
+    mn = np.concatenate([second & 63, third >> 4 | second >> 6 << 4], axis=1).view(np.int8)
+    return Groups(codes, sc, -mn, _column(b["d"]), _column(b["dmin"]))
 
 
 def _q4_k(b: Array) -> Groups:
-    return Groups(_nibbles(b["qs"].reshape(-1, 4, 32)), *_k_scales(b))
+    return _k_groups(_nibbles(b["qs"].reshape(-1, 4, 32)), b)
 
 
 def _q5_k(b: Array) -> Groups:
     fifth = b["qh"][:, None] >> np.arange(8, dtype=np.uint8)[:, None] & 1  # [blocks, 8, 32]
-    return Groups(_nibbles(b["qs"].reshape(-1, 4, 32)) | fifth.reshape(-1, 256) << 4, *_k_scales(b))
+    return _k_groups(_nibbles(b["qs"].reshape(-1, 4, 32)) | fifth.reshape(-1, 256) << 4, b)
 
 
 def _q6_k(b: Array) -> Groups:
     high = b["qh"].reshape(-1, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3  # [blocks, 2, 4, 32]
     codes = _nibbles(b["ql"].reshape(-1, 2, 64)) | high.reshape(-1, 256) << 4
-    return _symmetric(codes, _column(b["d"], np.float32) * b["scales"].astype(np.float32), 32)
+    return Groups(codes, b["scales"], block_scales=_column(b["d"]))
 
 
 _D, _M = ("d", "<f2"), ("m", "<f2")
@@ -155,19 +152,19 @@ _TYPES = (
     (0, GGMLType("F32", np.dtype("<f4"))),
     (1, GGMLType("F16", np.dtype("<f2"))),
     (30, GGMLType("BF16", np.dtype("<u2"))),
-    (2, GGMLType("Q4_0", np.dtype([_D, _NIBBLES]), 32, Coding(4, 32, np.float16, _q4_0))),
-    (3, GGMLType("Q4_1", np.dtype([_D, _M, _NIBBLES]), 32, Coding(4, 32, np.float16, _q4_1))),
-    (6, GGMLType("Q5_0", np.dtype([_D, ("qh", "u1", 4), _NIBBLES]), 32, Coding(5, 32, np.float16, _q5_0))),
-    (7, GGMLType("Q5_1", np.dtype([_D, _M, ("qh", "u1", 4), _NIBBLES]), 32, Coding(5, 32, np.float16, _q5_1))),
-    (8, GGMLType("Q8_0", np.dtype([_D, ("qs", "u1", 32)]), 32, Coding(8, 32, np.float16, _q8_0))),
-    (12, GGMLType("Q4_K", np.dtype([*_K_HEAD, ("qs", "u1", 128)]), 256, Coding(4, 32, np.float32, _q4_k))),
+    (2, GGMLType("Q4_0", np.dtype([_D, _NIBBLES]), 32, Coding(4, 32, _nibble_groups, 8))),
+    (3, GGMLType("Q4_1", np.dtype([_D, _M, _NIBBLES]), 32, Coding(4, 32, _q4_1))),
+    (6, GGMLType("Q5_0", np.dtype([_D, ("qh", "u1", 4), _NIBBLES]), 32, Coding(5, 32, _q5_0, 16))),
+    (7, GGMLType("Q5_1", np.dtype([_D, _M, ("qh", "u1", 4), _NIBBLES]), 32, Coding(5, 32, _q5_1))),
+    (8, GGMLType("Q8_0", np.dtype([_D, ("qs", "u1", 32)]), 32, Coding(8, 32, _q8_0, 128))),
+    (12, GGMLType("Q4_K", np.dtype([*_K_HEAD, ("qs", "u1", 128)]), 256, Coding(4, 32, _q4_k))),
     (13, GGMLType("Q5_K", np.dtype([*_K_HEAD, ("qh", "u1", 32), ("qs", "u1", 128)]), 256,
-                  Coding(5, 32, np.float32, _q5_k))),
+                  Coding(5, 32, _q5_k))),
     (14, GGMLType("Q6_K", np.dtype([("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), _D]), 256,
-                  Coding(6, 16, np.float32, _q6_k))),
-    (20, GGMLType("IQ4_NL", np.dtype([_D, _NIBBLES]), 32, Coding(8, 32, np.float16, _iq4_nl))),
+                  Coding(6, 16, _q6_k, 32))),
+    (20, GGMLType("IQ4_NL", np.dtype([_D, _NIBBLES]), 32, Coding(4, 32, _nibble_groups, 128, iq4=True))),
     (23, GGMLType("IQ4_XS", np.dtype([_D, ("scales_h", "<u2"), ("scales_l", "u1", 4), ("qs", "u1", 128)]), 256,
-                  Coding(8, 32, np.float32, _iq4_xs))),
+                  Coding(4, 32, _iq4_xs, 128, iq4=True))),
 )  # fmt: skip
 TYPES: Mapping[int, GGMLType] = dict(_TYPES)
 """The tensor types that edgeq reads, by ggml's number."""

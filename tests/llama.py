@@ -102,7 +102,7 @@ def k_shape(value_heads_per_key_head: int = 2, **text: Any) -> dict[str, Any]:
     shape = {
         "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2,
         "head_dim": 64, "linear_num_key_heads": 4 // value_heads_per_key_head, "linear_num_value_heads": 4,
-        "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+        "linear_key_head_dim": 128, "linear_value_head_dim": 128,
     }  # fmt: skip
     values = config_values(**{**shape, **text})
     values["text_config"]["rope_parameters"]["mrope_section"] = [3, 3, 2]

@@ -14,6 +14,7 @@ from edgeq.quant import matrix
 from edgeq.quant.affine import BITS, GROUP_SIZES, dequantize, pack, unpack
 from edgeq.quant.matrix import QuantizedRows, quantize_rows, quantize_rows_numpy
 from edgeq.quant.search import min_max, search
+from edgeq.weights import QMatrix
 
 BF16, F16, F32 = np.dtype(np.uint16), np.dtype(np.float16), np.dtype(np.float32)
 native = pytest.mark.skipif(matrix._native is None, reason="the native extension is not built")
@@ -55,7 +56,7 @@ KINDS = ("gaussian", "heavy-tailed", "uniform", "like a real matrix", "one outli
 
 
 def decode(q: QuantizedRows, bits: int, group_size: int) -> Float32:
-    return dequantize(q.codes, q.scales, q.biases, bits, group_size)
+    return dequantize(QMatrix(q.codes, q.scales, q.biases, bits, group_size))
 
 
 def squared_error(x: Float32, decoded: Float32) -> float:

@@ -119,7 +119,7 @@ def bound(c: TextConfig, weights: Any, ids: Array, dtype: str) -> float:
     if dtype == "float32":
         return FLOAT32
     table = weights.embed_tokens
-    table = dequantize(*table) if isinstance(table, QMatrix) else to_float32(table)
+    table = dequantize(table) if isinstance(table, QMatrix) else to_float32(table)
     stored = weights.layers[0].mlp.gate_proj
     stored = stored.scales if isinstance(stored, QMatrix) else stored
     unit = UNIT["bfloat16" if stored.dtype == np.uint16 else dtype]  # activations take the type of what they meet
@@ -626,5 +626,5 @@ def test_the_right_backend_for_int4_rows() -> None:
     """MLX's own dequantization is the specification's, bit for bit, in float32."""
     rng = np.random.default_rng(0)
     codes, scales, biases = mx.quantize(mx.array(rng.standard_normal((8, 128)).astype(np.float32)), 32, 4)
-    ours = dequantize(np.array(codes), np.array(scales), np.array(biases), 4, 32)
+    ours = dequantize(QMatrix(np.array(codes), np.array(scales), np.array(biases), 4, 32))
     assert nmse(np.array(mx.dequantize(codes, scales, biases, 32, 4)), ours) <= 1e-13

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf_forms import FORMS, Form, gguf_matrix
 from numpy.typing import NDArray
 from process import run_python
 
 from edgeq.bf16 import from_float32, round_to, to_float32
-from edgeq.quant.affine import dequantize, pack, unpack
+from edgeq.quant.affine import IQ4, dequantize, group_numbers, pack, unpack
+from edgeq.weights import QMatrix
 
 native = pytest.importorskip("edgeq.backends.cpu._native", reason="the native backend is not compiled")
 
@@ -48,15 +50,16 @@ def multiply(x: Array, w: Any) -> Array:
     return out
 
 
-def emulate(x: Array, codes: Array, scales: Array, biases: Array, bits: int, group: int) -> Array:
+def emulate(x: Array, w: QMatrix[Array]) -> Array:
     """The kernels' arithmetic: activations in int8 by groups, integer sums, float64 from there on."""
-    groups = x.reshape(x.shape[0], -1, group)
+    groups = x.reshape(x.shape[0], -1, w.group_size)
     amax = np.abs(groups).max(-1, keepdims=True)
     q = np.rint(groups * (np.float32(127) / amax)).astype(np.int64)
     a = (amax / np.float32(127)).astype(np.float64)[..., 0]
-    c = unpack(codes, bits).astype(np.int64).reshape(codes.shape[0], -1, group)
+    c = unpack(w.codes, w.bits)
+    c = (IQ4[c] if w.iq4 else c).astype(np.int64).reshape(len(c), -1, w.group_size)
     dots = np.einsum("tgi,ogi->tog", q, c).astype(np.float64)
-    s, b = (to_float32(v).astype(np.float64) for v in (scales, biases))
+    s, b = (v.astype(np.float64) for v in group_numbers(w))
     return np.einsum("tog,og,tg->to", dots, s, a) + np.einsum("tg,og,tg->to", q.sum(-1).astype(np.float64), b, a)
 
 
@@ -68,7 +71,18 @@ def test_arithmetic(bits: int, group: int, tokens: int) -> None:
     rng = np.random.default_rng(bits * group + tokens)
     parts = quantized(rng, 35, 5 * group, bits, group)
     x = rng.normal(size=(tokens, 5 * group)).astype(np.float32)
-    assert nmse(emulate(x, *parts), multiply(x, native.Matrix(*parts))) < 1e-12
+    assert nmse(emulate(x, QMatrix(*parts)), multiply(x, native.Matrix(*parts))) < 1e-12
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 6, 19])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_arithmetic_of_gguf_s_types(form: Form, tokens: int) -> None:
+    """The same; 768 weights are 24 groups of 32, so that the last sixteen are only eight. Where codes and bias nearly
+    cancel (zero 128), rounding weighs more."""
+    rng = np.random.default_rng(tokens)
+    w = gguf_matrix(rng, form, 35, 768)
+    x = rng.normal(size=(tokens, 768)).astype(np.float32)
+    assert nmse(emulate(x, w), multiply(x, native.Matrix(*w))) < (1e-11 if form.zero == 128 else 1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,7 +91,7 @@ def test_dtypes_of_scales(dtype: str, tokens: int) -> None:
     rng = np.random.default_rng(7)
     parts = quantized(rng, 9, 1152, 4, 64, DTYPES[dtype])  # 18 groups: more than 16, and no multiple of 4
     x = rng.normal(size=(tokens, 1152)).astype(np.float32)
-    assert nmse(emulate(x, *parts), multiply(x, native.Matrix(*parts))) < 1e-12
+    assert nmse(emulate(x, QMatrix(*parts)), multiply(x, native.Matrix(*parts))) < 1e-12
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -87,7 +101,7 @@ def test_quantizing_activations_costs_little(bits: int) -> None:
     rng = np.random.default_rng(bits)
     parts = quantized(rng, 256, 1024, bits, 64)
     x = rng.normal(size=(8, 1024)).astype(np.float32)
-    assert nmse(x @ dequantize(*parts).T, multiply(x, native.Matrix(*parts))) < 6e-5
+    assert nmse(x @ dequantize(QMatrix(*parts)).T, multiply(x, native.Matrix(*parts))) < 6e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -169,7 +183,15 @@ def test_embed_is_dequantize(bits: int) -> None:
     ids = np.array([0, 49, 7, 7, 31, 2, 3, 4, 5, 6], np.int32)
     out = np.empty((10, 320), np.float32)
     native.embed(native.Matrix(*parts), ids, out)
-    np.testing.assert_array_equal(out, dequantize(*parts)[ids])
+    np.testing.assert_array_equal(out, dequantize(QMatrix(*parts))[ids])
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_embed_is_dequantize_for_gguf_s_types(form: Form) -> None:
+    w = gguf_matrix(np.random.default_rng(5), form, 20, 768)
+    ids, out = np.array([19, 0, 7], np.int32), np.empty((3, 768), np.float32)
+    native.embed(native.Matrix(*w), ids, out)
+    np.testing.assert_array_equal(out, dequantize(w)[ids])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -228,6 +250,23 @@ class TestBadInput:
             native.Matrix(codes, scales, biases.view(np.float16), bits, group)
         with pytest.raises(TypeError):
             native.Matrix(np.zeros((2, 2), np.float64))
+
+    def test_gguf_s_fields(self) -> None:
+        w = gguf_matrix(np.random.default_rng(0), FORMS["Q4_K"], 8, 512)
+        assert native.Matrix(*w).nbytes == sum(x.nbytes for x in w.arrays)
+        wrong = {
+            "block_biases: expected with biases": {"block_biases": None},
+            "scales: not the dtype": {"scales": w.scales.astype(np.float16)},
+            "scales: expected float32, float16": {"block_scales": None, "block_biases": None},
+            "block_scales: not the dtype": {"block_scales": w.block_scales.astype(np.float32)},
+            "block_scales: expected one number for 4, 8 or 16": {"block_scales": np.ones((8, 16), np.float16)},
+            "block_biases: expected shape": {"block_biases": np.ones((8, 4), np.float16)},
+            "zero: expected 0 to 128": {"zero": 129},
+            "iq4: expected 4 bits": {"iq4": True, "bits": 8, "codes": np.repeat(w.codes, 2, axis=1)},
+        }
+        for message, change in wrong.items():
+            with pytest.raises((ValueError, TypeError), match=message):
+                native.Matrix(*w._replace(**change))
 
     def test_strides(self, parts: tuple) -> None:
         codes, scales, biases, bits, group = parts

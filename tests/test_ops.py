@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf_forms import FORMS, Form, gguf_matrix
 
 from edgeq.backends import available
 from edgeq.backends.ops import Ops
@@ -84,14 +85,12 @@ def quantized(rng: np.random.Generator, out: int, width: int, bits: int, group: 
 
 
 def load(ops: Ops[Any], m: Matrix[Array]) -> Matrix[Any]:
-    if isinstance(m, QMatrix):
-        return QMatrix(ops.load(m.codes), ops.load(m.scales), ops.load(m.biases), m.bits, m.group_size)
-    return ops.load(m)
+    return ops.prepare(m).map(ops.load) if isinstance(m, QMatrix) else ops.load(m)
 
 
 def dense(m: Matrix[Array]) -> Array:
     """The matrix in float64."""
-    weights = dequantize(*m) if isinstance(m, QMatrix) else to_float32(m)
+    weights = dequantize(m) if isinstance(m, QMatrix) else to_float32(m)
     return weights.astype(np.float64)
 
 
@@ -150,6 +149,16 @@ def test_linear(ops: Ops[Any], rng: np.random.Generator, T: int, dtype: type, ou
 def test_linear_quantized(ops: Ops[Any], rng: np.random.Generator, T: int, bits: int, group: int) -> None:
     for dtype, out in ((np.float32, 1), (np.float16, 33), (np.uint16, 70)):
         x, w = normal(rng, T, 384), quantized(rng, out, 384, bits, group, dtype)
+        y = ops.numpy(ops.linear(ops.array(x), load(ops, w)))
+        assert nmse(x.astype(np.float64) @ dense(w).T, y) <= bound(ops, "linear quantized")
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_gguf_s_types(ops: Ops[Any], rng: np.random.Generator, form: Form) -> None:
+    w, ids = gguf_matrix(rng, form, 33, 768), np.array([32, 0, 5], np.int32)
+    assert nmse(dense(w)[ids], ops.numpy(ops.embed(load(ops, w), ops.array(ids)))) <= POINTWISE
+    for T in (1, 3, 20):
+        x = normal(rng, T, 768)
         y = ops.numpy(ops.linear(ops.array(x), load(ops, w)))
         assert nmse(x.astype(np.float64) @ dense(w).T, y) <= bound(ops, "linear quantized")
 

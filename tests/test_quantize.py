@@ -54,7 +54,7 @@ def q4(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 def decoded(folder: FolderCheckpoint, name: str) -> Array:
     m = folder.matrix(name)
-    return dequantize(*m) if isinstance(m, QMatrix) else to_float32(m)
+    return dequantize(m) if isinstance(m, QMatrix) else to_float32(m)
 
 
 def nmse(x: Array, reference: Array) -> float:

@@ -3,6 +3,9 @@
 // copy of `out` would swallow the result.
 #include "bind_linear.h"
 
+#include <nanobind/stl/optional.h>
+
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -54,7 +57,16 @@ Type type_of(const AnyArray& x, const char* name) {
 
 // --- the matrix ------------------------------------------------------------------------------------------------------
 
-BoundMatrix quantized(const Codes& codes, const AnyArray& scales, const AnyArray& biases, int bits, int group_size) {
+// How many groups share one of `blocks` float16 units, as a shift.
+int block_shift(size_t groups, size_t blocks) {
+    for (int shift : {2, 3, 4})
+        if (blocks << shift == groups) return shift;
+    throw nb::value_error("block_scales: expected one number for 4, 8 or 16 groups");
+}
+
+BoundMatrix quantized(const Codes& codes, const AnyArray& scales, const std::optional<AnyArray>& biases, int bits,
+                      int group_size, const std::optional<AnyArray>& block_scales,
+                      const std::optional<AnyArray>& block_biases, int zero, bool iq4) {
     require(bits == 2 || bits == 3 || bits == 4 || bits == 5 || bits == 6 || bits == 8,
             "bits: expected 2, 3, 4, 5, 6 or 8, found " + std::to_string(bits));
     require(group_size == 32 || group_size == 64 || group_size == 128 || (group_size == 16 && bits == 6),
@@ -62,15 +74,36 @@ BoundMatrix quantized(const Codes& codes, const AnyArray& scales, const AnyArray
     const size_t out = codes.shape(0), words = codes.shape(1), in = words * 32 / bits;
     require(out > 0 && words > 0 && words * 32 % bits == 0 && in % group_size == 0,
             "codes: " + shape_text(out, words) + " is no whole number of groups");
-    require_shape(scales, "scales", out, in / group_size);
-    require_shape(biases, "biases", out, in / group_size);
-    const Type type = type_of(scales, "scales");
-    require(type == type_of(biases, "biases"), "biases: not the dtype of scales");
+    require(!iq4 || (bits == 4 && group_size == 32), "iq4: expected 4 bits in groups of 32");
+    require(zero >= 0 && zero <= 128, "zero: expected 0 to 128, found " + std::to_string(zero));
+    const size_t groups = in / group_size;
+    const Type type = block_scales ? Type::i8 : type_of(scales, "scales");
+    Matrix m = {codes.data(), scales.data(), nullptr, int64_t(out), int64_t(in), bits, group_size, type};
+    m.zero = zero, m.iq4 = iq4;
+    BoundMatrix bound = {m, {nb::ndarray<nb::ro>(codes)}};
+    // Points the matrix to numbers [out, columns] of a type, and keeps them.
+    auto take = [&](const AnyArray& x, const char* name, Type expected, size_t columns) {
+        bool right = expected == Type::i8 ? x.dtype() == nb::dtype<int8_t>() : type_of(x, name) == expected;
+        require(right, std::string(name) + ": not the dtype that goes with the other arrays'");
+        require_shape(x, name, out, columns);
+        require_aligned(x, name);
+        bound.arrays.push_back(nb::ndarray<nb::ro>(x));
+        return x.data();
+    };
     require_aligned(codes, "codes");
-    require_aligned(scales, "scales");
-    require_aligned(biases, "biases");
-    Matrix m = {codes.data(), scales.data(), biases.data(), int64_t(out), int64_t(in), bits, group_size, type};
-    return {m, nb::ndarray<nb::ro>(codes), nb::ndarray<nb::ro>(scales), nb::ndarray<nb::ro>(biases)};
+    bound.matrix.scales = take(scales, "scales", type, groups);
+    if (biases) bound.matrix.biases = take(*biases, "biases", type, groups);
+    require(bool(block_biases) == (block_scales && biases), "block_biases: expected with biases and block_scales");
+    if (block_scales) {
+        const size_t blocks = block_scales->shape(1);
+        bound.matrix.block_shift = block_shift(groups, blocks);
+        bound.matrix.block_scales =
+            static_cast<const uint16_t*>(take(*block_scales, "block_scales", Type::f16, blocks));
+        if (biases)
+            bound.matrix.block_biases =
+                static_cast<const uint16_t*>(take(*block_biases, "block_biases", Type::f16, blocks));
+    }
+    return bound;
 }
 
 BoundMatrix plain(const AnyArray& values) {
@@ -78,11 +111,13 @@ BoundMatrix plain(const AnyArray& values) {
     require_aligned(values, "values");
     Matrix m = {values.data(), nullptr, nullptr, int64_t(values.shape(0)), int64_t(values.shape(1)), 0, 0,
                 type_of(values, "values")};
-    return {m, nb::ndarray<nb::ro>(values), {}, {}};
+    return {m, {nb::ndarray<nb::ro>(values)}};
 }
 
 size_t nbytes(const BoundMatrix& m) {
-    return m.data.nbytes() + (m.matrix.bits ? m.scales.nbytes() + m.biases.nbytes() : 0);
+    size_t total = 0;
+    for (auto& x : m.arrays) total += x.nbytes();
+    return total;
 }
 
 // --- operations ------------------------------------------------------------------------------------------------------
@@ -146,9 +181,11 @@ void set_threads(int threads) {
 
 void bind_linear(nb::module_& m) {
     nb::class_<BoundMatrix>(m, "Matrix", "A matrix [out, in] in the memory of the arrays that it is made of.")
-        .def(nb::new_(&quantized), "codes"_a.noconvert(), "scales"_a.noconvert(), "biases"_a.noconvert(), "bits"_a,
-             "group_size"_a,
-             "Group-quantized, see edgeq.weights.QMatrix; scales and biases float32, float16 or uint16 (bfloat16).")
+        .def(nb::new_(&quantized), "codes"_a.noconvert(), "scales"_a.noconvert(),
+             "biases"_a.noconvert().none(), "bits"_a, "group_size"_a, "block_scales"_a.noconvert() = nb::none(),
+             "block_biases"_a.noconvert() = nb::none(), "zero"_a = 0, "iq4"_a = false,
+             "Group-quantized, see edgeq.weights.QMatrix; scales and biases float32, float16 or uint16 (bfloat16), or "
+             "int8 in units of block_scales and block_biases, float16.")
         .def(nb::new_(&plain), "values"_a.noconvert(), "Plain: float32, float16 or uint16 (bfloat16) [out, in].")
         .def_prop_ro("shape", [](const BoundMatrix& w) { return nb::make_tuple(w.matrix.out, w.matrix.in); })
         .def_prop_ro("bits", [](const BoundMatrix& w) { return w.matrix.bits; }, "0 for a plain matrix.")

@@ -4,6 +4,8 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <vector>
+
 #include "kernels/kernels.h"
 
 namespace edgeq {
@@ -11,7 +13,7 @@ namespace edgeq {
 // Keeps the arrays alive whose memory `matrix` points into.
 struct BoundMatrix {
     Matrix matrix;
-    nanobind::ndarray<nanobind::ro> data, scales, biases;
+    std::vector<nanobind::ndarray<nanobind::ro>> arrays;
 };
 
 }  // namespace edgeq

@@ -44,9 +44,9 @@ def leaves(weights: Any) -> list[Array]:
     if isinstance(weights, np.ndarray):
         return [weights]
     arrays: list[Array] = []
-    for part in weights[:3] if isinstance(weights, QMatrix) else weights:
+    for part in (weights,) if isinstance(weights, QMatrix) else weights:
         if isinstance(part, QMatrix):
-            arrays += part[:3]
+            arrays += part.arrays
         else:
             arrays.append(part)
     return arrays
@@ -54,7 +54,7 @@ def leaves(weights: Any) -> list[Array]:
 
 def matrix(w: Matrix[Array]) -> Any:
     if isinstance(w, QMatrix):
-        return _native.Matrix(w.codes.view(), w.scales.view(), w.biases.view(), w.bits, w.group_size)
+        return _native.Matrix(*w.map(lambda x: x.view()))
     return _native.Matrix(w.view())
 
 

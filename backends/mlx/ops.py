@@ -27,6 +27,7 @@ from edgeq.backends.ops import Angles, Ops
 from edgeq.bf16 import Array, Float32
 from edgeq.config import RopeConfig, TextConfig
 from edgeq.model import layers
+from edgeq.quant.affine import mlx_layout
 from edgeq.state import DeltaState, KVCache, State
 from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights, QMatrix
 
@@ -83,6 +84,9 @@ class MlxOps(Ops[mx.array]):
         mx.eval(y)  # what is still to be computed belongs to the thread that asked for it
         return y
 
+    def prepare(self, w: QMatrix[Array]) -> QMatrix[Array]:
+        return mlx_layout(w)
+
     def array(self, x: Array) -> mx.array:
         return mx.array(x)
 
@@ -110,7 +114,7 @@ class MlxOps(Ops[mx.array]):
 
     def embed(self, table: Matrix[mx.array], ids: mx.array) -> mx.array:
         if isinstance(table, QMatrix):
-            codes, scales, biases = (x[ids] for x in table[:3])
+            codes, scales, biases = (x[ids] for x in table.arrays)
             wide = scales.astype(mx.float32), biases.astype(mx.float32)
             return _dequantize(QMatrix(codes, *wide, table.bits, table.group_size)).astype(self.dtype)
         return table[ids].astype(self.dtype)
@@ -335,7 +339,8 @@ def _dequantize(w: QMatrix[mx.array]) -> mx.array:
 def _halves(w: QMatrix[mx.array]) -> list[QMatrix[mx.array]]:
     """MLX has no groups of 16, which GGUF's Q6_K has: two readings of the same codes in groups of 32, one right in the
     first half of every group, one in the second."""
-    return [QMatrix(w.codes, w.scales[..., half::2], w.biases[..., half::2], w.bits, 32) for half in (0, 1)]
+    codes, scales, biases = w.arrays
+    return [QMatrix(codes, scales[..., half::2], biases[..., half::2], w.bits, 32) for half in (0, 1)]
 
 
 def _in_first_half(n: int) -> mx.array:

@@ -40,7 +40,7 @@ def softplus(x: Float32) -> Float32:
 def matrix_rows(w: Matrix[Array], rows: slice | Array) -> Float32:
     """Some rows of a matrix as float32 [rows, in]."""
     if isinstance(w, QMatrix):
-        return dequantize(w.codes[rows], w.scales[rows], w.biases[rows], w.bits, w.group_size)
+        return dequantize(w.map(lambda x: x[rows]))
     return to_float32(w[rows])
 
 

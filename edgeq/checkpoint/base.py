@@ -83,7 +83,7 @@ class Checkpoint(ABC):
     def _checked_matrix(self, name: str) -> Matrix[Array]:
         matrix = self.matrix(name)
         if isinstance(matrix, QMatrix):
-            if not (all_finite(matrix.scales) and all_finite(matrix.biases)):
+            if not all(map(all_finite, matrix.arrays[1:])):  # the first are codes
                 raise ModelError(f"{self.path}: {name} has NaN or infinity in its scales", hint="the file is damaged")
         elif name.endswith(_HIDING) and not all_finite(matrix):
             raise ModelError(f"{self.path}: {name} holds NaN or infinity", hint="the file is damaged")
@@ -95,13 +95,12 @@ class Checkpoint(ABC):
             if len(spec.shape) != 2:
                 continue
             matrix = self.matrix(spec.name)
-            parts = (matrix.scales, matrix.biases) if isinstance(matrix, QMatrix) else (matrix,)
-            if not all(all_finite(part) for part in parts):
+            if not all(map(all_finite, matrix.arrays[1:] if isinstance(matrix, QMatrix) else (matrix,))):
                 return spec.name
         return None
 
 
 def _rows(w: Matrix[Array], rows: slice | Array) -> Float32:
     if isinstance(w, QMatrix):
-        return dequantize(w.codes[rows], w.scales[rows], w.biases[rows], w.bits, w.group_size)
+        return dequantize(w.map(lambda x: x[rows]))
     return to_float32(w[rows])

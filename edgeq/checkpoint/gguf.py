@@ -32,8 +32,8 @@ from edgeq.checkpoint.gguf_layout import (
 from edgeq.checkpoint.gguf_tokenizer import token_ids, tokenizer_spec
 from edgeq.config import parse_config
 from edgeq.errors import ModelError
-from edgeq.quant.affine import pack
-from edgeq.quant.ggml import Coding, Groups, decode
+from edgeq.quant.affine import IQ4, apply_groups, group_numbers, pack
+from edgeq.quant.ggml import Coding, decode
 from edgeq.weights import Matrix, QMatrix, Role, TensorSpec, all_tensors, text_tensors
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ __all__ = ["GGUFCheckpoint"]
 
 _BLOCK = 1 << 20  # weights whose codes are put in order at a time, by each of a few threads
 _THREADS = min(4, os.cpu_count() or 1)
+_UNIT = 128  # weights that a unit of scales is for where heads move; elsewhere it is the file's 256
 _SHOWN = 12  # problems listed before "and N more"
 _MATRICES = (Role.LINEAR, Role.EMBEDDING, Role.GATE)
 
@@ -101,12 +102,8 @@ class GGUFCheckpoint(Checkpoint):
         if coding is None:
             x = to_float32(tensor.blocks()[_in_file(rows, order)])
             return x if order is None or order.axis == 0 else order.from_file(x)
-        q, s, b = self._decode(tensor, coding, rows)
-        weights = q.astype(np.float32)
-        groups = weights.reshape(*s.shape, coding.group_size)
-        groups *= to_float32(s)[..., None]
-        groups += to_float32(b)[..., None]
-        return weights
+        w = self._decode(tensor, coding, rows)
+        return apply_groups(IQ4[w.codes] if w.iq4 else w.codes, *group_numbers(w))
 
     def vector(self, name: str) -> Float32:
         tensor, order = self.tensors[name], self._order(name)
@@ -158,35 +155,39 @@ class GGUFCheckpoint(Checkpoint):
     def _quantized(self, tensor: _Tensor, coding: Coding) -> QMatrix[Array]:
         """Decode a matrix, some rows at a time, into the layout of `QMatrix`."""
         out, width = tensor.infos[0].shape
-        codes = np.empty((out, width * coding.bits // 32), np.uint32)
-        scales: Array = np.empty((out, width // coding.group_size), coding.dtype)
-        biases = np.empty_like(scales)
+
+        def packed(rows: slice) -> QMatrix[Array]:
+            w = self._decode(tensor, coding, rows)
+            return w._replace(codes=pack(w.codes, w.bits))
+
+        whole = packed(slice(0, 1)).map(lambda x: np.empty((out, x.shape[1]), x.dtype))
 
         def convert(rows: slice) -> None:
-            q, scales[rows], biases[rows] = self._decode(tensor, coding, rows)
-            codes[rows] = pack(q, coding.bits)
+            for target, part in zip(whole.arrays, packed(rows).arrays, strict=True):
+                target[rows] = part
 
         step = max(1, _BLOCK // width)
         with ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(convert, (slice(row, row + step) for row in range(0, out, step))))
         tensor.file.drop_pages()
-        return QMatrix(codes, scales, biases, coding.bits, coding.group_size)
+        return whole
 
-    def _decode(self, tensor: _Tensor, coding: Coding, rows: slice | Array) -> Groups:
-        """Some rows of a quantized matrix: codes [rows, in], scales and biases [rows, groups]."""
+    def _decode(self, tensor: _Tensor, coding: Coding, rows: slice | Array) -> QMatrix[Array]:
+        """Some rows of a quantized matrix, codes not packed yet: uint8 [rows, in]."""
         order = self._order(tensor.spec.name)
         part = tensor.blocks()[_in_file(rows, order)]
-        q, s, b = (x.reshape(len(part), -1) for x in decode(part.reshape(-1), coding))
-        if order is not None and order.axis == 1:  # whole heads move, and groups with them
-            by_group = order.positions[:: coding.group_size] // coding.group_size
-            q, s, b = q[:, order.positions], s[:, by_group], b[:, by_group]
-        if not (np.isfinite(s).all() and np.isfinite(b).all()):
-            raise self._damaged(tensor)
-        return Groups(q, s, b)
+
+        def by_row(x: Array) -> Array:
+            if x.dtype == np.float16 and not np.isfinite(x).all():
+                raise self._damaged(tensor)
+            x = x.reshape(len(part), -1)
+            return x if order is None or order.axis == 0 else _reordered(x, order)
+
+        return decode(part.reshape(-1), coding).map(by_row)
 
     def _damaged(self, tensor: _Tensor) -> ModelError:
         return ModelError(
-            f"{tensor.file.path}: {tensor.names[0]} holds NaN, infinity or values that no model has",
+            f"{tensor.file.path}: {tensor.names[0]} holds NaN or infinity",
             hint="the file is damaged; download or copy it again",
         )
 
@@ -245,8 +246,16 @@ class GGUFCheckpoint(Checkpoint):
                 yield f"{name} is {info.type.name} in rows of {shape[1]}, expected a multiple of 32"
             elif coding is not None and spec.name.endswith("linear_attn.out_proj.weight"):
                 width, order = self.config.text.linear_value_head_dim, self._order(spec.name)
-                if order is not None and width % coding.group_size:
-                    yield f"{name} is {info.type.name}, whose groups of {coding.group_size} cut heads of {width}"
+                part = min(info.type.block, _UNIT)
+                if order is not None and width % part:
+                    yield f"{name} is {info.type.name} in heads of {width}, expected a multiple of {part}"
+
+
+def _reordered(x: Array, order: HeadOrder) -> Array:
+    """Columns of codes, scales or units, each for some weights of a row, when the heads in it move."""
+    width = len(order.positions) // x.shape[1]  # weights of a column
+    part = min(width, _UNIT)
+    return np.repeat(x, width // part, axis=1)[:, order.positions[::part] // part]
 
 
 def _in_file(rows: slice | Array, order: HeadOrder | None) -> slice | Array:

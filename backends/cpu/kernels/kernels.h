@@ -5,6 +5,8 @@
 //
 //     y = sum over groups of  (s a) * sum(code q)  +  b * (a sum(q))
 //
+// s and b are float32, widened or multiplied out of what the matrix holds (exactly) when they are needed.
+//
 // The sums over a group are exact integers (int32) and therefore equal on every set. The float sum over groups runs in
 // an order of the set's own; test.cpp bounds the difference. No contraction (-ffp-contract=off): a set uses a fused
 // multiply-add where it says so, not where the compiler feels like it.
@@ -17,11 +19,15 @@
 
 namespace edgeq {
 
-enum class Type : int { f32, f16, bf16 };
+enum class Type : int { f32, f16, bf16, i8 };
 
 // A matrix [out, in], rows contiguous. bits = 0: values of `type`. Otherwise group-quantized in the MLX affine
 // layout: rows of `bits`-bit codes, one stream, lowest bit first; scales and biases [out, in / group] of `type`.
 // in is a multiple of group (32, 64 or 128, and with 6 bits 16: GGUF's Q6_K).
+//
+// What GGUF's types have beyond that (quant/ggml.py): without biases, bias = -zero * scale. If `type` is i8, scales and
+// biases are in units of their block's: float16 [out, groups >> block_shift], a block being 4, 8 or 16 groups. With iq4
+// the 4-bit codes are places in iq4_codes, where the codes proper are, of 8 bits; the group is 32.
 struct Matrix {
     const void* data;
     const void* scales;
@@ -29,7 +35,15 @@ struct Matrix {
     int64_t out, in;
     int bits, group;
     Type type;
+    const uint16_t* block_scales = nullptr;
+    const uint16_t* block_biases = nullptr;
+    int block_shift = 0;
+    int zero = 0;
+    bool iq4 = false;
 };
+
+// ggml's table of non-linear 4-bit codes, plus 128.
+constexpr uint8_t iq4_codes[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
 
 // The order of an activation's codes in memory. Natural, or for 4-bit weights: in every block of 128 the 64 even ones,
 // then the 64 odd ones, because a byte's low nibble holds an even code and its high nibble the odd one after it.

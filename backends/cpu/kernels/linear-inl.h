@@ -9,13 +9,16 @@
 //   f_zero f_set f_load f_store f_add f_mul f_max f_abs f_fma(a, b, c) = a * b + c, f_sum, f_max_lane
 //   f_load_some, f_store_some(p, v, n)  the first n lanes only, the others zero (n may be negative or too large)
 //   f_widen(p, type, i)       lanes values from index i of an array of `type`, as float
+//   f_units(p, shift, n)      float16 p[i >> shift] in lane i, for the first n lanes (n positive); shift 2, 3 or 4
 //   f_widen_some(p, type, i, n)  the first n of them, the others zero (n may be negative or too large)
 //   f_store_int8(p, v)        lanes bytes: v rounded to nearest even
-//   i_zero i_set i_first(n) (n, 0, 0, ...), i_float
+//   i_zero i_set i_float
+//   i_start<n>(p)             128 p[0] in the first of lanes / n lanes, then 128 p[1] ...; the others zero
 //   b_load(p)                 4 * lanes bytes
 //   Spread, b_broadcast(p)    what dot_rows takes to multiply by the same 4 bytes in every lane
 //   unpack<bits>(p)           4 * lanes codes (minus 128 for 8 bits and signed_bytes); reads no byte beyond theirs
 //   nibbles(p, low, high)     4 * lanes bytes of 4-bit codes: the even ones, the odd ones
+//   look_up(v)                4-bit codes -> iq4_codes[code] (minus 128 for signed_bytes)
 //   dot(acc, w, a)            acc + sums of 4 (or, where signed_bytes, any) neighbouring products; codes below 64
 //   dot8(acc, w, a)           the same for 8-bit codes
 //   dot_rows, dot8_rows       the same, every lane the sum of its own 4 bytes
@@ -69,6 +72,21 @@ void quantize(const float* x, int64_t n, int group, Order order, int8_t* codes, 
     }
 }
 
+// --- scales and biases -----------------------------------------------------------------------------------------------
+
+// Numbers of groups [g, g + lanes) of a row, of which `some` are there; the rest are zero. `blocks` are their units.
+EDGEQ_INLINE F numbers(const Matrix& w, const void* p, const uint16_t* blocks, int64_t row, int64_t g, int some) {
+    F v = f_widen_some(p, w.type, row * (w.in / w.group) + g, some);
+    if (!blocks || some <= 0) return v;
+    blocks += (row * (w.in / w.group) + g) >> w.block_shift;  // rows are whole blocks
+    return f_mul(v, f_units(blocks, w.block_shift, some));
+}
+
+EDGEQ_INLINE void scales_and_biases(const Matrix& w, int64_t row, int64_t g, int some, F* scales, F* biases) {
+    *scales = numbers(w, w.scales, w.block_scales, row, g, some);
+    *biases = w.biases ? numbers(w, w.biases, w.block_biases, row, g, some) : f_mul(*scales, f_set(float(-w.zero)));
+}
+
 // --- few tokens ------------------------------------------------------------------------------------------------------
 
 constexpr int prefetch_nbytes = 4096;
@@ -78,15 +96,17 @@ template <int bits>
 constexpr int unit = bits == 4 ? 8 * lanes : 4 * lanes;
 
 // d[t] += codes of one unit at `src` times those of every token at `q`, from code `c`.
-template <int bits, int tokens>
+template <int bits, bool iq4, int tokens>
 EDGEQ_INLINE void dot_unit(const uint8_t* src, const int8_t* q, int64_t stride, int64_t c, I* d) {
     if constexpr (bits == 4) {
         B low, high;
         nibbles(src, &low, &high);
+        if constexpr (iq4) low = look_up(low), high = look_up(high);
         const int8_t* even = q + (c & -order_block) + (c & (order_block - 1)) / 2;
         for (int t = 0; t < tokens; t++) {
-            d[t] = dot(d[t], low, b_load(even + t * stride));
-            d[t] = dot(d[t], high, b_load(even + t * stride + order_block / 2));
+            B a = b_load(even + t * stride), b = b_load(even + t * stride + order_block / 2);
+            d[t] = iq4 ? dot8(d[t], low, a) : dot(d[t], low, a);
+            d[t] = iq4 ? dot8(d[t], high, b) : dot(d[t], high, b);
         }
     } else {
         B w = unpack<bits>(src);
@@ -105,7 +125,7 @@ EDGEQ_INLINE int64_t prefetch_distance(int64_t block_nbytes) {
 }
 
 // A block of rows: they share the loads of the activations, and one's sums do not wait for the other's.
-template <int bits, int group, int tokens, int rows>
+template <int bits, bool iq4, int group, int tokens, int rows>
 EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row, float* y, int64_t stride) {
     constexpr int codes = unit<bits>;
     constexpr int step = group > codes ? group : codes;  // codes for one floating-point multiply-add
@@ -120,8 +140,8 @@ EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row,
         alignas(64) float products[rows][tokens][sixteen];  // scale of the weight times scale of the activation
         for (int r = 0; r < rows; r++) {
             for (int i = 0; i < sixteen; i += lanes) {
-                F s = f_widen_some(w.scales, w.type, (row + r) * groups + g0 + i, some - i);
-                F b = f_widen_some(w.biases, w.type, (row + r) * groups + g0 + i, some - i);
+                F s, b;
+                scales_and_biases(w, row + r, g0 + i, some - i, &s, &b);
                 for (int t = 0; t < tokens; t++) {
                     int64_t at = t * a.groups + g0 + i;
                     f_store(products[r][t] + i, f_mul(s, f_load(a.scales + at)));
@@ -134,10 +154,11 @@ EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row,
             const int g = int(c / group - g0);
             for (int r = 0; r < rows; r++) {
                 I d[tokens];
-                for (int t = 0; t < tokens; t++)
-                    d[t] = signed_bytes && bits == 8 ? i_first(128 * a.totals[t * a.groups + g0 + g]) : i_zero();
+                for (int t = 0; t < tokens; t++) d[t] = i_zero();
+                if constexpr (signed_bytes && (bits == 8 || iq4))
+                    for (int t = 0; t < tokens; t++) d[t] = i_start<step / group>(a.totals + t * a.groups + g0 + g);
                 for (int u = 0; u < step; u += codes)
-                    dot_unit<bits, tokens>(from + r * distance + u * bits / 8, a.codes, a.stride, c + u, d);
+                    dot_unit<bits, iq4, tokens>(from + r * distance + u * bits / 8, a.codes, a.stride, c + u, d);
                 for (int t = 0; t < tokens; t++)
                     acc[r][t] = f_fma(i_float(d[t]), f_spread<step / group>(products[r][t] + g), acc[r][t]);
             }
@@ -159,12 +180,12 @@ EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row,
         for (int t = 0; t < tokens; t++) y[t * stride + row + r] = f_sum(f_add(acc[r][t], bias[r][t]));
 }
 
-template <int bits, int group, int tokens>
+template <int bits, bool iq4, int group, int tokens>
 void gemv_rows(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
     constexpr int rows = tokens == 1 ? 4 : tokens == 2 ? 2 : 1;
     int64_t row = row0;
-    for (; row + rows <= row1; row += rows) gemv_block<bits, group, tokens, rows>(w, a, row, y, stride);
-    for (; row < row1; row++) gemv_block<bits, group, tokens, 1>(w, a, row, y, stride);
+    for (; row + rows <= row1; row += rows) gemv_block<bits, iq4, group, tokens, rows>(w, a, row, y, stride);
+    for (; row < row1; row++) gemv_block<bits, iq4, group, tokens, 1>(w, a, row, y, stride);
 }
 
 template <int tokens>
@@ -193,13 +214,13 @@ void gemv_plain(const Matrix& w, const Activations& a, int64_t row0, int64_t row
     }
 }
 
-template <int bits, int group>
+template <int bits, int group, bool iq4 = false>
 void gemv_group(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
     switch (a.tokens) {
-        case 1: return gemv_rows<bits, group, 1>(w, a, row0, row1, y, stride);
-        case 2: return gemv_rows<bits, group, 2>(w, a, row0, row1, y, stride);
-        case 3: return gemv_rows<bits, group, 3>(w, a, row0, row1, y, stride);
-        default: return gemv_rows<bits, group, 4>(w, a, row0, row1, y, stride);
+        case 1: return gemv_rows<bits, iq4, group, 1>(w, a, row0, row1, y, stride);
+        case 2: return gemv_rows<bits, iq4, group, 2>(w, a, row0, row1, y, stride);
+        case 3: return gemv_rows<bits, iq4, group, 3>(w, a, row0, row1, y, stride);
+        default: return gemv_rows<bits, iq4, group, 4>(w, a, row0, row1, y, stride);
     }
 }
 
@@ -207,6 +228,8 @@ template <int bits>
 void gemv_bits(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
     if constexpr (bits == 6)
         if (w.group == 16) return gemv_group<6, 16>(w, a, row0, row1, y, stride);
+    if constexpr (bits == 4)
+        if (w.iq4) return gemv_group<4, 32, true>(w, a, row0, row1, y, stride);
     switch (w.group) {
         case 32: return gemv_group<bits, 32>(w, a, row0, row1, y, stride);
         case 64: return gemv_group<bits, 64>(w, a, row0, row1, y, stride);
@@ -262,25 +285,23 @@ struct Tile {
 };
 
 // Natural codes [c, c + n) of a row; n is a multiple of 32, the output has room for whole vectors.
-template <int bits>
+template <int bits, bool iq4 = false>
 void unpack_row(const uint8_t* src, int n, uint8_t* out) {
     constexpr int codes = 4 * lanes, nbytes = codes * bits / 8;
     for (int i = 0; i < n; i += codes, src += nbytes) {
-        if (n - i >= codes) {
-            b_store(out + i, unpack<bits>(src));
-        } else {
-            uint8_t rest[nbytes] = {};
-            memcpy(rest, src, (n - i) * bits / 8);
-            b_store(out + i, unpack<bits>(rest));
-        }
+        uint8_t rest[nbytes] = {};
+        const bool whole = n - i >= codes;
+        if (!whole) memcpy(rest, src, (n - i) * bits / 8);
+        B v = unpack<bits>(whole ? src : rest);
+        b_store(out + i, iq4 ? look_up(v) : v);
     }
 }
 
-void unpack_any(int bits, const uint8_t* src, int n, uint8_t* out) {
-    switch (bits) {
+void unpack_any(const Matrix& w, const uint8_t* src, int n, uint8_t* out) {
+    switch (w.bits) {
         case 2: return unpack_row<2>(src, n, out);
         case 3: return unpack_row<3>(src, n, out);
-        case 4: return unpack_row<4>(src, n, out);
+        case 4: return w.iq4 ? unpack_row<4, true>(src, n, out) : unpack_row<4>(src, n, out);
         case 5: return unpack_row<5>(src, n, out);
         case 6: return unpack_row<6>(src, n, out);
         case 8: return unpack_row<8>(src, n, out);
@@ -291,10 +312,11 @@ void unpack_any(int bits, const uint8_t* src, int n, uint8_t* out) {
 void unpack_scales(const Matrix& w, int64_t row, int64_t g0, int n, int r, Tile& tile) {
     for (int i = 0; i < n; i += lanes) {
         int some = n - i < lanes ? n - i : lanes;
-        int64_t at = row * (w.in / w.group) + g0 + i;
+        F scales, biases;
+        scales_and_biases(w, row, g0 + i, some, &scales, &biases);
         float s[lanes], b[lanes];
-        f_store(s, f_widen_some(w.scales, w.type, at, some));
-        f_store(b, f_widen_some(w.biases, w.type, at, some));
+        f_store(s, scales);
+        f_store(b, biases);
         for (int j = 0; j < some; j++) {
             tile.scales[i + j][r] = s[j];
             tile.biases[i + j][r] = b[j];
@@ -312,7 +334,7 @@ void unpack_tile(const Matrix& w, int64_t row, int64_t row1, int64_t c, int n, T
             int column = v * lanes + r;
             if (at < row1) {
                 const uint8_t* src = static_cast<const uint8_t*>(w.data) + at * row_bytes + c * w.bits / 8;
-                unpack_any(w.bits, src, n, rows + r * tile_depth);
+                unpack_any(w, src, n, rows + r * tile_depth);
                 unpack_scales(w, at, c / w.group, n / w.group, column, tile);
             } else {
                 memset(rows + r * tile_depth, 0, n);
@@ -443,7 +465,7 @@ void gemm(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, int
         for (int64_t c = 0; c < w.in; c += tile_depth) {
             int n = w.in - c < tile_depth ? int(w.in - c) : tile_depth;
             unpack_tile(w, row, row1, c, n, tile);
-            auto tokens = w.bits == 8 ? multiply_tokens<true> : multiply_tokens<false>;
+            auto tokens = w.bits == 8 || w.iq4 ? multiply_tokens<true> : multiply_tokens<false>;
             tokens(tile, a, w.group, c, n, t0, t1, rows, y + row, stride);
         }
     }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels/isa.h"
+#include "kernels/numbers.h"
 #include "kernels/threads.h"
 
 namespace edgeq {
@@ -101,7 +102,7 @@ int64_t gemv_piece_nbytes(const Matrix* ws, int count) {
 
 }  // namespace
 
-size_t type_size(Type type) { return type == Type::f32 ? 4 : 2; }
+size_t type_size(Type type) { return type == Type::f32 ? 4 : type == Type::i8 ? 1 : 2; }
 
 size_t row_nbytes(const Matrix& w) { return w.bits ? size_t(w.in) * w.bits / 8 : size_t(w.in) * type_size(w.type); }
 
@@ -162,40 +163,12 @@ void linears(const float* x, int64_t tokens, const Matrix* ws, int count, float*
 
 namespace {
 
-float value_at(const void* p, Type type, int64_t i) {
-    if (type == Type::f32) return static_cast<const float*>(p)[i];
-    uint16_t half = static_cast<const uint16_t*>(p)[i];
-    uint32_t sign = uint32_t(half >> 15) << 31, exponent = half >> 10 & 31, fraction = half & 1023;
-    uint32_t bits = uint32_t(half) << 16;
-    if (type == Type::f16) {
-        if (exponent == 0) {  // zero and subnormals: fraction * 2^-24
-            float value = float(fraction) * 0x1p-24f;
-            return sign ? -value : value;
-        }
-        bits = sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
-    }
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
 void dequantize_row(const Matrix& w, int64_t row, float* y) {
-    const auto* src = static_cast<const uint8_t*>(w.data) + row * int64_t(row_nbytes(w));
+    const auto* codes = static_cast<const uint8_t*>(w.data) + row * int64_t(row_nbytes(w));
     const int64_t groups = w.in / w.group;
-    const uint32_t mask = (1u << w.bits) - 1;
-    uint64_t window = 0;
-    int held = 0;  // bits in the window
     for (int64_t g = 0; g < groups; g++) {
-        float scale = value_at(w.scales, w.type, row * groups + g), bias = value_at(w.biases, w.type, row * groups + g);
-        for (int i = 0; i < w.group; i++) {
-            if (held < w.bits) {
-                window |= uint64_t(*src++) << held;
-                held += 8;
-            }
-            y[g * w.group + i] = scale * float(window & mask) + bias;
-            window >>= w.bits;
-            held -= w.bits;
-        }
+        const float scale = scale_at(w, row * groups + g), bias = bias_at(w, row * groups + g);
+        for (int64_t c = g * w.group; c < (g + 1) * w.group; c++) y[c] = scale * float(code_at(w, codes, c)) + bias;
     }
 }
 

@@ -59,13 +59,15 @@ uint16_t to_f16(float x) {
 
 // A matrix that ends exactly where its memory ends, so that a sanitizer sees any read beyond it.
 struct TestMatrix {
-    std::vector<char> data, scales, biases;
+    std::vector<char> data, scales, biases, block_scales, block_biases;
     Matrix w;
 
     static std::vector<char> store(const std::vector<float>& values, Type type) {
         std::vector<char> bytes(values.size() * type_size(type));
         for (size_t i = 0; i < values.size(); i++) {
-            if (type == Type::f32) {
+            if (type == Type::i8) {
+                bytes[i] = char(std::lrint(values[i]));
+            } else if (type == Type::f32) {
                 std::memcpy(&bytes[4 * i], &values[i], 4);
             } else {
                 uint16_t half = type == Type::f16 ? to_f16(values[i]) : to_bf16(values[i]);
@@ -94,6 +96,31 @@ struct TestMatrix {
         }
         w = {data.data(), scales.data(), biases.data(), out, in, bits, group, type};
     }
+
+    // As GGUF's types have it: int8 scales and biases in units of their block's (shift >= 0), or none but the zero's.
+    void like_gguf(int shift, bool with_biases, int zero, bool iq4, std::mt19937& random) {
+        const size_t groups = w.out * (w.in / w.group);
+        auto integers = [&](int sign) {
+            std::vector<float> x(groups);
+            for (auto& v : x) v = float(sign * (1 + int(random() % 2)));
+            return store(x, Type::i8);
+        };
+        auto units = [&] {
+            std::vector<float> x(groups >> shift);
+            for (auto& v : x) v = std::ldexp(1.0f, int(random() % 2) - 4);
+            return store(x, Type::f16);
+        };
+        if (shift >= 0) {
+            w.type = Type::i8, w.block_shift = shift;
+            scales = integers(random() % 2 ? 1 : -1), biases = integers(-1);
+            block_scales = units(), block_biases = units();
+            w.block_scales = reinterpret_cast<const uint16_t*>(block_scales.data());
+            if (with_biases) w.block_biases = reinterpret_cast<const uint16_t*>(block_biases.data());
+            w.scales = scales.data();
+        }
+        w.biases = with_biases ? biases.data() : nullptr;
+        w.zero = zero, w.iq4 = iq4;
+    }
 };
 
 // exact: every group's largest magnitude is 127 / 16, so that its scale is a power of two.
@@ -113,19 +140,47 @@ std::vector<float> product(const char* isa, const TestMatrix& m, const std::vect
     return y;
 }
 
+void compare(const char* isa, const TestMatrix& m, int64_t tokens, bool exact, std::mt19937& random) {
+    char detail[160];
+    auto x = make_input(tokens, m.w.in, exact, random);
+    auto expected = product("scalar", m, x, tokens), found = product(isa, m, x, tokens);
+    double error = nmse(expected, found);
+    std::snprintf(detail, sizeof detail, "[%ld, %ld] bits %d group %d type %d block %d iq4 %d tokens %ld: nmse %g",
+                  long(m.w.out), long(m.w.in), m.w.bits, m.w.group, int(m.w.type), m.w.block_shift, m.w.iq4, long(tokens),
+                  error);
+    if (exact && m.w.bits) check(expected == found, "integer part", isa, detail);
+    check(error <= largest_nmse, "float part", isa, detail);
+}
+
 void test_matrix(const char* isa, int64_t out, int64_t in, int bits, int group, Type type, int64_t tokens) {
     std::mt19937 random(unsigned(out + in + bits + group + tokens));
-    char detail[160];
-    for (bool exact : {true, false}) {
-        TestMatrix m(out, in, bits, group, type, exact, random);
-        auto x = make_input(tokens, in, exact, random);
-        auto expected = product("scalar", m, x, tokens), found = product(isa, m, x, tokens);
-        double error = nmse(expected, found);
-        std::snprintf(detail, sizeof detail, "[%ld, %ld] bits %d group %d type %d tokens %ld: nmse %g", long(out),
-                      long(in), bits, group, int(type), long(tokens), error);
-        if (exact && bits) check(expected == found, "integer part", isa, detail);
-        check(error <= largest_nmse, "float part", isa, detail);
-    }
+    for (bool exact : {true, false})
+        compare(isa, TestMatrix(out, in, bits, group, type, exact, random), tokens, exact, random);
+}
+
+// The forms that GGUF's types take, with blocks of 128 and of 256 weights.
+void test_gguf_matrices(const char* isa) {
+    struct Form {
+        int bits, group, shift;
+        bool biases;
+        int zero;
+        bool iq4;
+    };
+    const Form forms[] = {
+        {4, 32, 3, true, 0, false},  {4, 32, 2, true, 0, false},   {5, 32, 3, true, 0, false},
+        {6, 16, 4, false, 32, false}, {6, 16, 3, false, 32, false}, {4, 32, 3, false, 128, true},
+        {4, 32, 2, false, 128, true}, {4, 32, -1, false, 128, true}, {4, 32, -1, false, 8, false},
+        {5, 32, -1, false, 16, false}, {8, 32, -1, false, 128, false},
+    };
+    std::mt19937 random(11);
+    for (auto& f : forms)
+        for (int64_t tokens : {1, 2, 3, 4, 7, 19})
+            for (int64_t in : {256, 768, 1280})
+                for (bool exact : {true, false}) {
+                    TestMatrix m(37, in, f.bits, f.group, Type::f16, exact, random);
+                    m.like_gguf(f.shift, f.biases, f.zero, f.iq4, random);
+                    compare(isa, m, tokens, exact, random);
+                }
 }
 
 void test_matrices(const char* isa) {
@@ -262,6 +317,7 @@ int main(int argc, char** argv) {
         int before = failures;
         test_quantize(isa_name(isa));
         test_matrices(isa_name(isa));
+        test_gguf_matrices(isa_name(isa));
         test_several(isa_name(isa));
         std::printf("%s: %s\n", isa_name(isa), failures == before ? "ok" : "FAILED");
     }

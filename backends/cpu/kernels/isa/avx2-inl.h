@@ -41,6 +41,9 @@ void f_store_some(float* p, F v, int n) { _mm256_maskstore_ps(p, first(n), v); }
 
 F f_widen(const void* p, Type type, int64_t i) {
     if (type == Type::f32) return _mm256_loadu_ps(static_cast<const float*>(p) + i);
+    if (type == Type::i8)
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(
+            _mm_loadl_epi64(reinterpret_cast<const __m128i*>(static_cast<const int8_t*>(p) + i))));
     __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(p) + i));
     if (type == Type::f16) return _mm256_cvtph_ps(v);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
@@ -49,10 +52,15 @@ F f_widen(const void* p, Type type, int64_t i) {
 F f_widen_some(const void* p, Type type, int64_t i, int n) {
     if (n >= lanes) return f_widen(p, type, i);
     if (n <= 0) return f_zero();
-    const int size = type == Type::f32 ? 4 : 2;
+    const int size = type == Type::f32 ? 4 : type == Type::i8 ? 1 : 2;
     uint32_t some[lanes] = {};
     memcpy(some, static_cast<const char*>(p) + i * size, n * size);
     return f_widen(some, type, 0);
+}
+
+F f_units(const uint16_t* p, int shift, int n) {
+    __m128 low = _mm_set1_ps(_cvtsh_ss(p[0])), high = shift == 2 && n > 4 ? _mm_set1_ps(_cvtsh_ss(p[1])) : low;
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1);
 }
 
 void f_store_int8(int8_t* p, F v) {
@@ -63,8 +71,14 @@ void f_store_int8(int8_t* p, F v) {
 
 I i_zero() { return _mm256_setzero_si256(); }
 I i_set(int n) { return _mm256_set1_epi32(n); }
-I i_first(int n) { return _mm256_zextsi128_si256(_mm_cvtsi32_si128(n)); }
 F i_float(I v) { return _mm256_cvtepi32_ps(v); }
+
+template <int n>
+I i_start(const int32_t* p) {
+    static_assert(n == 1 || n == 2);
+    __m128i low = _mm_cvtsi32_si128(128 * p[0]);
+    return n == 1 ? _mm256_zextsi128_si256(low) : _mm256_set_m128i(_mm_cvtsi32_si128(128 * p[n - 1]), low);
+}
 
 B b_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 void b_store(void* p, B v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
@@ -127,6 +141,12 @@ void nibbles(const uint8_t* p, B* low, B* high) {
     __m256i v = b_load(p), mask = _mm256_set1_epi8(15);
     *low = _mm256_and_si256(v, mask);
     *high = _mm256_and_si256(_mm256_srli_epi16(v, 4), mask);
+}
+
+B look_up(B v) {
+    __m128i table = load16(iq4_codes);
+    if (signed_bytes) table = _mm_xor_si128(table, _mm_set1_epi8(-128));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), v);
 }
 
 template <int n>

@@ -33,6 +33,8 @@ void f_store_some(float* p, F v, int n) { _mm512_mask_storeu_ps(p, first(n), v);
 
 inline F f_widen_some(const void* p, Type type, int64_t i, int n) {
     if (type == Type::f32) return _mm512_maskz_loadu_ps(first(n), static_cast<const float*>(p) + i);
+    if (type == Type::i8)
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), static_cast<const int8_t*>(p) + i)));
     __m256i v = _mm256_maskz_loadu_epi16(first(n), static_cast<const uint16_t*>(p) + i);
     if (type == Type::f16) return _mm512_cvtph_ps(v);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
@@ -40,13 +42,21 @@ inline F f_widen_some(const void* p, Type type, int64_t i, int n) {
 
 inline F f_widen(const void* p, Type type, int64_t i) { return f_widen_some(p, type, i, lanes); }
 
+F f_units(const uint16_t* p, int shift, int n) {
+    int last = ((n < lanes ? n : lanes) - 1) >> shift;
+    __m128 units = _mm_cvtph_ps(_mm_maskz_loadu_epi16(__mmask8((2 << last) - 1), p));
+    __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_permutexvar_ps(_mm512_srl_epi32(lane, _mm_cvtsi32_si128(shift)), _mm512_castps128_ps512(units));
+}
+
 void f_store_int8(int8_t* p, F v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
 }
 
 I i_zero() { return _mm512_setzero_si512(); }
 I i_set(int n) { return _mm512_set1_epi32(n); }
-I i_first(int n) { return _mm512_zextsi128_si512(_mm_cvtsi32_si128(n)); }
+template <int>
+I i_start(const int32_t*);  // of signed_bytes only
 F i_float(I v) { return _mm512_cvtepi32_ps(v); }
 
 B b_load(const void* p) { return _mm512_loadu_si512(p); }
@@ -95,6 +105,11 @@ void nibbles(const uint8_t* p, B* low, B* high) {
     __m512i v = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(15);
     *low = _mm512_and_si512(v, mask);
     *high = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
+}
+
+B look_up(B v) {
+    __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(iq4_codes));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), v);
 }
 
 // Written out because GCC 12 copies the accumulator before and after the intrinsic: 24 moves beside gemm's 12 products.

@@ -41,6 +41,11 @@ void f_store_some(float* p, F v, int n) {
 
 F f_widen(const void* p, Type type, int64_t i) {
     if (type == Type::f32) return vld1q_f32(static_cast<const float*>(p) + i);
+    if (type == Type::i8) {
+        int8_t four[8] = {};
+        memcpy(four, static_cast<const int8_t*>(p) + i, 4);
+        return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vld1_s8(four)))));
+    }
     uint16x4_t v = vld1_u16(static_cast<const uint16_t*>(p) + i);
     if (type == Type::f16) return vcvt_f32_f16(vreinterpret_f16_u16(v));
     return vreinterpretq_f32_u32(vshll_n_u16(v, 16));
@@ -49,10 +54,16 @@ F f_widen(const void* p, Type type, int64_t i) {
 F f_widen_some(const void* p, Type type, int64_t i, int n) {
     if (n >= lanes) return f_widen(p, type, i);
     if (n <= 0) return f_zero();
-    const int size = type == Type::f32 ? 4 : 2;
+    const int size = type == Type::f32 ? 4 : type == Type::i8 ? 1 : 2;
     uint32_t some[lanes] = {};
     memcpy(some, static_cast<const char*>(p) + i * size, n * size);
     return f_widen(some, type, 0);
+}
+
+F f_units(const uint16_t* p, int, int) {
+    __fp16 unit;  // no block is smaller than a vector
+    memcpy(&unit, p, 2);
+    return vdupq_n_f32(unit);
 }
 
 void f_store_int8(int8_t* p, F v) {
@@ -63,8 +74,13 @@ void f_store_int8(int8_t* p, F v) {
 
 I i_zero() { return vdupq_n_s32(0); }
 I i_set(int n) { return vdupq_n_s32(n); }
-I i_first(int n) { return vsetq_lane_s32(n, vdupq_n_s32(0), 0); }
 F i_float(I v) { return vcvtq_f32_s32(v); }
+
+template <int n>
+I i_start(const int32_t* p) {
+    static_assert(n == 1);
+    return vsetq_lane_s32(128 * p[0], vdupq_n_s32(0), 0);
+}
 
 B b_load(const void* p) { return vld1q_s8(static_cast<const int8_t*>(p)); }
 void b_store(void* p, B v) { vst1q_s8(static_cast<int8_t*>(p), v); }
@@ -124,6 +140,12 @@ void nibbles(const uint8_t* p, B* low, B* high) {
     uint8x16_t v = vld1q_u8(p);
     *low = vreinterpretq_s8_u8(vandq_u8(v, vdupq_n_u8(15)));
     *high = vreinterpretq_s8_u8(vshrq_n_u8(v, 4));
+}
+
+B look_up(B v) {
+    int8x16_t table = vreinterpretq_s8_u8(vld1q_u8(iq4_codes));
+    if (signed_bytes) table = veorq_s8(table, vdupq_n_s8(-128));
+    return vqtbl1q_s8(table, vreinterpretq_u8_s8(v));
 }
 
 template <int n>

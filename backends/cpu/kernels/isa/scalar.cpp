@@ -2,40 +2,10 @@
 #include <math.h>
 #include <string.h>
 
-#include "kernels/kernels.h"
+#include "kernels/numbers.h"
 
 namespace edgeq {
 namespace {
-
-float half_to_float(uint16_t h) {
-    uint32_t sign = uint32_t(h >> 15) << 31, exponent = h >> 10 & 31, fraction = h & 1023;
-    if (exponent == 0) {  // zero and subnormals: fraction * 2^-24
-        float value = float(fraction) * 0x1p-24f;
-        return sign ? -value : value;
-    }
-    uint32_t bits = sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-float value_at(const void* p, Type type, int64_t i) {
-    if (type == Type::f32) return static_cast<const float*>(p)[i];
-    uint16_t half = static_cast<const uint16_t*>(p)[i];
-    if (type == Type::f16) return half_to_float(half);
-    uint32_t bits = uint32_t(half) << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-// Code c of a row: `bits` bits from bit c * bits on.
-int code_at(const uint8_t* row, int bits, int64_t c) {
-    int64_t bit = c * bits;
-    int code = row[bit / 8] >> bit % 8;
-    if (bit % 8 + bits > 8) code |= row[bit / 8 + 1] << (8 - bit % 8);
-    return code & ((1 << bits) - 1);
-}
 
 int64_t place(int64_t c, Order order) {
     if (order == Order::natural) return c;
@@ -69,10 +39,10 @@ float quantized_product(const Matrix& w, const Activations& a, int64_t row, int6
     for (int64_t g = 0; g < groups; g++) {
         int32_t dot = 0;
         for (int64_t c = g * w.group; c < (g + 1) * w.group; c++)
-            dot += code_at(codes, w.bits, c) * a.codes[t * a.stride + place(c, order)];
-        float scale = value_at(w.scales, w.type, row * groups + g) * a.scales[t * a.groups + g];
+            dot += code_at(w, codes, c) * a.codes[t * a.stride + place(c, order)];
+        float scale = scale_at(w, row * groups + g) * a.scales[t * a.groups + g];
         y += scale * float(dot);
-        y += value_at(w.biases, w.type, row * groups + g) * a.sums[t * a.groups + g];
+        y += bias_at(w, row * groups + g) * a.sums[t * a.groups + g];
     }
     return y;
 }

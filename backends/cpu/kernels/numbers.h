@@ -1,0 +1,17 @@
+// One number of a matrix at a time: what the reference kernels and the embedding read.
+#pragma once
+
+#include "kernels/kernels.h"
+
+namespace edgeq {
+
+float value_at(const void* p, Type type, int64_t i);
+
+// Code c of a row of codes: `bits` bits from bit c * bits on, looked up for iq4.
+int code_at(const Matrix& w, const uint8_t* row, int64_t c);
+
+// The scale and the bias of a group, counted through all rows.
+float scale_at(const Matrix& w, int64_t group);
+float bias_at(const Matrix& w, int64_t group);
+
+}  // namespace edgeq
