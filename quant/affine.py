@@ -19,7 +19,18 @@ from numpy.typing import NDArray
 from edgeq.bf16 import Array, Float32, round_to, to_float32
 from edgeq.weights import QMatrix
 
-__all__ = ["BITS", "GROUP_SIZES", "IQ4", "apply_groups", "dequantize", "group_numbers", "mlx_layout", "pack", "unpack"]
+__all__ = [
+    "BITS",
+    "GROUP_SIZES",
+    "IQ4",
+    "apply_groups",
+    "dequantize",
+    "group_numbers",
+    "mlx_layout",
+    "one_level",
+    "pack",
+    "unpack",
+]
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -97,11 +108,16 @@ def _times_block(numbers: Array, blocks: Array | None) -> Float32:
     return numbers * np.repeat(to_float32(blocks), numbers.shape[-1] // blocks.shape[-1], axis=-1)
 
 
-def mlx_layout(w: QMatrix[Array]) -> QMatrix[Array]:
-    """The same weights with a scale and a bias for every group, and with codes that are numbers."""
+def one_level(w: QMatrix[Array]) -> QMatrix[Array]:
+    """The same weights with a scale and a bias for every group, float16 if the scales are, else float32."""
     if w.biases is not None and w.block_scales is None:
         return w
-    dtype = np.float32 if w.block_scales is not None else w.scales.dtype
+    dtype = np.float16 if w.scales.dtype == np.float16 else np.float32
     scales, biases = (round_to(x, dtype) for x in group_numbers(w))
-    codes, bits = (pack(IQ4[unpack(w.codes, 4)], 8), 8) if w.iq4 else (w.codes, w.bits)
-    return QMatrix(codes, scales, biases, bits, w.group_size)
+    return w._replace(scales=scales, biases=biases, block_scales=None, block_biases=None, zero=0)
+
+
+def mlx_layout(w: QMatrix[Array]) -> QMatrix[Array]:
+    """The same weights as MLX takes them: one level of scales, and codes that are numbers."""
+    w = one_level(w)
+    return w._replace(codes=pack(IQ4[unpack(w.codes, 4)], 8), bits=8, iq4=False) if w.iq4 else w

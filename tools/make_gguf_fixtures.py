@@ -14,6 +14,7 @@ import lzma
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,19 +46,23 @@ def main() -> None:
     out = ROOT / "tests" / "data" / "gguf"
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "tiny"
-        folder.mkdir()
-        write(folder)
-        source = folder / "f32.gguf"
-        export_gguf(open_checkpoint(folder), source, "f32")
         for file_type in FILE_TYPES.keys() - {"BF16"}:  # which needs no quantizer
-            raw = quantize(source, folder / f"{file_type}.gguf", file_type).read_bytes()
-            (out / f"{file_type}.gguf.xz").write_bytes(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME))
-            print(f"{file_type}: {len(raw):,} bytes, {(out / f'{file_type}.gguf.xz').stat().st_size:,} compressed")
+            make(Path(name) / file_type, file_type, out / f"{file_type}.gguf.xz")
+        narrow = {"linear_key_head_dim": 64, "linear_value_head_dim": 64}  # a block of scales is two pairs of heads
+        make(Path(name) / "narrow", "Q4_K_M", out / "Q4_K_M-narrow-heads.gguf.xz", **narrow)
 
 
-def write(folder: Path) -> None:
-    values = k_shape(layer_types=["linear_attention", "full_attention"], intermediate_size=256)
+def make(folder: Path, file_type: str, out: Path, **shape: Any) -> None:
+    folder.mkdir()
+    write(folder, **shape)
+    export_gguf(open_checkpoint(folder), folder / "f32.gguf", "f32")
+    raw = quantize(folder / "f32.gguf", folder / "quantized.gguf", file_type).read_bytes()
+    out.write_bytes(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME))
+    print(f"{out.name}: {len(raw):,} bytes, {out.stat().st_size:,} compressed")
+
+
+def write(folder: Path, **shape: Any) -> None:
+    values = k_shape(layer_types=["linear_attention", "full_attention"], intermediate_size=256, **shape)
     (folder / "config.json").write_text(json.dumps(values))
     rng = np.random.default_rng(7)
     specs = list(all_tensors(parse_config(values)))

@@ -32,7 +32,7 @@ from edgeq.checkpoint.gguf_layout import (
 from edgeq.checkpoint.gguf_tokenizer import token_ids, tokenizer_spec
 from edgeq.config import parse_config
 from edgeq.errors import ModelError
-from edgeq.quant.affine import IQ4, apply_groups, group_numbers, pack
+from edgeq.quant.affine import IQ4, apply_groups, group_numbers, one_level, pack
 from edgeq.quant.ggml import Coding, decode
 from edgeq.weights import Matrix, QMatrix, Role, TensorSpec, all_tensors, text_tensors
 
@@ -44,7 +44,7 @@ __all__ = ["GGUFCheckpoint"]
 
 _BLOCK = 1 << 20  # weights whose codes are put in order at a time, by each of a few threads
 _THREADS = min(4, os.cpu_count() or 1)
-_UNIT = 128  # weights that a unit of scales is for where heads move; elsewhere it is the file's 256
+_UNIT = 128  # weights that a unit of scales is for where heads move; elsewhere the file's 256
 _SHOWN = 12  # problems listed before "and N more"
 _MATRICES = (Role.LINEAR, Role.EMBEDDING, Role.GATE)
 
@@ -180,10 +180,14 @@ class GGUFCheckpoint(Checkpoint):
         def by_row(x: Array) -> Array:
             if x.dtype == np.float16 and not np.isfinite(x).all():
                 raise self._damaged(tensor)
-            x = x.reshape(len(part), -1)
-            return x if order is None or order.axis == 0 else _reordered(x, order)
+            return x.reshape(len(part), -1)
 
-        return decode(part.reshape(-1), coding).map(by_row)
+        w = decode(part.reshape(-1), coding).map(by_row)
+        if order is None or order.axis == 0:
+            return w
+        if w.block_scales is not None and self.config.text.linear_value_head_dim % _UNIT:
+            w = one_level(w)
+        return w.map(lambda x: _reordered(x, order))
 
     def _damaged(self, tensor: _Tensor) -> ModelError:
         return ModelError(
@@ -246,9 +250,8 @@ class GGUFCheckpoint(Checkpoint):
                 yield f"{name} is {info.type.name} in rows of {shape[1]}, expected a multiple of 32"
             elif coding is not None and spec.name.endswith("linear_attn.out_proj.weight"):
                 width, order = self.config.text.linear_value_head_dim, self._order(spec.name)
-                part = min(info.type.block, _UNIT)
-                if order is not None and width % part:
-                    yield f"{name} is {info.type.name} in heads of {width}, expected a multiple of {part}"
+                if order is not None and width % coding.group_size:
+                    yield f"{name} is {info.type.name}, whose groups of {coding.group_size} cut heads of {width}"
 
 
 def _reordered(x: Array, order: HeadOrder) -> Array:
