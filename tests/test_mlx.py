@@ -1,7 +1,6 @@
 """The MLX backend beyond single operations: whole models, types, memory, and states that travel.
 
-NMSE is sum((a - b)^2) / sum(a^2); every bound has its reason beside it. On a Mac these run on its GPU; what only a
-Metal device can show is skipped elsewhere, with that as the reason.
+NMSE is sum((a - b)^2) / sum(a^2); every bound has its reason beside it. On a Mac these run on its GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import pytest
 from tiny import config_values, write_checkpoint
 
 from edgeq.backends.numpy import NumpyOps
-from edgeq.backends.numpy.delta import delta_step
 from edgeq.bf16 import Array, round_to, to_float32
 from edgeq.checkpoint import open_checkpoint
 from edgeq.config import TextConfig
@@ -35,12 +33,9 @@ from edgeq.weights import QMatrix, TextWeights, map_text
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 
 from edgeq.backends.mlx import MlxOps, limit_memory, used_memory  # noqa: E402
-from edgeq.backends.mlx.delta import cpu_streams, delta_metal, delta_products  # noqa: E402
 from edgeq.backends.mlx.kv import BufferedKV, capacity_for  # noqa: E402
 
 ON_CPU = mx.default_device() == mx.Device(mx.cpu)
-ON_METAL = mx.metal.is_available() and not ON_CPU
-needs_metal = pytest.mark.skipif(not ON_METAL, reason="needs an Apple GPU")
 
 FLOAT32 = 1e-9  # logits of a tiny model: 1e-14 of rounding, which its random layers amplify some ten thousand times
 ROUNDINGS = 80  # on the way through a tiny model of 4 layers: norms, gains, products and sums, about 20 in each
@@ -159,6 +154,21 @@ def test_demo_says_what_it_says_on_numpy() -> None:
     ids = models[0].need_tokenizer().encode("Once upon a time")
     expected, found = (Tiny(m.ops, m.config.text, checkpoint.text_weights()).greedy(ids, 64)[0] for m in models)
     assert found == expected
+
+
+@pytest.mark.parametrize("dtype", UNIT)
+def test_demo_in_16_bits(dtype: Any) -> None:
+    """A trained model takes roundings well: bfloat16 measured 6e-4 nats, and the same likeliest token in 98 %."""
+    if not DEMO.exists():
+        pytest.skip("the demo model is not part of this checkout")
+    checkpoint = open_checkpoint(DEMO)
+    models = [Model(checkpoint, ops) for ops in (NumpyOps(), MlxOps(dtype))]
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    ids = models[0].need_tokenizer().encode(text)[:512]
+    expected, found = (m.logits(ids).astype(np.float64) for m in models)
+    p, q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (expected, found))
+    assert (np.exp(p) * (p - q)).sum(axis=-1).mean() <= 5e-3
+    assert (p.argmax(axis=-1) == q.argmax(axis=-1)).mean() >= 0.95
 
 
 @pytest.mark.parametrize("scales", [np.float32, np.float16])
@@ -333,57 +343,7 @@ def test_a_state_of_another_model_is_refused(model: Any) -> None:
         state_from_arrays(tiny.ops, c, {})
 
 
-# --- the delta rule --------------------------------------------------------------------------------------------------
-
-
-def delta_inputs(T: int, heads: int, K: int, V: int, share: int) -> list[Array]:
-    rng = np.random.default_rng(1)
-    q, k = (rng.standard_normal((T, heads, K)).astype(np.float32) for _ in "qk")
-    q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-    v = rng.standard_normal((T, heads * share, V)).astype(np.float32)
-    g = -np.exp(2 * rng.standard_normal((T, heads * share)) - 2).astype(np.float32)
-    beta = rng.uniform(0, 1, (T, heads * share)).astype(np.float32)
-    return [q, k, v, g, beta, rng.standard_normal((heads * share, V, K)).astype(np.float32)]
-
-
-@pytest.mark.parametrize("C", [4, 16, 64])
-def test_delta_rule_with_keys_that_repeat(C: int) -> None:
-    """A text that goes in circles: equal keys, full strength, hardly any decay. Powers of the system would overflow."""
-    q, k, v, g, beta, state = delta_inputs(256, 2, 32, 16, 1)
-    k[:], g[:], beta[:] = k[:1], -1e-4, 1
-    o, (after,) = delta_products(*map(mx.array, (q, k, v, g, beta, state)), 0, C)
-    outputs = []
-    for t in range(len(q)):
-        out, state = delta_step(q[t], k[t], v[t], g[t], beta[t], state)
-        outputs.append(out)
-    assert nmse(np.stack(outputs), np.array(o)) <= 1e-9  # float32 sums fed back a few hundred times
-    assert nmse(state, np.array(after)) <= 1e-9
-
-
-@pytest.mark.parametrize("heads", [1, 2, 5])
-def test_heads_shared_out_among_streams(heads: int) -> None:
-    """Whatever each stream gets, the arithmetic is the same."""
-    inputs = [mx.array(x) for x in delta_inputs(75, heads, 32, 16, 2)]
-    o, states = delta_products(*inputs, 2, 16)
-    streams = [*cpu_streams(), *cpu_streams(), *cpu_streams()]  # on a machine of one core, three times the same
-    o_shared, states_shared = delta_products(*inputs, 2, 16, streams[:3])
-    assert np.array_equal(np.array(o), np.array(o_shared))
-    assert all(np.array_equal(np.array(a), np.array(b)) for a, b in zip(states, states_shared, strict=True))
-
-
-@needs_metal
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 257])
-def test_metal_kernel(T: int, dtype: str) -> None:
-    for heads, K, V, share in ((2, 128, 128, 1), (2, 128, 128, 2), (3, 40, 24, 1), (1, 7, 5, 4)):
-        q, k, v, g, beta, state = map(mx.array, delta_inputs(T, heads, K, V, share))
-        q, k, v = (x.astype(getattr(mx, dtype)) for x in (q, k, v))
-        for keep in {0, min(T, 4)}:
-            o, states = delta_metal(q, k, v, g, beta, state, keep)
-            o_products, states_products = delta_products(q, k, v, g, beta, state, keep, 64)
-            assert nmse(np.array(o_products), np.array(o)) <= 1e-9  # float32 on both sides, whatever the inputs were
-            for found, expected in zip(states, states_products, strict=True):
-                assert nmse(np.array(expected), np.array(found)) <= 1e-9
+# --- the cache -------------------------------------------------------------------------------------------------------
 
 
 def test_attention_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,9 +356,6 @@ def test_attention_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         answers.append(np.array(ops.attention(*map(mx.array, (q, k, v)), ops.kv_cache(k[:20], v[:20]))[0]))
     assert nmse(answers[0], answers[1]) <= 1e-12  # the same sums in another order
     assert nmse(answers[0], answers[2]) <= 1e-12
-
-
-# --- the cache -------------------------------------------------------------------------------------------------------
 
 
 def test_capacities_grow_by_a_quarter() -> None:

@@ -22,6 +22,7 @@ from mlx_lm.models import gated_delta, qwen3_5
 from mlx_lm.models.cache import make_prompt_cache
 
 from edgeq.backends.mlx import MlxOps, used_memory
+from edgeq.backends.mlx.delta import delta_products
 from edgeq.config import TextConfig, parse_config
 from edgeq.model.text import forward, initial_state, logits, text_batch
 from edgeq.state import State
@@ -150,7 +151,13 @@ def bench_delta_rule(tokens: int) -> None:
         mx.eval(o, after)
         return o[0]
 
+    def one_core() -> None:
+        o, states = delta_products(q, k, v, g, beta, state, 0, 16)
+        mx.eval(o, *states)
+
     report(f"delta rule of a layer, {tokens} tokens", "ms", *(1e3 * s for s in seconds(5, ours, peer)))
+    if mx.default_device() == mx.Device(mx.cpu):
+        report("  the same on one core", "ms", *(1e3 * s for s in seconds(5, one_core, peer)))
     print(f"  NMSE of the outputs: {nmse(peer(), ours()):.1e}")
 
 

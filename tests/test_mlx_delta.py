@@ -1,0 +1,75 @@
+"""The delta rule on MLX: products against the recurrence, streams against one, the Metal kernel against products.
+
+NMSE is sum((a - b)^2) / sum(a^2). What only a Metal device can show is skipped elsewhere, with that as the reason.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from edgeq.backends.numpy.delta import delta_step
+from edgeq.bf16 import Array
+
+mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
+
+from edgeq.backends.mlx.delta import cpu_streams, delta_metal, delta_products  # noqa: E402
+
+ON_METAL = mx.metal.is_available() and mx.default_device() != mx.Device(mx.cpu)
+needs_metal = pytest.mark.skipif(not ON_METAL, reason="needs an Apple GPU")
+
+
+def nmse(expected: Array, found: Array) -> float:
+    expected, found = np.asarray(expected, np.float64), np.asarray(found, np.float64)
+    assert expected.shape == found.shape
+    return float(np.sum((expected - found) ** 2) / np.sum(expected**2))
+
+
+def delta_inputs(T: int, heads: int, K: int, V: int, share: int) -> list[Array]:
+    rng = np.random.default_rng(1)
+    q, k = (rng.standard_normal((T, heads, K)).astype(np.float32) for _ in "qk")
+    q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    v = rng.standard_normal((T, heads * share, V)).astype(np.float32)
+    g = -np.exp(2 * rng.standard_normal((T, heads * share)) - 2).astype(np.float32)
+    beta = rng.uniform(0, 1, (T, heads * share)).astype(np.float32)
+    return [q, k, v, g, beta, rng.standard_normal((heads * share, V, K)).astype(np.float32)]
+
+
+@pytest.mark.parametrize("C", [4, 16, 64])
+def test_delta_rule_with_keys_that_repeat(C: int) -> None:
+    """A text that goes in circles: equal keys, full strength, hardly any decay. Powers of the system would overflow."""
+    q, k, v, g, beta, state = delta_inputs(256, 2, 32, 16, 1)
+    k[:], g[:], beta[:] = k[:1], -1e-4, 1
+    o, (after,) = delta_products(*map(mx.array, (q, k, v, g, beta, state)), 0, C)
+    outputs = []
+    for t in range(len(q)):
+        out, state = delta_step(q[t], k[t], v[t], g[t], beta[t], state)
+        outputs.append(out)
+    assert nmse(np.stack(outputs), np.array(o)) <= 1e-9  # float32 sums fed back a few hundred times
+    assert nmse(state, np.array(after)) <= 1e-9
+
+
+@pytest.mark.parametrize("heads", [1, 2, 5])
+def test_heads_shared_out_among_streams(heads: int) -> None:
+    streams = [*cpu_streams(), *cpu_streams(), *cpu_streams()][:3]  # on a machine of one core, three times the same
+    inputs = [mx.array(x) for x in delta_inputs(75, heads, 32, 16, 2)]
+    with mx.stream(mx.cpu):
+        expected, after = delta_products(*inputs, 2, 16)
+        o, states = delta_products(*inputs, 2, 16, streams)
+        for one, shared in zip((expected, *after), (o, *states), strict=True):
+            assert nmse(np.array(one), np.array(shared)) <= 1e-12  # the same products, head by head
+
+
+@needs_metal
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 257])
+def test_metal_kernel(T: int, dtype: str) -> None:
+    for heads, K, V, share in ((2, 128, 128, 1), (2, 128, 128, 2), (3, 40, 24, 1), (1, 7, 5, 4)):
+        q, k, v, g, beta, state = map(mx.array, delta_inputs(T, heads, K, V, share))
+        q, k, v = (x.astype(getattr(mx, dtype)) for x in (q, k, v))
+        for keep in {0, min(T, 4)}:
+            o, states = delta_metal(q, k, v, g, beta, state, keep)
+            o_products, states_products = delta_products(q, k, v, g, beta, state, keep, 64)
+            assert nmse(np.array(o_products), np.array(o)) <= 1e-9  # float32 on both sides, whatever the inputs were
+            for found, expected in zip(states, states_products, strict=True):
+                assert nmse(np.array(expected), np.array(found)) <= 1e-9
