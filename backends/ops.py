@@ -46,6 +46,13 @@ class Ops(ABC, Generic[A]):
     """A backend's operations. One object may serve several models; it holds no model and no sequence."""
 
     name: ClassVar[str]
+    kv_dtype: str = "f32"
+    """Type of the keys and values it keeps."""
+
+    @property
+    def threads(self) -> int | None:
+        """How many threads share its work; None where it has none of its own."""
+        return None
 
     @classmethod
     def describe(cls) -> str:

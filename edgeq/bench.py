@@ -85,8 +85,8 @@ class Result(NamedTuple):
         return self.gb_per_s / self.read_rate if self.gb_per_s and self.read_rate else None
 
 
-def measure(model: Model, tests: Sequence[Test], *, repetitions: int, threads: int | None = None) -> Iterator[Result]:
-    """Run the tests in order. `threads` is what the model was loaded with, for the memory probe and the record."""
+def measure(model: Model, tests: Sequence[Test], *, repetitions: int) -> Iterator[Result]:
+    """Run the tests in order."""
     for test in tests:
         if test.depth + test.tokens > model.context_limit:
             raise UsageError(f"{test.name} does not fit the context of {model.context_limit} tokens")
@@ -94,11 +94,12 @@ def measure(model: Model, tests: Sequence[Test], *, repetitions: int, threads: i
     for test in tests:
         if test.depth not in states:
             states = {test.depth: _state_behind(model, test.depth)}
-        yield run_test(model, test, states[test.depth], repetitions=repetitions, threads=threads)
+        yield run_test(model, test, states[test.depth], repetitions=repetitions)
 
 
-def run_test(model: Model, test: Test, state: State[Any], *, repetitions: int, threads: int | None = None) -> Result:
+def run_test(model: Model, test: Test, state: State[Any], *, repetitions: int) -> Result:
     """One test from `state`, which holds `test.depth` tokens. The memory is probed right before and after."""
+    threads = model.ops.threads
     ids = _random_ids(model, test.tokens)
     _seconds(model, ids[: test.prompt + 1], min(1, test.generate), state)  # not counted
     if test.prompt:

@@ -9,6 +9,7 @@ chat = model.chat(thinking=True)                  # see edgeq.chat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,19 +36,28 @@ if TYPE_CHECKING:
 
 __all__ = ["Model", "load"]
 
+KV_DTYPES = {16: "f16", 8: "int8", 4: "int4"}  # by bits
+
 ALL_LOGITS = 64  # of which so many are read out at a time where every position's logits are wanted
 
 
-def load(model: str | Path, *, backend: str = "auto", threads: int | None = None, context: int | None = None) -> Model:
+def load(
+    model: str | Path, *, backend: str = "auto", threads: int | None = None, context: int | None = None,
+    kv_bits: int | None = None,
+) -> Model:  # fmt: skip
     """Load a model.
 
     model: a checkpoint folder, a .gguf file, a hub id ("Qwen/Qwen3.5-2B"), or "demo".
     backend: "auto", "numpy", "cpu", "mlx", or the name of an installed plug-in.
     threads: for backends that have their own; None lets the backend choose.
     context: most tokens of a sequence; None is what the model was made for.
+    kv_bits: 16, 8 or 4 for keys and values in the cache; None lets the backend choose (docs/backends.md).
     """
+    if kv_bits not in (None, *KV_DTYPES):
+        raise UsageError(f"keys and values cannot be kept in {kv_bits} bits", hint="--kv-bits is one of 16, 8, 4")
     checkpoint = open_checkpoint(find_model(model))
-    ops = select(None if backend == "auto" else backend, threads=threads)
+    kv_dtype = None if kv_bits is None else KV_DTYPES[kv_bits]
+    ops = select(None if backend == "auto" else backend, threads=threads, kv_dtype=kv_dtype)
     return Model(checkpoint, ops, context=context)
 
 
@@ -62,7 +72,6 @@ class Model:
         self.config = checkpoint.config
         self.context_limit = _context_limit(context, self.config.text.max_position_embeddings)
         self.tokenizer: Tokenizer | None = checkpoint.tokenizer()
-        self.template: ChatTemplate | None = checkpoint.template()
         self._check_tokenizer()
         ops.limit_memory()
         self._weights = map_text(checkpoint.text_weights(), ops.load, ops.prepare)
@@ -77,6 +86,11 @@ class Model:
             )
 
     # --- the model itself --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def template(self) -> ChatTemplate | None:
+        """The chat template; read when it is first wanted, because its library takes 25 ms and 8 MB."""
+        return self.checkpoint.template()
 
     @property
     def vocab_size(self) -> int:

@@ -112,12 +112,12 @@ class TestCommand:
     def test_table(self, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
         lines = table(capsys, folder, "-p", "4,6", "-n", "3", "-pg", "4,2", "-d", "0,5").splitlines()
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-        assert rows[0] == ["model", "size", "params", "backend", "threads", "test", "t/s", "GB/s", "of memory"]
-        assert [row[5] for row in rows[2:]] == [
+        assert rows[0] == ["model", "size", "params", "backend", "threads", "kv", "test", "t/s", "GB/s", "of memory"]
+        assert [row[6] for row in rows[2:]] == [
             "pp4", "pp6", "tg3", "pp4+tg2", "pp4 @ d5", "pp6 @ d5", "tg3 @ d5", "pp4+tg2 @ d5",
         ]  # fmt: skip
-        assert all(" ± " in row[6] and row[3] == "numpy" for row in rows[2:])
-        assert [bool(row[7]) for row in rows[2:]] == [row[5].startswith("tg") for row in rows[2:]]
+        assert all(" ± " in row[7] and row[3] == "numpy" and row[5] == "f32" for row in rows[2:])
+        assert [bool(row[8]) for row in rows[2:]] == [row[6].startswith("tg") for row in rows[2:]]
 
     def test_json(self, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
         prompt, generation = json.loads(table(capsys, folder, "-p", "4", "-n", "3", "-o", "json"))
@@ -139,6 +139,13 @@ class TestCommand:
         options = ("-p", "4", "-n", "0", "-t", threads, "-o", "json", "--backend", "cpu")
         assert [row["n_threads"] for row in json.loads(table(capsys, folder, *options))] == [1, 2]
 
+    def test_kv_bits_and_threads_of_the_backends_choice(self, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+        cpu = pytest.importorskip("edgeq.backends.cpu", reason="the native backend is not built")
+        options = ("-p", "4", "-n", "0", "--kv-bits", "16,8,4", "-o", "json", "--backend", "cpu")
+        rows = json.loads(table(capsys, folder, *options))
+        assert [(row["type_k"], row["type_v"]) for row in rows] == [(t, t) for t in ("f16", "int8", "int4")]
+        assert {row["n_threads"] for row in rows} == {cpu.CpuOps().threads}
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
@@ -147,6 +154,8 @@ class TestCommand:
             (["-p", "0", "-n", "0"], "there is nothing to measure"),
             (["-pg", "5"], "-pg 5: expected the tokens of a prompt and of its continuation"),
             (["-o", "xml"], "unknown output 'xml'"),
+            (["--kv-bits", "16,5"], "keys and values cannot be kept in 5 bits"),
+            (["--kv-bits", "four"], "--kv-bits four: expected whole numbers"),
             (["-t", "2"], "numpy backend has no setting 'threads'"),
         ],
     )

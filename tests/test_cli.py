@@ -115,6 +115,10 @@ class TestExitCodes:
     def test_a_setting_out_of_range(self, run, chat_folder: Path) -> None:
         self.check(run("chat", chat_folder, "-p", "x", "--temp", "-1"), 2, "temperature is -1")
 
+    def test_bits_that_no_cache_has(self, run, chat_folder: Path) -> None:
+        for command in ("chat", "generate"):
+            self.check(run(command, chat_folder, "-p", "x", "--kv-bits", "3"), 2, "cannot be kept in 3 bits")
+
     def test_a_prompt_that_does_not_fit(self, run, chat_folder: Path) -> None:
         self.check(run("chat", chat_folder, "-p", "x" * 99, "--context", "30"), 3, "but the context of 30 has room")
 

@@ -99,7 +99,7 @@ def test_delta_rule(isa: str, rng: np.random.Generator, T: int, K: int, V: int) 
 
 
 @pytest.mark.parametrize("isa", FAST)
-@pytest.mark.parametrize("kv_dtype", ["f16", "bf16", "f32", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["f16", "bf16", "f32", "int8", "int4"])
 @pytest.mark.parametrize(
     ("T", "past", "heads", "dim"), [(1, 700, 8, 256), (40, 250, 4, 64), (3, 0, 2, 40), (9, 64, 6, 16)]
 )
@@ -112,7 +112,8 @@ def test_attention(isa: str, rng: np.random.Generator, kv_dtype: str, T: int, pa
         out, cache = ops.attention(q, k, v, ops.kv_cache(*old))
         return out, *cache.arrays()
 
-    compare(isa, attend, SUMS)  # keys and values come from outside: every set rounds them alike
+    # Keys and values come from outside and every set rounds them alike; a rotation adds in the same order everywhere.
+    compare(isa, attend, SUMS)
 
 
 @pytest.mark.parametrize("isa", native.isas())
@@ -128,10 +129,12 @@ def test_float16_rounds_to_nearest_even_and_saturates(isa: str) -> None:
 # --- caches ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kv_dtype", "bound"), [("f32", 1e-11), ("f16", 1e-6), ("bf16", 1e-4), ("int8", 1e-3)])
+@pytest.mark.parametrize(
+    ("kv_dtype", "bound"), [("f32", 1e-11), ("f16", 1e-6), ("bf16", 1e-4), ("int8", 1e-3), ("int4", 0.06)]
+)
 def test_kv_types_against_float32(rng: np.random.Generator, kv_dtype: str, bound: float) -> None:
     """Rounding errors of at most 2^-12 and 2^-9 of an entry, 6e-8 and 4e-6 squared, and half a 127th of the largest
-    of a head (3 sigma): 5e-5; scores of variance 4 pass them on enlarged.
+    of a head (3 sigma): 5e-5; half an eighth of the largest of 32: 7e-3; scores of variance 4 pass them on enlarged.
     """
     q, k, v = 2 * normal(rng, 30, 8, 256), normal(rng, 30, 2, 256), normal(rng, 30, 2, 256)
     old = normal(rng, 500, 2, 256), normal(rng, 500, 2, 256)

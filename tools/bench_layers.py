@@ -83,6 +83,7 @@ def figures() -> dict[str, str]:
         "attention, 256 tokens after 1,792: Gflop/s": f"{4 * HQ * D * 256 * (1792 + 128.5) / prefill / 1e9:.0f}",
         "attention, 1 token after 4,095, cold, f16: us": f"{attention(CpuOps(), 1, 4095, 12) * 1e6:.0f}",
         "the same, int8: us": f"{attention(CpuOps(kv_dtype='int8'), 1, 4095, 12) * 1e6:.0f}",
+        "the same, int4: us": f"{attention(CpuOps(kv_dtype='int4'), 1, 4095, 12) * 1e6:.0f}",
     }
 
 

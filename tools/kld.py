@@ -5,7 +5,8 @@
 
 Each chunk of --context tokens is run from an empty state; the second half of its positions counts (as in llama.cpp's
 perplexity tool, but in float32 throughout). Prints mean, 99 and 99.9 percentile, maximum, and how often both agree on
-the likeliest token. A MODEL may name its backend: `q4@cpu`. The reference runs on --backend (NumPy).
+the likeliest token. A MODEL may name its backend and the bits of its KV cache: `q4@cpu`, `q4@cpu/4`. The reference runs
+on --backend (NumPy).
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def main() -> None:
     print(f"{'model':40} {'mean':>10} {'99 %':>10} {'99.9 %':>10} {'max':>10} {'top-1':>8}")
     for name in args.models:
         path, _, backend = name.partition("@")
-        model = edgeq.load(path, backend=backend or "numpy")
+        backend, _, kv_bits = backend.partition("/")
+        model = edgeq.load(path, backend=backend or "numpy", kv_bits=int(kv_bits) if kv_bits else None)
         pairs = [divergence(e, model.logits(ids)[half:]) for e, ids in zip(expected, texts, strict=True)]
         kld, same = (np.concatenate(side) for side in zip(*pairs, strict=True))
         tail = np.quantile(kld, [0.99, 0.999])

@@ -185,7 +185,8 @@ inline KvType kv_type(const char* name) {
     if (std::string(name) == "bf16") return KvType::bf16;
     if (std::string(name) == "f32") return KvType::f32;
     if (std::string(name) == "int8") return KvType::int8;
-    throw nb::value_error("dtype: expected f16, bf16, f32 or int8");
+    if (std::string(name) == "int4") return KvType::int4;
+    throw nb::value_error("dtype: expected f16, bf16, f32, int8 or int4");
 }
 
 inline Index page_nbytes(const char* dtype, Index heads, Index D) {

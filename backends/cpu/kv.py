@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self, get_args
+from typing import Self
 
 import numpy as np
 
 from edgeq.backends.cpu import _native
 from edgeq.bf16 import Array, Float32
-from edgeq.errors import UsageError
 from edgeq.state import KVCache
 
-__all__ = ["PAGE", "KvDtype", "NativeKV", "Page", "check_kv_dtype"]
+__all__ = ["PAGE", "NativeKV", "Page"]
 
 PAGE: int = _native.KV_PAGE  # tokens
-
-KvDtype = Literal["f16", "bf16", "f32", "int8"]
-
-
-def check_kv_dtype(name: str) -> KvDtype:
-    """`name` as a type of cache entries, or a UsageError."""
-    if name not in get_args(KvDtype):
-        raise UsageError(f"unknown KV cache type {name!r}", hint=f"there are: {', '.join(get_args(KvDtype))}")
-    return name  # type: ignore[return-value]  # mypy does not narrow a str by `in`
 
 
 class Page:
@@ -41,7 +31,7 @@ class Page:
 
 
 class NativeKV(KVCache[Array]):
-    """The KV cache of one layer and sequence, as a value.
+    """The KV cache of one layer and sequence, as a value. `dtype` is "f16", "bf16", "f32", "int8" or "int4".
 
     Caches that grew out of each other share pages. Room is made behind the last token that any of them wrote; where
     another cache has been there first (the state was branched or rolled back), only the last page is copied.
@@ -49,7 +39,7 @@ class NativeKV(KVCache[Array]):
 
     __slots__ = ("dim", "dtype", "heads", "length", "pages")
 
-    def __init__(self, heads: int, dim: int, dtype: KvDtype, pages: tuple[Page, ...] = (), length: int = 0) -> None:
+    def __init__(self, heads: int, dim: int, dtype: str, pages: tuple[Page, ...] = (), length: int = 0) -> None:
         self.heads, self.dim, self.dtype = heads, dim, dtype
         self.pages, self.length = pages, length
 

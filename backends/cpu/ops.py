@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgeq.backends.cpu import _native, bound
-from edgeq.backends.cpu.kv import NativeKV, check_kv_dtype
+from edgeq.backends.cpu.kv import NativeKV
 from edgeq.backends.numpy import NumpyOps
 from edgeq.backends.ops import Angles
 from edgeq.bf16 import Array, Float32
@@ -38,14 +38,16 @@ def delta_room(state: DeltaState[Array]) -> DeltaState[Array]:
 class CpuOps(NumpyOps):
     """The native CPU backend.
 
-    threads: how many the process's pool may use; None leaves that to the pool. kv_dtype: "f16", "bf16", "f32" or
-    "int8" (one scale per token and head). float16 is the default: as small as bfloat16 and eight times as fine, and
-    keys (normalised) and values stay far from its largest number, 65504, at which it saturates.
+    threads: how many the process's pool may use; None leaves that to the pool. kv_dtype: "f16", "bf16", "f32", "int8"
+    (one scale per token and head) or "int4" (rotated, one scale for 32 entries: 4.5 bits). float16 is the default: as
+    small as bfloat16 and eight times as fine, and keys (normalised) and values stay far from its largest number, 65504,
+    at which it saturates.
     """
 
     name = "cpu"
 
     def __init__(self, threads: int | None = None, kv_dtype: str = "f16") -> None:
+        super().__init__(kv_dtype)
         try:
             _native.isa()
         except RuntimeError as error:  # EDGEQ_ISA names none that is here
@@ -54,11 +56,15 @@ class CpuOps(NumpyOps):
             if not 1 <= threads <= 1024:
                 raise UsageError(f"threads is {threads}, expected 1 to 1024")
             _native.set_thread_count(threads)
-        self.kv_dtype = check_kv_dtype(kv_dtype)
         self._matrix = bound.Bound(bound.matrix)
         self._mlp = bound.Bound(bound.mlp)
         self._delta_net = bound.Bound(bound.delta_net)
         self._attention = bound.Bound(bound.attention)
+
+    @property
+    def threads(self) -> int:
+        count: int = _native.thread_count()
+        return count
 
     @classmethod
     def describe(cls) -> str:

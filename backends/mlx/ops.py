@@ -26,6 +26,7 @@ from edgeq.backends.mlx.memory import limit_memory, used_memory
 from edgeq.backends.ops import Angles, Ops
 from edgeq.bf16 import Array, Float32
 from edgeq.config import RopeConfig, TextConfig
+from edgeq.errors import UsageError
 from edgeq.model import layers
 from edgeq.quant.affine import mlx_layout
 from edgeq.state import DeltaState, KVCache, State
@@ -51,13 +52,22 @@ class MlxOps(Ops[mx.array]):
 
     `compiled` says whether `mx.compile` is used: on a GPU, yes. On a CPU MLX runs the C++ compiler for every kernel it
     fuses, about a second each at the first use, where fusing saves next to nothing.
+
+    `kv_dtype` may be "f16": keys and values are kept in the type of the activations, and in nothing smaller.
     """
 
     name = "mlx"
 
-    def __init__(self, dtype: Dtype | None = None, compiled: bool | None = None) -> None:
+    def __init__(self, dtype: Dtype | None = None, compiled: bool | None = None, kv_dtype: str | None = None) -> None:
+        if kv_dtype not in (None, "f16"):
+            raise UsageError(
+                f"the mlx backend keeps keys and values in 16 bits (32 on a CPU), not as {kv_dtype}",
+                hint="leave --kv-bits out, or use --backend cpu",
+            )
         self._on_cpu = on_cpu = _on_cpu()
-        self.dtype: mx.Dtype = getattr(mx, dtype or ("float32" if on_cpu else "bfloat16"))
+        name = dtype or ("float32" if on_cpu else "bfloat16")
+        self.dtype: mx.Dtype = getattr(mx, name)
+        self.kv_dtype = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[name]
         self._compiled = not on_cpu if compiled is None else compiled
         self._pieces: dict[Hashable, Callable[..., Any]] = {}  # compiled ones
         self._chunk = 16 if on_cpu else 64  # of the delta rule: few operations on a CPU, few steps on a GPU

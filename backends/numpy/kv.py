@@ -7,7 +7,8 @@ from typing import Self
 
 import numpy as np
 
-from edgeq.bf16 import Array, Float32, round_to, to_float32
+from edgeq.backends.numpy.kv_types import KEPT
+from edgeq.bf16 import Array, Float32
 from edgeq.state import KVCache
 
 __all__ = ["PAGE", "Page", "PagedKV"]
@@ -20,14 +21,14 @@ class Page:
 
     __slots__ = ("keys", "values", "written")
 
-    def __init__(self, heads: int, dim: int, dtype: np.dtype[np.generic]) -> None:
-        self.keys: Array = np.empty((heads, PAGE, dim), dtype)
-        self.values: Array = np.empty((heads, PAGE, dim), dtype)
+    def __init__(self, heads: int, dim: int) -> None:
+        self.keys: Float32 = np.empty((heads, PAGE, dim), np.float32)
+        self.values: Float32 = np.empty((heads, PAGE, dim), np.float32)
         self.written = 0
 
     def copy(self, length: int) -> Page:
         """A page of its own with the first `length` tokens of this one."""
-        page = Page(self.keys.shape[0], self.keys.shape[2], self.keys.dtype)
+        page = Page(self.keys.shape[0], self.keys.shape[2])
         page.keys[:, :length] = self.keys[:, :length]
         page.values[:, :length] = self.values[:, :length]
         page.written = length
@@ -39,10 +40,12 @@ class PagedKV(KVCache[Array]):
 
     Caches that grew out of each other share pages. Appending writes behind the last token that any of them wrote;
     where another cache has been there first (the state was branched or rolled back), only the last page is copied.
+
+    Entries are float32 here, whatever the type: what `dtype` (a name of `KEPT`) leaves of them.
     """
 
-    def __init__(self, heads: int, dim: int, dtype: np.dtype[np.generic]) -> None:
-        self.heads, self.dim, self.dtype = heads, dim, np.dtype(dtype)
+    def __init__(self, heads: int, dim: int, dtype: str) -> None:
+        self.heads, self.dim, self.dtype = heads, dim, dtype
         self.pages: tuple[Page, ...] = ()
         self.length = 0
 
@@ -54,12 +57,12 @@ class PagedKV(KVCache[Array]):
     def appended(self, keys: Float32, values: Float32) -> Self:
         """This cache and then `keys`, `values` float32 [T, Hkv, D], rounded to the cache's dtype."""
         pages, end = list(self.pages), self.length
-        new = (round_to(keys.swapaxes(0, 1), self.dtype), round_to(values.swapaxes(0, 1), self.dtype))
+        new = [KEPT[self.dtype](x).swapaxes(0, 1) for x in (keys, values)]
         done = 0
         while done < len(keys):
             offset = end % PAGE
             if offset == 0:
-                pages.append(Page(self.heads, self.dim, self.dtype))
+                pages.append(Page(self.heads, self.dim))
             elif pages[-1].written > offset:
                 pages[-1] = pages[-1].copy(offset)
             count = min(PAGE - offset, len(keys) - done)
@@ -79,7 +82,7 @@ class PagedKV(KVCache[Array]):
         """Keys and values page by page, each float32 [Hkv, tokens, D]."""
         for i, page in enumerate(self.pages):
             used = min(PAGE, self.length - i * PAGE)
-            yield to_float32(page.keys[:, :used]), to_float32(page.values[:, :used])
+            yield page.keys[:, :used], page.values[:, :used]
 
     def arrays(self) -> tuple[Array, Array]:
         empty = np.zeros((self.heads, 0, self.dim), np.float32)

@@ -8,6 +8,7 @@ import numpy as np
 
 from edgeq.backends.numpy.delta import delta_chunk, delta_step
 from edgeq.backends.numpy.kv import PagedKV
+from edgeq.backends.numpy.kv_types import check_kv_dtype
 from edgeq.backends.ops import Angles, Ops
 from edgeq.bf16 import Array, Float32, to_float32
 from edgeq.config import RopeConfig
@@ -52,9 +53,12 @@ def tiles(w: Matrix[Array], width: int) -> Iterator[slice]:
 
 
 class NumpyOps(Ops[Array]):
-    """The specification."""
+    """The specification. kv_dtype: what the KV cache keeps of its entries, "f32", "f16", "bf16", "int8" or "int4"."""
 
     name = "numpy"
+
+    def __init__(self, kv_dtype: str = "f32") -> None:
+        self.kv_dtype = check_kv_dtype(kv_dtype)
 
     @classmethod
     def describe(cls) -> str:
@@ -75,7 +79,7 @@ class NumpyOps(Ops[Array]):
         return np.zeros(shape, np.float32)
 
     def kv_cache(self, keys: Float32, values: Float32) -> KVCache[Array]:
-        return PagedKV(keys.shape[1], keys.shape[2], np.dtype(np.float32)).appended(keys, values)
+        return PagedKV(keys.shape[1], keys.shape[2], self.kv_dtype).appended(keys, values)
 
     def concat(self, xs: Sequence[Array]) -> Array:
         return xs[0] if len(xs) == 1 else np.concatenate(xs)

@@ -20,7 +20,7 @@ from edgeq.runtime import Model, load
 
 __all__ = ["bench"]
 
-_COLUMNS = ("model", "size", "params", "backend", "threads", "test", "t/s", "GB/s", "of memory")
+_COLUMNS = ("model", "size", "params", "backend", "threads", "kv", "test", "t/s", "GB/s", "of memory")
 
 
 def bench(
@@ -40,6 +40,10 @@ def bench(
     threads: Annotated[
         str | None, typer.Option("--threads", "-t", metavar="N,...", help="Threads; the backend's choice unless given.")
     ] = None,
+    kv_bits: Annotated[
+        str | None,
+        typer.Option("--kv-bits", metavar="N,...", help="Bits of keys and values: 16, 8, 4; the backend's choice."),
+    ] = None,
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="Counted runs of each test.")] = 5,
     output: Annotated[str, typer.Option("--output", "-o", help="md, json or csv.")] = "md",
     backend: BackendOption = "auto",
@@ -55,7 +59,8 @@ def bench(
         raise UsageError(f"unknown output {output!r}", hint="--output is one of md, json, csv")
     tests = _tests(_numbers("--n-prompt", n_prompt), _numbers("--n-gen", n_gen), pg or [], _numbers("-d", n_depth))
     counts = [None] if threads is None else _numbers("--threads", threads, least=1)
-    rows = _measure_all(model, backend, tests, counts, repetitions)
+    kv = [None] if kv_bits is None else _numbers("--kv-bits", kv_bits)
+    rows = _measure_all(model, backend, tests, list(product(counts, kv)), repetitions)
     {"md": _print_table, "json": _print_json, "csv": _print_csv}[output](rows)
 
 
@@ -83,18 +88,19 @@ def _tests(prompts: list[int], generated: list[int], pairs: list[str], depths: l
 
 
 def _measure_all(
-    name: str, backend: str, tests: list[Test], counts: list[int] | list[None], repetitions: int
+    name: str, backend: str, tests: list[Test], settings: list[tuple[int | None, int | None]], repetitions: int
 ) -> Iterator[tuple[Model, Result]]:
-    """Every test with every number of threads; what goes on shows on stderr."""
+    """Every test with every setting of threads and KV bits; what goes on shows on stderr."""
     bar = new_bar("{task.description}")
     task = bar.add_task("loading") if bar else None
     try:
-        for count in counts:
-            model = load(name, backend=backend, threads=count)
-            results = measure(model, tests, repetitions=repetitions, threads=count)
+        for count, kv_bits in settings:
+            model = load(name, backend=backend, threads=count, kv_bits=kv_bits)
+            results = measure(model, tests, repetitions=repetitions)
             for i, test in enumerate(tests):
                 if bar and task is not None:
-                    bar.update(task, description=f"{test.name}, {count or 'default'} threads ({i + 1} of {len(tests)})")
+                    shared = f"{model.ops.threads} threads" if model.ops.threads else model.ops.name
+                    bar.update(task, description=f"{test.name}, {shared} ({i + 1} of {len(tests)})")
                 yield model, next(results)
     finally:
         if bar:
@@ -105,8 +111,8 @@ def _measure_all(
 
 
 def _print_table(rows: Iterator[tuple[Model, Result]]) -> None:
-    """llama-bench's Markdown table, and two columns more."""
-    widths = (18, 11, 9, 7, 7, 16, 16, 6, 9)
+    """llama-bench's Markdown table, and three columns more."""
+    widths = (18, 11, 9, 7, 7, 4, 16, 16, 6, 9)
     print(_table_row(_COLUMNS, widths))
     print(_table_row([":" + "-" * (w - 1) if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)], widths))
     for model, result in rows:
@@ -116,7 +122,7 @@ def _print_table(rows: Iterator[tuple[Model, Result]]) -> None:
         share = f"{result.share:.0%}" if result.share else ""
         cells = (
             _describe(model), f"{nbytes / 2**20:.2f} MiB", f"{weights / 1e6:.2f} M", model.ops.name,
-            result.threads or "", result.test.name, speed, rate, share,
+            result.threads or "", model.ops.kv_dtype, result.test.name, speed, rate, share,
         )  # fmt: skip
         print(_table_row(cells, widths), flush=True)
 
@@ -155,6 +161,8 @@ def _record(model: Model, result: Result) -> dict[str, Any]:
         "model_size": nbytes,
         "model_n_params": weights,
         "n_threads": result.threads,
+        "type_k": model.ops.kv_dtype,
+        "type_v": model.ops.kv_dtype,
         "n_prompt": result.test.prompt,
         "n_gen": result.test.generate,
         "n_depth": result.test.depth,

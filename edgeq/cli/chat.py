@@ -14,6 +14,7 @@ from edgeq.cli.options import (
     BackendOption,
     ContextOption,
     FrequencyPenaltyOption,
+    KvBitsOption,
     LoopGuardOption,
     MaxTokensOption,
     MinPOption,
@@ -75,6 +76,7 @@ def chat(
     backend: BackendOption = "auto",
     threads: ThreadsOption = None,
     context: ContextOption = None,
+    kv_bits: KvBitsOption = None,
 ) -> None:
     """Talk to a model.
 
@@ -87,7 +89,7 @@ def chat(
     """
     one_shot = prompt is not None or as_json or not sys.stdin.isatty()
     text = joined_prompt(prompt) if one_shot else ""
-    loaded = load(model, backend=backend, threads=threads, context=context)
+    loaded = load(model, backend=backend, threads=threads, context=context, kv_bits=kv_bits)
     with prefill_bar() as bar:
         conversation = loaded.chat(
             thinking=think,

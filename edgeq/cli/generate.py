@@ -13,6 +13,7 @@ from edgeq.cli.options import (
     BackendOption,
     ContextOption,
     FrequencyPenaltyOption,
+    KvBitsOption,
     LoopGuardOption,
     MaxTokensOption,
     MinPOption,
@@ -52,6 +53,7 @@ def generate(
     backend: BackendOption = "auto",
     threads: ThreadsOption = None,
     context: ContextOption = None,
+    kv_bits: KvBitsOption = None,
 ) -> None:
     """Continue a text as it is, without a chat template: for base models.
 
@@ -60,7 +62,7 @@ def generate(
     The text comes from --prompt, from stdin, or from both (joined). The continuation goes to stdout.
     """
     text = joined_prompt(prompt)
-    loaded = load(model, backend=backend, threads=threads, context=context)
+    loaded = load(model, backend=backend, threads=threads, context=context, kv_bits=kv_bits)
     with prefill_bar() as bar:
         reply = loaded.generate(
             text,

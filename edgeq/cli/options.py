@@ -23,6 +23,7 @@ __all__ = [
     "BackendOption",
     "ContextOption",
     "FrequencyPenaltyOption",
+    "KvBitsOption",
     "LoopGuardOption",
     "MaxTokensOption",
     "MinPOption",
@@ -135,6 +136,16 @@ ContextOption = Annotated[
         show_envvar=False,
         show_default="what the model was made for",
         help="Most tokens of the conversation.",
+    ),
+]
+KvBitsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--kv-bits",
+        envvar=_env("KV_BITS"),
+        show_envvar=False,
+        show_default="the backend's choice, 16 on a CPU",
+        help="Bits of each key and value in memory: 16, 8 or 4.",
     ),
 ]
 

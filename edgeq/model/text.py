@@ -49,15 +49,12 @@ def initial_state(ops: Ops[A], c: TextConfig) -> State[A]:
     """The state of an empty sequence."""
     empty = np.zeros((0, c.num_key_value_heads, c.head_dim), np.float32)
 
-    def layer(kind: str) -> LayerState[A]:
-        if kind == "full_attention":
-            return ops.kv_cache(empty, empty)
-        return DeltaState(
-            conv=ops.zeros(c.linear_conv_kernel_dim - 1, c.conv_dim),
-            matrix=ops.zeros(c.linear_num_value_heads, c.linear_value_head_dim, c.linear_key_head_dim),
-        )
-
-    return State(tuple(layer(kind) for kind in c.layer_types), 0, 0)
+    forgotten = DeltaState(  # states are values: one serves all layers
+        conv=ops.zeros(c.linear_conv_kernel_dim - 1, c.conv_dim),
+        matrix=ops.zeros(c.linear_num_value_heads, c.linear_value_head_dim, c.linear_key_head_dim),
+    )
+    layers = (ops.kv_cache(empty, empty) if kind == "full_attention" else forgotten for kind in c.layer_types)
+    return State(tuple(layers), 0, 0)
 
 
 def forward(

@@ -19,20 +19,20 @@ constexpr Index append_tokens = 16;
 
 // --- pages -----------------------------------------------------------------------------------------------------------
 
-// Where a token's entries are in a page: entry i of the key at keys + i * kv_tile, of the value at values + i.
+// Where a token's entries are in a page whose vectors take `row` numbers (kv_row): number i of the key at
+// keys + i * kv_tile, of the value at values + i.
 struct Place {
     Index keys, values;
 };
 
-Place place(Index heads, Index width, Index head, Index token) {
-    const Index head_keys = head * kv_page * width, tile = token / kv_tile;
-    return {head_keys + tile * width * kv_tile + token % kv_tile, heads * kv_page * width + head_keys + token * width};
+Place place(Index heads, Index row, Index head, Index token) {
+    const Index head_keys = head * kv_page * row, tile = token / kv_tile;
+    return {head_keys + tile * row * kv_tile + token % kv_tile, heads * kv_page * row + head_keys + token * row};
 }
 
-// The scale of a token's key or value.
-float* scale_of(uint8_t* page, KvType type, Index heads, Index D, bool value, Index head, Index token) {
-    float* scales = reinterpret_cast<float*>(page + kv_entries_nbytes(type, heads, D));
-    return scales + ((value ? heads : 0) + head) * kv_page + token;
+// The scales of a head's keys or values.
+uint8_t* scales_of(uint8_t* page, KvType type, Index heads, Index D, bool value, Index head) {
+    return page + kv_entries_nbytes(type, heads, D) + ((value ? heads : 0) + head) * kv_scales_nbytes(type, D);
 }
 
 // Entries as multiples of a scale, which is returned.
@@ -43,6 +43,21 @@ float write_int8(uint8_t* page, Index at, Index step, const float* x, Index n) {
     int8_t* to = reinterpret_cast<int8_t*>(page) + at;
     for (Index i = 0; i < n; i++) to[i * step] = int8_t(std::lrint(x[i] * inverse));
     return scale;
+}
+
+// Groups of four-bit entries, each as multiples of its scale; the scales of a vector are kv_page apart.
+void write_int4(uint8_t* to, Index step, const float* x, Index n, uint16_t* scales) {
+    constexpr Index half = kv_group / 2;
+    for (Index group = 0; group < n / kv_group; group++, x += kv_group, to += half * step) {
+        float farthest = 0.0f;
+        for (Index i = 0; i < kv_group; i++)
+            if (std::abs(x[i]) > std::abs(farthest)) farthest = x[i];
+        const float wanted = std::min(std::max(farthest / -8.0f, -65504.0f), 65504.0f);
+        scales[group * kv_page] = to_f16_bits(wanted);
+        const float scale = from_f16(scales[group * kv_page]), inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+        auto code = [&](float y) { return uint8_t(std::fmin(std::fmax(std::nearbyint(y * inverse) + 8.0f, 0.0f), 15.0f)); };
+        for (Index i = 0; i < half; i++) to[i * step] = uint8_t(code(x[i]) | code(x[half + i]) << 4);
+    }
 }
 
 // Entries that are 16 bits wide as bits, through `bits` to work in; float entries as they are.
@@ -60,21 +75,30 @@ void write_entries(uint8_t* page, KvType type, Index at, Index step, const float
     for (Index i = 0; i < n; i++) to[i * step] = bits[i];
 }
 
-// An entry, to be multiplied by the scale if it is int8.
-float read_entry(const uint8_t* page, KvType type, Index at) {
-    if (type == KvType::int8) return reinterpret_cast<const int8_t*>(page)[at];
-    if (type == KvType::f32) return reinterpret_cast<const float*>(page)[at];
-    const uint16_t bits = reinterpret_cast<const uint16_t*>(page)[at];
-    return type == KvType::f16 ? from_f16(bits) : from_bf16(bits);
+// Entry i of a vector whose numbers begin at `at` and are `step` apart; `scales` is its head's, at its token.
+float read_entry(const uint8_t* page, KvType type, Index at, Index step, Index i, const uint8_t* scales) {
+    const Index number = at + i * step;
+    switch (type) {
+        case KvType::f16: return from_f16(reinterpret_cast<const uint16_t*>(page)[number]);
+        case KvType::bf16: return from_bf16(reinterpret_cast<const uint16_t*>(page)[number]);
+        case KvType::f32: return reinterpret_cast<const float*>(page)[number];
+        case KvType::int8:
+            return *reinterpret_cast<const float*>(scales) * reinterpret_cast<const int8_t*>(page)[number];
+        case KvType::int4: break;
+    }
+    constexpr Index half = kv_group / 2;
+    const Index group = i / kv_group, within = i % kv_group;
+    const uint8_t pair = page[at + (group * half + within % half) * step];
+    const int code = within < half ? pair & 15 : pair >> 4;
+    return from_f16(reinterpret_cast<const uint16_t*>(scales)[group * kv_page]) * float(code - 8);
 }
 
 // --- the pieces ------------------------------------------------------------------------------------------------------
 
 struct Scratch {
-    Floats q, scores, out, peak, total;
+    Floats q, value, scores, out, peak, total;
     std::vector<Index> visible;
-    std::vector<const uint8_t*> keys, values;
-    std::vector<const float*> key_scales, value_scales;
+    std::vector<const uint8_t*> keys, values, key_scales, value_scales;
     std::vector<uint16_t> bits;
 };
 
@@ -96,22 +120,32 @@ void normed(const Attention& a, const float* x, const float* gain, Index t, floa
 }
 
 void append_token(const Attention& a, const KvSequence& s, Index start, Index token) {
-    const Index width = kv_width(a.D), t = start + token, at = s.past + token;
+    const Index width = kv_width(a.type, a.D), t = start + token, at = s.past + token, slot = at % kv_page;
     Scratch& scratch = scratch_of_thread;
     scratch.q.resize(std::max<Index>(scratch.q.size(), width));
     scratch.bits.resize(width);
     float* key = scratch.q.data();
     std::fill(key, key + width, 0.0f);  // padding meets the queries' zeros, and must not be NaN
+    uint8_t* page = s.pages[at / kv_page];
     for (Index head = 0; head < a.Hkv; head++) {
-        uint8_t* page = s.pages[at / kv_page];
-        const Place to = place(a.Hkv, width, head, at % kv_page);
+        const Place to = place(a.Hkv, kv_row(a.type, width), head, slot);
+        uint8_t* key_scales = scales_of(page, a.type, a.Hkv, a.D, false, head);
+        uint8_t* value_scales = scales_of(page, a.type, a.Hkv, a.D, true, head);
         normed(a, a.k.at(t, head), a.k_norm, t, key);
         const float* value = a.v.at(t, head);
         if (a.type == KvType::int8) {
-            float* key_scale = scale_of(page, a.type, a.Hkv, a.D, false, head, at % kv_page);
-            float* value_scale = scale_of(page, a.type, a.Hkv, a.D, true, head, at % kv_page);
-            *key_scale = write_int8(page, to.keys, kv_tile, key, width);
-            *value_scale = write_int8(page, to.values, 1, value, a.D);
+            reinterpret_cast<float*>(key_scales)[slot] = write_int8(page, to.keys, kv_tile, key, width);
+            reinterpret_cast<float*>(value_scales)[slot] = write_int8(page, to.values, 1, value, a.D);
+            continue;
+        }
+        if (a.type == KvType::int4) {
+            scratch.value.assign(width, 0.0f);
+            std::memcpy(scratch.value.data(), value, a.D * sizeof(float));
+            layer_kernels().rotate(key, a.D);
+            layer_kernels().rotate(scratch.value.data(), a.D);
+            write_int4(page + to.keys, kv_tile, key, width, reinterpret_cast<uint16_t*>(key_scales) + slot);
+            write_int4(page + to.values, 1, scratch.value.data(), width,
+                       reinterpret_cast<uint16_t*>(value_scales) + slot);
             continue;
         }
         write_entries(page, a.type, to.keys, kv_tile, key, width, scratch.bits.data());
@@ -125,7 +159,7 @@ Index padded_rows(Index rows) { return (rows + attend_rows - 1) / attend_rows * 
 void attend_block(const Attention& a, const KvSequence& s, const Block& b, Index begin, Index end, float* peak,
                   float* total, float* out) {
     const LayerKernels& kernels = layer_kernels();
-    const Index share = a.Hq / a.Hkv, width = kv_width(a.D), rows = padded_rows(b.tokens * share);
+    const Index share = a.Hq / a.Hkv, width = kv_width(a.type, a.D), rows = padded_rows(b.tokens * share);
     const float scale = 1.0f / std::sqrt(float(a.D));
     Scratch& scratch = scratch_of_thread;
     scratch.q.assign(rows * width, 0.0f);
@@ -136,10 +170,11 @@ void attend_block(const Attention& a, const KvSequence& s, const Block& b, Index
         float* q = &scratch.q[row * width];
         normed(a, a.q.at(t, head), a.q_norm, t, q);
         for (Index i = 0; i < a.D; i++) q[i] *= scale;
+        if (a.type == KvType::int4) kernels.rotate(q, a.D);
         scratch.visible[row] = s.past + b.first + row / share + 1;
     }
     const Index pages = (end + kv_page - 1) / kv_page, size = kv_size(a.type);
-    const Place at = place(a.Hkv, width, b.head, 0);
+    const Place at = place(a.Hkv, kv_row(a.type, width), b.head, 0);
     scratch.keys.resize(pages);
     scratch.values.resize(pages);
     scratch.key_scales.resize(pages);
@@ -147,8 +182,8 @@ void attend_block(const Attention& a, const KvSequence& s, const Block& b, Index
     for (Index i = 0; i < pages; i++) {
         scratch.keys[i] = s.pages[i] + at.keys * size;
         scratch.values[i] = s.pages[i] + at.values * size;
-        scratch.key_scales[i] = scale_of(s.pages[i], a.type, a.Hkv, a.D, false, b.head, 0);
-        scratch.value_scales[i] = scale_of(s.pages[i], a.type, a.Hkv, a.D, true, b.head, 0);
+        scratch.key_scales[i] = scales_of(s.pages[i], a.type, a.Hkv, a.D, false, b.head);
+        scratch.value_scales[i] = scales_of(s.pages[i], a.type, a.Hkv, a.D, true, b.head);
     }
     kernels.attend({a.type, rows, width, scratch.q.data(), scratch.visible.data(), scratch.keys.data(),
                     scratch.values.data(), scratch.key_scales.data(), scratch.value_scales.data(), begin, end, peak,
@@ -159,7 +194,7 @@ void attend_block(const Attention& a, const KvSequence& s, const Block& b, Index
 void finish_block(const Attention& a, const Block& b, Index ranges, Index range_rows, const float* peak,
                   const float* total, float* out) {
     const LayerKernels& kernels = layer_kernels();
-    const Index share = a.Hq / a.Hkv, width = kv_width(a.D);
+    const Index share = a.Hq / a.Hkv, width = kv_width(a.type, a.D);
     for (Index row = 0; row < b.tokens * share; row++) {
         float most = peak[row], all = 0.0f;
         for (Index i = 1; i < ranges; i++) most = std::max(most, peak[i * range_rows + row]);
@@ -172,6 +207,7 @@ void finish_block(const Attention& a, const Block& b, Index ranges, Index range_
             const float* part = out + (i * range_rows + row) * width;
             for (Index j = 0; j < a.D; j++) y[j] = weight * part[j] + (i ? y[j] : 0.0f);
         }
+        if (a.type == KvType::int4) kernels.rotate(y, a.D);
         if (a.gate.data) kernels.sigmoid_mul(y, y, a.gate.at(t, head), a.D);
     }
 }
@@ -212,7 +248,7 @@ void attention(const Attention& a, const KvSequence* sequences, Index count) {
     for (Index i = 0, start = 0; i < count; start += sequences[i++].tokens) append_kv(a, sequences[i], start);
     const std::vector<Block> blocks = blocks_of(a, sequences, count);
     if (blocks.empty()) return;
-    const Index width = kv_width(a.D);
+    const Index width = kv_width(a.type, a.D);
     Index most_tokens = 0;
     for (const Block& b : blocks) most_tokens = std::max(most_tokens, b.tokens);
     const Index rows = padded_rows(most_tokens * (a.Hq / a.Hkv));
@@ -258,16 +294,18 @@ void attention(const Attention& a, const KvSequence* sequences, Index count) {
 void read_page(const uint8_t* page, KvType type, Index heads, Index D, Index tokens, float* keys, float* values) {
     for (Index head = 0; head < heads; head++)
         for (Index t = 0; t < tokens; t++) {
-            const Place from = place(heads, kv_width(D), head, t);
-            const Index to = (t * heads + head) * D;
-            auto scale = [&](bool value) {
-                if (type != KvType::int8) return 1.0f;
-                return *scale_of(const_cast<uint8_t*>(page), type, heads, D, value, head, t);
-            };
+            const Place from = place(heads, kv_row(type, kv_width(type, D)), head, t);
+            const Index scale = t * kv_scales_nbytes(type, 1) / kv_page;  // bytes from one token's to the next's
+            const uint8_t* key_scales = scales_of(const_cast<uint8_t*>(page), type, heads, D, false, head) + scale;
+            const uint8_t* value_scales = scales_of(const_cast<uint8_t*>(page), type, heads, D, true, head) + scale;
+            float *key = keys + (t * heads + head) * D, *value = values + (t * heads + head) * D;
             for (Index i = 0; i < D; i++) {
-                keys[to + i] = scale(false) * read_entry(page, type, from.keys + i * kv_tile);
-                values[to + i] = scale(true) * read_entry(page, type, from.values + i);
+                key[i] = read_entry(page, type, from.keys, kv_tile, i, key_scales);
+                value[i] = read_entry(page, type, from.values, 1, i, value_scales);
             }
+            if (type != KvType::int4) continue;
+            layer_kernels().rotate(key, D);
+            layer_kernels().rotate(value, D);
         }
 }
 

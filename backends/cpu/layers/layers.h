@@ -23,34 +23,53 @@ using Index = long long;
 // int8 entries are multiples of a scale of their token and head, whose largest entry is 127 of it; the scales follow
 // the entries, float32 [heads, kv_page] for keys and then for values. A key's scale multiplies its score and a value's
 // its weight, so the sums run over the plain integers.
+//
+// int4 entries are of the rotated vector (see LayerKernels::rotate): queries are rotated like keys, which leaves their
+// products as they are, and the weighted sum of values is rotated back. kv_group entries share a float16 scale, an
+// eighth of the one farthest from zero, which becomes -8. The page is that of an int8 cache of half the width: byte i
+// of a group holds entry i and, in the upper half, entry i + kv_group / 2, both plus 8. The scales follow, float16
+// [heads, groups, kv_page] for keys and then for values.
 
-enum class KvType { f16, bf16, f32, int8 };
+enum class KvType { f16, bf16, f32, int8, int4 };
 
 constexpr int kv_page = 256;
 constexpr int kv_tile = 16;
+constexpr int kv_group = 32;
 
-static inline Index kv_width(Index dim) { return (dim + kv_tile - 1) / kv_tile * kv_tile; }
-static inline Index kv_size(KvType type) { return type == KvType::f32 ? 4 : type == KvType::int8 ? 1 : 2; }
+static inline Index kv_width(KvType type, Index dim) {
+    const Index multiple = type == KvType::int4 ? kv_group : kv_tile;
+    return (dim + multiple - 1) / multiple * multiple;
+}
 
-// Bytes of a page's entries, and of the whole page.
+// What a page holds of a vector `width` entries wide: numbers of kv_size bytes; an int4 pair is one.
+static inline Index kv_row(KvType type, Index width) { return type == KvType::int4 ? width / 2 : width; }
+static inline Index kv_size(KvType type) {
+    return type == KvType::f32 ? 4 : type == KvType::int8 || type == KvType::int4 ? 1 : 2;
+}
+
+// Bytes of a page's entries, of one head's scales for keys or for values, and of the whole page.
 static inline Index kv_entries_nbytes(KvType type, Index heads, Index dim) {
-    return 2 * heads * kv_page * kv_width(dim) * kv_size(type);
+    return 2 * heads * kv_page * kv_row(type, kv_width(type, dim)) * kv_size(type);
+}
+static inline Index kv_scales_nbytes(KvType type, Index dim) {
+    if (type == KvType::int8) return kv_page * Index(sizeof(float));
+    return type == KvType::int4 ? kv_width(type, dim) / kv_group * kv_page * Index(sizeof(uint16_t)) : 0;
 }
 static inline Index kv_page_nbytes(KvType type, Index heads, Index dim) {
-    const Index scales = type == KvType::int8 ? 2 * heads * kv_page * Index(sizeof(float)) : 0;
-    return kv_entries_nbytes(type, heads, dim) + scales;
+    return kv_entries_nbytes(type, heads, dim) + 2 * heads * kv_scales_nbytes(type, dim);
 }
 
 // Some queries that share a KV head, over part of its keys.
 struct Attend {
     KvType type;
-    Index rows, width;          // rows is a multiple of attend_rows, width one of kv_tile
-    const float* q;             // [rows, width], already scaled by D^-0.5, zero beyond the head's width
+    Index rows, width;          // rows is a multiple of attend_rows, width one of kv_tile (int4: kv_group)
+    const float* q;             // [rows, width], already scaled by D^-0.5 (int4: and rotated), zero beyond the head's
+                                // width
     const Index* visible;       // [rows], how many keys (from the first of the sequence) each row may see
     const uint8_t* const* keys;    // of this head, one pointer per page of the sequence
     const uint8_t* const* values;
-    const float* const* key_scales;  // likewise [kv_page], for int8
-    const float* const* value_scales;
+    const uint8_t* const* key_scales;  // likewise: float32 [kv_page] for int8, float16 [groups, kv_page] for int4
+    const uint8_t* const* value_scales;
     Index begin, end;           // the keys to attend to; begin is a multiple of attend_keys
     float* peak;                // [rows], out: largest score
     float* total;               // [rows], out: sum of exp(score - peak)
@@ -117,6 +136,10 @@ struct LayerKernels {
     // Move `rows` rows of a state [rows, K] on by the chunk: from -> to, which may be the same.
     void (*delta)(float* to, const float* from, Index rows, const DeltaChunk& chunk);
     void (*attend)(const Attend& a);
+    // The orthonormal Walsh-Hadamard transform of x [n], in blocks of the largest power of two that divides n (Qwen3.5's
+    // heads are one block of 256). It is its own inverse. A single large entry becomes many small ones, so that 4 bits
+    // need not span what few channels reach (Ashkboos et al., "QuaRot", arXiv:2404.00456).
+    void (*rotate)(float* x, Index n);
     void (*to_f16)(uint16_t* y, const float* x, Index n);  // nearest, ties to even; beyond +-65504 becomes that
 };
 

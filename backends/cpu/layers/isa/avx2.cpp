@@ -75,6 +75,13 @@ inline V load_bf16(const uint16_t* p) {
 inline V load_i8(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
+inline void load_i4(const uint8_t* p, V& low, V& high) {
+    const __m128i pairs = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), mask = _mm_set1_epi8(15);
+    auto widened = [&](__m128i x) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_sub_epi8(_mm_and_si128(x, mask), _mm_set1_epi8(8))));
+    };
+    low = widened(pairs), high = widened(_mm_srli_epi16(pairs, 4));
+}
 inline void store_f16(uint16_t* p, V x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }

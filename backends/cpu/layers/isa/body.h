@@ -10,6 +10,7 @@
 //     round_, pow2              to the nearest integer; 2^x of an integer, |x| <= 127
 //     load4                     4 W entries as 4 vectors, entry i going to vector i % 4
 //     load_f16, load_bf16, load_i8  W entries of 16 or 8 bits, widened
+//     load_i4(p, low, high)     W bytes as two vectors: the lower and the upper four bits of each, minus 8
 //     store_f16                 rounded to nearest even
 //
 // and LAYERS, the name of the table. Everything here has internal linkage.
@@ -314,9 +315,43 @@ INLINE void score_span(float* scores, const float* q, Index width, const uint8_t
         for (int j = 0; j < SPAN_V; j++) store(scores + r * attend_keys + j * W, total[r][j]);
 }
 
+// The same for int4, whose scales belong to groups of entries: each group is summed by itself. `scales` [groups,
+// kv_page] begins at the first of the keys.
+INLINE void score_span_int4(float* scores, const float* q, Index width, const uint8_t* keys, const uint16_t* scales,
+                            Ahead& ahead) {
+    constexpr Index half = kv_group / 2;
+    V total[R][SPAN_V];
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < SPAN_V; j++) total[r][j] = set1(0.0f);
+    for (Index group = 0; group < width / kv_group; group++) {
+        V part[R][SPAN_V];
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < SPAN_V; j++) part[r][j] = set1(0.0f);
+        for (Index i = 0; i < half; i++) {
+            ahead.next();
+            V low[SPAN_V], high[SPAN_V];
+            for (int j = 0; j < SPAN_V; j++)
+                load_i4(keys + (j * W / kv_tile) * width / 2 * kv_tile + (group * half + i) * kv_tile + j * W % kv_tile,
+                        low[j], high[j]);
+            for (int r = 0; r < R; r++) {
+                const float* query = q + r * width + group * kv_group + i;
+                for (int j = 0; j < SPAN_V; j++)
+                    part[r][j] = fma(set1(query[0]), low[j], fma(set1(query[half]), high[j], part[r][j]));
+            }
+        }
+        for (int j = 0; j < SPAN_V; j++) {
+            const V scale = load_f16(scales + group * kv_page + j * W);
+            for (int r = 0; r < R; r++) total[r][j] = fma(part[r][j], scale, total[r][j]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < SPAN_V; j++) store(scores + r * attend_keys + j * W, total[r][j]);
+}
+
 // The scores or weights of a block of keys times their scales. Those of keys that are not there yet are undefined, and
 // so is what comes of them, which nobody reads.
-INLINE void mul_rows(float* scores, const float* scales) {
+INLINE void mul_rows(float* scores, const uint8_t* page_scales, Index first) {
+    const float* scales = reinterpret_cast<const float*>(page_scales) + first % kv_page;
     for (Index i = 0; i < attend_keys; i += W) store(scores + i, mul(load(scores + i), load(scales + i)));
 }
 
@@ -324,7 +359,7 @@ INLINE void mul_rows(float* scores, const float* scales) {
 // A row that sees no key of the whole range ends with the peak HIDDEN and counts for nothing when ranges are merged.
 INLINE void weigh_row(const Attend& a, Index row, Index first, Index count, const KvType type) {
     float* scores = a.scores + row * attend_keys;
-    if (type == KvType::int8) mul_rows(scores, a.key_scales[first / kv_page] + first % kv_page);
+    if (type == KvType::int8) mul_rows(scores, a.key_scales[first / kv_page], first);
     for (Index i = a.visible[row] - first < 0 ? 0 : a.visible[row] - first; i < attend_keys; i++) scores[i] = HIDDEN;
     for (Index i = count; i < attend_keys; i++) scores[i] = HIDDEN;
     V most = load(scores);
@@ -347,7 +382,7 @@ INLINE void weigh_row(const Attend& a, Index row, Index first, Index count, cons
         total = add(total, weight);
     }
     a.total[row] += sum(total);
-    if (type == KvType::int8) mul_rows(scores, a.value_scales[first / kv_page] + first % kv_page);
+    if (type == KvType::int8) mul_rows(scores, a.value_scales[first / kv_page], first);
 }
 
 // out += weights @ values for R rows and `wide` vectors of the width from entry i on.
@@ -378,27 +413,70 @@ INLINE void sum_values(const Attend& a, Index row, const uint8_t* values, Index 
     for (; i < a.width; i += W) sum_values_at(a, row, i, 1, values, entry, count, type, ahead);
 }
 
+// The same for int4, from the first key's values and scales on.
+INLINE void sum_values_int4(const Attend& a, Index row, const uint8_t* values, const uint16_t* scales, Index count,
+                            Ahead& ahead) {
+    constexpr Index half = kv_group / 2;
+    const float* weights = a.scores + row * attend_keys;
+    for (Index group = 0; group < a.width / kv_group; group++) {
+        float factors[attend_keys];
+        for (Index i = 0; i < attend_keys; i += W) store(factors + i, load_f16(scales + group * kv_page + i));
+        for (Index i = 0; i < half; i += W) {
+            float* out = a.out + row * a.width + group * kv_group + i;
+            V low[R], high[R];
+            for (int r = 0; r < R; r++) low[r] = load(out + r * a.width), high[r] = load(out + r * a.width + half);
+            for (Index key = 0; key < count; key++) {
+                ahead.next();
+                V first, second;
+                load_i4(values + key * a.width / 2 + group * half + i, first, second);
+                const V factor = set1(factors[key]);
+                first = mul(first, factor), second = mul(second, factor);
+                for (int r = 0; r < R; r++) {
+                    const V weight = set1(weights[r * attend_keys + key]);
+                    low[r] = fma(weight, first, low[r]);
+                    high[r] = fma(weight, second, high[r]);
+                }
+            }
+            for (int r = 0; r < R; r++) store(out + r * a.width, low[r]), store(out + r * a.width + half, high[r]);
+        }
+    }
+}
+
 INLINE void attend_as(const Attend& a, const KvType type) {
     for (Index r = 0; r < a.rows; r++) a.peak[r] = HIDDEN, a.total[r] = 0.0f;
     for (Index i = 0; i < a.rows * a.width; i += W) store(a.out + i, set1(0.0f));
-    const Index block_nbytes = attend_keys * a.width * kv_size(type);
+    const Index key_row = kv_row(type, a.width), block_nbytes = attend_keys * key_row * kv_size(type);
     for (Index first = a.begin; first < a.end; first += attend_keys) {
         const Index count = smaller(attend_keys, a.end - first);
-        const Index entry = first % kv_page * a.width;  // of a tile of keys, and of a row of values
-        const uint8_t *keys = a.keys[first / kv_page], *values = a.values[first / kv_page];
+        const Index page = first / kv_page, entry = first % kv_page * key_row;  // of a tile of keys, and a row of values
+        const uint8_t *keys = a.keys[page], *values = a.values[page];
+        auto scales = [&](const uint8_t* const* of, Index span) {
+            return reinterpret_cast<const uint16_t*>(of[page]) + first % kv_page + span;
+        };
         const uint8_t* these = values + entry * kv_size(type);
         Ahead ahead{these, these + block_nbytes * count / attend_keys};
         for (Index span = 0; span < count; span += SPAN)
-            for (Index row = 0; row < a.rows; row += R)
-                score_span(a.scores + row * attend_keys + span, a.q + row * a.width, a.width, keys,
-                           entry + span * a.width, type, ahead);
+            for (Index row = 0; row < a.rows; row += R) {
+                float* scores = a.scores + row * attend_keys + span;
+                const float* q = a.q + row * a.width;
+                const Index tile = entry + span * key_row;
+                if (type == KvType::int4)
+                    score_span_int4(scores, q, a.width, keys + tile, scales(a.key_scales, span), ahead);
+                else
+                    score_span(scores, q, a.width, keys, tile, type, ahead);
+            }
         for (Index row = 0; row < a.rows; row++) weigh_row(a, row, first, count, type);
         const Index next = first + attend_keys;
         if (next < a.end) {
-            ahead.at = a.keys[next / kv_page] + next % kv_page * a.width * kv_size(type);
+            ahead.at = a.keys[next / kv_page] + next % kv_page * key_row * kv_size(type);
             ahead.end = ahead.at + block_nbytes;
         }
-        for (Index row = 0; row < a.rows; row += R) sum_values(a, row, values, entry, count, type, ahead);
+        for (Index row = 0; row < a.rows; row += R) {
+            if (type == KvType::int4)
+                sum_values_int4(a, row, values + entry, scales(a.value_scales, 0), count, ahead);
+            else
+                sum_values(a, row, values, entry, count, type, ahead);
+        }
     }
 }
 
@@ -408,13 +486,35 @@ void attend(const Attend& a) {
         case KvType::bf16: return attend_as(a, KvType::bf16);
         case KvType::f32: return attend_as(a, KvType::f32);
         case KvType::int8: return attend_as(a, KvType::int8);
+        case KvType::int4: return attend_as(a, KvType::int4);
     }
+}
+
+void rotate(float* x, Index n) {
+    const Index block = n & -n;
+    const V norm = set1(1.0f / __builtin_sqrtf(float(block)));
+    for (Index step = 1; step < block; step *= 2)
+        for (Index at = 0; at < n; at += 2 * step) {
+            float *first = x + at, *second = first + step;
+            Index i = 0;
+            for (; i + W <= step; i += W) {
+                const V a = load(first + i), b = load(second + i);
+                store(first + i, add(a, b));
+                store(second + i, sub(a, b));
+            }
+            for (; i < step; i++) {
+                const float a = first[i], b = second[i];
+                first[i] = a + b;
+                second[i] = a - b;
+            }
+        }
+    for (Index i = 0; i < n; i += W) store_upto(x + i, mul(load_upto(x + i, n - i), norm), n - i);
 }
 
 }  // namespace
 
 extern const LayerKernels LAYERS;
 const LayerKernels LAYERS = {add_rows, silu_mul,  sigmoid_mul, rms_norm, l2_norm, dot,
-                             rope,     conv_silu, delta,       attend,   to_f16};
+                             rope,     conv_silu, delta,       attend,   rotate,  to_f16};
 
 }  // namespace edgeq

@@ -48,11 +48,17 @@ inline void load4(const float* p, V* out) {
 
 inline V load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 inline V load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
-inline V load_i8(const int8_t* p) {
+inline V widened(int8x8_t x) { return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(x)))); }
+inline int8x8_t load_four(const void* p) {
     int32_t four;
     __builtin_memcpy(&four, p, sizeof four);
-    const int16x4_t wide = vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))));
-    return vcvtq_f32_s32(vmovl_s16(wide));
+    return vreinterpret_s8_s32(vdup_n_s32(four));
+}
+inline V load_i8(const int8_t* p) { return widened(load_four(p)); }
+inline void load_i4(const uint8_t* p, V& low, V& high) {
+    const uint8x8_t pairs = vreinterpret_u8_s8(load_four(p));
+    low = widened(vsub_s8(vreinterpret_s8_u8(vand_u8(pairs, vdup_n_u8(15))), vdup_n_s8(8)));
+    high = widened(vsub_s8(vreinterpret_s8_u8(vshr_n_u8(pairs, 4)), vdup_n_s8(8)));
 }
 inline void store_f16(uint16_t* p, V x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
 

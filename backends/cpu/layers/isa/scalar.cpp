@@ -35,6 +35,7 @@ inline void load4(const float* p, V* out) {
 inline V load_f16(const uint16_t* p) { return from_f16(*p); }
 inline V load_bf16(const uint16_t* p) { return from_bf16(*p); }
 inline V load_i8(const int8_t* p) { return float(*p); }
+inline void load_i4(const uint8_t* p, V& low, V& high) { low = float(*p & 15) - 8.0f, high = float(*p >> 4) - 8.0f; }
 inline void store_f16(uint16_t* p, V x) { *p = edgeq::to_f16_bits(x); }
 
 }  // namespace
