@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ from edgeq.weights import QMatrix, TextWeights, map_text
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 
 from edgeq.backends.mlx import MlxOps, limit_memory, used_memory  # noqa: E402
-from edgeq.backends.mlx.kv import BufferedKV, capacity_for  # noqa: E402
+from edgeq.backends.mlx.kv import BufferedKV  # noqa: E402
 
 ON_CPU = mx.default_device() == mx.Device(mx.cpu)
 
@@ -343,73 +344,6 @@ def test_a_state_of_another_model_is_refused(model: Any) -> None:
         state_from_arrays(tiny.ops, c, {})
 
 
-# --- the cache -------------------------------------------------------------------------------------------------------
-
-
-def test_attention_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long context: the scores of a chunk are spelled out a few rows at a time."""
-    rng, ops = np.random.default_rng(0), MlxOps("float32")
-    q, k, v = (rng.standard_normal((50, heads, 16)).astype(np.float32) for heads in (4, 2, 2))
-    answers = []
-    for scores in (1 << 24, 7 * 4 * 70, 1):  # all rows, seven, and one at a time
-        monkeypatch.setattr("edgeq.backends.mlx.ops._SCORES", scores)
-        answers.append(np.array(ops.attention(*map(mx.array, (q, k, v)), ops.kv_cache(k[:20], v[:20]))[0]))
-    assert nmse(answers[0], answers[1]) <= 1e-12  # the same sums in another order
-    assert nmse(answers[0], answers[2]) <= 1e-12
-
-
-def test_capacities_grow_by_a_quarter() -> None:
-    assert [capacity_for(n) for n in (0, 1, 256, 257, 2047, 2048, 2049, 262144)] == [
-        0, 256, 256, 512, 2048, 2048, 2560, 262144,
-    ]  # fmt: skip
-    sizes = {capacity_for(n) for n in range(1, 1 << 18)}
-    assert len(sizes) < 50
-    assert all(capacity_for(n) - n < max(256, n / 4 + 1) for n in range(1, 1 << 14))
-
-
-def test_appending_is_in_place() -> None:
-    """The old cache is still held, and yet nothing of the buffer is copied."""
-    room = np.zeros((8000, 4, 64), np.float32)  # 8 MB a side
-    held = [MlxOps("float32").kv_cache(room, room)]
-    token = mx.zeros((1, 4, 64))
-    mx.eval(held[0].buffer.keys, held[0].buffer.values)
-    mx.reset_peak_memory()
-    before = used_memory().active
-    for _ in range(20):
-        held.append(held[-1].appended(token, token))
-        mx.eval(held[-1].buffer.keys, held[-1].buffer.values)
-    assert used_memory().peak - before < held[0].nbytes / 10
-    assert all(cache.buffer is held[0].buffer for cache in held)
-
-
-@compiled_too
-def test_decoding_appends_in_place(tmp_path: Path, compiled: bool) -> None:
-    c, tiny = soak_model(tmp_path, compiled)
-    _, (state,) = tiny.run(prompt(c, 3000))
-    held = [state]
-    for _ in range(3):
-        held.append(tiny.run([1], held[-1])[1][0])
-    mx.reset_peak_memory()
-    before, buffer = used_memory().active, cache_bytes(state)
-    for _ in range(4):
-        held.append(tiny.run([1], held[-1])[1][0])
-    assert cache_bytes(held[-1]) == buffer
-    assert used_memory().peak - before < buffer / 2
-
-
-def test_a_rollback_writes_over_what_nobody_holds() -> None:
-    ops = MlxOps("float32")
-    x = np.random.default_rng(0).standard_normal((10, 2, 8)).astype(np.float32)
-    cache = ops.kv_cache(x, x)
-    longer = cache.appended(mx.array(x[:3]), mx.array(x[:3]))
-    branch = cache.appended(mx.array(x[3:4]), mx.array(x[3:4]))
-    assert branch.buffer is not cache.buffer  # `longer` is in use
-    del longer, branch
-    again = cache.appended(mx.array(x[3:4]), mx.array(x[3:4]))
-    assert again.buffer is cache.buffer
-    assert np.array_equal(np.array(again.arrays()[0]), np.concatenate([x, x[3:4]]))
-
-
 # --- laziness and memory ---------------------------------------------------------------------------------------------
 
 
@@ -433,6 +367,28 @@ def test_decoding_is_traced_once(model: Any, monkeypatch: pytest.MonkeyPatch) ->
         batch = text_batch([np.array([1], np.int32)], [state])
         _, ((state,),) = forward(tiny.ops, c, tiny.weights, batch, [state])
     assert sorted(traced) == ["delta_net", "gated_attention", "mlp"]
+
+
+def test_no_loop_over_tokens(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With chunks as long as the text, Python does the same for 300 tokens as for 500."""
+    c, weights = model
+    tiny = Tiny(Lazy("float32"), c, weights)
+
+    def calls(T: int) -> int:
+        state, count = initial_state(tiny.ops, c), 0
+
+        def profile(*_: object) -> None:
+            nonlocal count
+            count += 1
+
+        sys.setprofile(profile)
+        forward(tiny.ops, c, tiny.weights, text_batch([prompt(c, T)], [state]), [state])
+        sys.setprofile(None)
+        return count
+
+    monkeypatch.setattr(tiny.ops, "_chunk", 512)
+    calls(300)  # what is made once is made
+    assert calls(500) == calls(300)
 
 
 def test_a_call_does_not_wait(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -547,6 +503,21 @@ def soak(tiny: Tiny, tokens: int, *, compiled: bool) -> None:
     half = len(held) // 2  # a sample may catch something that is just being freed; the least of many does not
     assert min(held[half:]) - min(held[:half]) <= (32 * len(capacities) if compiled else 0), held
     assert used_memory().peak < held[0] + 4 * cache_bytes(state) + (64 << 20)
+
+
+@compiled_too
+def test_decoding_appends_in_place(tmp_path: Path, compiled: bool) -> None:
+    c, tiny = soak_model(tmp_path, compiled)
+    _, (state,) = tiny.run(prompt(c, 3000))
+    held = [state]
+    for _ in range(3):
+        held.append(tiny.run([1], held[-1])[1][0])
+    mx.reset_peak_memory()
+    before, buffer = used_memory().active, cache_bytes(state)
+    for _ in range(4):
+        held.append(tiny.run([1], held[-1])[1][0])
+    assert cache_bytes(held[-1]) == buffer
+    assert used_memory().peak - before < buffer / 2
 
 
 @compiled_too

@@ -1,4 +1,4 @@
-"""The delta rule on MLX: products against the recurrence, streams against one, the Metal kernel against products.
+"""Parts of the MLX backend by themselves: the delta rule in its forms, attention in blocks, growing buffers.
 
 NMSE is sum((a - b)^2) / sum(a^2). What only a Metal device can show is skipped elsewhere, with that as the reason.
 """
@@ -13,7 +13,9 @@ from edgeq.bf16 import Array
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 
+from edgeq.backends.mlx import MlxOps, used_memory  # noqa: E402
 from edgeq.backends.mlx.delta import cpu_streams, delta_metal, delta_products  # noqa: E402
+from edgeq.backends.mlx.kv import capacity_for  # noqa: E402
 
 ON_METAL = mx.metal.is_available() and mx.default_device() != mx.Device(mx.cpu)
 needs_metal = pytest.mark.skipif(not ON_METAL, reason="needs an Apple GPU")
@@ -23,6 +25,9 @@ def nmse(expected: Array, found: Array) -> float:
     expected, found = np.asarray(expected, np.float64), np.asarray(found, np.float64)
     assert expected.shape == found.shape
     return float(np.sum((expected - found) ** 2) / np.sum(expected**2))
+
+
+# --- the delta rule --------------------------------------------------------------------------------------------------
 
 
 def delta_inputs(T: int, heads: int, K: int, V: int, share: int) -> list[Array]:
@@ -73,3 +78,55 @@ def test_metal_kernel(T: int, dtype: str) -> None:
             assert nmse(np.array(o_products), np.array(o)) <= 1e-9  # float32 on both sides, whatever the inputs were
             for found, expected in zip(states, states_products, strict=True):
                 assert nmse(np.array(expected), np.array(found)) <= 1e-9
+
+
+# --- attention and its buffers ---------------------------------------------------------------------------------------
+
+
+def test_attention_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long context: the scores of a chunk are spelled out a few rows at a time."""
+    rng, ops = np.random.default_rng(0), MlxOps("float32")
+    q, k, v = (rng.standard_normal((50, heads, 16)).astype(np.float32) for heads in (4, 2, 2))
+    answers = []
+    for scores in (1 << 24, 7 * 4 * 70, 1):  # all rows, seven, and one at a time
+        monkeypatch.setattr("edgeq.backends.mlx.ops._SCORES", scores)
+        answers.append(np.array(ops.attention(*map(mx.array, (q, k, v)), ops.kv_cache(k[:20], v[:20]))[0]))
+    assert nmse(answers[0], answers[1]) <= 1e-12  # the same sums in another order
+    assert nmse(answers[0], answers[2]) <= 1e-12
+
+
+def test_capacities_grow_by_a_quarter() -> None:
+    assert [capacity_for(n) for n in (0, 1, 256, 257, 2047, 2048, 2049, 262144)] == [
+        0, 256, 256, 512, 2048, 2048, 2560, 262144,
+    ]  # fmt: skip
+    sizes = {capacity_for(n) for n in range(1, 1 << 18)}
+    assert len(sizes) < 50
+    assert all(capacity_for(n) - n < max(256, n / 4 + 1) for n in range(1, 1 << 14))
+
+
+def test_appending_is_in_place() -> None:
+    """The old cache is still held, and yet nothing of the buffer is copied."""
+    room = np.zeros((8000, 4, 64), np.float32)  # 8 MB a side
+    held = [MlxOps("float32").kv_cache(room, room)]
+    token = mx.zeros((1, 4, 64))
+    mx.eval(held[0].buffer.keys, held[0].buffer.values)
+    mx.reset_peak_memory()
+    before = used_memory().active
+    for _ in range(20):
+        held.append(held[-1].appended(token, token))
+        mx.eval(held[-1].buffer.keys, held[-1].buffer.values)
+    assert used_memory().peak - before < held[0].nbytes / 10
+    assert all(cache.buffer is held[0].buffer for cache in held)
+
+
+def test_a_rollback_writes_over_what_nobody_holds() -> None:
+    ops = MlxOps("float32")
+    x = np.random.default_rng(0).standard_normal((10, 2, 8)).astype(np.float32)
+    cache = ops.kv_cache(x, x)
+    longer = cache.appended(mx.array(x[:3]), mx.array(x[:3]))
+    branch = cache.appended(mx.array(x[3:4]), mx.array(x[3:4]))
+    assert branch.buffer is not cache.buffer  # `longer` is in use
+    del longer, branch
+    again = cache.appended(mx.array(x[3:4]), mx.array(x[3:4]))
+    assert again.buffer is cache.buffer
+    assert np.array_equal(np.array(again.arrays()[0]), np.concatenate([x, x[3:4]]))
