@@ -4,9 +4,9 @@
     python tools/kld.py REFERENCE MODEL [MODEL ...] --text notes.txt --context 512
 
 Each chunk of --context tokens is run from an empty state; the second half of its positions counts (as in llama.cpp's
-perplexity tool, but in float32 throughout). Prints mean, 99 and 99.9 percentile, maximum, and how often both agree on
-the likeliest token. A MODEL may name its backend and the bits of its KV cache: `q4@cpu`, `q4@cpu/4`. The reference runs
-on --backend (NumPy).
+perplexity tool, but in float32 throughout). Prints mean, 99 and 99.9 percentile, maximum, how often both agree on the
+likeliest token, and the normalised mean squared error of the logits. A MODEL may name its backend and the bits of its
+KV cache: `q4@cpu`, `q4@cpu/4`. The reference runs on --backend (NumPy).
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ def divergence(reference: Float32, logits: Float32) -> tuple[Array, Array]:
     return (np.exp(p) * (p - q)).sum(axis=-1), p.argmax(axis=-1) == q.argmax(axis=-1)
 
 
+def nmse(reference: Float32, logits: Float32) -> float:
+    return float(np.square(logits - reference).sum(dtype=np.float64) / np.square(reference).sum(dtype=np.float64))
+
+
 def chunks(model: Model, text: str | None, context: int, count: int) -> list[list[int]]:
     """Token ids to evaluate on: of a text, or random ones."""
     if text is None:
@@ -64,15 +68,17 @@ def main() -> None:
     half = args.context // 2
     expected = [reference.logits(ids)[half:] for ids in texts]
     print(f"{len(texts)} chunks of {args.context} tokens; reference {args.reference} on {args.backend}")
-    print(f"{'model':40} {'mean':>10} {'99 %':>10} {'99.9 %':>10} {'max':>10} {'top-1':>8}")
+    print(f"{'model':40} {'mean':>10} {'99 %':>10} {'99.9 %':>10} {'max':>10} {'top-1':>8} {'NMSE':>9}")
     for name in args.models:
         path, _, backend = name.partition("@")
         backend, _, kv_bits = backend.partition("/")
         model = edgeq.load(path, backend=backend or "numpy", kv_bits=int(kv_bits) if kv_bits else None)
-        pairs = [divergence(e, model.logits(ids)[half:]) for e, ids in zip(expected, texts, strict=True)]
+        logits = [model.logits(ids)[half:] for ids in texts]
+        pairs = [divergence(e, x) for e, x in zip(expected, logits, strict=True)]
         kld, same = (np.concatenate(side) for side in zip(*pairs, strict=True))
-        tail = np.quantile(kld, [0.99, 0.999])
-        print(f"{name:40} {kld.mean():10.6f} {tail[0]:10.6f} {tail[1]:10.6f} {kld.max():10.6f} {same.mean():8.2%}")
+        error = nmse(np.concatenate(expected), np.concatenate(logits))
+        tail = " ".join(f"{x:10.6f}" for x in (*np.quantile(kld, [0.99, 0.999]), kld.max()))
+        print(f"{name:40} {kld.mean():10.6f} {tail} {same.mean():8.2%} {error:9.1e}")
 
 
 if __name__ == "__main__":
