@@ -15,13 +15,14 @@
 //   i_zero i_set i_float
 //   i_start<n>(p)             128 p[0] in the first of lanes / n lanes, then 128 p[1] ...; the others zero
 //   b_load(p)                 4 * lanes bytes
-//   Spread, b_broadcast(p)    what dot_rows takes to multiply by the same 4 bytes in every lane
+//   Sixteen, load_sixteen(p)  16 codes of one token, as dot_rows likes to have them
 //   unpack<bits>(p)           4 * lanes codes (minus 128 for 8 bits and signed_bytes); reads no byte beyond theirs
 //   nibbles(p, low, high)     4 * lanes bytes of 4-bit codes: the even ones, the odd ones
 //   look_up(v)                4-bit codes -> iq4_codes[code] (minus 128 for signed_bytes)
 //   dot(acc, w, a)            acc + sums of 4 (or, where signed_bytes, any) neighbouring products; codes below 64
 //   dot8(acc, w, a)           the same for 8-bit codes
-//   dot_rows, dot8_rows       the same, every lane the sum of its own 4 bytes
+//   dot_rows<bits>(acc, w, a) acc + every lane's own 4 bytes of w[0], ..., w[3] times the sixteen of a; codes of 8 bits,
+//                             of 6, or (bits = 5) of fewer
 //   f_spread<n>(p)            lanes / n times p[0], then p[1], ...
 //   transpose(p, n, out)      lanes rows of 4 * lanes bytes, n bytes apart: out[i] = the i-th 4 bytes of every row
 //   f_transpose(p, n, out)    lanes rows of lanes floats, n floats apart, transposed
@@ -347,7 +348,7 @@ void unpack_tile(const Matrix& w, int64_t row, int64_t row1, int64_t c, int n, T
 }
 
 // One register block: acc[v][t] over the groups of a tile, added to y (or stored, for the first tile of a row).
-template <int tokens, bool eight>
+template <int tokens, int bits>
 void multiply(const Tile& tile, const Activations& a, int group, int64_t c, int n, int64_t t0, bool first, int rows,
               float* y, int64_t stride) {
     F acc[row_vectors][tokens];
@@ -359,17 +360,17 @@ void multiply(const Tile& tile, const Activations& a, int group, int64_t c, int 
     for (int g = 0; g < n / group; g++) {
         I d[row_vectors][tokens];
         for (int t = 0; t < tokens; t++) {
-            I start = signed_bytes && eight ? i_set(128 * a.totals[at + t * a.groups + g]) : i_zero();
+            I start = signed_bytes && bits == 8 ? i_set(128 * a.totals[at + t * a.groups + g]) : i_zero();
             for (int v = 0; v < row_vectors; v++) d[v][t] = start;
         }
         const uint8_t* codes = tile.codes + g * group * lanes;
-        for (int k = 0; k < group; k += 4) {
-            B w[row_vectors];
-            for (int v = 0; v < row_vectors; v++) w[v] = b_load(codes + v * lanes * tile_depth + k * lanes);
-            for (int t = 0; t < tokens; t++) {
-                Spread x = b_broadcast(q + t * a.stride + g * group + k);
-                for (int v = 0; v < row_vectors; v++)
-                    d[v][t] = eight ? dot8_rows(d[v][t], w[v], x) : dot_rows(d[v][t], w[v], x);
+        for (int k = 0; k < group; k += 16) {
+            Sixteen x[tokens];
+            for (int t = 0; t < tokens; t++) x[t] = load_sixteen(q + t * a.stride + g * group + k);
+            for (int v = 0; v < row_vectors; v++) {
+                B w[4];
+                for (int i = 0; i < 4; i++) w[i] = b_load(codes + v * lanes * tile_depth + (k + 4 * i) * lanes);
+                for (int t = 0; t < tokens; t++) d[v][t] = dot_rows<bits>(d[v][t], w, x[t]);
             }
         }
         for (int v = 0; v < row_vectors; v++) {
@@ -386,15 +387,15 @@ void multiply(const Tile& tile, const Activations& a, int group, int64_t c, int 
         for (int t = 0; t < tokens; t++) f_store_some(y + t * stride + v * lanes, acc[v][t], rows - v * lanes);
 }
 
-template <bool eight>
+template <int bits>
 void multiply_tokens(const Tile& tile, const Activations& a, int group, int64_t c, int n, int64_t t0, int64_t t1,
                      int rows, float* y, int64_t stride) {
     bool first = c == 0;
     int64_t t = t0;
     for (; t + tile_tokens <= t1; t += tile_tokens)
-        multiply<tile_tokens, eight>(tile, a, group, c, n, t, first, rows, y + t * stride, stride);
-    for (; t + 2 <= t1; t += 2) multiply<2, eight>(tile, a, group, c, n, t, first, rows, y + t * stride, stride);
-    for (; t < t1; t++) multiply<1, eight>(tile, a, group, c, n, t, first, rows, y + t * stride, stride);
+        multiply<tile_tokens, bits>(tile, a, group, c, n, t, first, rows, y + t * stride, stride);
+    for (; t + 2 <= t1; t += 2) multiply<2, bits>(tile, a, group, c, n, t, first, rows, y + t * stride, stride);
+    for (; t < t1; t++) multiply<1, bits>(tile, a, group, c, n, t, first, rows, y + t * stride, stride);
 }
 
 // The tile of a plain matrix: [depth][row] as float.
@@ -465,7 +466,8 @@ void gemm(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, int
         for (int64_t c = 0; c < w.in; c += tile_depth) {
             int n = w.in - c < tile_depth ? int(w.in - c) : tile_depth;
             unpack_tile(w, row, row1, c, n, tile);
-            auto tokens = w.bits == 8 || w.iq4 ? multiply_tokens<true> : multiply_tokens<false>;
+            const int bits = w.bits == 8 || w.iq4 ? 8 : w.bits == 6 ? 6 : 5;
+            auto tokens = bits == 8 ? multiply_tokens<8> : bits == 6 ? multiply_tokens<6> : multiply_tokens<5>;
             tokens(tile, a, w.group, c, n, t0, t1, rows, y + row, stride);
         }
     }

@@ -11,7 +11,6 @@ constexpr int row_vectors = 2, tile_tokens = 4;  // 8 integer sums in 16 registe
 using F = __m256;
 using I = __m256i;
 using B = __m256i;
-using Spread = B;
 
 F f_zero() { return _mm256_setzero_ps(); }
 F f_set(float x) { return _mm256_set1_ps(x); }
@@ -83,10 +82,13 @@ I i_start(const int32_t* p) {
 B b_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 void b_store(void* p, B v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 
-Spread b_broadcast(const int8_t* p) {
-    int four;
-    memcpy(&four, p, 4);
-    return _mm256_set1_epi32(four);
+using Sixteen = const int8_t*;
+Sixteen load_sixteen(const int8_t* p) { return p; }
+
+inline B broadcast_four(const int8_t* p) {
+    int codes;
+    memcpy(&codes, p, 4);
+    return _mm256_set1_epi32(codes);
 }
 
 __m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }

@@ -14,8 +14,12 @@ namespace {
 
 I dot(I acc, B w, B a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
 I dot8(I acc, B w, B a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
-I dot_rows(I acc, B w, B a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
-I dot8_rows(I acc, B w, B a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
+
+template <int bits>
+inline I dot_rows(I acc, const B* w, Sixteen a) {
+    for (int i = 0; i < 4; i++) acc = dot(acc, w[i], broadcast_four(a + 4 * i));
+    return acc;
+}
 
 }  // namespace
 }  // namespace edgeq

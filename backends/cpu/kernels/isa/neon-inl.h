@@ -11,7 +11,6 @@ constexpr int row_vectors = 4, tile_tokens = 4;  // 16 integer sums, 4 weights, 
 using F = float32x4_t;
 using I = int32x4_t;
 using B = int8x16_t;
-using Spread = B;
 
 F f_zero() { return vdupq_n_f32(0); }
 F f_set(float x) { return vdupq_n_f32(x); }
@@ -84,12 +83,6 @@ I i_start(const int32_t* p) {
 
 B b_load(const void* p) { return vld1q_s8(static_cast<const int8_t*>(p)); }
 void b_store(void* p, B v) { vst1q_s8(static_cast<int8_t*>(p), v); }
-
-Spread b_broadcast(const int8_t* p) {
-    int32_t four;
-    memcpy(&four, p, 4);
-    return vreinterpretq_s8_s32(vdupq_n_s32(four));
-}
 
 // 16 codes of 2, 3, 5 or 6 bits. A 16-bit lane gets the two bytes that its code lies in and is shifted down.
 template <int bits>
