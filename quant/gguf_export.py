@@ -26,6 +26,7 @@ from edgeq.checkpoint.gguf_layout import (
     file_names,
     file_shape,
     head_order,
+    sampling_metadata,
     text_metadata,
     vision_metadata,
 )
@@ -120,6 +121,7 @@ def export_gguf(
     shape = text_metadata(c, mtp=any(spec.name.startswith("mtp.") for spec in specs))
     metadata = {
         **_general(checkpoint, specs, "model", kind),
+        **sampling_metadata(checkpoint.sampling),
         **{f"{ARCH}.{key}": value for key, value in shape.items()},
         **_tokenizer(checkpoint, notes),
     }

@@ -1,7 +1,4 @@
-"""llama.cpp, for comparison: loads and quantizes GGUF files through llama-cpp-python, which is not a dependency.
-
-CMAKE_ARGS="-DGGML_NATIVE=ON" pip install llama-cpp-python==0.3.36
-"""
+"""llama.cpp, for comparison: loads and quantizes GGUF files through llama-cpp-python (the extra `peers`)."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ L.llama_backend_init()
 
 
 class Llama:
-    """A model in llama.cpp, float32 caches, two threads."""
+    """A model in llama.cpp, float32 caches, one thread."""
 
     def __init__(self, path: Path, context: int = 256, *, vocab_only: bool = False) -> None:
         model = L.llama_model_default_params()
@@ -47,7 +44,7 @@ class Llama:
             return
         settings = L.llama_context_default_params()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = context
-        settings.n_threads = settings.n_threads_batch = 2
+        settings.n_threads = settings.n_threads_batch = 1
         settings.type_k = settings.type_v = 0  # F32
         settings.flash_attn_type = 0  # off
         self._context = L.llama_init_from_model(self._model, settings)

@@ -30,6 +30,7 @@ from edgeq.checkpoint.gguf_file import GGUFFile
 from edgeq.checkpoint.gguf_layout import head_order
 from edgeq.checkpoint.safetensors import SafetensorsWriter, dtype_name
 from edgeq.errors import EdgeqError, ModelError, UsageError
+from edgeq.hub import DEMO
 from edgeq.quant import quantize
 from edgeq.quant.affine import dequantize, pack
 from edgeq.quant.ggml import TYPES, decode
@@ -303,6 +304,21 @@ class TestExport:
         assert read(tmp_path / "m.gguf").config.vision is not None
         result = CliRunner().invoke(app, [str(tmp_path / "model"), "-o", str(tmp_path / "n.gguf"), "--type", "q9"])
         assert isinstance(result.exception, UsageError)
+
+
+class TestSampling:
+    def test_the_demo_model_s_own_comes_back(self, tmp_path: Path) -> None:
+        demo = open_checkpoint(DEMO)
+        export_gguf(demo, tmp_path / "demo.gguf", "bf16")
+        back = read(tmp_path / "demo.gguf")
+        assert dict(back.sampling) == pytest.approx({"temperature": 0.3, "top_k": 20, "top_p": 0.9}, rel=1e-7)
+        assert dict(back.sampling) == pytest.approx(demo.sampling, rel=1e-7)
+        quantize(tmp_path / "demo.gguf", tmp_path / "folder", bits=8)
+        assert open_checkpoint(tmp_path / "folder").sampling == back.sampling
+
+    def test_without_any(self, chat_folder: Path, tmp_path: Path) -> None:
+        export_gguf(open_checkpoint(chat_folder), tmp_path / "model.gguf", "f16")
+        assert not read(tmp_path / "model.gguf").sampling
 
 
 class TestTokenizer:

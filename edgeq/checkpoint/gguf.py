@@ -26,6 +26,7 @@ from edgeq.checkpoint.gguf_layout import (
     file_names,
     file_shape,
     head_order,
+    sampling_values,
     text_values,
     vision_values,
 )
@@ -84,6 +85,7 @@ class GGUFCheckpoint(Checkpoint):
         self.config = parse_config(self.config_values, path.name)
         self.tensors = self._match_table()
         self.eos_token_ids = self.config.text.eos_token_ids
+        self.sampling = sampling_values(self.file)
         self.format = f"GGUF, {' + '.join(self._types())}"
 
     # --- tensors -----------------------------------------------------------------------------------------------------
@@ -142,6 +144,8 @@ class GGUFCheckpoint(Checkpoint):
     def folder_files(self) -> dict[str, str]:
         """What a checkpoint folder has beside its weights, by file name: configuration, tokenizer, chat template."""
         files = {"config.json": json.dumps(self.config_values, indent=2)}
+        if self.sampling:
+            files["generation_config.json"] = json.dumps(self.sampling, indent=2)
         if tokenizer := self.tokenizer_files():
             files["tokenizer.json"] = json.dumps(tokenizer[0], ensure_ascii=False)
             files["tokenizer_config.json"] = json.dumps(tokenizer[1], ensure_ascii=False, indent=2)

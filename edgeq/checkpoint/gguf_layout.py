@@ -8,6 +8,7 @@ llama.cpp's own converter wrote.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,8 @@ __all__ = [
     "file_names",
     "file_shape",
     "head_order",
+    "sampling_metadata",
+    "sampling_values",
     "text_metadata",
     "text_values",
     "vision_metadata",
@@ -80,6 +83,13 @@ _VISION = {  # modules; weight and bias keep their names
     "merger.linear_fc2": "mm.2",
 }
 _PATCH = "visual.patch_embed.proj.weight"
+_SAMPLING = {  # fields of GenerationSettings, and what follows general.sampling.
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------
@@ -318,4 +328,22 @@ def vision_metadata(v: VisionConfig) -> dict[str, Any]:
     top = {"has_vision_encoder": True, "projector_type": PROJECTOR, "use_gelu": True}
     return {
         f"clip.{key}": value for key, value in (top | {f"vision.{key}": value for key, value in values.items()}).items()
+    }
+
+
+# --- recommended sampling --------------------------------------------------------------------------------------------
+
+
+def sampling_values(file: GGUFFile) -> dict[str, float]:
+    """The sampling that the file recommends, as GenerationSettings names it."""
+    keys = {name: f"general.sampling.{key}" for name, key in _SAMPLING.items()}
+    return {name: file.get(key, int if name == "top_k" else float) for name, key in keys.items() if key in file}
+
+
+def sampling_metadata(sampling: Mapping[str, float]) -> dict[str, float]:
+    """The inverse."""
+    return {
+        f"general.sampling.{key}": sampling[name] if name == "top_k" else float(sampling[name])
+        for name, key in _SAMPLING.items()
+        if name in sampling
     }
