@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgeq.bf16 import Float32
@@ -11,9 +11,7 @@ from edgeq.state import State
 if TYPE_CHECKING:
     from edgeq.runtime import Model
 
-__all__ = ["PREFILL", "Context"]
-
-PREFILL = 512  # tokens of a prompt that go through the model together
+__all__ = ["Context"]
 
 
 class Context:
@@ -39,16 +37,13 @@ class Context:
 
     def feed(self, ids: Sequence[int]) -> Float32:
         """Append `ids`, a chunk at a time, so that an interruption loses one chunk at most."""
-        *chunks, last = _chunks(ids)
+        step = self.model.prefill
+        *chunks, last = (ids[start : start + step] for start in range(0, len(ids), step))
         for done, chunk in enumerate(chunks):
             if self._on_prefill:
-                self._on_prefill(done * PREFILL, len(ids))
+                self._on_prefill(done * step, len(ids))
             self.state = self.model.advance(chunk, self.state)
         logits, self.state = self.model.forward(last, self.state)
         if self._on_prefill and chunks:
             self._on_prefill(len(ids), len(ids))
         return logits
-
-
-def _chunks(ids: Sequence[int]) -> Iterator[Sequence[int]]:
-    return (ids[start : start + PREFILL] for start in range(0, len(ids), PREFILL))

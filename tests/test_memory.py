@@ -25,33 +25,34 @@ pytestmark = [
 MB = 1_000_000
 
 # Runs a model over `steps` numbers of tokens in one sequence; prints, after each, the peak of the resident set and of
-# its anonymous part, what the state's keys and values hold, and the length. `chunk` tokens go in at a time.
+# its anonymous part, what the state's keys and values hold, and the length. `chunk` tokens are fed at a time.
 RUN = """
 import json, resource, sys
-path, backend, limit, chunk, *steps = json.loads(sys.argv[1])
+path, backend, limit, chunk, kv_bits, *steps = json.loads(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+from edgeq.context import Context
 from edgeq.runtime import load
 from edgeq.state import KVCache
 
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 
-model = load(path, backend=backend)
-state, done, anonymous = model.state(), 0, 0
+model = load(path, backend=backend, kv_bits=kv_bits)
+context, anonymous = Context(model), 0
 for end in steps:
-    for start in range(done, end, chunk):
-        ids = [i * 7919 % model.vocab_size for i in range(start, min(end, start + chunk))]
-        _, state = model.forward(ids, state)
-    done = end
+    for start in range(context.position, end, chunk):
+        context.feed([i * 7919 % model.vocab_size for i in range(start, min(end, start + chunk))])
     anonymous = max(anonymous, status("RssAnon"))
-    kv = sum(layer.nbytes for layer in state.layers if isinstance(layer, KVCache))
-    print(json.dumps({"peak": status("VmHWM"), "anonymous": anonymous, "kv": kv, "length": state.length}))
+    kv = sum(layer.nbytes for layer in context.state.layers if isinstance(layer, KVCache))
+    print(json.dumps({"peak": status("VmHWM"), "anonymous": anonymous, "kv": kv, "length": context.position}))
 """
 
 
-def run(path: Path, *steps: int, backend: str = "cpu", limit: int = 1 << 40, chunk: int = 512) -> list[dict]:
+def run(
+    path: Path, *steps: int, backend: str = "cpu", limit: int = 1 << 40, chunk: int = 4096, kv_bits: int | None = None
+) -> list[dict]:
     """The figures after each number of tokens."""
-    request = json.dumps([str(path), backend, limit, chunk, *steps])
+    request = json.dumps([str(path), backend, limit, chunk, kv_bits, *steps])
     done = run_python(RUN, request, timeout=1200)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

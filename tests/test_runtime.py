@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny import config_values, write_checkpoint
 
 import edgeq
-from edgeq.context import PREFILL, Context
+from edgeq.context import Context
 from edgeq.errors import MemoryBudgetError, ModelError, UsageError
 from edgeq.generate import StopReason
 from edgeq.runtime import Model
@@ -119,8 +119,8 @@ class TestGenerate:
     def test_long_prompts_report_progress(self, model: Model) -> None:
         seen: list[tuple[int, int]] = []
         context = Context(model, on_prefill=lambda done, total: seen.append((done, total)))
-        context.feed([1] * (PREFILL + 1))
-        assert seen == [(0, PREFILL + 1), (PREFILL + 1, PREFILL + 1)]
+        context.feed([1] * (model.prefill + 1))
+        assert seen == [(0, model.prefill + 1), (model.prefill + 1, model.prefill + 1)]
 
 
 class TestChat:

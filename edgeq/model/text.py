@@ -85,8 +85,18 @@ def decoder_layer(
     lengths: Sequence[int], keep: int = 0,
 ) -> tuple[A, list[tuple[LayerState[A], ...]]]:  # fmt: skip
     """x + mixer(norm(x)), then x + mlp(norm(x)): [T, hidden], and keep + 1 states for each sequence."""
+    mixed, after = _mix(ops, c, w, ops.rms_norm(x, w.input_layernorm, c.rms_norm_eps), angles, states, lengths, keep)
+    x = ops.add(x, mixed)
+    del mixed  # a prompt's arrays are large
+    return ops.add(x, ops.mlp(ops.rms_norm(x, w.post_attention_layernorm, c.rms_norm_eps), w.mlp)), after
+
+
+def _mix(
+    ops: Ops[A], c: TextConfig, w: LayerWeights[A], h: A, angles: Angles[A], states: Sequence[LayerState[A]],
+    lengths: Sequence[int], keep: int,
+) -> tuple[A, list[tuple[LayerState[A], ...]]]:  # fmt: skip
+    """The layer's mixer: [T, hidden] -> [T, hidden], and keep + 1 states for each sequence."""
     after: list[tuple[LayerState[A], ...]]
-    h = ops.rms_norm(x, w.input_layernorm, c.rms_norm_eps)
     if isinstance(w.mixer, AttentionWeights):
         caches = [s for s in states if isinstance(s, KVCache)]
         mixed, longer = ops.gated_attention(h, w.mixer, c, angles, caches, lengths)
@@ -95,8 +105,7 @@ def decoder_layer(
         memories = [s for s in states if isinstance(s, DeltaState)]
         mixed, kept = ops.delta_net(h, w.mixer, c, memories, lengths, keep)
         after = list(kept)
-    x = ops.add(x, mixed)
-    return ops.add(x, ops.mlp(ops.rms_norm(x, w.post_attention_layernorm, c.rms_norm_eps), w.mlp)), after
+    return mixed, after
 
 
 def _sequence_states(
