@@ -77,9 +77,10 @@ void quantize(const float* x, int64_t n, int group, Order order, int8_t* codes, 
 
 // Numbers of groups [g, g + lanes) of a row, of which `some` are there; the rest are zero. `blocks` are their units.
 EDGEQ_INLINE F numbers(const Matrix& w, const void* p, const uint16_t* blocks, int64_t row, int64_t g, int some) {
-    F v = f_widen_some(p, w.type, row * (w.in / w.group) + g, some);
+    const int64_t at = row * (w.in / w.group) + g;
+    F v = some >= lanes ? f_widen(p, w.type, at) : f_widen_some(p, w.type, at, some);
     if (!blocks || some <= 0) return v;
-    blocks += (row * (w.in / w.group) + g) >> w.block_shift;  // rows are whole blocks
+    blocks += at >> w.block_shift;  // rows are whole blocks
     return f_mul(v, f_units(blocks, w.block_shift, some));
 }
 
