@@ -75,18 +75,32 @@ void quantize(const float* x, int64_t n, int group, Order order, int8_t* codes, 
 
 // --- scales and biases -----------------------------------------------------------------------------------------------
 
-// Numbers of groups [g, g + lanes) of a row, of which `some` are there; the rest are zero. `blocks` are their units.
-EDGEQ_INLINE F numbers(const Matrix& w, const void* p, const uint16_t* blocks, int64_t row, int64_t g, int some) {
-    const int64_t at = row * (w.in / w.group) + g;
-    F v = some >= lanes ? f_widen(p, w.type, at) : f_widen_some(p, w.type, at, some);
-    if (!blocks || some <= 0) return v;
-    blocks += at >> w.block_shift;  // rows are whole blocks
-    return f_mul(v, f_units(blocks, w.block_shift, some));
+// p[at], ..., p[at + n - 1] as float, n <= sixteen; the rest of the sixteen are zero. The type is known here, not asked
+// for at every vector.
+template <Type type>
+EDGEQ_INLINE void widen_sixteen(const void* p, int64_t at, int n, float* out) {
+    for (int i = 0; i < sixteen; i += lanes)
+        f_store(out + i, n - i >= lanes ? f_widen(p, type, at + i) : f_widen_some(p, type, at + i, n - i));
 }
 
-EDGEQ_INLINE void scales_and_biases(const Matrix& w, int64_t row, int64_t g, int some, F* scales, F* biases) {
-    *scales = numbers(w, w.scales, w.block_scales, row, g, some);
-    *biases = w.biases ? numbers(w, w.biases, w.block_biases, row, g, some) : f_mul(*scales, f_set(float(-w.zero)));
+// Scales or biases of groups [g, g + n) of a row. `blocks` are their units.
+inline void numbers(const Matrix& w, const void* p, const uint16_t* blocks, int64_t row, int64_t g, int n, float* out) {
+    const int64_t at = row * (w.in / w.group) + g;
+    switch (w.type) {
+        case Type::bf16: return widen_sixteen<Type::bf16>(p, at, n, out);
+        case Type::f16: return widen_sixteen<Type::f16>(p, at, n, out);
+        case Type::f32: return widen_sixteen<Type::f32>(p, at, n, out);
+        case Type::i8: widen_sixteen<Type::i8>(p, at, n, out);
+    }
+    for (int i = 0; i < n; i += lanes)  // rows are whole blocks
+        f_store(out + i, f_mul(f_load(out + i), f_units(blocks + ((at + i) >> w.block_shift), w.block_shift, n - i)));
+}
+
+// Both, of at most sixteen groups.
+inline void scales_and_biases(const Matrix& w, int64_t row, int64_t g, int n, float* scales, float* biases) {
+    numbers(w, w.scales, w.block_scales, row, g, n, scales);
+    if (w.biases) return numbers(w, w.biases, w.block_biases, row, g, n, biases);
+    for (int i = 0; i < sixteen; i += lanes) f_store(biases + i, f_mul(f_load(scales + i), f_set(float(-w.zero))));
 }
 
 // --- few tokens ------------------------------------------------------------------------------------------------------
@@ -141,13 +155,13 @@ EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row,
         const int some = groups - g0 < sixteen ? int(groups - g0) : sixteen;
         alignas(64) float products[rows][tokens][sixteen];  // scale of the weight times scale of the activation
         for (int r = 0; r < rows; r++) {
+            alignas(64) float scales[sixteen], biases[sixteen];
+            scales_and_biases(w, row + r, g0, some, scales, biases);
             for (int i = 0; i < sixteen; i += lanes) {
-                F s, b;
-                scales_and_biases(w, row + r, g0 + i, some - i, &s, &b);
                 for (int t = 0; t < tokens; t++) {
                     int64_t at = t * a.groups + g0 + i;
-                    f_store(products[r][t] + i, f_mul(s, f_load(a.scales + at)));
-                    bias[r][t] = f_fma(b, f_load(a.sums + at), bias[r][t]);
+                    f_store(products[r][t] + i, f_mul(f_load(scales + i), f_load(a.scales + at)));
+                    bias[r][t] = f_fma(f_load(biases + i), f_load(a.sums + at), bias[r][t]);
                 }
             }
         }
@@ -312,16 +326,13 @@ void unpack_any(const Matrix& w, const uint8_t* src, int n, uint8_t* out) {
 
 // Scales and biases of a row's groups [g0, g0 + n) into column `r` of the tile.
 void unpack_scales(const Matrix& w, int64_t row, int64_t g0, int n, int r, Tile& tile) {
-    for (int i = 0; i < n; i += lanes) {
-        int some = n - i < lanes ? n - i : lanes;
-        F scales, biases;
-        scales_and_biases(w, row, g0 + i, some, &scales, &biases);
-        float s[lanes], b[lanes];
-        f_store(s, scales);
-        f_store(b, biases);
+    for (int i = 0; i < n; i += sixteen) {
+        const int some = n - i < sixteen ? n - i : sixteen;
+        alignas(64) float scales[sixteen], biases[sixteen];
+        scales_and_biases(w, row, g0 + i, some, scales, biases);
         for (int j = 0; j < some; j++) {
-            tile.scales[i + j][r] = s[j];
-            tile.biases[i + j][r] = b[j];
+            tile.scales[i + j][r] = scales[j];
+            tile.biases[i + j][r] = biases[j];
         }
     }
 }
