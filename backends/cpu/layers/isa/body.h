@@ -126,12 +126,15 @@ constexpr Index conv_block = 128;  // channels at a time, so that their taps sta
 // One token of a block of channels; `rows` are its inputs, oldest first.
 INLINE void conv_token(float* out, const float* const* rows, const float (*taps)[conv_block + W], const Index width,
                        Index block) {
-    for (Index c = 0; c < block; c += W) {
+    auto channels = [&](Index c, Index n) {
         V total = set1(0.0f);
         for (Index i = 0; i < width; i++)
-            total = fma(load_upto(rows[i] + c, block - c), load_upto(taps[i] + c, block - c), total);
-        store_upto(out + c, silu(total), block - c);
-    }
+            total = fma(load_upto(rows[i] + c, n), load_upto(taps[i] + c, n), total);
+        store_upto(out + c, silu(total), n);
+    };
+    Index c = 0;
+    for (; c + W <= block; c += W) channels(c, W);
+    if (c < block) channels(c, block - c);
 }
 
 void conv_silu(float* y, Index y_stride, const float* x, Index x_stride, const float* tail, Index t_stride,
