@@ -86,12 +86,10 @@ EDGEQ_INLINE void widen_sixteen(const void* p, int64_t at, int n, float* out) {
 // Scales or biases of groups [g, g + n) of a row. `blocks` are their units.
 inline void numbers(const Matrix& w, const void* p, const uint16_t* blocks, int64_t row, int64_t g, int n, float* out) {
     const int64_t at = row * (w.in / w.group) + g;
-    switch (w.type) {
-        case Type::bf16: return widen_sixteen<Type::bf16>(p, at, n, out);
-        case Type::f16: return widen_sixteen<Type::f16>(p, at, n, out);
-        case Type::f32: return widen_sixteen<Type::f32>(p, at, n, out);
-        case Type::i8: widen_sixteen<Type::i8>(p, at, n, out);
-    }
+    if (w.type == Type::bf16) return widen_sixteen<Type::bf16>(p, at, n, out);
+    if (w.type == Type::f16) return widen_sixteen<Type::f16>(p, at, n, out);
+    if (w.type == Type::f32) return widen_sixteen<Type::f32>(p, at, n, out);
+    widen_sixteen<Type::i8>(p, at, n, out);
     for (int i = 0; i < n; i += lanes)  // rows are whole blocks
         f_store(out + i, f_mul(f_load(out + i), f_units(blocks + ((at + i) >> w.block_shift), w.block_shift, n - i)));
 }

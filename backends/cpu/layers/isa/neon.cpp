@@ -12,7 +12,7 @@ constexpr int W = 4;
 inline V load(const float* p) { return vld1q_f32(p); }
 inline V load_n(const float* p, int n) {
     float entries[4] = {};
-    for (int i = 0; i < n; i++) entries[i] = p[i];
+    for (int i = 0; i < W && i < n; i++) entries[i] = p[i];
     return vld1q_f32(entries);
 }
 inline void store(float* p, V x) { vst1q_f32(p, x); }
