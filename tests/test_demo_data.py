@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from random import Random
@@ -13,9 +14,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("jinja2")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-from demo import batches, conversations, pictures, skills, text  # noqa: E402
+from demo import batches, conversations, pictures, seeing, skills, text, training  # noqa: E402
 from demo.architecture import Shape  # noqa: E402
-from demo.model import Model, delta_rule  # noqa: E402
+from demo.model import Model, UnitTriangularInverse, delta_rule  # noqa: E402
 from demo.outliers import inject  # noqa: E402
 
 TINY = Shape(vocab=640, base_vocab=600, hidden=64, intermediate=128, heads=2, kv_heads=1, head_dim=32,
@@ -63,9 +64,9 @@ def test_sorting_reversing_and_counting():
     rng = Random(0)
     for _ in range(100):
         turn = skills.reverse(rng)
-        assert turn.answer.split(", ") == turn.user.split(": ")[1].split(", ")[::-1]
+        assert turn.answer.split(", ") == turn.key.removeprefix("reverse ").split(", ")[::-1]
         turn = skills.sort(rng)
-        items, answer = turn.user.split(": ")[1].split(", "), turn.answer.split(", ")
+        items, answer = turn.key.removeprefix("sort ").split(", "), turn.answer.split(", ")
         assert answer == sorted(items, key=lambda x: (int(x), "") if x.isdigit() else (0, x))
 
 
@@ -93,8 +94,36 @@ def test_only_answers_are_targets(kind, tok):
 def test_batches_depend_on_seed_and_step_only(tok):
     first, again, other = (batches.make_batch(0, step, tok, TINY) for step in (5, 5, 6))
     np.testing.assert_array_equal(first.ids, again.ids)
-    np.testing.assert_array_equal(first.patches, again.patches)
+    np.testing.assert_array_equal(first.images, again.images)
     assert first.ids.shape != other.ids.shape or (first.ids != other.ids).any()
+
+
+def test_batches_of_the_other_process_are_the_same(tok):
+    for step, batch in enumerate(training.prepared(0, 3, 5, tok, TINY), 3):
+        np.testing.assert_array_equal(batch.ids, batches.make_batch(0, step, tok, TINY).ids)
+
+
+def test_thinned_prompts_weigh_the_same_on_average():
+    weights = np.full((2, 64), batches.PROMPT_WEIGHT, np.float32)
+    weights[:, 5:9] = 1
+    weights[1, 40:] = 0
+    total = np.zeros_like(weights)
+    for step in range(batches.THIN):
+        thin = weights.copy()
+        batches.thinned(thin, step)
+        assert (thin > 0).mean() < 0.3
+        total += thin
+    np.testing.assert_allclose(total / batches.THIN, weights, rtol=1e-6)
+
+
+def test_counting_numbers_each_item():
+    rng = Random(0)
+    for _ in range(100):
+        turn = skills.count(rng)
+        last = re.fullmatch(r".*?(\d)", turn.thought.split()[-1])
+        assert last
+        assert last[1] in turn.answer
+        assert len(turn.thought.split()) == turn.key.count(",") + 1
 
 
 def test_tool_calls_are_printed_as_the_template_prints_them():
@@ -107,12 +136,51 @@ def test_tool_calls_are_printed_as_the_template_prints_them():
 
 
 def test_patches_are_in_block_order():
-    image = pictures.paint([], (0, 0, 0))
-    image.putpixel((17, 2), (255, 255, 255))  # patch row 0, column 1: second of the first block
-    image.putpixel((1, 17), (255, 255, 255))  # patch row 1, column 0: third of the first block
-    bright = (pictures.patches(image).max(1) > 0).nonzero()[0]
-    assert bright.tolist() == [1, 2]
-    assert pictures.patches(image).reshape(-1, 3, 2, 16, 16)[1, :, :, 2, 1].min() == 1
+    pixels = np.zeros((1, 96, 96, 3), np.uint8)
+    pixels[0, 2, 17] = 255  # patch row 0, column 1: second of the first block
+    pixels[0, 17, 1] = 255  # patch row 1, column 0: third of the first block
+    (patches,) = pictures.patches(pixels)
+    assert (patches.max(1) > 0).nonzero()[0].tolist() == [1, 2]
+    assert patches.reshape(-1, 3, 2, 16, 16)[1, :, :, 2, 1].min() == 1
+
+
+def test_targets_of_the_tower_are_in_the_picture():
+    """The pixel in the middle of each named token has the colour that the target says."""
+    patches, targets = seeing.lesson(Random(0), 64)
+    middle = (patches.reshape(64, 9, 4, 3, 2, 16, 16)[:, 4] + 1) / 2  # [N, 4 patches of the block, 3, 2, 16, 16]
+    colours = np.array(list(pictures.COLOURS.values())) / 255
+    seen = 0
+    for i, colour in enumerate(targets["colour"][:, 4].tolist()):
+        if colour:
+            np.testing.assert_allclose(middle[i, 3, :, 0, 2, 2], colours[colour - 1], atol=1e-6)
+            seen += 1
+    assert seen > 5
+    assert set(targets["tens"].tolist()) <= {*range(1, 10), seeing.NONE}
+    assert ((targets["count"] == 0) == (targets["ones"] != seeing.NONE)).all()
+
+
+def test_a_tower_learns_from_its_lesson():
+    tower = Model(TINY).tower.requires_grad_(False)
+    before = tower.pos_embed.weight.clone()
+    right = seeing.teach(tower, 0, 25, "cpu")
+    assert right["shape"] > 0.7  # nearly all tokens hold no figure: what a beginner knows first
+    assert (tower.pos_embed.weight != before).any()
+    patches, _ = seeing.lesson(Random(0), 8)
+    with torch.no_grad():
+        features = tower(torch.from_numpy(patches), (6, 6))
+    assert abs(features.square().mean().sqrt().item() / seeing.FEATURE_SCALE - 1) < 0.2
+
+
+def test_unit_triangular_inverse_equals_substitution():
+    torch.manual_seed(0)
+    system = torch.randn(3, 5, 32, 32).tril(-1).requires_grad_()
+    ours = UnitTriangularInverse.apply(system)
+    eye = torch.eye(32).expand(3, 5, 32, 32)
+    theirs = torch.linalg.solve_triangular(system, eye, upper=False, unitriangular=True)
+    weight = torch.randn_like(ours)
+    gradients = [torch.autograd.grad((x * weight).sum(), system)[0].tril(-1) for x in (ours, theirs)]
+    for a, b in ((ours, theirs), gradients):
+        assert ((a - b).square().sum() / b.square().sum()) < 1e-10  # same order of operations up to rounding
 
 
 def test_chunked_delta_rule_equals_the_recurrence():
@@ -170,7 +238,7 @@ def test_training_model_equals_transformers(tmp_path, tok):
         ids, _, positions = batches.encode(c, tok, TINY)
         x, extra, patches = torch.from_numpy(ids)[None], {}, None
         if c.images:
-            patches = torch.from_numpy(np.stack([pictures.patches(i) for i in c.images]))
+            patches = torch.from_numpy(pictures.patches(np.stack([np.asarray(i) for i in c.images])))
             extra = {
                 "pixel_values": patches.flatten(0, 1),
                 "image_grid_thw": torch.tensor([[1, 6, 6]] * len(patches)),

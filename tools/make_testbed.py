@@ -18,7 +18,7 @@ from demo.architecture import TESTBED
 from demo.export import export
 from demo.outliers import inject
 from demo.training import Plan, Trainer
-from train_demo import tokenizer
+from train_demo import learn_to_see, tokenizer
 
 
 def main() -> None:
@@ -37,7 +37,8 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     tok = tokenizer(args.work, args.seed)
     trainer = Trainer(TESTBED, Plan(args.steps, args.seed), tok, args.work, args.device, not args.eager)
-    trainer.resume()
+    if not trainer.resume():
+        learn_to_see(trainer, args.work / "tower.pt")
     trainer.run()
     model = trainer.model.cpu()
     export(model, tok, args.out)

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import torch
 from demo.architecture import DEMO
 from demo.batches import sample_texts
 from demo.export import export
+from demo.seeing import teach
 from demo.text import train_tokenizer
 from demo.training import Plan, Trainer
 from tokenizers import Tokenizer
+
+TOWER_STEPS = 1500
 
 
 def tokenizer(work: Path, seed: int) -> Tokenizer:
@@ -26,6 +30,16 @@ def tokenizer(work: Path, seed: int) -> Tokenizer:
     if not path.exists():
         train_tokenizer(sample_texts(seed, 12_000), DEMO).save(str(path))
     return Tokenizer.from_file(str(path))
+
+
+def learn_to_see(trainer: Trainer, path: Path) -> None:
+    """The tower's lesson, once per work folder."""
+    tower = trainer.model.tower
+    if not path.exists():
+        right = teach(tower, trainer.plan.seed, TOWER_STEPS, trainer.device)
+        print("tower, right of 2000: " + "  ".join(f"{k} {v:.4f}" for k, v in right.items()), file=sys.stderr)
+        torch.save(tower.state_dict(), path)
+    tower.load_state_dict(torch.load(path, map_location=trainer.device, weights_only=True))
 
 
 def main() -> None:
@@ -43,7 +57,8 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     tok = tokenizer(args.work, args.seed)
     trainer = Trainer(DEMO, Plan(args.steps, args.seed), tok, args.work, args.device, not args.eager)
-    trainer.resume()
+    if not trainer.resume():
+        learn_to_see(trainer, args.work / "tower.pt")
     if not args.export_only:
         trainer.run()
     if args.out:

@@ -10,7 +10,7 @@ from random import Random
 from PIL import Image
 
 from . import facts, pictures
-from .skills import DRILL_ONLY, Turn, draw, held_out
+from .skills import DRILL_ONLY, Turn, draw, held_out, invented, vary
 
 Message = dict[str, object]
 
@@ -45,33 +45,33 @@ def single(turn: Turn, thinking: bool) -> Conversation:
 
 # How often each skill occurs among the small turns of a conversation, without thinking and with it.
 DIRECT = {
-    "about": 12,
-    "small talk": 9,
+    "about": 13,
+    "small talk": 10,
     "unknown": 4,
-    "small sum": 12,
+    "small sum": 9,
     "sum of two": 10,
     "product": 5,
-    "sum of many": 3,
-    "word problem": 2,
+    "sum of many": 2,
+    "word problem": 1,
     "copy": 9,
-    "reverse": 11,
-    "sort": 12,
-    "count": 10,
+    "reverse": 10,
+    "sort": 14,
+    "count": 14,
     "prose": 5,
 }
 THINKING = {
     "about": 5,
     "small talk": 4,
     "unknown": 2,
-    "small sum": 6,
-    "sum of two": 12,
+    "small sum": 5,
+    "sum of two": 20,
     "product": 3,
-    "sum of many": 24,
-    "word problem": 18,
+    "sum of many": 17,
+    "word problem": 14,
     "copy": 3,
-    "reverse": 5,
-    "sort": 6,
-    "count": 12,
+    "reverse": 6,
+    "sort": 9,
+    "count": 16,
     "prose": 1,
 }
 
@@ -105,7 +105,7 @@ def mixed(rng: Random, room: int, cost: Callable[[str], int], thinking: bool = F
 
 DRILLS = {
     "copying": {"copy": 6, "reverse": 2, "sort": 2},
-    "sorting": {"reverse": 2, "sort": 4, "count": 6},
+    "lists": {"reverse": 1, "sort": 5, "count": 6},
     "small sums": {"small sum": 1},
     "sums": {"sum of two": 8, "product": 1},
 }
@@ -135,65 +135,99 @@ def code(rng: Random) -> str:
     return "".join(rng.choice("0123456789") for _ in range(rng.choice((3, 4))))
 
 
+def name(rng: Random) -> str:
+    return rng.choice(facts.NAMES) if rng.random() < 0.6 else invented(rng).capitalize()
+
+
+def city(rng: Random) -> str:
+    return rng.choice(facts.CITIES) if rng.random() < 0.6 else invented(rng).capitalize()
+
+
+def word(rng: Random) -> str:
+    return rng.choice(facts.WORDS) if rng.random() < 0.6 else invented(rng)
+
+
+Told = tuple[Callable[[Random], str], list[str], str, list[str], str]
+
+
+def being(who: str) -> Told:
+    """Somebody of the user's: a pet, a relative, a friend."""
+    say = [f"My {who} is called {{}}.", f"I have a {who} named {{}}.", f"The name of my {who} is {{}}."]
+    ask = [f"What is my {who} called?", f"What is the name of my {who}?", f"What is my {who}'s name?"]
+    return name, say, f"I will remember that your {who} is called {{}}.", ask, f"Your {who} is called {{}}."
+
+
+def favourite(what: str, values: list[str]) -> Told:
+    say = [f"My favourite {what} is {{}}.", f"The {what} I like best is {{}}.", f"{{}} is my favourite {what}."]
+    ask = [f"What is my favourite {what}?", f"Which {what} do I like best?", f"Do you know my favourite {what}?"]
+    return lambda r: r.choice(values), say, "I will remember that you like {}.", ask, f"Your favourite {what} is {{}}."
+
+
 # thing: (value generator, ways to say it, acknowledgement, ways to ask, answer)
-FACTS: dict[str, tuple[Callable[[Random], str], list[str], str, list[str], str]] = {
+FACTS: dict[str, Told] = {
     "name": (
-        lambda r: r.choice(facts.NAMES),
-        ["My name is {}.", "I am called {}.", "Call me {}.", "Hello, my name is {}."],
+        name,
+        [
+            "My name is {}.", "I am called {}.", "Call me {}.", "Hello, my name is {}.", "I am {}.", "Hi, I am {}.",
+            "You can call me {}.", "People call me {}.", "Hello, I am {}!", "This is {}.", "Hey, my name is {}!",
+        ],
         "Nice to meet you, {}.",
-        ["What is my name?", "Do you remember my name?", "What am I called?"],
+        [
+            "What is my name?", "Do you remember my name?", "What am I called?", "Who am I?", "Do you know my name?",
+            "Tell me my name.", "What did I say my name was?", "How am I called?", "Do you know who I am?",
+        ],
         "Your name is {}.",
     ),
-    "cat": (
-        lambda r: r.choice(facts.NAMES),
-        ["My cat is called {}.", "I have a cat named {}.", "The name of my cat is {}."],
-        "{} is a nice name for a cat.",
-        ["What is my cat called?", "What is the name of my cat?"],
-        "Your cat is called {}.",
-    ),
-    "dog": (
-        lambda r: r.choice(facts.NAMES),
-        ["My dog is called {}.", "I have a dog named {}.", "The name of my dog is {}."],
-        "{} is a nice name for a dog.",
-        ["What is my dog called?", "What is the name of my dog?"],
-        "Your dog is called {}.",
-    ),
-    "sister": (
-        lambda r: r.choice(facts.NAMES),
-        ["My sister is called {}.", "I have a sister named {}."],
-        "I will remember that your sister is called {}.",
-        ["What is my sister called?", "What is the name of my sister?"],
-        "Your sister is called {}.",
-    ),
+    **{who: being(who) for who in ("cat", "dog", "sister", "brother", "friend", "teacher")},
     "city": (
-        lambda r: r.choice(facts.CITIES),
-        ["I live in {}.", "My home is in {}.", "I come from {}."],
+        city,
+        ["I live in {}.", "My home is in {}.", "I come from {}.", "I am from {}."],
         "{} is a nice place.",
-        ["Where do I live?", "Which city do I live in?", "Where is my home?"],
+        ["Where do I live?", "Which city do I live in?", "Where is my home?", "Where am I from?"],
         "You live in {}.",
     ),
-    "colour": (
-        lambda r: r.choice(facts.COLOURS),
-        ["My favourite colour is {}.", "I like the colour {} best."],
-        "I will remember that you like {}.",
-        ["What is my favourite colour?", "Which colour do I like best?"],
-        "Your favourite colour is {}.",
+    "age": (
+        lambda r: str(r.randrange(5, 100)),
+        ["I am {} years old.", "My age is {}.", "I am {}.", "I turned {} this year."],
+        "I will remember that you are {}.",
+        ["How old am I?", "What is my age?", "Do you know my age?"],
+        "You are {} years old.",
     ),
+    "job": (
+        lambda r: r.choice(facts.JOBS),
+        ["I am a {}.", "I work as a {}.", "My job is {}.", "My work is that of a {}."],
+        "I will remember that you are a {}.",
+        ["What is my job?", "What do I do?", "What is my work?", "What do I work as?"],
+        "You are a {}.",
+    ),
+    "colour": favourite("colour", facts.COLOURS),
+    "animal": favourite("animal", facts.ANIMALS),
+    "food": favourite("food", facts.FOODS),
     "word": (
-        lambda r: r.choice(facts.WORDS),
-        ["The secret word is {}.", "Remember the secret word: {}.", "The password is {}."],
+        word,
+        ["The secret word is {}.", "Remember the secret word: {}.", "The password is {}.", "Remember the word {}."],
         "I will remember the word {}.",
-        ["What is the secret word?", "What was the secret word?", "Which word did I tell you?"],
+        [
+            "What is the secret word?", "What was the secret word?", "Which word did I tell you?",
+            "What is the password?", "Which word should you remember?",
+        ],
         "The secret word is {}.",
     ),
     "code": (
         code,
-        ["The code of the door is {}.", "Remember this code: {}.", "The door code is {}."],
+        ["The code of the door is {}.", "Remember this code: {}.", "The door code is {}.", "Remember the number {}."],
         "I will remember the code {}.",
         ["What is the code of the door?", "What was the code?", "Which code did I tell you?"],
         "The code is {}.",
     ),
-}
+}  # fmt: skip
+UNTOLD = "You have not told me that yet."
+
+
+def told_nothing(rng: Random, told: list[str]) -> list[Message]:
+    """A question about something that the user has not said."""
+    thing = rng.choice([t for t in FACTS if t not in told])
+    return [user(vary(rng, rng.choice(FACTS[thing][3]))), assistant(UNTOLD)]
 
 
 def recall(
@@ -222,7 +256,11 @@ def recall(
     rng.shuffle(questions)
     if evaluation:
         questions = [told[0]]
-    fixed = messages + [user(rng.choice(q[2])) if i == 0 else assistant(q[3]) for q in questions for i in (0, 1)]
+    fixed = messages[:]
+    if not evaluation and rng.random() < 0.3:
+        fixed += told_nothing(rng, things)
+    for _, _, asks, answer, _ in questions:
+        fixed += [user(vary(rng, rng.choice(asks))), assistant(answer)]
     room -= sum(cost(str(m["content"])) + 5 for m in fixed) + 12
     misses = 0
     while misses < MISSES:
@@ -247,7 +285,7 @@ SKIES = ["sunny", "cloudy", "rainy", "windy", "foggy", "snowy"]
 
 @dataclass(frozen=True)
 class Tool:
-    """One function as the user describes it; its names vary, so that the model must read them in the description."""
+    """One function as the user describes it. The names here are the natural ones among many: see `bind`."""
 
     names: tuple[str, ...]
     about: str
@@ -332,8 +370,33 @@ class BoundTool:
         return {"type": "function", "function": function}
 
 
+VERBS = ("get", "find", "fetch", "read", "ask", "show", "query", "load", "look", "call", "run", "do")
+
+
+def function_name(rng: Random, natural: tuple[str, ...]) -> str:
+    """A natural name, or one that says nothing about the function: then only the description does."""
+    kind = rng.random()
+    if kind < 0.35:
+        return rng.choice(natural)
+    if kind < 0.65:
+        return f"{rng.choice(VERBS)}_{rng.choice(facts.WORDS)}"
+    return invented(rng) + rng.choice(("", "_" + invented(rng), "_" + rng.choice(VERBS)))
+
+
+def parameter_name(rng: Random, natural: tuple[str, ...]) -> str:
+    kind = rng.random()
+    return rng.choice(natural) if kind < 0.5 else rng.choice(facts.WORDS) if kind < 0.75 else invented(rng)
+
+
 def bind(rng: Random, tool: Tool) -> BoundTool:
-    return BoundTool(tool, rng.choice(tool.names), [rng.choice(names) for names, *_ in tool.parameters])
+    """The tool under names that the model cannot know by heart and must copy from the description."""
+    parameters: list[str] = []
+    for natural, *_ in tool.parameters:
+        new = parameter_name(rng, natural)
+        while new in parameters:
+            new = parameter_name(rng, natural)
+        parameters.append(new)
+    return BoundTool(tool, function_name(rng, tool.names), parameters)
 
 
 def call_text(bound: BoundTool, values: list[str]) -> str:

@@ -90,5 +90,5 @@ def prompt_of(c: conv.Conversation, tok: Tokenizer) -> tuple[list[int], np.ndarr
     """Token ids up to the generation prompt, image tokens expanded, and the patches of the images."""
     text = render(c.prompt, c.tools, c.thinking, prompt=True)
     text = text.replace("<|image_pad|>", "<|image_pad|>" * pictures.MERGED)
-    patches = [pictures.patches(image) for image in c.images]
-    return tok.encode(text, add_special_tokens=False).ids, np.array(patches, np.float32)
+    patches = pictures.patches(np.stack([np.asarray(i) for i in c.images])) if c.images else np.zeros((0, 36, 1536))
+    return tok.encode(text, add_special_tokens=False).ids, patches.astype(np.float32)

@@ -37,7 +37,7 @@ class Figure:
     shift: tuple[int, int]
 
     def __str__(self) -> str:
-        return f"{self.colour} {self.shape}"
+        return f"{'an' if self.colour == 'orange' else 'a'} {self.colour} {self.shape}"
 
 
 def figure(rng: Random, place: str = "", shape: str = "", colour: str = "") -> Figure:
@@ -101,7 +101,7 @@ def scene(rng: Random, kind: str = "") -> Scene:
     hue = rng.choice((f"What colour is the {f.shape}?", f"Which colour has the {f.shape}?"))
     place = rng.choice((f"Where is the {f.shape}?", f"Where do you see the {f.shape}?"))
     asks = {
-        "shape": (what, f"It is a {f}."),
+        "shape": (what, f"It is {f}."),
         "colour": (hue, f"The {f.shape} is {f.colour}."),
         "place": (place, f"The {f.shape} is in the {where(f)}."),
     }
@@ -122,8 +122,8 @@ def several(rng: Random) -> Scene:
     questions = [
         (rng.choice(("How many figures are there?", "Count the figures.", "How many figures do you see?")), total)
     ]
-    f = rng.choice(figures)
-    questions.append((f"What is in the {where(f)}?", f"In the {where(f)} is a {f}."))
+    for f in rng.sample(figures, min(n, 2)):
+        questions.append((f"What is in the {where(f)}?", f"In the {where(f)} is {f}."))
     return Scene([paint(figures, background(rng))], questions)
 
 
@@ -142,18 +142,20 @@ def difference(rng: Random) -> Scene:
     else:
         other = figure(rng, place)
         frames = ([f], [f, other]) if change == "came" else ([f, other], [f])
-        answer = f"A {other} {'came' if change == 'came' else 'went away'}."
+        what = str(other)
+        answer = f"{what[0].upper()}{what[1:]} {'came' if change == 'came' else 'went away'}."
     ask = rng.choice(("What changed?", "What is different?", "What happened between the two pictures?"))
     return Scene([paint(fs, ground) for fs in frames], [(ask, answer)])
 
 
-def patches(image: Image.Image) -> np.ndarray:
-    """Patch vectors [gh * gw, 1536] float32 of one still image, in the 2 x 2 block order of the family's processor."""
-    x = (np.asarray(image.convert("RGB"), np.float32) / 255 - 0.5) / 0.5
-    gh, gw = x.shape[0] // 16, x.shape[1] // 16
-    x = x.reshape(gh // 2, 2, 16, gw // 2, 2, 16, 3).transpose(0, 3, 1, 4, 6, 2, 5)  # blocks, 2, 2, C, 16, 16
-    x = np.repeat(x[:, :, :, :, :, None], 2, axis=5)  # the frame twice
-    return x.reshape(gh * gw, -1)
+def patches(pixels: np.ndarray) -> np.ndarray:
+    """Patch vectors [N, gh * gw, 1536] float32 of still pictures [N, H, W, 3] uint8, in 2 x 2 block order."""
+    count, height, width, _ = pixels.shape
+    gh, gw = height // 16, width // 16
+    x = (pixels.astype(np.float32) / 255 - 0.5) / 0.5
+    x = x.reshape(count, gh // 2, 2, 16, gw // 2, 2, 16, 3).transpose(0, 1, 4, 2, 5, 7, 3, 6)
+    x = np.repeat(x[:, :, :, :, :, :, None], 2, axis=6)  # N, blocks, 2, 2, C, the frame twice, 16, 16
+    return x.reshape(count, gh * gw, 1536)
 
 
 def grid_positions(gh: int, gw: int, start: int) -> tuple[np.ndarray, int]:

@@ -7,9 +7,9 @@ training never sees them.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from random import Random
 
 from . import facts, prose
@@ -35,8 +35,17 @@ def held_out(key: str) -> bool:
     return zlib.crc32(key.encode()) % 10 == 0
 
 
+CONTRACTIONS = (
+    ("What is", "What's"), ("Where is", "Where's"), ("Who is", "Who's"), ("I am", "I'm"), ("That is", "That's"),
+    ("Can you", "Could you"), ("You are", "You're"), ("How do I", "How can I"), ("Tell me", "Can you tell me"),
+)  # fmt: skip
+
+
 def vary(rng: Random, text: str) -> str:
     """The same request as different people type it."""
+    if rng.random() < 0.3:
+        for long, short in CONTRACTIONS:
+            text = text.replace(long, short)
     style = rng.random()
     bare = text.rstrip("?.!")
     if style < 0.4:
@@ -173,6 +182,12 @@ def word_problem(rng: Random) -> Turn:
 # -- lists -----------------------------------------------------------------------------------------------------------
 
 
+def invented(rng: Random) -> str:
+    """A word that nobody has seen: what can only be copied is learnt as copying."""
+    syllables = rng.choice((2, 2, 3))
+    return "".join(rng.choice("bdfgklmnprstvwz") + rng.choice("aeiou") for _ in range(syllables)) + rng.choice("nrslk")
+
+
 def items(rng: Random, low: int = 3, high: int = 6) -> list[str]:
     n = rng.randint(low, high)
     kind = rng.random()
@@ -184,19 +199,29 @@ def items(rng: Random, low: int = 3, high: int = 6) -> list[str]:
 
 
 def copy(rng: Random) -> Turn:
-    return copy_of(rng, items(rng, 2, 8))
+    return copy_of(rng, items(rng, 2, 8) if rng.random() < 0.9 else [invented(rng) for _ in range(rng.randint(2, 5))])
 
 
 def long_copy(rng: Random) -> Turn:
     """A list of mixed things, repetitions allowed; for drill only."""
     length = rng.randint(3, 24)
-    return copy_of(rng, [rng.choice(items(rng, 3, 3)) for _ in range(length)])
+    return copy_of(rng, [rng.choice([*items(rng, 3, 3), invented(rng)]) for _ in range(length)])
 
 
 def copy_of(rng: Random, parts: list[str]) -> Turn:
     text = ", ".join(parts)
     ask = rng.choice(
-        ("Repeat: {}", "Copy this: {}", "Say this again: {}", "Repeat after me: {}", "Write this list again: {}")
+        (
+            "Repeat: {}",
+            "Copy this: {}",
+            "Say this again: {}",
+            "Repeat after me: {}",
+            "Write this list again: {}",
+            "Repeat {}",
+            "Copy: {}",
+            "Say: {}",
+            "Please repeat: {}",
+        )
     )
     return turn(ask.format(text), text, "I write the same list again.", "copy " + text)
 
@@ -205,7 +230,17 @@ def reverse(rng: Random) -> Turn:
     parts = items(rng)
     text, answer = ", ".join(parts), ", ".join(reversed(parts))
     ask = rng.choice(
-        ("Reverse: {}", "Reverse this list: {}", "Write this list backwards: {}", "Turn this list around: {}")
+        (
+            "Reverse: {}",
+            "Reverse this list: {}",
+            "Write this list backwards: {}",
+            "Turn this list around: {}",
+            "Reverse {}",
+            "Backwards: {}",
+            "reverse: {}",
+            "Please reverse: {}",
+            "Reverse the list {}",
+        )
     )
     return turn(ask.format(text), answer, "I start with the last one and go back to the first.", "reverse " + text)
 
@@ -215,7 +250,19 @@ def sort(rng: Random) -> Turn:
     numbers = parts[0].isdigit()
     ordered = sorted(parts, key=int) if numbers else sorted(parts)
     text, answer = ", ".join(parts), ", ".join(ordered)
-    ask = rng.choice(("Sort: {}", "Sort this list: {}", "Put these in order: {}", "Write these in the right order: {}"))
+    ask = rng.choice(
+        (
+            "Sort: {}",
+            "Sort this list: {}",
+            "Put these in order: {}",
+            "Write these in the right order: {}",
+            "Sort {}",
+            "sort: {}",
+            "Please sort: {}",
+            "Sort the list {}",
+            "Order these: {}",
+        )
+    )
     thought = "The numbers go from small to large." if numbers else "The order is that of the alphabet."
     return turn(ask.format(text), answer, thought, "sort " + text)
 
@@ -225,7 +272,7 @@ def count(rng: Random) -> Turn:
         parts = items(rng, 2, 9)
         text = ", ".join(parts)
         ask = rng.choice(("How many items are in this list: {}", "Count the items: {}", "How long is this list: {}"))
-        thought = "\n".join(f"{i} {x}" for i, x in enumerate(parts, 1))
+        thought = numbered(parts, range(1, len(parts) + 1))
         return turn(ask.format(text), f"The list has {len(parts)} items.", thought, "count " + text)
     wanted, *others = rng.sample(facts.WORDS, 3)
     n = rng.randint(1, 6)
@@ -235,14 +282,15 @@ def count(rng: Random) -> Turn:
     ask = rng.choice(
         ("How often does {} occur here: {}", "Count the word {}: {}", "How many times do you see {} in this list: {}")
     )
-    seen, lines = 0, []
-    for x in parts:
-        seen += x == wanted
-        lines.append(f"{x} {seen}")
+    thought = numbered(parts, accumulate(int(x == wanted) for x in parts))
     times = "1 time" if n == 1 else f"{n} times"
-    return turn(
-        ask.format(wanted, text), f"The word {wanted} occurs {times}.", "\n".join(lines), f"count {wanted} {text}"
-    )
+    return turn(ask.format(wanted, text), f"The word {wanted} occurs {times}.", thought, f"count {wanted} {text}")
+
+
+def numbered(parts: list[str], numbers: Iterable[int]) -> str:
+    """The list with a number in the place of each comma: the same rhythm, so that repeated words do not confuse."""
+    between = ":" if parts[0].isdigit() else ""
+    return " ".join(f"{x}{between}{n}" for x, n in zip(parts, numbers, strict=True))
 
 
 SKILLS: dict[str, Callable[[Random], Turn]] = {

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -13,6 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import pictures
 from .architecture import Shape
 from .batches import Batch, make_batch
 from .model import Model
@@ -46,25 +51,29 @@ def text_loss(
     """
     with torch.autocast(x.device.type, torch.bfloat16):
         hidden = model.text(x, rope)
-        loss = weighted(model.logits(hidden), ids[:, 1:], weights[:, 1:])
+        head = model.text.embed_tokens.weight
+        loss = weighted(hidden, head, ids[:, 1:], weights[:, 1:])
         rows = max(1, len(ids) // MTP_ROWS)
         cos, sin = rope
         draft = model.mtp(x[:rows, 1:].detach(), hidden[:rows, :-1].detach(), (cos[:rows, 1:], sin[:rows, 1:]))
-        head = model.text.embed_tokens.weight.detach()
-        draft_loss = weighted(F.linear(draft, head), ids[:rows, 2:], weights[:rows, 2:])
+        draft_loss = weighted(draft, head.detach(), ids[:rows, 2:], weights[:rows, 2:])
     return loss, draft_loss
 
 
-def weighted(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-    return (losses * weights.flatten()).sum() / weights.sum().clamp_min(1)
+def weighted(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Mean cross-entropy; logits are computed only where there is a weight."""
+    chosen = weights > 0
+    losses = F.cross_entropy(F.linear(hidden[chosen], head).float(), targets[chosen], reduction="none")
+    return (losses * weights[chosen]).sum() / weights.sum().clamp_min(1)
 
 
 def optimizers(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
     """Muon (Jordan 2024) for the matrices inside layers, AdamW for embeddings, norms, convolutions and vectors."""
     matrices, gains, rest = [], [], []
     for name, p in model.named_parameters():
-        inside = any(part in name for part in ("layers.", "blocks.", "merger.", "mtp.fc"))
+        if not p.requires_grad:
+            continue
+        inside = any(part in name for part in ("layers.", "mtp.fc"))
         if p.ndim == 2 and inside and min(p.shape) >= 32:
             matrices.append(p)
         else:
@@ -76,10 +85,29 @@ def optimizers(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
     ]
 
 
+def prepared(seed: int, first: int, last: int, tok: Tokenizer, s: Shape) -> Iterator[Batch]:
+    """The batches of steps first .. last - 1, the next one made by another process while this one is learnt."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    maker = context.Process(target=send_batches, args=(there, seed, first, last, tok, s), daemon=True)
+    maker.start()
+    there.close()
+    for _ in range(first, last):
+        yield here.recv()
+    maker.join()
+
+
+def send_batches(pipe: Connection, seed: int, first: int, last: int, tok: Tokenizer, s: Shape) -> None:
+    with suppress(BrokenPipeError):  # the trainer has gone
+        for step in range(first, last):
+            pipe.send(make_batch(seed, step, tok, s))
+
+
 class Trainer:
     def __init__(self, s: Shape, plan: Plan, tok: Tokenizer, folder: Path, device: str = "cpu", compiled: bool = True):
         self.s, self.plan, self.tok, self.folder, self.device = s, plan, tok, folder, device
         self.model = Model(s, plan.seed).to(device)
+        self.model.tower.requires_grad_(False)
         self.optimizers = optimizers(self.model, plan)
         self.rates = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
         self.step = 0
@@ -89,17 +117,17 @@ class Trainer:
                 layer.compile(dynamic=False)
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        patches = pictures.patches(batch.images)
         ids, weights, positions, patches = (
-            torch.from_numpy(a).to(self.device) for a in (batch.ids, batch.weights, batch.positions, batch.patches)
+            torch.from_numpy(a).to(self.device) for a in (batch.ids, batch.weights, batch.positions, patches)
         )
         x = self.model.embed(ids[:, :-1], patches)
         rope = self.model.text.rope(positions[:, :, :-1])
         with torch.compiler.set_stance("force_eager" if batch.kind in EAGER else "default"):
             return text_loss(self.model, x, ids, weights, rope)
 
-    def advance(self) -> tuple[str, int, float, float]:
+    def advance(self, batch: Batch) -> tuple[str, int, float, float]:
         """One step; (kind, tokens, loss, draft loss)."""
-        batch = make_batch(self.plan.seed, self.step, self.tok, self.s)
         loss, draft = self.losses(batch)
         (loss + draft).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -138,8 +166,8 @@ class Trainer:
         """Train to the end of the plan; progress to stderr, a line per `report_every` seconds."""
         saved = reported = time.monotonic()
         tokens, seen = 0, {}
-        while self.step < self.plan.steps:
-            kind, count, loss, draft = self.advance()
+        for batch in prepared(self.plan.seed, self.step, self.plan.steps, self.tok, self.s):
+            kind, count, loss, draft = self.advance(batch)
             tokens += count
             seen.setdefault(kind, []).append((loss, draft))
             now = time.monotonic()
