@@ -40,19 +40,21 @@ KINDS = (
 # Copying from the context is the ability that all list and recall skills rest on, and it appears late; once the forms
 # of the answers are known, long lists to copy bring it about. After that, sums and lists are what is learnt slowest.
 DRILLS = {name: Kind(name, 16, 256, 0.0) for name in ("copying", "small sums", "sums", "lists")}
-PHASES = (  # (first step, shares of drills among the batches)
+EXTRA = {**DRILLS, "thought lists": Kind("thought lists", 32, 128, 0.0), **{k.name: k for k in KINDS}}
+PHASES = (  # (first step, shares of extra batches)
     (0, {}),
     (400, {"copying": 0.4}),
     (800, {"copying": 0.04, "lists": 0.12, "small sums": 0.12, "sums": 0.14}),
     (2200, {"copying": 0.02, "lists": 0.14, "small sums": 0.04, "sums": 0.1}),
+    (3000, {"lists": 0.12, "sums": 0.07, "tools": 0.15, "thought lists": 0.06, "longer": 0.015}),
 )
 
 
 def kind_at(step: int, rng: Random) -> Kind:
     point = rng.random()
-    for name, share in [drills for first, drills in PHASES if first <= step][-1].items():
+    for name, share in [extra for first, extra in PHASES if first <= step][-1].items():
         if point < share:
-            return DRILLS[name]
+            return EXTRA[name]
         point -= share
     return rng.choices(KINDS, [k.share for k in KINDS])[0]
 
@@ -71,7 +73,9 @@ class Batch:
 def converse(kind: str, rng: Random, room: int, cost: Callable[[str], int]) -> conv.Conversation:
     thinking = rng.random() < 0.3
     if kind == "think":
-        return conv.mixed(rng, rng.choice((room // 2, room, room, room)), cost, thinking=True)
+        return conv.mixed(rng, rng.choice((room // 2, room, room, room)), cost, conv.THINKING)
+    if kind == "thought lists":
+        return conv.mixed(rng, rng.choice((room // 2, room)), cost, conv.THOUGHT_LISTS)
     if kind == "tools":
         return conv.tool_use(rng, room, cost, thinking)
     if kind in ("long", "longer"):

@@ -74,7 +74,7 @@ THINKING = {
     "count": 16,
     "prose": 1,
 }
-
+THOUGHT_LISTS = {"reverse": 1, "sort": 2, "count": 6}
 
 MISSES = 5  # a conversation is full when so many turns in a row did not fit
 
@@ -83,11 +83,11 @@ def pick(rng: Random, weights: dict[str, int]) -> str:
     return rng.choices(list(weights), list(weights.values()))[0]
 
 
-def mixed(rng: Random, room: int, cost: Callable[[str], int], thinking: bool = False) -> Conversation:
-    """Turns of all skills until `room` tokens are used; with `thinking`, the last turn is a thought-out one."""
+def mixed(rng: Random, room: int, cost: Callable[[str], int], thinking: dict[str, int] | None = None) -> Conversation:
+    """Turns of all skills until `room` tokens are used; the last one is thought out, of a skill from `thinking`."""
     messages: list[Message] = []
     if thinking:
-        last = draw(pick(rng, THINKING), rng)
+        last = draw(pick(rng, thinking), rng)
         room -= cost(last.user + last.answer + last.thought) + 15
     misses = 0
     while misses < MISSES:
@@ -100,7 +100,7 @@ def mixed(rng: Random, room: int, cost: Callable[[str], int], thinking: bool = F
         room -= size
     if thinking:
         messages += [user(last.user), assistant(last.answer, last.thought)]
-    return Conversation(messages, thinking=thinking)
+    return Conversation(messages, thinking=bool(thinking))
 
 
 DRILLS = {
