@@ -47,6 +47,7 @@ PHASES = (  # (first step, shares of extra batches)
     (800, {"copying": 0.04, "lists": 0.12, "small sums": 0.12, "sums": 0.14}),
     (2200, {"copying": 0.02, "lists": 0.14, "small sums": 0.04, "sums": 0.1}),
     (3000, {"lists": 0.12, "sums": 0.07, "tools": 0.15, "thought lists": 0.06, "longer": 0.015}),
+    (4700, {"lists": 0.1, "sums": 0.1, "small sums": 0.03, "tools": 0.13, "thought lists": 0.09, "longer": 0.015}),
 )
 
 

@@ -373,14 +373,15 @@ class BoundTool:
 VERBS = ("get", "find", "fetch", "read", "ask", "show", "query", "load", "look", "call", "run", "do")
 
 
-def function_name(rng: Random, natural: tuple[str, ...]) -> str:
-    """A natural name, or one that says nothing about the function: then only the description does."""
-    kind = rng.random()
+def function_name(rng: Random, natural: tuple[str, ...], alone: bool) -> str:
+    """A natural name, one with an addition, or, where no other tool is offered, one that says nothing."""
+    kind, name = rng.random(), rng.choice(natural)
     if kind < 0.35:
-        return rng.choice(natural)
-    if kind < 0.65:
-        return f"{rng.choice(VERBS)}_{rng.choice(facts.WORDS)}"
-    return invented(rng) + rng.choice(("", "_" + invented(rng), "_" + rng.choice(VERBS)))
+        return name
+    if alone and kind < 0.7:
+        return f"{rng.choice(VERBS)}_{rng.choice(facts.WORDS)}" if kind < 0.5 else invented(rng)
+    extra = rng.choice((invented(rng), rng.choice(facts.WORDS)))
+    return rng.choice((f"{name}_{extra}", f"{extra}_{name}", f"{name}_{rng.randrange(100)}"))
 
 
 def parameter_name(rng: Random, natural: tuple[str, ...]) -> str:
@@ -388,7 +389,7 @@ def parameter_name(rng: Random, natural: tuple[str, ...]) -> str:
     return rng.choice(natural) if kind < 0.5 else rng.choice(facts.WORDS) if kind < 0.75 else invented(rng)
 
 
-def bind(rng: Random, tool: Tool) -> BoundTool:
+def bind(rng: Random, tool: Tool, alone: bool) -> BoundTool:
     """The tool under names that the model cannot know by heart and must copy from the description."""
     parameters: list[str] = []
     for natural, *_ in tool.parameters:
@@ -396,7 +397,11 @@ def bind(rng: Random, tool: Tool) -> BoundTool:
         while new in parameters:
             new = parameter_name(rng, natural)
         parameters.append(new)
-    return BoundTool(tool, function_name(rng, tool.names), parameters)
+    return BoundTool(tool, function_name(rng, tool.names, alone), parameters)
+
+
+def offered(rng: Random, count: int) -> list[BoundTool]:
+    return [bind(rng, tool, count == 1) for tool in rng.sample(TOOLS, count)]
 
 
 def call_text(bound: BoundTool, values: list[str]) -> str:
@@ -425,7 +430,7 @@ def tool_exchange(rng: Random, bound: BoundTool) -> tuple[list[Message], list[st
 
 def tool_use(rng: Random, room: int, cost: Callable[[str], int], thinking: bool = False) -> Conversation:
     """One to three tools, several exchanges, now and then a turn that needs none."""
-    bound = [bind(rng, t) for t in rng.sample(TOOLS, rng.choice((1, 2, 3, 3)))]
+    bound = offered(rng, rng.choice((1, 2, 3, 3)))
     unused = bound[:]
     room -= 130 + sum(cost(json.dumps(b.schema())) for b in bound)
     messages: list[Message] = []
@@ -452,7 +457,7 @@ def tool_use(rng: Random, room: int, cost: Callable[[str], int], thinking: bool 
 
 def tool_cases(rng: Random, thinking: bool) -> tuple[Conversation, Conversation]:
     """Two evaluation cases of one exchange: the call, and the answer from its result."""
-    bound = [bind(rng, t) for t in rng.sample(TOOLS, rng.choice((1, 2, 3)))]
+    bound = offered(rng, rng.choice((1, 2, 3)))
     chosen = rng.choice(bound)
     while True:
         messages, values = tool_exchange(rng, chosen)
