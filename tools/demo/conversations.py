@@ -431,7 +431,7 @@ def tool_exchange(rng: Random, bound: BoundTool) -> tuple[list[Message], list[st
 def tool_use(rng: Random, room: int, cost: Callable[[str], int], thinking: bool = False) -> Conversation:
     """One to three tools, several exchanges, now and then a turn that needs none."""
     bound = offered(rng, rng.choice((1, 2, 3, 3)))
-    unused = bound[:]
+    unused = rng.sample(bound, len(bound))  # the first one asked for may stand anywhere in the description
     room -= 130 + sum(cost(json.dumps(b.schema())) for b in bound)
     messages: list[Message] = []
     misses = 0

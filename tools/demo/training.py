@@ -23,7 +23,7 @@ from .batches import Batch, make_batch
 from .model import Model
 
 MTP_ROWS = 4  # one row in four also trains the MTP head
-EAGER = ("long", "longer")  # rare long shapes are not worth compiling
+EAGER = ("middle", "long", "longer")  # rare long shapes are not worth compiling
 
 
 @dataclass(frozen=True)
