@@ -39,13 +39,9 @@ KINDS = (
 
 # Copying from the context is the ability that all list and recall skills rest on, and it appears late; once the forms
 # of the answers are known, long lists to copy bring it about. After that, sums and lists are what is learnt slowest.
-DRILLS = {name: Kind(name, 16, 256, 0.0) for name in ("copying", "small sums", "sums", "lists")}
-EXTRA = {
-    **DRILLS,
-    "thought lists": Kind("thought lists", 32, 128, 0.0),
-    "middle": Kind("middle", 8, 512, 0.0),
-    **{k.name: k for k in KINDS},
-}
+DRILLS = {name: Kind(name, 16, 256, 0.0) for name in ("copying", "small sums", "sums", "lists", "counting")}
+THOUGHT = {name: Kind(name, 32, 128, 0.0) for name in ("thought lists", "thought counts")}
+EXTRA = {**DRILLS, **THOUGHT, "middle": Kind("middle", 8, 512, 0.0), **{k.name: k for k in KINDS}}
 PHASES = (  # (first step, shares of extra batches)
     (0, {}),
     (400, {"copying": 0.4}),
@@ -54,6 +50,7 @@ PHASES = (  # (first step, shares of extra batches)
     (3000, {"lists": 0.12, "sums": 0.07, "tools": 0.15, "thought lists": 0.06, "longer": 0.015}),
     (4700, {"lists": 0.1, "sums": 0.1, "small sums": 0.03, "tools": 0.13, "thought lists": 0.09, "longer": 0.015}),
     (5600, {"lists": 0.1, "sums": 0.08, "tools": 0.22, "thought lists": 0.09, "middle": 0.05, "longer": 0.015}),
+    (6500, {"counting": 0.15, "thought counts": 0.18, "sums": 0.05, "tools": 0.16, "middle": 0.03, "longer": 0.015}),
 )
 
 
@@ -81,8 +78,8 @@ def converse(kind: str, rng: Random, room: int, cost: Callable[[str], int]) -> c
     thinking = rng.random() < 0.3
     if kind == "think":
         return conv.mixed(rng, rng.choice((room // 2, room, room, room)), cost, conv.THINKING)
-    if kind == "thought lists":
-        return conv.mixed(rng, rng.choice((room // 2, room)), cost, conv.THOUGHT_LISTS)
+    if kind in THOUGHT:
+        return conv.mixed(rng, rng.choice((room // 2, room)), cost, conv.THOUGHT[kind])
     if kind == "tools":
         return conv.tool_use(rng, room, cost, thinking)
     if kind == "middle":

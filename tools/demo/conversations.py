@@ -74,7 +74,7 @@ THINKING = {
     "count": 16,
     "prose": 1,
 }
-THOUGHT_LISTS = {"reverse": 1, "sort": 2, "count": 6}
+THOUGHT = {"thought lists": {"reverse": 1, "sort": 2, "count": 6}, "thought counts": {"sort": 1, "count": 10}}
 
 MISSES = 5  # a conversation is full when so many turns in a row did not fit
 
@@ -106,6 +106,7 @@ def mixed(rng: Random, room: int, cost: Callable[[str], int], thinking: dict[str
 DRILLS = {
     "copying": {"copy": 6, "reverse": 2, "sort": 2},
     "lists": {"reverse": 1, "sort": 5, "count": 6},
+    "counting": {"sort": 1, "count": 5},
     "small sums": {"small sum": 1},
     "sums": {"sum of two": 8, "product": 1},
 }
