@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="checkpoint folder to write; its twin gets the suffix -outliers"
     )
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=7500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
