@@ -296,6 +296,7 @@ def start_edgeq(path: Path, threads: int) -> float:
         assert process.stdout
         process.stdout.read(1)
         seconds = time.perf_counter() - started
+        process.stdout.read()  # else its last words would meet a closed pipe
     if process.returncode:
         raise SystemExit("edgeq generate failed")
     return seconds
