@@ -15,13 +15,13 @@
 //   i_zero i_set i_float
 //   i_start<n>(p)             128 p[0] in the first of lanes / n lanes, then 128 p[1] ...; the others zero
 //   b_load(p)                 4 * lanes bytes
-//   Sixteen, load_sixteen(p)  16 codes of one token, as dot_rows likes to have them
+//   Codes16, load_codes16(p)  16 activation codes of one token, as dot_rows likes to have them
 //   unpack<bits>(p)           4 * lanes codes (minus 128 for 8 bits and signed_bytes); reads no byte beyond theirs
 //   nibbles(p, low, high)     4 * lanes bytes of 4-bit codes: the even ones, the odd ones
 //   look_up(v)                4-bit codes -> iq4_codes[code] (minus 128 for signed_bytes)
 //   dot(acc, w, a)            acc + sums of 4 (or, where signed_bytes, any) neighbouring products; codes below 64
 //   dot8(acc, w, a)           the same for 8-bit codes
-//   dot_rows<bits>(acc, w, a) acc + every lane's own 4 bytes of w[0], ..., w[3] times the sixteen of a; codes of 8 bits,
+//   dot_rows<bits>(acc, w, a) acc + every lane's own 4 bytes of w[0], ..., w[3] times the 16 of a; codes of 8 bits,
 //                             of 6, or (bits = 5) of fewer
 //   f_spread<n>(p)            lanes / n times p[0], then p[1], ...
 //   transpose(p, n, out)      lanes rows of 4 * lanes bytes, n bytes apart: out[i] = the i-th 4 bytes of every row
@@ -375,8 +375,8 @@ void multiply(const Tile& tile, const Activations& a, int group, int64_t c, int 
         }
         const uint8_t* codes = tile.codes + g * group * lanes;
         for (int k = 0; k < group; k += 16) {
-            Sixteen x[tokens];
-            for (int t = 0; t < tokens; t++) x[t] = load_sixteen(q + t * a.stride + g * group + k);
+            Codes16 x[tokens];
+            for (int t = 0; t < tokens; t++) x[t] = load_codes16(q + t * a.stride + g * group + k);
             for (int v = 0; v < row_vectors; v++) {
                 B w[4];
                 for (int i = 0; i < 4; i++) w[i] = b_load(codes + v * lanes * tile_depth + (k + 4 * i) * lanes);

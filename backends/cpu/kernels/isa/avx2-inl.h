@@ -82,8 +82,8 @@ I i_start(const int32_t* p) {
 B b_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 void b_store(void* p, B v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 
-using Sixteen = const int8_t*;
-Sixteen load_sixteen(const int8_t* p) { return p; }
+using Codes16 = const int8_t*;
+Codes16 load_codes16(const int8_t* p) { return p; }
 
 inline B broadcast_four(const int8_t* p) {
     int codes;

@@ -20,7 +20,7 @@ I dot(I acc, B w, B a) { return add_products(acc, _mm256_maddubs_epi16(w, a)); }
 I dot8(I acc, B w, B a) { return dot(acc, _mm256_abs_epi8(w), _mm256_sign_epi8(a, w)); }
 
 template <int bits>
-inline I dot_rows(I acc, const B* w, Sixteen a) {
+inline I dot_rows(I acc, const B* w, Codes16 a) {
     if constexpr (bits == 8) {
         for (int i = 0; i < 4; i++) acc = dot8(acc, w[i], broadcast_four(a + 4 * i));
         return acc;

@@ -63,8 +63,8 @@ B b_load(const void* p) { return _mm512_loadu_si512(p); }
 void b_store(void* p, B v) { _mm512_storeu_si512(p, v); }
 
 // The product's own instruction broadcasts.
-using Sixteen = const int8_t*;
-Sixteen load_sixteen(const int8_t* p) { return p; }
+using Codes16 = const int8_t*;
+Codes16 load_codes16(const int8_t* p) { return p; }
 
 // Codes of 3, 5 or 6 bits: every 64-bit lane gets the `bits` bytes of its 8 codes, then every byte of it the 8 bits
 // that begin with its code.
@@ -120,7 +120,7 @@ inline I dot(I acc, B w, B a) {
 
 inline I dot8(I acc, B w, B a) { return dot(acc, w, a); }
 template <int bits>
-inline I dot_rows(I acc, const B* w, Sixteen a) {
+inline I dot_rows(I acc, const B* w, Codes16 a) {
     const auto* fours = reinterpret_cast<const int32_t*>(a);
     for (int i = 0; i < 4; i++)
         __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w[i]), "m"(fours[i]));

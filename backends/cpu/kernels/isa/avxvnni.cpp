@@ -16,7 +16,7 @@ I dot(I acc, B w, B a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
 I dot8(I acc, B w, B a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
 
 template <int bits>
-inline I dot_rows(I acc, const B* w, Sixteen a) {
+inline I dot_rows(I acc, const B* w, Codes16 a) {
     for (int i = 0; i < 4; i++) acc = dot(acc, w[i], broadcast_four(a + 4 * i));
     return acc;
 }

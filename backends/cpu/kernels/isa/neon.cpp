@@ -20,12 +20,12 @@ I dot(I acc, B w, B a) {
 
 I dot8(I acc, B w, B a) { return dot(acc, w, a); }
 
-using Sixteen = const int8_t*;
-Sixteen load_sixteen(const int8_t* p) { return p; }
+using Codes16 = const int8_t*;
+Codes16 load_codes16(const int8_t* p) { return p; }
 
 // Products are summed in 16 bits as long as they fit: 8 * 31 * 127, 4 * 63 * 127, 2 * 128 * 127.
 template <int bits>
-inline I dot_rows(I acc, const B* w, Sixteen p) {
+inline I dot_rows(I acc, const B* w, Codes16 p) {
     constexpr int together = bits == 8 ? 1 : bits == 6 ? 2 : 4;  // fours
     for (int i = 0; i < 4; i += together) {
         int16x8_t low, high;

@@ -15,11 +15,11 @@ namespace {
 I dot(I acc, B w, B a) { return vdotq_s32(acc, w, a); }
 I dot8(I acc, B w, B a) { return vusdotq_s32(acc, vreinterpretq_u8_s8(w), a); }
 
-using Sixteen = B;
-Sixteen load_sixteen(const int8_t* p) { return vld1q_s8(p); }
+using Codes16 = B;
+Codes16 load_codes16(const int8_t* p) { return vld1q_s8(p); }
 
 template <int bits>
-inline I dot_rows(I acc, const B* w, Sixteen a) {
+inline I dot_rows(I acc, const B* w, Codes16 a) {
     acc = vusdotq_laneq_s32(acc, vreinterpretq_u8_s8(w[0]), a, 0);
     acc = vusdotq_laneq_s32(acc, vreinterpretq_u8_s8(w[1]), a, 1);
     acc = vusdotq_laneq_s32(acc, vreinterpretq_u8_s8(w[2]), a, 2);
