@@ -18,8 +18,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from edgeq.bf16 import Array, Float32
 from edgeq.config import RopeConfig, TextConfig
+from edgeq.formats.bf16 import Array, Float32
 from edgeq.model import layers
 from edgeq.state import DeltaState, KVCache, State
 from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights, QMatrix
@@ -72,7 +72,7 @@ class Ops(ABC, Generic[A]):
 
     @abstractmethod
     def load(self, x: Array) -> A:
-        """A weight from the file (uint16 is bfloat16, see `edgeq.bf16`) to the backend's array; no copy if possible."""
+        """A weight from the file (uint16: see `edgeq.formats.bf16`) as the backend's array; no copy if possible."""
 
     def prepare(self, w: QMatrix[Array]) -> QMatrix[Array]:
         """A quantized matrix from the file in the form that the backend multiplies by, before its arrays are loaded."""

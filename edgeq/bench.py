@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from edgeq.errors import UsageError
 from edgeq.runtime import Model
 from edgeq.state import DeltaState, KVCache, State
-from edgeq.weights import Role, text_tensors
+from edgeq.weights import Part, Role
 
 __all__ = ["Result", "Test", "measure", "model_size", "read_rate", "run_test", "token_nbytes"]
 
@@ -137,8 +137,7 @@ def _state_behind(model: Model, tokens: int) -> State[Any]:
 
 def model_size(model: Model) -> tuple[int, int]:
     """Weights of the language model, and the bytes that hold them."""
-    names = {spec.name for spec in text_tensors(model.config.text)}
-    stored = [(spec.size, storage.nbytes) for spec, storage in model.checkpoint.storage() if spec.name in names]
+    stored = [(spec.size, s.nbytes) for spec, s in model.checkpoint.storage() if spec.part is Part.TEXT]
     return sum(size for size, _ in stored), sum(nbytes for _, nbytes in stored)
 
 

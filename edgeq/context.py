@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from edgeq.bf16 import Float32
+from edgeq.formats.bf16 import Float32
 from edgeq.state import State
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from edgeq.backends import select
 from edgeq.backends.ops import Ops
-from edgeq.bf16 import Float32
 from edgeq.checkpoint import Checkpoint, open_checkpoint
 from edgeq.context import Context
 from edgeq.errors import MemoryBudgetError, ModelError, UsageError
+from edgeq.formats.bf16 import Float32
 from edgeq.generate import THINKING_CUT, Decoding, GenerationSettings, Sampler, ThinkTokens
 from edgeq.hub import find_model
 from edgeq.model import text

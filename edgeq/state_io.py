@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from edgeq.bf16 import Array
 from edgeq.config import LayerKind, TextConfig
 from edgeq.errors import ModelError
+from edgeq.formats.bf16 import Array
 from edgeq.state import DeltaState, KVCache, LayerState, State
 
 if TYPE_CHECKING:

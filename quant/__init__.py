@@ -5,7 +5,7 @@
     report = quantize("Qwen/Qwen3.5-2B", "q2b", recipe="q4")
     verify(Path("q2b"))
 
-Imported when first used: the checkpoint readers need `edgeq.quant.affine` alone, and the quantizer needs the readers.
+Imported when first used: the checkpoint readers need `edgeq.formats.affine` alone, and the quantizer needs the readers.
 """
 
 from __future__ import annotations

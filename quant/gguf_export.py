@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType, quants, size_label
 
-from edgeq.bf16 import Array, Float32, from_float32
 from edgeq.checkpoint import Checkpoint
 from edgeq.checkpoint.gguf_layout import (
     ARCH,
@@ -32,9 +31,10 @@ from edgeq.checkpoint.gguf_layout import (
 )
 from edgeq.checkpoint.gguf_tokenizer import tokenizer_metadata
 from edgeq.errors import EdgeqError, ModelError, UsageError
+from edgeq.formats.bf16 import Array, Float32, from_float32
+from edgeq.formats.ggml import TYPES, GGMLType
 from edgeq.quant.folder import check_room
-from edgeq.quant.ggml import TYPES, GGMLType
-from edgeq.weights import Role, TensorSpec
+from edgeq.weights import Part, Role, TensorSpec
 
 __all__ = ["EXPORT_TYPES", "ExportReport", "check_target", "export_gguf", "export_mmproj"]
 
@@ -109,7 +109,7 @@ def export_gguf(
         raise ModelError(
             "llama.cpp runs DeltaNet with keys and values of one width only: this model cannot be exported"
         )
-    specs = [spec for spec, _ in checkpoint.storage() if not spec.name.startswith("visual.")]
+    specs = [spec for spec, _ in checkpoint.storage() if spec.part is not Part.VISION]
     tensors, notes = [], []
     for spec in specs:
         wanted = _wanted_type(spec, kind)
@@ -118,7 +118,7 @@ def export_gguf(
         if stored != wanted:
             notes.append(f"{name} is {stored.name}: rows of {spec.shape[-1]} do not fit {wanted.name}")
         tensors.append(_Tensor(name, file_shape(spec), stored, partial(_blocks, checkpoint, spec)))
-    shape = text_metadata(c, mtp=any(spec.name.startswith("mtp.") for spec in specs))
+    shape = text_metadata(c, mtp=any(spec.part is Part.MTP for spec in specs))
     metadata = {
         **_general(checkpoint, specs, "model", kind),
         **sampling_metadata(checkpoint.sampling),
@@ -133,7 +133,7 @@ def export_mmproj(
 ) -> ExportReport:
     """Write the vision tower: matrices f32 or bf16 if `kind` says so, else f16."""
     vision = checkpoint.config.vision
-    specs = [spec for spec, _ in checkpoint.storage() if spec.name.startswith("visual.")]
+    specs = [spec for spec, _ in checkpoint.storage() if spec.part is Part.VISION]
     if vision is None or not specs:
         raise UsageError(f"{checkpoint.path} has no vision tower", hint="leave out --mmproj")
     kind = kind if kind in ("f32", "bf16") else "f16"
@@ -160,9 +160,9 @@ def _wanted_type(spec: TensorSpec, kind: str) -> GGMLType:
 
 def _vision_type(spec: TensorSpec, kind: str) -> GGMLType:
     """Vectors and positions are F32; llama.cpp convolves the patches in F16 or F32."""
-    if len(spec.shape) == 1 or spec.name == "visual.pos_embed.weight":
+    if len(spec.shape) == 1 or spec.role is Role.POSITION:
         return _BY_NAME["F32"]
-    if spec.name.startswith("visual.patch_embed") and kind == "bf16":
+    if spec.role is Role.PATCH and kind == "bf16":
         return _BY_NAME["F32"]
     return _BY_NAME[kind.upper()]
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edgeq.bf16 import Array, Float32, round_to
-from edgeq.quant.affine import Codes, pack
+from edgeq.formats.affine import Codes, pack
+from edgeq.formats.bf16 import Array, Float32, round_to
 from edgeq.quant.search import search
 
 try:

@@ -22,9 +22,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from edgeq.bf16 import Array, Float32, round_to, to_float32
-from edgeq.checkpoint.safetensors import DTYPES, SafetensorsWriter
 from edgeq.errors import EdgeqError, ModelError, UsageError
+from edgeq.formats.bf16 import Array, Float32, round_to, to_float32
+from edgeq.formats.names import mlx_module
+from edgeq.formats.safetensors import DTYPES, SafetensorsWriter
 from edgeq.hub import find_model
 from edgeq.quant.folder import check_room, new_folder, refuse_existing
 from edgeq.quant.matrix import QuantizedRows, quantize_rows
@@ -139,7 +140,9 @@ class _Plan:
             parts = self.parts(a)
             kind = str(a.storage) if isinstance(a.storage, QuantSpec) else parts[0].dtype
             nbytes = sum(part.nbytes for part in parts)
-            tensors.append(TensorReport(a.spec.name, a.file_name, a.spec.shape, kind, nbytes, note=a.note))
+            tensors.append(
+                TensorReport(a.spec.name, a.file_name, a.spec.part.value, a.spec.shape, kind, nbytes, note=a.note)
+            )
         return Report(source, out, self.recipe.name, tuple(tensors), warnings=self.source.warnings)
 
     def shards(self) -> dict[str, list[Assignment]]:
@@ -176,7 +179,7 @@ class _Plan:
         block["mode"] = "affine"
         for a in self.assignments:
             if isinstance(a.storage, QuantSpec) and a.storage != self.recipe.base:
-                block[_module_path(a.spec.name)] = {"group_size": a.storage.group_size, "bits": a.storage.bits}
+                block[mlx_module(a.spec.name)] = {"group_size": a.storage.group_size, "bits": a.storage.bits}
         return values | {"quantization": block, "quantization_config": block}
 
     def recipe_record(self) -> dict[str, Any]:
@@ -187,12 +190,6 @@ class _Plan:
             "group_size": base.group_size if base else None,
             "types": [rule.text for rule in self.rules],
         }
-
-
-def _module_path(name: str) -> str:
-    """Where mlx-lm looks for a module's quantization: its path in their model."""
-    module = name.removesuffix(".weight")
-    return f"language_model.{module}" if module.startswith(("lm_head", "mtp.")) else f"language_model.model.{module}"
 
 
 def _cores() -> int:

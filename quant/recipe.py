@@ -19,8 +19,8 @@ from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 from edgeq.errors import UsageError
-from edgeq.quant.affine import BITS, GROUP_SIZES
-from edgeq.weights import Role, TensorSpec
+from edgeq.formats.affine import BITS, GROUP_SIZES
+from edgeq.weights import Part, Role, TensorSpec
 
 __all__ = ["KEEP", "RECIPES", "Assignment", "QuantSpec", "Recipe", "Storage", "TypeRule", "assign", "choose_recipe"]
 
@@ -28,7 +28,6 @@ FloatType: TypeAlias = Literal["BF16", "F16", "F32"]
 KEEP: Literal["keep"] = "keep"
 
 _FLOAT_TYPES: Mapping[str, FloatType] = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
-_QUANTIZABLE = (Role.LINEAR, Role.EMBEDDING)
 _EXACT = (Role.DECAY, Role.GATED_NORM)  # float32 in the hub's files, and kept so
 
 
@@ -103,10 +102,14 @@ class Recipe:
         """What the recipe stores a tensor as."""
         if self.base is None:
             return KEEP if spec.role in _EXACT else "BF16"
-        if spec.role not in _QUANTIZABLE:
+        if not _quantizable(spec):
             return KEEP
         lifts = [bits for pattern, bits in self.lifted.items() if fnmatchcase(spec.name, pattern)]
         return replace(self.base, bits=max([self.base.bits, *lifts]))
+
+
+def _quantizable(spec: TensorSpec) -> bool:
+    return spec.role in (Role.LINEAR, Role.EMBEDDING) and spec.part is not Part.VISION
 
 
 def _recipes(*recipes: Recipe) -> Mapping[str, Recipe]:
@@ -174,7 +177,7 @@ def assign(
     for spec, file_name in tensors:
         storage = recipe.storage(spec)
         for rule in rules:
-            if rule.matches(spec.name, file_name) and (spec.role in _QUANTIZABLE or not rule.quantizes):
+            if rule.matches(spec.name, file_name) and (_quantizable(spec) or not rule.quantizes):
                 storage = rule.storage(group_size)
                 unused.discard(rule)
         assignments.append(_fit(Assignment(spec, file_name, storage)))

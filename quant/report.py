@@ -10,8 +10,6 @@ from typing import Any
 
 __all__ = ["Report", "TensorReport", "format_table"]
 
-_PARTS = {"mtp.": "MTP head", "visual.": "vision"}
-
 
 @dataclass(frozen=True, slots=True)
 class TensorReport:
@@ -22,6 +20,7 @@ class TensorReport:
 
     name: str
     file_name: str
+    part: str
     shape: tuple[int, ...]
     type: str
     nbytes: int
@@ -31,11 +30,6 @@ class TensorReport:
     @property
     def size(self) -> int:
         return prod(self.shape)
-
-    @property
-    def part(self) -> str:
-        """Which part of the checkpoint the tensor belongs to."""
-        return next((part for prefix, part in _PARTS.items() if self.name.startswith(prefix)), "text")
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.bf16 import Array, Float32, round_to, to_float32
+from edgeq.formats.bf16 import Array, Float32, round_to, to_float32
 
 __all__ = ["Groups", "min_max", "search"]
 

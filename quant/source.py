@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edgeq.bf16 import Array, Float32, from_float32, to_float32
 from edgeq.checkpoint import FolderCheckpoint, open_checkpoint
 from edgeq.checkpoint.gguf import GGUFCheckpoint
-from edgeq.checkpoint.safetensors import DTYPES, dtype_name
 from edgeq.config import ModelConfig, read_json
 from edgeq.errors import UsageError
+from edgeq.formats.bf16 import Array, Float32, from_float32, to_float32
+from edgeq.formats.names import hub_name
+from edgeq.formats.safetensors import DTYPES, dtype_name
 from edgeq.weights import Role, TensorSpec
 
 __all__ = ["Stored", "WeightSource", "open_source"]
@@ -121,7 +122,7 @@ class _GGUFSource(WeightSource):
         self._checkpoint = checkpoint
         self.path, self.config = checkpoint.path, checkpoint.config
         self.files = [file.path for file in (checkpoint.file, checkpoint.mmproj) if file is not None]
-        self.tensors = [(t.spec, _hub_name(t.spec.name)) for t in checkpoint.tensors.values()]
+        self.tensors = [(t.spec, hub_name(t.spec.name)) for t in checkpoint.tensors.values()]
         types = {spec.name: storage.type for spec, storage in checkpoint.storage()}
         self.scale_type = "F16" if types["embed_tokens.weight"] == "F16" else "BF16"
         self.warnings = _coarse_warning(self.path, types)
@@ -172,13 +173,6 @@ class _GGUFSource(WeightSource):
         with np.errstate(over="ignore"):
             short: Array = x.astype(np.float16) if self.scale_type == "F16" else from_float32(x)
         return short if exact(short) else x
-
-
-def _hub_name(name: str) -> str:
-    """A tensor's name in the hub's multimodal layout."""
-    if name.startswith("visual."):
-        return f"model.{name}"
-    return name if name.startswith(("mtp.", "lm_head.")) else f"model.language_model.{name}"
 
 
 def _coarse_warning(path: Path, types: dict[str, str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Matrices as GGUF's types have them (edgeq.quant.ggml): what QMatrix can do beyond MLX's layout."""
+"""Matrices as GGUF's types have them (edgeq.formats.ggml): what QMatrix can do beyond MLX's layout."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edgeq.bf16 import Array
-from edgeq.quant.affine import pack
+from edgeq.formats.affine import pack
+from edgeq.formats.bf16 import Array
 from edgeq.weights import QMatrix
 
 __all__ = ["FORMS", "Form", "gguf_matrix"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny import config_values
 
-from edgeq.bf16 import Array, Float32
+from edgeq.formats.bf16 import Array, Float32
 
 L = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeq.bf16 import Float32, from_float32, round_to, to_float32
+from edgeq.formats.affine import BITS, GROUP_SIZES, dequantize, pack, unpack
+from edgeq.formats.bf16 import Float32, from_float32, round_to, to_float32
 from edgeq.quant import matrix
-from edgeq.quant.affine import BITS, GROUP_SIZES, dequantize, pack, unpack
 from edgeq.quant.matrix import QuantizedRows, quantize_rows, quantize_rows_numpy
 from edgeq.quant.search import min_max, search
 from edgeq.weights import QMatrix

@@ -12,8 +12,8 @@ import tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeq.checkpoint.safetensors import SafetensorsFile
 from edgeq.errors import ModelError
+from edgeq.formats.safetensors import SafetensorsFile
 from edgeq.text import bpe
 from edgeq.text.bpe import LibraryBpe, TableBpe, bpe_of, load_bpe, write_table
 

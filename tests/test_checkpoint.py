@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import config_values, hub_name, write_checkpoint
 
-from edgeq.bf16 import from_float32, to_float32
 from edgeq.checkpoint import FolderCheckpoint, open_checkpoint
-from edgeq.checkpoint.safetensors import SafetensorsFile, SafetensorsWriter
 from edgeq.errors import ModelError
+from edgeq.formats.bf16 import from_float32, to_float32
+from edgeq.formats.safetensors import SafetensorsFile, SafetensorsWriter
 from edgeq.weights import QMatrix, Role, all_tensors
 
 

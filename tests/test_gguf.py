@@ -23,17 +23,17 @@ from typer.testing import CliRunner
 from edgeq.backends import available
 from edgeq.backends.numpy import NumpyOps
 from edgeq.backends.numpy.ops import matrix_rows
-from edgeq.bf16 import Array, Float32
 from edgeq.checkpoint import FolderCheckpoint, open_checkpoint
 from edgeq.checkpoint.gguf import GGUFCheckpoint
-from edgeq.checkpoint.gguf_file import GGUFFile
 from edgeq.checkpoint.gguf_layout import head_order
-from edgeq.checkpoint.safetensors import SafetensorsWriter, dtype_name
 from edgeq.errors import EdgeqError, ModelError, UsageError
+from edgeq.formats.affine import dequantize, pack
+from edgeq.formats.bf16 import Array, Float32
+from edgeq.formats.ggml import TYPES, decode
+from edgeq.formats.gguf import GGUFFile
+from edgeq.formats.safetensors import SafetensorsWriter, dtype_name
 from edgeq.hub import DEMO
 from edgeq.quant import quantize
-from edgeq.quant.affine import dequantize, pack
-from edgeq.quant.ggml import TYPES, decode
 from edgeq.quant.gguf_export import EXPORT_TYPES, export_gguf, export_mmproj
 from edgeq.runtime import Model
 from edgeq.text.tokenizer import Tokenizer

@@ -15,8 +15,8 @@ from tokenizers.normalizers import NFC
 
 import edgeq
 from edgeq.backends.numpy import NumpyOps
-from edgeq.bf16 import Array
 from edgeq.checkpoint import open_checkpoint
+from edgeq.formats.bf16 import Array
 from edgeq.hub import DEMO
 from edgeq.quant.gguf_export import export_gguf
 from edgeq.runtime import Model

@@ -18,8 +18,8 @@ import edgeq
 from edgeq.backends.numpy import NumpyOps
 from edgeq.backends.numpy.kv_types import GROUP, KEPT, kept_int4, rotated
 from edgeq.backends.ops import Ops
-from edgeq.bf16 import Array
 from edgeq.errors import UsageError
+from edgeq.formats.bf16 import Array
 from edgeq.state_io import state_arrays, state_from_arrays
 
 SMALL = ["f16", "bf16", "int8", "int4"]

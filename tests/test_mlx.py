@@ -18,14 +18,14 @@ import pytest
 from tiny import config_values, write_checkpoint
 
 from edgeq.backends.numpy import NumpyOps
-from edgeq.bf16 import Array, round_to, to_float32
 from edgeq.checkpoint import open_checkpoint
 from edgeq.config import TextConfig
 from edgeq.errors import ModelError
+from edgeq.formats.affine import dequantize
+from edgeq.formats.bf16 import Array, round_to, to_float32
 from edgeq.hub import DEMO
 from edgeq.model import layers
 from edgeq.model.text import forward, initial_state, logits, text_batch
-from edgeq.quant.affine import dequantize
 from edgeq.runtime import Model
 from edgeq.state import KVCache, State
 from edgeq.state_io import state_arrays, state_from_arrays

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edgeq.backends.numpy.delta import delta_step
-from edgeq.bf16 import Array
+from edgeq.formats.bf16 import Array
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 

@@ -11,8 +11,8 @@ import pytest
 from process import run_python
 
 from edgeq.backends.numpy import NumpyOps
-from edgeq.bf16 import Array, to_float32
-from edgeq.quant.affine import pack
+from edgeq.formats.affine import pack
+from edgeq.formats.bf16 import Array, to_float32
 from edgeq.weights import MLPWeights, QMatrix
 
 native = pytest.importorskip("edgeq.backends.cpu._native", reason="the native kernels are not built")

@@ -13,8 +13,8 @@ from gguf_forms import FORMS, Form, gguf_matrix
 from numpy.typing import NDArray
 from process import run_python
 
-from edgeq.bf16 import from_float32, round_to, to_float32
-from edgeq.quant.affine import IQ4, dequantize, group_numbers, pack, unpack
+from edgeq.formats.affine import IQ4, dequantize, group_numbers, pack, unpack
+from edgeq.formats.bf16 import from_float32, round_to, to_float32
 from edgeq.weights import QMatrix
 
 native = pytest.importorskip("edgeq.backends.cpu._native", reason="the native backend is not compiled")

@@ -15,10 +15,10 @@ from gguf_forms import FORMS, Form, gguf_matrix
 
 from edgeq.backends import available
 from edgeq.backends.ops import Ops
-from edgeq.bf16 import Array, from_float32, round_to, to_float32
 from edgeq.config import RopeConfig, TextConfig
+from edgeq.formats.affine import dequantize, pack
+from edgeq.formats.bf16 import Array, from_float32, round_to, to_float32
 from edgeq.model import layers
-from edgeq.quant.affine import dequantize, pack
 from edgeq.state import DeltaState
 from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights, QMatrix
 

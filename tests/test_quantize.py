@@ -16,13 +16,13 @@ from tiny import config_values, hub_name, write_checkpoint
 from typer.testing import CliRunner
 
 import edgeq
-from edgeq.bf16 import Array, from_float32, to_float32
 from edgeq.checkpoint import FolderCheckpoint
-from edgeq.checkpoint.safetensors import SafetensorsFile, SafetensorsWriter
 from edgeq.cli.quantize import quantize as quantize_command
 from edgeq.errors import EdgeqError, MemoryBudgetError, ModelError, UsageError
+from edgeq.formats.affine import dequantize
+from edgeq.formats.bf16 import Array, from_float32, to_float32
+from edgeq.formats.safetensors import SafetensorsFile, SafetensorsWriter
 from edgeq.quant import matrix, quantizer
-from edgeq.quant.affine import dequantize
 from edgeq.quant.provenance import RECORD, verify
 from edgeq.quant.quantizer import quantize
 from edgeq.quant.report import Report, format_table

@@ -11,9 +11,9 @@ from tiny import config_values, hub_name
 
 from edgeq.config import ModelConfig, parse_config
 from edgeq.errors import UsageError
-from edgeq.quant.affine import BITS, GROUP_SIZES
+from edgeq.formats.affine import BITS, GROUP_SIZES
 from edgeq.quant.recipe import KEEP, RECIPES, QuantSpec, Storage, TypeRule, assign, choose_recipe
-from edgeq.weights import Role, TensorSpec, all_tensors, text_tensors
+from edgeq.weights import Part, Role, TensorSpec, all_tensors, text_tensors
 
 Q4, Q6, Q8 = QuantSpec(4, 64), QuantSpec(6, 64), QuantSpec(8, 64)
 
@@ -45,7 +45,8 @@ class TestRecipes:
         chosen = storages(config, name)
         for spec in all_tensors(config):
             quantized = isinstance(chosen[spec.name], QuantSpec)
-            assert quantized == (spec.role in (Role.LINEAR, Role.EMBEDDING)), spec.name
+            wanted = spec.role in (Role.LINEAR, Role.EMBEDDING) and spec.part is not Part.VISION
+            assert quantized == wanted, spec.name
 
     def test_q4_plus(self, config: ModelConfig) -> None:
         chosen = storages(config, "q4+")

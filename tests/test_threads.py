@@ -12,7 +12,7 @@ import pytest
 from tiny import config_values, write_checkpoint
 
 import edgeq
-from edgeq.bf16 import Array
+from edgeq.formats.bf16 import Array
 from edgeq.runtime import Model
 
 native = pytest.importorskip("edgeq.backends.cpu._native", reason="the native kernels are not built")

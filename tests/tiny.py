@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from edgeq.bf16 import Array, from_float32, round_to
-from edgeq.checkpoint.safetensors import DTYPES, SafetensorsWriter
 from edgeq.config import ModelConfig, parse_config
-from edgeq.weights import Role, TensorSpec, all_tensors
+from edgeq.formats.bf16 import Array, from_float32, round_to
+from edgeq.formats.names import hub_name
+from edgeq.formats.safetensors import DTYPES, SafetensorsWriter
+from edgeq.weights import Part, Role, TensorSpec, all_tensors
 
 
 def config_values(*, vision: bool = False, mtp: bool = False, **text: Any) -> dict[str, Any]:
@@ -67,13 +68,6 @@ def config_values(*, vision: bool = False, mtp: bool = False, **text: Any) -> di
     return values
 
 
-def hub_name(name: str) -> str:
-    """A tensor's name in the hub's multimodal layout."""
-    if name.startswith("visual."):
-        return f"model.{name}"
-    return name if name.startswith(("mtp.", "lm_head.")) else f"model.language_model.{name}"
-
-
 def random_values(spec: TensorSpec, rng: np.random.Generator) -> Array:
     """Values of the kind a trained model has, so that every operation matters: float32."""
     x = rng.standard_normal(spec.shape).astype(np.float32)
@@ -86,7 +80,7 @@ def random_values(spec: TensorSpec, rng: np.random.Generator) -> Array:
             return np.log(rng.uniform(0.5, 16, spec.shape)).astype(np.float32)
         case Role.CONV:
             return x * np.float32(0.5)
-        case Role.VECTOR:
+        case Role.VECTOR if spec.part is not Part.VISION:
             return x
         case _:
             return x * np.float32(1 / np.sqrt(spec.shape[-1]))  # larger amplifies float noise from layer to layer

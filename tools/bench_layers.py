@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 
 from edgeq.backends.cpu import CpuOps, _native
-from edgeq.bf16 import Array
+from edgeq.formats.bf16 import Array
 
 SECONDS = 0.5  # for each figure
 HEADS, K, V = 16, 128, 128  # DeltaNet

@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from llama import Llama  # noqa: E402
 
 import edgeq  # noqa: E402
-from edgeq.bf16 import Float32  # noqa: E402
+from edgeq.formats.bf16 import Float32  # noqa: E402
 
 PROMPT, REPLY = 40, 32  # tokens; the prompt's are random
 

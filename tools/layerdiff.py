@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from edgeq.backends import select  # noqa: E402
-from edgeq.bf16 import Float32  # noqa: E402
 from edgeq.checkpoint import open_checkpoint  # noqa: E402
-from edgeq.checkpoint.safetensors import SafetensorsFile  # noqa: E402
+from edgeq.formats.bf16 import Float32  # noqa: E402
+from edgeq.formats.safetensors import SafetensorsFile  # noqa: E402
 from edgeq.model import text  # noqa: E402
 from edgeq.weights import map_text  # noqa: E402
 

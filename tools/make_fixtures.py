@@ -24,9 +24,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny import config_values, write_checkpoint  # noqa: E402
 
-from edgeq.bf16 import to_float32  # noqa: E402
 from edgeq.checkpoint import open_checkpoint  # noqa: E402
 from edgeq.checkpoint.folder import FolderCheckpoint  # noqa: E402
+from edgeq.formats.bf16 import to_float32  # noqa: E402
 from edgeq.weights import text_tensors  # noqa: E402
 
 LENGTHS = (1, 2, 63, 64, 65, 257)

@@ -24,10 +24,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from llama import FILE_TYPES, k_shape, quantize  # noqa: E402
 from tiny import hub_name, random_values  # noqa: E402
 
-from edgeq.bf16 import from_float32  # noqa: E402
 from edgeq.checkpoint import open_checkpoint  # noqa: E402
-from edgeq.checkpoint.safetensors import SafetensorsWriter  # noqa: E402
 from edgeq.config import parse_config  # noqa: E402
+from edgeq.formats.bf16 import from_float32  # noqa: E402
+from edgeq.formats.safetensors import SafetensorsWriter  # noqa: E402
 from edgeq.quant.gguf_export import export_gguf  # noqa: E402
 from edgeq.weights import TensorSpec, all_tensors  # noqa: E402
 

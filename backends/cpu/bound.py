@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from edgeq.backends.cpu import _native
-from edgeq.bf16 import Array
+from edgeq.formats.bf16 import Array
 from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights, QMatrix
 
 __all__ = ["Bound", "attention", "delta_net", "matrix", "mlp"]

@@ -7,7 +7,7 @@ from typing import Self
 import numpy as np
 
 from edgeq.backends.cpu import _native
-from edgeq.bf16 import Array, Float32
+from edgeq.formats.bf16 import Array, Float32
 from edgeq.state import KVCache
 
 __all__ = ["PAGE", "NativeKV", "Page"]

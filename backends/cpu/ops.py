@@ -14,9 +14,9 @@ from edgeq.backends.cpu import _native, bound
 from edgeq.backends.cpu.kv import NativeKV
 from edgeq.backends.numpy import NumpyOps
 from edgeq.backends.ops import Angles
-from edgeq.bf16 import Array, Float32
 from edgeq.config import RopeConfig, TextConfig
 from edgeq.errors import UsageError
+from edgeq.formats.bf16 import Array, Float32
 from edgeq.state import DeltaState, KVCache
 from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights
 

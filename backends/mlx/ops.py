@@ -24,11 +24,11 @@ from edgeq.backends.mlx.delta import cpu_streams, delta_metal, delta_products
 from edgeq.backends.mlx.kv import Buffer, BufferedKV, StepKV, capacity_for
 from edgeq.backends.mlx.memory import limit_memory, used_memory
 from edgeq.backends.ops import Angles, Ops
-from edgeq.bf16 import Array, Float32
 from edgeq.config import RopeConfig, TextConfig
 from edgeq.errors import UsageError
+from edgeq.formats.affine import mlx_layout
+from edgeq.formats.bf16 import Array, Float32
 from edgeq.model import layers
-from edgeq.quant.affine import mlx_layout
 from edgeq.state import DeltaState, KVCache, State
 from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights, QMatrix
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgeq.bf16 import Float32
+from edgeq.formats.bf16 import Float32
 
 __all__ = ["delta_chunk", "delta_step"]
 

@@ -8,7 +8,7 @@ from typing import Self
 import numpy as np
 
 from edgeq.backends.numpy.kv_types import KEPT
-from edgeq.bf16 import Array, Float32
+from edgeq.formats.bf16 import Array, Float32
 from edgeq.state import KVCache
 
 __all__ = ["PAGE", "Page", "PagedKV"]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from edgeq.bf16 import Float32, round_to, to_float32
 from edgeq.errors import UsageError
+from edgeq.formats.bf16 import Float32, round_to, to_float32
 
 __all__ = ["GROUP", "KEPT", "check_kv_dtype", "kept_int4", "kept_int8", "rotated"]
 

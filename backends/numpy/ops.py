@@ -10,9 +10,9 @@ from edgeq.backends.numpy.delta import delta_chunk, delta_step
 from edgeq.backends.numpy.kv import PagedKV
 from edgeq.backends.numpy.kv_types import check_kv_dtype
 from edgeq.backends.ops import Angles, Ops
-from edgeq.bf16 import Array, Float32, to_float32
 from edgeq.config import RopeConfig
-from edgeq.quant.affine import dequantize
+from edgeq.formats.affine import dequantize
+from edgeq.formats.bf16 import Array, Float32, to_float32
 from edgeq.state import KVCache
 from edgeq.weights import Matrix, QMatrix
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edgeq.bf16 import Array, Float32, all_finite, to_float32
 from edgeq.config import ModelConfig
 from edgeq.errors import ModelError
-from edgeq.quant.affine import dequantize
+from edgeq.formats.affine import dequantize
+from edgeq.formats.bf16 import Array, Float32, all_finite, to_float32
 from edgeq.weights import Matrix, QMatrix, TensorSpec, TextWeights, text_tensors, text_weights
 
 if TYPE_CHECKING:

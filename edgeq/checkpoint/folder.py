@@ -2,7 +2,7 @@
 
 Three things differ between them, and none is guessed from values:
 
-* names: by their prefixes (`_PREFIXES`);
+* names: by their prefixes (`edgeq.formats.names`);
 * conventions: MLX files store norms with the 1 already added, the convolution as [C, width, 1] and the patch
   embedding channels-last. The convolution's axes tell which: that is mlx-lm's own rule for these files.
 * storage: a matrix is quantized if `scales` lie beside it; bits and group size are in config.json's `quantization`,
@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from edgeq.bf16 import Array, Float32, to_float32
 from edgeq.checkpoint.base import Checkpoint, Storage
-from edgeq.checkpoint.safetensors import SafetensorsFile, TensorInfo
 from edgeq.config import parse_config, read_json
 from edgeq.errors import ModelError
-from edgeq.quant.affine import BITS, GROUP_SIZES
-from edgeq.weights import Matrix, QMatrix, Role, TensorSpec, all_tensors, text_tensors
+from edgeq.formats.affine import BITS, GROUP_SIZES
+from edgeq.formats.bf16 import Array, Float32, to_float32
+from edgeq.formats.names import neutral_module, neutral_name
+from edgeq.formats.safetensors import SafetensorsFile, TensorInfo
+from edgeq.weights import Matrix, Part, QMatrix, Role, TensorSpec, all_tensors
 
 if TYPE_CHECKING:
     from edgeq.text.template import ChatTemplate
@@ -32,18 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["FolderCheckpoint", "Quantization"]
 
-_PREFIXES = (  # of names in files, and what stands for them in neutral names; the first that fits counts
-    ("model.language_model.", ""),
-    ("model.visual.", "visual."),
-    ("language_model.model.", ""),
-    ("language_model.mtp.", "mtp."),
-    ("language_model.lm_head.", "lm_head."),
-    ("vision_tower.", "visual."),
-    ("mtp.", "mtp."),
-    ("lm_head.", "lm_head."),
-    ("model.", ""),
-)
-_PATCH = "visual.patch_embed.proj.weight"
 _FLOATS = ("F32", "F16", "BF16")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of generation_config.json
 _SHOWN = 12  # problems listed before "and N more"
@@ -65,14 +54,6 @@ class _Tensor:
     spec: TensorSpec
     file_name: str
     quantization: Quantization | None
-
-
-def neutral_name(file_name: str) -> str | None:
-    """The neutral name of a tensor in a file; None for a name of no known layout."""
-    for prefix, neutral in _PREFIXES:
-        if file_name.startswith(prefix):
-            return neutral + file_name[len(prefix) :]
-    return None
 
 
 class FolderCheckpoint(Checkpoint):
@@ -125,8 +106,10 @@ class FolderCheckpoint(Checkpoint):
                 return x.reshape(x.shape[0], -1)
             case Role.DECAY:
                 return -np.exp(x)
+            case Role.PATCH if self.layout == "mlx":
+                return np.array(np.moveaxis(x, -1, 1), order="C")
             case _:
-                return np.array(np.moveaxis(x, -1, 1) if self.layout == "mlx" and name == _PATCH else x, order="C")
+                return np.array(x, order="C")
 
     def storage(self) -> Iterator[tuple[TensorSpec, Storage]]:
         for tensor in self.tensors.values():
@@ -207,9 +190,8 @@ class FolderCheckpoint(Checkpoint):
 
     def _required(self, absent: list[TensorSpec], present: Mapping[str, _Tensor]) -> list[TensorSpec]:
         """The language model must be whole; the MTP head and the vision tower may be left out, but not in part."""
-        text = {spec.name for spec in text_tensors(self.config.text)}
-        partial = tuple(part for part in ("mtp.", "visual.") if any(name.startswith(part) for name in present))
-        return [spec for spec in absent if spec.name in text or (partial and spec.name.startswith(partial))]
+        parts = {tensor.spec.part for tensor in present.values()} | {Part.TEXT}
+        return [spec for spec in absent if spec.part in parts]
 
     def _unexpected(self, tensors: Mapping[str, _Tensor]) -> list[str]:
         known: set[str] = set()
@@ -246,7 +228,7 @@ class FolderCheckpoint(Checkpoint):
             return f"{module} has scales but no biases: only affine quantization is supported"
         if quantization is None:
             return f"{module} has scales, but config.json says nothing of its quantization"
-        if spec.role in (Role.NORM, Role.GATED_NORM, Role.CONV, Role.DECAY, Role.VECTOR) or len(spec.shape) != 2:
+        if len(spec.shape) != 2:
             return f"{module} is quantized, which edgeq supports for matrices only"
         (out, width), (bits, group) = spec.shape, quantization
         groups = (out, width // group)
@@ -278,7 +260,7 @@ class _QuantizationTable:
             )
         self._default = self._entry("quantization", self._block) if self._block else None
         self._modules = {
-            _module_name(path): self._entry(f"quantization.{path}", entry)
+            neutral_module(path): self._entry(f"quantization.{path}", entry)
             for path, entry in self._block.items()
             if isinstance(entry, Mapping)
         }
@@ -300,13 +282,9 @@ class _QuantizationTable:
         return Quantization(bits, group)
 
 
-def _module_name(path: str) -> str:
-    return (neutral_name(f"{path}.") or f"{path}.")[:-1]
-
-
 def _file_shape(spec: TensorSpec, layout: Layout) -> tuple[int, ...]:
     """A tensor's shape in the file: MLX moves the channels of convolutions to the end."""
-    if layout == "mlx" and (spec.role is Role.CONV or spec.name == _PATCH):
+    if layout == "mlx" and spec.role in (Role.CONV, Role.PATCH):
         return (spec.shape[0], *spec.shape[2:], spec.shape[1])
     return spec.shape
 

@@ -1,7 +1,7 @@
 """GGUF checkpoints: a model file of llama.cpp's, with its vision tower beside it if there is one.
 
 Plain floats are views of the mapped file. Quantized matrices become `QMatrix` when they are fetched, exactly (see
-`edgeq.quant.ggml`): their codes are put in order in blocks of rows, and only the result stays in memory. What that
+`edgeq.formats.ggml`): their codes are put in order in blocks of rows, and only the result stays in memory. What that
 costs over the file is in docs/gguf.md.
 """
 
@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from edgeq.bf16 import Array, Float32, to_float32
 from edgeq.checkpoint.base import Checkpoint, Storage
-from edgeq.checkpoint.gguf_file import GGUFFile, TensorInfo
 from edgeq.checkpoint.gguf_layout import (
     ARCH,
     VISION_ARCH,
@@ -33,9 +31,11 @@ from edgeq.checkpoint.gguf_layout import (
 from edgeq.checkpoint.gguf_tokenizer import token_ids, tokenizer_spec
 from edgeq.config import parse_config
 from edgeq.errors import ModelError
-from edgeq.quant.affine import IQ4, apply_groups, group_numbers, one_level, pack
-from edgeq.quant.ggml import Coding, decode
-from edgeq.weights import Matrix, QMatrix, Role, TensorSpec, all_tensors, text_tensors
+from edgeq.formats.affine import IQ4, apply_groups, group_numbers, one_level, pack
+from edgeq.formats.bf16 import Array, Float32, to_float32
+from edgeq.formats.ggml import Coding, decode
+from edgeq.formats.gguf import GGUFFile, TensorInfo
+from edgeq.weights import Matrix, Part, QMatrix, Role, TensorSpec, all_tensors
 
 if TYPE_CHECKING:
     from edgeq.text.template import ChatTemplate
@@ -205,7 +205,7 @@ class GGUFCheckpoint(Checkpoint):
         """The types of the matrices, the most used first."""
         sizes: dict[str, int] = {}
         for spec, storage in self.storage():
-            if spec.role in _MATRICES:
+            if spec.role in _MATRICES and spec.part is not Part.VISION:
                 sizes[storage.type] = sizes.get(storage.type, 0) + storage.nbytes
         return sorted(sizes, key=lambda name: -sizes[name])
 
@@ -215,7 +215,7 @@ class GGUFCheckpoint(Checkpoint):
         tensors, absent = dict[str, _Tensor](), list[TensorSpec]()
         known: set[str] = set()
         for spec in all_tensors(self.config):
-            file = self.mmproj if spec.name.startswith("visual.") and self.mmproj else self.file
+            file = self.mmproj if spec.part is Part.VISION and self.mmproj else self.file
             tensor = _Tensor(spec, file, file_names(spec.name, layers))
             if all(name in file.tensors for name in tensor.names):
                 tensors[spec.name] = tensor
@@ -223,12 +223,11 @@ class GGUFCheckpoint(Checkpoint):
                 problems += self._problems(tensor)
             else:
                 absent.append(spec)
-        text = {spec.name for spec in text_tensors(self.config.text)}
-        mtp = any(name.startswith("mtp.") for name in tensors)
+        required = {tensor.spec.part for tensor in tensors.values()} | {Part.TEXT, Part.VISION}
         problems += [
             f"missing {' and '.join(file_names(spec.name, layers))} {list(spec.shape)}"
             for spec in absent
-            if spec.name in text or mtp or spec.name.startswith("visual.")
+            if spec.part in required
         ]
         held = [*self.file.tensors, *(self.mmproj.tensors if self.mmproj else ())]
         problems += [f"unexpected {name}" for name in held if name not in known]
@@ -248,7 +247,7 @@ class GGUFCheckpoint(Checkpoint):
             coding = info.type.coding
             if info.shape != shape:
                 yield f"{name} is {list(info.shape)}, expected {list(shape)}"
-            elif coding is not None and (len(shape) != 2 or spec.role not in (*_MATRICES, Role.VISION)):
+            elif coding is not None and (len(shape) != 2 or spec.role not in (*_MATRICES, Role.POSITION)):
                 yield f"{name} is {info.type.name}, which edgeq supports for matrices only"
             elif coding is not None and shape[1] % 32:
                 yield f"{name} is {info.type.name} in rows of {shape[1]}, expected a multiple of 32"

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.bf16 import Array
-from edgeq.checkpoint.gguf_file import GGUFFile
 from edgeq.config import TextConfig, VisionConfig
 from edgeq.errors import ModelError
+from edgeq.formats.bf16 import Array
+from edgeq.formats.gguf import GGUFFile
 from edgeq.weights import Role, TensorSpec
 
 __all__ = [
@@ -82,7 +82,6 @@ _VISION = {  # modules; weight and bias keep their names
     "merger.linear_fc1": "mm.0",
     "merger.linear_fc2": "mm.2",
 }
-_PATCH = "visual.patch_embed.proj.weight"
 _SAMPLING = {  # fields of GenerationSettings, and what follows general.sampling.
     "temperature": "temp",
     "top_k": "top_k",
@@ -129,7 +128,7 @@ def file_shape(spec: TensorSpec) -> tuple[int, ...]:
     """A tensor's shape in the file, in NumPy's order (for the patch embedding: of each half)."""
     if spec.role is Role.CONV:
         return spec.shape[0], spec.shape[2]
-    return spec.shape[:2] + spec.shape[3:] if spec.name == _PATCH else spec.shape
+    return spec.shape[:2] + spec.shape[3:] if spec.role is Role.PATCH else spec.shape
 
 
 class HeadOrder(NamedTuple):

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from typing import Any
 
-from edgeq.checkpoint.gguf_file import GGUFFile
 from edgeq.errors import ModelError
+from edgeq.formats.gguf import GGUFFile
 
 __all__ = ["TokenType", "token_ids", "tokenizer_metadata", "tokenizer_spec"]
 

@@ -14,7 +14,7 @@ from edgeq.backends import available, choose
 from edgeq.checkpoint import Checkpoint, open_checkpoint
 from edgeq.errors import UsageError
 from edgeq.hub import find_model
-from edgeq.weights import text_tensors
+from edgeq.weights import Part
 
 __all__ = ["info"]
 
@@ -69,10 +69,9 @@ def _installation() -> dict[str, Any]:
 def _model(checkpoint: Checkpoint) -> dict[str, Any]:
     text = checkpoint.config.text
     stored = list(checkpoint.storage())
-    names = {spec.name for spec, _ in stored}
-    in_text = {spec.name for spec in text_tensors(text)}
-    weights = sum(spec.size for spec, _ in stored if spec.name in in_text)
-    nbytes = sum(storage.nbytes for spec, storage in stored if spec.name in in_text)
+    parts = {spec.part for spec, _ in stored}
+    weights = sum(spec.size for spec, _ in stored if spec.part is Part.TEXT)
+    nbytes = sum(storage.nbytes for spec, storage in stored if spec.part is Part.TEXT)
     template, tokenizer = checkpoint.template(), checkpoint.tokenizer()
     kinds = Counter(text.layer_types)
     return {
@@ -88,8 +87,8 @@ def _model(checkpoint: Checkpoint) -> dict[str, Any]:
         "vocabulary": f"{text.vocab_size:,} rows" + (f", {tokenizer.vocab_size:,} tokens" if tokenizer else ""),
         "context": f"{text.max_position_embeddings:,} tokens",
         "head": "tied to the embedding" if text.tie_word_embeddings else "its own",
-        "MTP head": "yes" if any(name.startswith("mtp.") for name in names) else "no",
-        "vision tower": "yes" if any(name.startswith("visual.") for name in names) else "no",
+        "MTP head": "yes" if Part.MTP in parts else "no",
+        "vision tower": "yes" if Part.VISION in parts else "no",
         "tokenizer": "yes" if tokenizer else "none: token ids only",
         "chat template": ("thinking is " + ("on" if template.thinking_default else "off") + " by default")
         if template

@@ -23,9 +23,9 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from edgeq.checkpoint.safetensors import SafetensorsFile, SafetensorsWriter, dtype_name
 from edgeq.config import read_json
 from edgeq.errors import ModelError
+from edgeq.formats.safetensors import SafetensorsFile, SafetensorsWriter, dtype_name
 
 __all__ = ["BYTE_OF", "AddedToken", "Bpe", "LibraryBpe", "TableBpe", "bpe_of", "load_bpe", "write_table"]
 

@@ -18,7 +18,7 @@ size_t row_nbytes(const Matrix& w);
 void linears(const float* x, int64_t tokens, const Matrix* ws, int count, float* const* ys);
 
 // y [count, in]: rows `ids` of the matrix as float32; for quantized ones scale * code + bias in float32, rounded
-// twice, which is what edgeq.quant.affine.dequantize computes. Every id is below table.out.
+// twice, which is what edgeq.formats.affine.dequantize computes. Every id is below table.out.
 void embed(const Matrix& table, const int32_t* ids, int64_t count, float* y);
 
 // The active instruction set's table.

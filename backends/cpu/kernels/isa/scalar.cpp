@@ -1,4 +1,4 @@
-// The reference: plain loops, to be checked against quant/affine.py by reading.
+// The reference: plain loops, to be checked against edgeq/formats/affine.py by reading.
 #include <math.h>
 #include <string.h>
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.bf16 import Array, Float32, round_to, to_float32
-from edgeq.weights import QMatrix
+from edgeq.formats.bf16 import Array, Float32, round_to, to_float32
+from edgeq.formats.qmatrix import QMatrix
 
 __all__ = [
     "BITS",

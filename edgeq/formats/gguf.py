@@ -20,10 +20,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from edgeq.bf16 import Array
-from edgeq.checkpoint.safetensors import map_file
 from edgeq.errors import ModelError
-from edgeq.quant.ggml import TYPES, GGMLType, type_name
+from edgeq.formats.bf16 import Array
+from edgeq.formats.ggml import TYPES, GGMLType, type_name
+from edgeq.formats.safetensors import map_file
 
 __all__ = ["GGUFFile", "TensorInfo"]
 

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edgeq.bf16 import Array
-from edgeq.weights import QMatrix
+from edgeq.formats.bf16 import Array
+from edgeq.formats.qmatrix import QMatrix
 
 __all__ = ["TYPES", "Coding", "GGMLType", "decode", "type_name"]
 

@@ -18,8 +18,8 @@ from typing import IO, Any, NamedTuple, Self
 
 import numpy as np
 
-from edgeq.bf16 import Array
 from edgeq.errors import ModelError
+from edgeq.formats.bf16 import Array
 
 __all__ = ["DTYPES", "SafetensorsFile", "SafetensorsWriter", "TensorInfo", "dtype_name", "map_file"]
 
@@ -27,7 +27,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),  # bit patterns, see edgeq.bf16
+    "BF16": np.dtype("<u2"),  # bit patterns, see edgeq.formats.bf16
     "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),
     "U32": np.dtype("<u4"),
