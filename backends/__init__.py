@@ -56,7 +56,7 @@ class Backend(NamedTuple):
     """A backend by name. `ops` is its class, or None where it cannot run; `reason` says why it can or cannot."""
 
     name: str
-    ops: type[Ops[Any]] | None
+    ops: type[Ops[Any, Any]] | None
     reason: str
 
 
@@ -88,7 +88,7 @@ def choose(name: str | None = None) -> Backend:
     return backend._replace(reason=asked or "asked for by name")
 
 
-def select(name: str | None = None, **settings: object) -> Ops[Any]:
+def select(name: str | None = None, **settings: object) -> Ops[Any, Any]:
     """Make the backend's operations (see `choose`). Settings that are None are left to the backend.
 
     The native CPU backend has `threads` and `kv_dtype`; a setting that the chosen backend lacks is a UsageError.

@@ -1,15 +1,17 @@
 """The seam: everything the model asks of a backend.
 
-The model (`edgeq.model`) is written once against these operations and treats arrays as opaque, apart from what
-every array type offers: `shape`, slicing and `reshape`. The NumPy backend is the specification of each operation;
-any other backend is held to it by one suite (tests/test_ops.py).
+The model (`edgeq.model`) is written once against these operations and treats arrays (A) as opaque, apart from what
+every array type offers: `shape`, slicing and `reshape`. Matrices (M) are whatever a backend multiplies by, made once,
+when they are loaded. The NumPy backend is the specification of each operation; any other backend is held to it by one
+suite (tests/test_ops.py).
 
 Shapes: T tokens; Hq, Hkv attention heads of width D; Hk, Hv DeltaNet heads of widths K, V; C channels.
 T may hold the tokens of several sequences one after another (`Batch.lengths`); only `delta_net` and
 `gated_attention` care, and hand each sequence to the stateful operations by itself.
 
-The small operations are abstract. The larger pieces (`linears`, `mlp`, `delta_net`, `gated_attention`) have a body
-in terms of the small ones; a backend overrides one only where it has something fused, and must agree with the body.
+The small operations are abstract. The larger pieces (`linears`, `mlp`, `delta_net`, `gated_attention`,
+`decoder_layers`) have a body in terms of the small ones; a backend overrides one only where it has something fused, and
+must agree with the body.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from edgeq.config import RopeConfig, TextConfig
 from edgeq.formats.bf16 import Array, Float32
 from edgeq.model import layers
-from edgeq.state import DeltaState, KVCache, State
-from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights, QMatrix
+from edgeq.state import DeltaState, KVCache, LayerState, State
+from edgeq.weights import AttentionWeights, DeltaNetWeights, LayerWeights, Matrix, MLPWeights
 
 __all__ = ["Angles", "ArrayLike", "Ops"]
 
@@ -38,12 +40,15 @@ class ArrayLike(Protocol):
 
 
 A = TypeVar("A", bound=ArrayLike)
+M = TypeVar("M")
 Angles = tuple[A, A]
 """Cosine and sine of the rotary angles, each [T, rotary dim / 2]."""
 
 
-class Ops(ABC, Generic[A]):
-    """A backend's operations. One object may serve several models; it holds no model and no sequence."""
+class Ops(ABC, Generic[A, M]):
+    """A backend's operations on its arrays A and matrices M. One object may serve several models; it holds no model and
+    no sequence.
+    """
 
     name: ClassVar[str]
     kv_dtype: str = "f32"
@@ -71,12 +76,13 @@ class Ops(ABC, Generic[A]):
     # --- the edge ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def load(self, x: Array) -> A:
-        """A weight from the file (uint16: see `edgeq.formats.bf16`) as the backend's array; no copy if possible."""
+    def matrix(self, w: Matrix[Array]) -> M:
+        """A matrix from the file (uint16: see `edgeq.formats.bf16`) as the backend multiplies by it; called once for
+        each, when it is loaded, and without copying if possible. It keeps the file's memory as long as it lives."""
 
-    def prepare(self, w: QMatrix[Array]) -> QMatrix[Array]:
-        """A quantized matrix from the file in the form that the backend multiplies by, before its arrays are loaded."""
-        return w
+    @abstractmethod
+    def vector(self, x: Float32) -> A:
+        """A small weight (a gain, a bias, a convolution) as the backend's array."""
 
     @abstractmethod
     def array(self, x: Array) -> A:
@@ -107,14 +113,14 @@ class Ops(ABC, Generic[A]):
     # --- matrices ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def embed(self, table: Matrix[A], ids: A) -> A:
+    def embed(self, table: M, ids: A) -> A:
         """Rows of `table` [vocabulary, hidden] for `ids` int32 [T] -> [T, hidden]."""
 
     @abstractmethod
-    def linear(self, x: A, w: Matrix[A]) -> A:
+    def linear(self, x: A, w: M) -> A:
         """y = x @ w^T: x [T, in], w [out, in] -> [T, out]."""
 
-    def linears(self, x: A, ws: Sequence[Matrix[A]]) -> tuple[A, ...]:
+    def linears(self, x: A, ws: Sequence[M]) -> tuple[A, ...]:
         """Several projections of the same input."""
         return tuple(self.linear(x, w) for w in ws)
 
@@ -185,20 +191,31 @@ class Ops(ABC, Generic[A]):
 
     # --- larger pieces -----------------------------------------------------------------------------------------------
 
-    def mlp(self, x: A, w: MLPWeights[A]) -> A:
+    def mlp(self, x: A, w: MLPWeights[M]) -> A:
         """Feed-forward of a layer: x [T, hidden] -> [T, hidden]."""
         return layers.mlp(self, x, w)
 
     def delta_net(
-        self, x: A, w: DeltaNetWeights[A], c: TextConfig, states: Sequence[DeltaState[A]], lengths: Sequence[int],
-        keep: int = 0,
+        self, x: A, w: DeltaNetWeights[A, M], c: TextConfig, states: Sequence[DeltaState[A]], lengths: Sequence[int],
+        keep: Sequence[int],
     ) -> tuple[A, list[tuple[DeltaState[A], ...]]]:  # fmt: skip
-        """Gated DeltaNet mixer: x [T, hidden] -> [T, hidden] and keep + 1 states for each sequence."""
+        """Gated DeltaNet mixer: x [T, hidden] -> [T, hidden] and keep[i] + 1 states for sequence i."""
         return layers.delta_net(self, x, w, c, states, lengths, keep)
 
     def gated_attention(
-        self, x: A, w: AttentionWeights[A], c: TextConfig, angles: Angles[A], caches: Sequence[KVCache[A]],
+        self, x: A, w: AttentionWeights[A, M], c: TextConfig, angles: Angles[A], caches: Sequence[KVCache[A]],
         lengths: Sequence[int],
     ) -> tuple[A, list[KVCache[A]]]:  # fmt: skip
         """Gated attention mixer: x [T, hidden] -> [T, hidden] and the longer cache of each sequence."""
         return layers.gated_attention(self, x, w, c, angles, caches, lengths)
+
+    def decoder_layers(
+        self, x: A, ws: Sequence[LayerWeights[A, M]], c: TextConfig, angles: Angles[A],
+        states: Sequence[Sequence[LayerState[A]]], lengths: Sequence[int], keep: Sequence[int],
+    ) -> tuple[A, list[list[tuple[LayerState[A], ...]]]]:  # fmt: skip
+        """Some decoder layers after one another: x [T, hidden] -> [T, hidden].
+
+        states[l][i] is the state of sequence i before layer l of `ws`; the result has keep[i] + 1 states in its place,
+        the last of them after all of the sequence's tokens.
+        """
+        return layers.decoder_layers(self, x, ws, c, angles, states, lengths, keep)

@@ -24,23 +24,23 @@ from edgeq.errors import (
 )
 
 if TYPE_CHECKING:
-    from edgeq.chat import Chat
+    from edgeq.api import Model, load
     from edgeq.generate import GenerationSettings
     from edgeq.quant import quantize
-    from edgeq.reply import Reply, Usage
-    from edgeq.runtime import Model, load
+    from edgeq.session.chat import Chat
+    from edgeq.session.reply import Reply, Usage
     from edgeq.text.channels import Piece
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Chat": "edgeq.chat",
+    "Chat": "edgeq.session.chat",
     "GenerationSettings": "edgeq.generate",
-    "Model": "edgeq.runtime",
+    "Model": "edgeq.api",
     "Piece": "edgeq.text.channels",
-    "Reply": "edgeq.reply",
-    "Usage": "edgeq.reply",
-    "load": "edgeq.runtime",
+    "Reply": "edgeq.session.reply",
+    "Usage": "edgeq.session.reply",
+    "load": "edgeq.api",
     "quantize": "edgeq.quant",
 }
 

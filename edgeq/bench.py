@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeq.api import Model
 from edgeq.errors import UsageError
-from edgeq.runtime import Model
 from edgeq.state import DeltaState, KVCache, State
 from edgeq.weights import Part, Role
 

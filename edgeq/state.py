@@ -9,11 +9,12 @@ cut back, speculation asks the model to `keep` the states after each of the last
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Generic, NamedTuple, TypeAlias, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 A = TypeVar("A")
 
-__all__ = ["DeltaState", "KVCache", "LayerState", "State"]
+__all__ = ["DeltaState", "KVCache", "LayerState", "State", "held_nbytes"]
 
 
 class DeltaState(NamedTuple, Generic[A]):
@@ -40,10 +41,15 @@ class KVCache(ABC, Generic[A]):
     def arrays(self) -> tuple[A, A]:
         """Keys and values, each [length, KV heads, head dim]."""
 
-    @property
     @abstractmethod
+    def memory(self) -> Iterator[tuple[int, int]]:
+        """What it holds, spare room included: for every piece of memory something that tells it from others, and its
+        bytes. Caches that grew out of each other share most of their pieces."""
+
+    @property
     def nbytes(self) -> int:
-        """Bytes held, spare room included."""
+        """Bytes held, as if it shared none of them."""
+        return sum(nbytes for _, nbytes in self.memory())
 
 
 LayerState: TypeAlias = DeltaState[A] | KVCache[A]
@@ -53,8 +59,21 @@ class State(NamedTuple, Generic[A]):
     """A sequence: one LayerState per layer, the number of tokens, and where the next token stands.
 
     `next_position` differs from `length` after an image, whose tokens share positions (mRoPE).
+    `origin` names the model and backend that made it (`Engine.fingerprint`), which alone can go on from it; empty where
+    nobody has said.
     """
 
     layers: tuple[LayerState[A], ...]
     length: int
     next_position: int
+    origin: str = ""
+
+
+def held_nbytes(states: Iterable[State[Any]]) -> int:
+    """Bytes that some states hold together, each piece of memory once however many of them share it."""
+    pieces: dict[int, int] = {}
+    for state in states:
+        for layer in state.layers:
+            memory = layer.memory() if isinstance(layer, KVCache) else ((id(x), x.nbytes) for x in layer)
+            pieces.update(memory)
+    return sum(pieces.values())

@@ -7,7 +7,7 @@ once to whatever a backend keeps its keys and values in.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -31,7 +31,7 @@ _PARTS: dict[LayerKind, tuple[str, str]] = {
 }
 
 
-def state_arrays(ops: Ops[A], state: State[A]) -> dict[str, Array]:
+def state_arrays(ops: Ops[A, Any], state: State[A]) -> dict[str, Array]:
     """The state as arrays: layers.N.conv and .matrix, or .keys and .values [length, Hkv, D]; and two numbers."""
     arrays: dict[str, Array] = {
         "length": np.array(state.length, np.int64),
@@ -45,7 +45,7 @@ def state_arrays(ops: Ops[A], state: State[A]) -> dict[str, Array]:
     return arrays
 
 
-def state_from_arrays(ops: Ops[A], c: TextConfig, arrays: Mapping[str, Array]) -> State[A]:
+def state_from_arrays(ops: Ops[A, Any], c: TextConfig, arrays: Mapping[str, Array]) -> State[A]:
     """The state that `state_arrays` gave, on this backend. Raises ModelError for a state of another model."""
     try:
         length, next_position = int(arrays["length"]), int(arrays["next_position"])

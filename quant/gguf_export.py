@@ -195,7 +195,7 @@ def _blocks(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[Float32]:
     """A tensor's values in the file's order of heads."""
     order = head_order(spec.name, checkpoint.config.text)
     if spec.role not in _MATRICES:
-        x = checkpoint.vector(spec.name)
+        x = checkpoint.dense(spec.name)
         yield x if order is None else order.to_file(x)
         return
     where = np.argsort(order.positions) if order is not None else None
@@ -211,7 +211,7 @@ def _blocks(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[Float32]:
 
 
 def _vision_blocks(checkpoint: Checkpoint, name: str, half: int | None) -> Iterator[Float32]:
-    x = checkpoint.vector(name)
+    x = checkpoint.dense(name)
     yield x if half is None else x[:, :, half]
 
 

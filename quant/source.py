@@ -157,7 +157,7 @@ class _GGUFSource(WeightSource):
 
     def _hub_vector(self, name: str) -> Array:
         """A tensor that is no matrix in the hub's convention: 16 bits if nothing is lost, else float32."""
-        spec, x = self._checkpoint.tensors[name].spec, self._checkpoint.vector(name)
+        spec, x = self._checkpoint.tensors[name].spec, self._checkpoint.dense(name)
         match spec.role:
             case Role.NORM:
                 return self._short(x - 1, lambda short: np.array_equal(1 + to_float32(short), x))

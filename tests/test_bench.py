@@ -13,10 +13,10 @@ from tiny import config_values, write_checkpoint
 
 import edgeq
 from edgeq import bench
+from edgeq.api import Model
 from edgeq.bench import Result, Test, measure, model_size, read_rate, token_nbytes
 from edgeq.cli import main
 from edgeq.errors import UsageError
-from edgeq.runtime import Model
 
 Test.__test__ = False  # type: ignore[attr-defined]  # not a class of tests
 

@@ -19,7 +19,7 @@ from prompt_toolkit.output import DummyOutput
 import edgeq
 from edgeq.cli import main
 from edgeq.cli.repl import Repl
-from edgeq.reply import Reply
+from edgeq.session.reply import Reply
 
 
 class Result(NamedTuple):

@@ -20,6 +20,7 @@ from tiny import config_values, write_checkpoint
 from tiny_tokenizer import build_tiny_tokenizer, link_real_tokenizer
 from typer.testing import CliRunner
 
+from edgeq.api import Model
 from edgeq.backends import available
 from edgeq.backends.numpy import NumpyOps
 from edgeq.backends.numpy.ops import matrix_rows
@@ -35,7 +36,6 @@ from edgeq.formats.safetensors import SafetensorsWriter, dtype_name
 from edgeq.hub import DEMO
 from edgeq.quant import quantize
 from edgeq.quant.gguf_export import EXPORT_TYPES, export_gguf, export_mmproj
-from edgeq.runtime import Model
 from edgeq.text.tokenizer import Tokenizer
 from edgeq.weights import QMatrix
 
@@ -63,7 +63,7 @@ def dense(checkpoint: GGUFCheckpoint, name: str) -> Float32:
     spec = checkpoint.tensors[name].spec
     if len(spec.shape) == 2:
         return matrix_rows(checkpoint.matrix(name), slice(None))
-    return checkpoint.vector(name)
+    return checkpoint.dense(name)
 
 
 class DenseCheckpoint(GGUFCheckpoint):
@@ -199,7 +199,7 @@ class TestExport:
             if len(spec.shape) == 2:
                 expected = matrix_rows(source.matrix(spec.name), slice(None))
             else:
-                expected = source.vector(spec.name)
+                expected = source.dense(spec.name)
             np.testing.assert_array_equal(dense(back, spec.name), expected, err_msg=spec.name)
         ids = [5, 9, 2, 250, 17]
         np.testing.assert_array_equal(Model(back, NumpyOps()).logits(ids), Model(source, NumpyOps()).logits(ids))
@@ -381,7 +381,7 @@ class TestVision:
         assert both.config.image_token_id == 1036
         for spec, _ in source.storage():
             if spec.name.startswith("visual."):
-                np.testing.assert_array_equal(both.vector(spec.name), source.vector(spec.name))
+                np.testing.assert_array_equal(both.dense(spec.name), source.dense(spec.name))
 
     def test_the_tower_of_an_mlx_folder(self, chat_folder: Path, tmp_path: Path) -> None:
         """mlx-vlm stores the patch embedding channels last."""
@@ -398,7 +398,7 @@ class TestVision:
         ours = FolderCheckpoint(tmp_path / "mlx")
         assert ours.layout == "mlx"
         name = "visual.patch_embed.proj.weight"
-        np.testing.assert_array_equal(ours.vector(name), source.vector(name))
+        np.testing.assert_array_equal(ours.dense(name), source.dense(name))
         for checkpoint, out in ((source, "a.gguf"), (ours, "b.gguf")):
             export_mmproj(checkpoint, tmp_path / out, "f16")
         assert (tmp_path / "a.gguf").read_bytes()[4096:] == (tmp_path / "b.gguf").read_bytes()[4096:]
@@ -532,7 +532,7 @@ def use_everything(path: Path) -> None:
         if len(spec.shape) == 2:
             checkpoint.matrix(spec.name)
         else:
-            checkpoint.vector(spec.name)
+            checkpoint.dense(spec.name)
     checkpoint.template()
     checkpoint.tokenizer()
 

@@ -14,12 +14,12 @@ from tiny_tokenizer import build_tiny_tokenizer, link_real_tokenizer
 from tokenizers.normalizers import NFC
 
 import edgeq
+from edgeq.api import Model
 from edgeq.backends.numpy import NumpyOps
 from edgeq.checkpoint import open_checkpoint
 from edgeq.formats.bf16 import Array
 from edgeq.hub import DEMO
 from edgeq.quant.gguf_export import export_gguf
-from edgeq.runtime import Model
 from edgeq.weights import Matrix
 
 pytestmark = pytest.mark.slow

@@ -30,8 +30,8 @@ RUN = """
 import json, resource, sys
 path, backend, limit, chunk, kv_bits, *steps = json.loads(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-from edgeq.context import Context
-from edgeq.runtime import load
+from edgeq.session.context import Context
+from edgeq.api import load
 from edgeq.state import KVCache
 
 def status(key):

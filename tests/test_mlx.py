@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from tiny import config_values, write_checkpoint
 
+from edgeq.api import Model
 from edgeq.backends.numpy import NumpyOps
 from edgeq.checkpoint import open_checkpoint
 from edgeq.config import TextConfig
@@ -26,7 +27,6 @@ from edgeq.formats.bf16 import Array, round_to, to_float32
 from edgeq.hub import DEMO
 from edgeq.model import layers
 from edgeq.model.text import forward, initial_state, logits, text_batch
-from edgeq.runtime import Model
 from edgeq.state import KVCache, State
 from edgeq.state_io import state_arrays, state_from_arrays
 from edgeq.weights import QMatrix, TextWeights, map_text

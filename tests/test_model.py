@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from tiny import config_values, write_checkpoint
 
 import edgeq
+from edgeq.api import Model
 from edgeq.errors import MemoryBudgetError, ModelError, UsageError
 from edgeq.formats.bf16 import Array
 from edgeq.formats.safetensors import SafetensorsFile
 from edgeq.model import text
-from edgeq.runtime import Model
 from edgeq.state import DeltaState, KVCache, State
 
 MODELS = Path(__file__).parent / "data" / "models"  # made by tools/make_fixtures.py

@@ -65,7 +65,7 @@ def overwrite(folder: Path, name: str, change: Callable[[Array], None]) -> None:
     """Change a tensor of a checkpoint in place."""
     file = SafetensorsFile(folder / "model.safetensors")
     array = file.array(hub_name(name))
-    start = array.__array_interface__["data"][0] - np.frombuffer(file._map, np.uint8).__array_interface__["data"][0]
+    start = array.__array_interface__["data"][0] - np.frombuffer(file.mapped, np.uint8).__array_interface__["data"][0]
     writable = np.memmap(file.path, array.dtype, "r+", start, array.shape)
     change(writable)
     writable.flush()

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from tiny import config_values, write_checkpoint
 
 import edgeq
-from edgeq.context import Context
+from edgeq.api import Model
 from edgeq.errors import MemoryBudgetError, ModelError, UsageError
 from edgeq.generate import StopReason
-from edgeq.runtime import Model
+from edgeq.session.context import Context
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import pytest
 from tiny import config_values, write_checkpoint
 
 import edgeq
+from edgeq.api import Model
 from edgeq.formats.bf16 import Array
-from edgeq.runtime import Model
 
 native = pytest.importorskip("edgeq.backends.cpu._native", reason="the native kernels are not built")
 

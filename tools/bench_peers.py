@@ -70,7 +70,7 @@ class Edgeq:
     """A model in edgeq, with the settings that everybody gets."""
 
     def __init__(self, path: str, threads: int) -> None:
-        from edgeq.runtime import load
+        from edgeq.api import load
 
         self._model = load(path, threads=threads)
         self.vocab_size = self._model.vocab_size

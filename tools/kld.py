@@ -22,8 +22,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 import edgeq  # noqa: E402
+from edgeq.api import Model  # noqa: E402
 from edgeq.formats.bf16 import Array, Float32  # noqa: E402
-from edgeq.runtime import Model  # noqa: E402
 
 
 def log_softmax(logits: Float32) -> Array:

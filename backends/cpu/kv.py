@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Self
 
 import numpy as np
@@ -82,6 +83,5 @@ class NativeKV(KVCache[Array]):
             _native.read_page(page.data, self.dtype, keys[rows], values[rows])
         return keys, values
 
-    @property
-    def nbytes(self) -> int:
-        return sum(page.data.nbytes for page in self.pages)
+    def memory(self) -> Iterator[tuple[int, int]]:
+        return ((id(page), page.data.nbytes) for page in self.pages)

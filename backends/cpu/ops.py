@@ -10,17 +10,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edgeq.backends.cpu import _native, bound
+from edgeq.backends.cpu import _native
 from edgeq.backends.cpu.kv import NativeKV
-from edgeq.backends.numpy import NumpyOps
+from edgeq.backends.numpy import ArrayOps
 from edgeq.backends.ops import Angles
 from edgeq.config import RopeConfig, TextConfig
 from edgeq.errors import UsageError
 from edgeq.formats.bf16 import Array, Float32
+from edgeq.formats.qmatrix import TwoLevel
+from edgeq.model import layers
 from edgeq.state import DeltaState, KVCache
-from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights
+from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights, QMatrix
 
 __all__ = ["CpuOps"]
+
+
+def plain(x: Array) -> Array:
+    """The array as the kernels read it: itself, or a copy of what is misaligned or in pieces."""
+    return np.require(x, requirements=("C_CONTIGUOUS", "ALIGNED"))
 
 
 def like(x: Array) -> Array:
@@ -35,7 +42,7 @@ def delta_room(state: DeltaState[Array]) -> DeltaState[Array]:
     return DeltaState(space[matrix.size :].reshape(conv.shape), space[: matrix.size].reshape(matrix.shape))
 
 
-class CpuOps(NumpyOps):
+class CpuOps(ArrayOps[_native.Matrix]):
     """The native CPU backend.
 
     threads: how many the process's pool may use; None leaves that to the pool. kv_dtype: "f16", "bf16", "f32", "int8"
@@ -56,10 +63,6 @@ class CpuOps(NumpyOps):
             if not 1 <= threads <= 1024:
                 raise UsageError(f"threads is {threads}, expected 1 to 1024")
             _native.set_thread_count(threads)
-        self._matrix = bound.Bound(bound.matrix)
-        self._mlp = bound.Bound(bound.mlp)
-        self._delta_net = bound.Bound(bound.delta_net)
-        self._attention = bound.Bound(bound.attention)
 
     @property
     def threads(self) -> int:
@@ -70,29 +73,36 @@ class CpuOps(NumpyOps):
     def describe(cls) -> str:
         return f"{_native.isa()} kernels, {_native.thread_count()} threads"
 
-    def load(self, x: Array) -> Array:
-        """A view, whose end is the end of the weight (bound.py); a copy only of what is misaligned or in pieces."""
-        return np.require(x, requirements=("C_CONTIGUOUS", "ALIGNED")).view()
+    def matrix(self, w: Matrix[Array]) -> _native.Matrix:
+        """The matrix in the memory of the file; a copy only of what is misaligned or in pieces."""
+        if not isinstance(w, QMatrix):
+            return _native.Matrix(plain(w))
+        w = w.map(plain)
+        scales, units = w.scales if isinstance(w.scales, TwoLevel) else (w.scales, None)
+        if isinstance(w.biases, int):
+            return _native.Matrix(w.codes, scales, None, w.bits, w.group_size, units, None, w.biases, w.iq4)
+        biases, bias_units = w.biases if isinstance(w.biases, TwoLevel) else (w.biases, None)
+        return _native.Matrix(w.codes, scales, biases, w.bits, w.group_size, units, bias_units)
+
+    def vector(self, x: Float32) -> Array:
+        return plain(x)
 
     def kv_cache(self, keys: Float32, values: Float32) -> NativeKV:
         return NativeKV(keys.shape[1], keys.shape[2], self.kv_dtype).appended(keys, values)
 
     # --- matrices ----------------------------------------------------------------------------------------------------
 
-    def embed(self, table: Matrix[Array], ids: Array) -> Array:
-        rows = self._matrix(table)
-        _native.embed(rows, ids, out := np.empty((len(ids), rows.shape[1]), np.float32))
+    def embed(self, table: _native.Matrix, ids: Array) -> Array:
+        _native.embed(table, ids, out := np.empty((len(ids), table.shape[1]), np.float32))
         return out
 
-    def linear(self, x: Array, w: Matrix[Array]) -> Array:
-        matrix = self._matrix(w)
-        _native.linear(x, matrix, y := np.empty((len(x), matrix.shape[0]), np.float32))
+    def linear(self, x: Array, w: _native.Matrix) -> Array:
+        _native.linear(x, w, y := np.empty((len(x), w.shape[0]), np.float32))
         return y
 
-    def linears(self, x: Array, ws: Sequence[Matrix[Array]]) -> tuple[Array, ...]:
-        matrices = [self._matrix(w) for w in ws]
-        ys = [np.empty((len(x), matrix.shape[0]), np.float32) for matrix in matrices]
-        _native.linears(x, matrices, ys)
+    def linears(self, x: Array, ws: Sequence[_native.Matrix]) -> tuple[Array, ...]:
+        ys = [np.empty((len(x), w.shape[0]), np.float32) for w in ws]
+        _native.linears(x, list(ws), ys)
         return tuple(ys)
 
     # --- norms and pointwise -----------------------------------------------------------------------------------------
@@ -154,22 +164,24 @@ class CpuOps(NumpyOps):
 
     # --- larger pieces -----------------------------------------------------------------------------------------------
 
-    def mlp(self, x: Array, w: MLPWeights[Array]) -> Array:
-        self._mlp(w)(x, y := like(x))
+    def mlp(self, x: Array, w: MLPWeights[_native.Matrix]) -> Array:
+        _native.Mlp(*w)(x, y := like(x))
         return y
 
     def delta_net(
-        self, x: Array, w: DeltaNetWeights[Array], c: TextConfig, states: Sequence[DeltaState[Array]],
-        lengths: Sequence[int], keep: int = 0,
+        self, x: Array, w: DeltaNetWeights[Array, _native.Matrix], c: TextConfig, states: Sequence[DeltaState[Array]],
+        lengths: Sequence[int], keep: Sequence[int],
     ) -> tuple[Array, list[tuple[DeltaState[Array], ...]]]:  # fmt: skip
-        after = [tuple([delta_room(state) for _ in range(keep + 1)]) for state in states]
+        if len(set(keep)) > 1:
+            return layers.delta_net(self, x, w, c, states, lengths, keep)
+        after = [tuple([delta_room(state) for _ in range(n + 1)]) for state, n in zip(states, keep, strict=True)]
         sequences = list(zip(lengths, states, after, strict=True))
-        mixer = self._delta_net(w)
-        mixer(x, c.linear_num_key_heads, c.rms_norm_eps, keep, sequences, y := like(x))
+        mixer = _native.DeltaNet(*w)
+        mixer(x, c.linear_num_key_heads, c.rms_norm_eps, keep[0], sequences, y := like(x))
         return y, after
 
     def gated_attention(
-        self, x: Array, w: AttentionWeights[Array], c: TextConfig, angles: Angles[Array],
+        self, x: Array, w: AttentionWeights[Array, _native.Matrix], c: TextConfig, angles: Angles[Array],
         caches: Sequence[KVCache[Array]], lengths: Sequence[int],
     ) -> tuple[Array, list[KVCache[Array]]]:  # fmt: skip
         after = [_longer(cache, length) for cache, length in zip(caches, lengths, strict=True)]
@@ -177,7 +189,7 @@ class CpuOps(NumpyOps):
             (length, cache.length, longer.buffers())
             for length, cache, longer in zip(lengths, caches, after, strict=True)
         ]
-        mixer = self._attention(w)
+        mixer = _native.GatedAttention(*w)
         mixer(x, c.rms_norm_eps, *angles, after[0].dtype, sequences, y := like(x))
         return y, list(after)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from weakref import WeakSet
 
 import mlx.core as mx
@@ -75,9 +76,8 @@ class BufferedKV(KVCache[mx.array]):
         keys, values = (x[:, : self.length].swapaxes(0, 1) for x in (self.buffer.keys, self.buffer.values))
         return keys, values
 
-    @property
-    def nbytes(self) -> int:
-        return self.buffer.keys.nbytes + self.buffer.values.nbytes
+    def memory(self) -> Iterator[tuple[int, int]]:
+        yield id(self.buffer), self.buffer.keys.nbytes + self.buffer.values.nbytes
 
 
 class StepKV(KVCache[mx.array]):
@@ -103,6 +103,5 @@ class StepKV(KVCache[mx.array]):
     def arrays(self) -> tuple[mx.array, mx.array]:
         raise AssertionError("the length is not known while tracing")
 
-    @property
-    def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+    def memory(self) -> Iterator[tuple[int, int]]:
+        yield id(self.keys), self.keys.nbytes + self.values.nbytes

@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cache, partial
 from importlib.metadata import version
 from itertools import count
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
@@ -32,17 +32,30 @@ from edgeq.model import layers
 from edgeq.state import DeltaState, KVCache, State
 from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights, QMatrix
 
-__all__ = ["Dtype", "MlxOps"]
+__all__ = ["Dtype", "MlxOps", "MlxQMatrix"]
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class MlxQMatrix(NamedTuple):
+    """A quantized matrix as `mx.quantized_matmul` takes it: a scale and a bias for every group."""
+
+    codes: mx.array
+    scales: mx.array
+    biases: mx.array
+    bits: int
+    group_size: int
+
+
+MlxMatrix: TypeAlias = mx.array | MlxQMatrix
 
 _STEP = 8  # tokens of a call that goes through mx.compile; longer ones would be traced for every length
 _SCORES = 1 << 24  # attention scores at a time: 64 MB, where MLX has no fused kernel and spells them out
 _NUMBERS = count()  # of compiled functions
 
 
-class MlxOps(Ops[mx.array]):
+class MlxOps(Ops[mx.array, MlxMatrix]):
     """MLX on its default device.
 
     `dtype` is the type of activations and of the KV cache. On a GPU it is bfloat16 unless said otherwise: the type the
@@ -89,13 +102,15 @@ class MlxOps(Ops[mx.array]):
 
     # --- the edge ----------------------------------------------------------------------------------------------------
 
-    def load(self, x: Array) -> mx.array:
-        y = mx.array(x).view(mx.bfloat16) if x.dtype == np.uint16 else mx.array(x)
-        mx.eval(y)  # what is still to be computed belongs to the thread that asked for it
-        return y
+    def matrix(self, w: Matrix[Array]) -> MlxMatrix:
+        if not isinstance(w, QMatrix):
+            return _loaded(w)
+        w = mlx_layout(w)
+        codes, scales, biases = map(_loaded, w.arrays)
+        return MlxQMatrix(codes, scales, biases, w.bits, w.group_size)
 
-    def prepare(self, w: QMatrix[Array]) -> QMatrix[Array]:
-        return mlx_layout(w)
+    def vector(self, x: Float32) -> mx.array:
+        return _loaded(x)
 
     def array(self, x: Array) -> mx.array:
         return mx.array(x)
@@ -122,15 +137,15 @@ class MlxOps(Ops[mx.array]):
 
     # --- matrices ----------------------------------------------------------------------------------------------------
 
-    def embed(self, table: Matrix[mx.array], ids: mx.array) -> mx.array:
-        if isinstance(table, QMatrix):
-            codes, scales, biases = (x[ids] for x in table.arrays)
+    def embed(self, table: MlxMatrix, ids: mx.array) -> mx.array:
+        if isinstance(table, MlxQMatrix):
+            codes, scales, biases = (x[ids] for x in table[:3])
             wide = scales.astype(mx.float32), biases.astype(mx.float32)
-            return _dequantize(QMatrix(codes, *wide, table.bits, table.group_size)).astype(self.dtype)
+            return _dequantize(MlxQMatrix(codes, *wide, table.bits, table.group_size)).astype(self.dtype)
         return table[ids].astype(self.dtype)
 
-    def linear(self, x: mx.array, w: Matrix[mx.array]) -> mx.array:
-        if isinstance(w, QMatrix):
+    def linear(self, x: mx.array, w: MlxMatrix) -> mx.array:
+        if isinstance(w, MlxQMatrix):
             # A CPU's 16-bit products sum in 16 bits.
             y = _quantized_product(x.astype(mx.float32) if self._on_cpu else _as_stored(x, w.scales), w)
         else:
@@ -224,34 +239,34 @@ class MlxOps(Ops[mx.array]):
 
     # --- larger pieces, compiled where they are small ----------------------------------------------------------------
 
-    def mlp(self, x: mx.array, w: MLPWeights[mx.array]) -> mx.array:
+    def mlp(self, x: mx.array, w: MLPWeights[MlxMatrix]) -> mx.array:
         if not self._compiles(x):
             return layers.mlp(self, x, w)
         y: mx.array = self._piece(("mlp",), lambda x, w: layers.mlp(self, x, w))(x, w)
         return y
 
     def delta_net(
-        self, x: mx.array, w: DeltaNetWeights[mx.array], c: TextConfig, states: Sequence[DeltaState[mx.array]],
-        lengths: Sequence[int], keep: int = 0,
+        self, x: mx.array, w: DeltaNetWeights[mx.array, MlxMatrix], c: TextConfig,
+        states: Sequence[DeltaState[mx.array]], lengths: Sequence[int], keep: Sequence[int],
     ) -> tuple[mx.array, list[tuple[DeltaState[mx.array], ...]]]:  # fmt: skip
         if not self._compiles(x):
             return layers.delta_net(self, x, w, c, states, lengths, keep)
         piece = self._piece(
-            ("delta_net", id(c), tuple(lengths), keep),
+            ("delta_net", id(c), tuple(lengths), tuple(keep)),
             lambda x, w, states: layers.delta_net(self, x, w, c, states, lengths, keep),
         )
         y, after = piece(x, w, list(states))
         return y, after
 
     def gated_attention(
-        self, x: mx.array, w: AttentionWeights[mx.array], c: TextConfig, angles: Angles[mx.array],
+        self, x: mx.array, w: AttentionWeights[mx.array, MlxMatrix], c: TextConfig, angles: Angles[mx.array],
         caches: Sequence[KVCache[mx.array]], lengths: Sequence[int],
     ) -> tuple[mx.array, list[KVCache[mx.array]]]:  # fmt: skip
         if not self._compiles(x) or len(caches) > 1:  # several would be traced for every mixture of capacities
             return layers.gated_attention(self, x, w, c, angles, caches, lengths)
 
         def on_buffer(
-            x: mx.array, w: AttentionWeights[mx.array], angles: Angles[mx.array], *held: mx.array
+            x: mx.array, w: AttentionWeights[mx.array, MlxMatrix], angles: Angles[mx.array], *held: mx.array
         ) -> tuple[mx.array, mx.array, mx.array]:
             y, (kv,) = layers.gated_attention(self, x, w, c, angles, [StepKV(*held)], lengths)
             assert isinstance(kv, StepKV)
@@ -283,6 +298,12 @@ class MlxOps(Ops[mx.array]):
             # address would get its traces, had not each a number of its own among its inputs.
             self._pieces[key] = partial(mx.compile(lambda _, *inputs: f(*inputs)), next(_NUMBERS))
         return self._pieces[key]
+
+
+def _loaded(x: Array) -> mx.array:
+    y = mx.array(x).view(mx.bfloat16) if x.dtype == np.uint16 else mx.array(x)
+    mx.eval(y)  # what is still to be computed belongs to the thread that asked for it
+    return y
 
 
 def _on_cpu() -> bool:
@@ -331,7 +352,7 @@ def _as_stored(x: mx.array, weights: mx.array) -> mx.array:
     return x if x.dtype == mx.float32 else x.astype(weights.dtype)
 
 
-def _quantized_product(x: mx.array, w: QMatrix[mx.array]) -> mx.array:
+def _quantized_product(x: mx.array, w: MlxQMatrix) -> mx.array:
     if w.group_size == 16:
         first, second = _halves(w)
         mine = _in_first_half(x.shape[-1])
@@ -339,18 +360,18 @@ def _quantized_product(x: mx.array, w: QMatrix[mx.array]) -> mx.array:
     return mx.quantized_matmul(x, w.codes, w.scales, w.biases, transpose=True, group_size=w.group_size, bits=w.bits)
 
 
-def _dequantize(w: QMatrix[mx.array]) -> mx.array:
+def _dequantize(w: MlxQMatrix) -> mx.array:
     if w.group_size == 16:
         first, second = (_dequantize(half) for half in _halves(w))
         return mx.where(_in_first_half(first.shape[-1]), first, second)
     return mx.dequantize(w.codes, w.scales, w.biases, group_size=w.group_size, bits=w.bits)
 
 
-def _halves(w: QMatrix[mx.array]) -> list[QMatrix[mx.array]]:
+def _halves(w: MlxQMatrix) -> list[MlxQMatrix]:
     """MLX has no groups of 16, which GGUF's Q6_K has: two readings of the same codes in groups of 32, one right in the
     first half of every group, one in the second."""
-    codes, scales, biases = w.arrays
-    return [QMatrix(codes, scales[..., half::2], biases[..., half::2], w.bits, 32) for half in (0, 1)]
+    codes, scales, biases = w[:3]
+    return [MlxQMatrix(codes, scales[..., half::2], biases[..., half::2], w.bits, 32) for half in (0, 1)]
 
 
 def _in_first_half(n: int) -> mx.array:

@@ -90,6 +90,5 @@ class PagedKV(KVCache[Array]):
         keys, values = (np.concatenate(side, axis=1).swapaxes(0, 1) for side in zip(*blocks, strict=True))
         return keys, values
 
-    @property
-    def nbytes(self) -> int:
-        return sum(page.keys.nbytes + page.values.nbytes for page in self.pages)
+    def memory(self) -> Iterator[tuple[int, int]]:
+        return ((id(page), page.keys.nbytes + page.values.nbytes) for page in self.pages)

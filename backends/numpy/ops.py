@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,7 +17,9 @@ from edgeq.formats.bf16 import Array, Float32, to_float32
 from edgeq.state import KVCache
 from edgeq.weights import Matrix, QMatrix
 
-__all__ = ["NumpyOps"]
+__all__ = ["ArrayOps", "NumpyOps"]
+
+M = TypeVar("M")
 
 CHUNK = 64  # tokens of the chunked delta rule; the triangular system is CHUNK x CHUNK per head
 TILE = 1 << 20  # weights widened to float32 at a time: 4 MB, so a quantized model never exists in float32
@@ -52,21 +55,18 @@ def tiles(w: Matrix[Array], width: int) -> Iterator[slice]:
     return (slice(row, row + step) for row in range(0, out, step))
 
 
-class NumpyOps(Ops[Array]):
-    """The specification. kv_dtype: what the KV cache keeps of its entries, "f32", "f16", "bf16", "int8" or "int4"."""
+class ArrayOps(Ops[Array, M]):
+    """Every operation but those on matrices, on NumPy's arrays.
 
-    name = "numpy"
+    kv_dtype: what the KV cache keeps of its entries, "f32", "f16", "bf16", "int8" or "int4".
+    """
 
     def __init__(self, kv_dtype: str = "f32") -> None:
         self.kv_dtype = check_kv_dtype(kv_dtype)
 
-    @classmethod
-    def describe(cls) -> str:
-        return f"NumPy {np.__version__}, float32: the reference"
-
     # --- the edge ----------------------------------------------------------------------------------------------------
 
-    def load(self, x: Array) -> Array:
+    def vector(self, x: Float32) -> Array:
         return x
 
     def array(self, x: Array) -> Array:
@@ -83,15 +83,6 @@ class NumpyOps(Ops[Array]):
 
     def concat(self, xs: Sequence[Array]) -> Array:
         return xs[0] if len(xs) == 1 else np.concatenate(xs)
-
-    # --- matrices ----------------------------------------------------------------------------------------------------
-
-    def embed(self, table: Matrix[Array], ids: Array) -> Array:
-        return matrix_rows(table, ids)
-
-    def linear(self, x: Array, w: Matrix[Array]) -> Array:
-        parts = [x @ matrix_rows(w, rows).T for rows in tiles(w, x.shape[1])]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     # --- norms and pointwise -----------------------------------------------------------------------------------------
 
@@ -178,3 +169,23 @@ class NumpyOps(Ops[Array]):
             outputs.append(o[:, None])
             states.append(state)
         return np.concatenate(outputs, axis=1).swapaxes(0, 1), tuple(states[-keep - 1 :])
+
+
+class NumpyOps(ArrayOps[Matrix[Array]]):
+    """The specification: `ArrayOps`, and matrices as the file has them, widened to float32 a tile at a time."""
+
+    name = "numpy"
+
+    @classmethod
+    def describe(cls) -> str:
+        return f"NumPy {np.__version__}, float32: the reference"
+
+    def matrix(self, w: Matrix[Array]) -> Matrix[Array]:
+        return w
+
+    def embed(self, table: Matrix[Array], ids: Array) -> Array:
+        return matrix_rows(table, ids)
+
+    def linear(self, x: Array, w: Matrix[Array]) -> Array:
+        parts = [x @ matrix_rows(w, rows).T for rows in tiles(w, x.shape[1])]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgeq.config import ModelConfig
-from edgeq.errors import ModelError
 from edgeq.formats.affine import dequantize
 from edgeq.formats.bf16 import Array, Float32, all_finite, to_float32
-from edgeq.weights import Matrix, QMatrix, TensorSpec, TextWeights, text_tensors, text_weights
+from edgeq.weights import Matrix, QMatrix, TensorSpec, text_tensors
 
 if TYPE_CHECKING:
     from edgeq.text.template import ChatTemplate
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "Storage"]
 
-
-_HIDING = (".in_proj_a.weight", ".in_proj_b.weight", ".k_proj.weight")  # see `Checkpoint.text_weights`
+_PAGE, _SAMPLES = 4096, 64  # of a fingerprint
 
 
 class Storage(NamedTuple):
@@ -49,8 +48,8 @@ class Checkpoint(ABC):
         return _rows(self.matrix(name), rows)
 
     @abstractmethod
-    def vector(self, name: str) -> Float32:
-        """A small tensor in the neutral convention (see `edgeq.weights`), float32."""
+    def dense(self, name: str) -> Float32:
+        """A tensor, whole and in the neutral convention (see `edgeq.weights.trees`). ModelError for NaN or infinity."""
 
     @abstractmethod
     def storage(self) -> Iterator[tuple[TensorSpec, Storage]]:
@@ -72,22 +71,22 @@ class Checkpoint(ABC):
     def drop_pages(self) -> None:
         """Let the system forget the pages read so far (they count as this process's memory until it does)."""
 
-    def text_weights(self) -> TextWeights[Array]:
-        """The language model's weights. Raises ModelError for NaN or infinity where a kernel would hide it.
+    @abstractmethod
+    def mapped_files(self) -> Iterable[memoryview]:
+        """The files that hold the tensors, as they are mapped."""
 
-        Integer kernels turn a NaN from scales or biases into numbers; a gate saturates; a key that is not a number
-        never wins the softmax. All that is a tenth of the file at most. Elsewhere NaN shows in the logits.
+    def fingerprint(self) -> str:
+        """What tells this model from another: the hash of its configuration and of pages all over its files.
+
+        A file is not read for it: its length, its first page, where the header begins, and 64 others are taken.
         """
-        return text_weights(self.config.text, self._checked_matrix, self.vector)
-
-    def _checked_matrix(self, name: str) -> Matrix[Array]:
-        matrix = self.matrix(name)
-        if isinstance(matrix, QMatrix):
-            if not all(map(all_finite, matrix.arrays[1:])):  # the first are codes
-                raise ModelError(f"{self.path}: {name} has NaN or infinity in its scales", hint="the file is damaged")
-        elif name.endswith(_HIDING) and not all_finite(matrix):
-            raise ModelError(f"{self.path}: {name} holds NaN or infinity", hint="the file is damaged")
-        return matrix
+        digest = sha256(repr(self.config).encode())
+        for data in self.mapped_files():
+            digest.update(len(data).to_bytes(8, "little"))
+            step = max(_PAGE, len(data) // _SAMPLES)
+            for start in range(0, len(data), step):
+                digest.update(data[start : start + _PAGE])
+        return digest.hexdigest()[:32]
 
     def find_non_finite(self) -> str | None:
         """The first matrix of the language model with NaN or infinity in its weights or scales; reads all of them."""
@@ -95,7 +94,7 @@ class Checkpoint(ABC):
             if len(spec.shape) != 2:
                 continue
             matrix = self.matrix(spec.name)
-            if not all(map(all_finite, matrix.arrays[1:] if isinstance(matrix, QMatrix) else (matrix,))):
+            if not all(map(all_finite, matrix.factors if isinstance(matrix, QMatrix) else (matrix,))):
                 return spec.name
         return None
 

@@ -93,8 +93,8 @@ class FolderCheckpoint(Checkpoint):
         codes, scales, biases = (self._array(f"{module}.{part}") for part in ("weight", "scales", "biases"))
         return QMatrix(codes, scales, biases, *tensor.quantization)
 
-    def vector(self, name: str) -> Float32:
-        if self.tensors[name].quantization is not None:  # a matrix of the vision tower
+    def dense(self, name: str) -> Float32:
+        if self.tensors[name].quantization is not None:
             return self.rows(name, slice(None))
         x = to_float32(self.raw(name))
         if not np.isfinite(x).all():
@@ -139,6 +139,9 @@ class FolderCheckpoint(Checkpoint):
         if not (self.path / "tokenizer.json").exists():
             return None
         return read_json(self.path / "tokenizer.json"), read_json(self.path / "tokenizer_config.json")
+
+    def mapped_files(self) -> Iterator[memoryview]:
+        return (memoryview(file.mapped) for file in self.files)
 
     def drop_pages(self) -> None:
         for file in self.files:

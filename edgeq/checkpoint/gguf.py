@@ -35,6 +35,7 @@ from edgeq.formats.affine import IQ4, apply_groups, group_numbers, one_level, pa
 from edgeq.formats.bf16 import Array, Float32, to_float32
 from edgeq.formats.ggml import Coding, decode
 from edgeq.formats.gguf import GGUFFile, TensorInfo
+from edgeq.formats.qmatrix import TwoLevel
 from edgeq.weights import Matrix, Part, QMatrix, Role, TensorSpec, all_tensors
 
 if TYPE_CHECKING:
@@ -107,9 +108,9 @@ class GGUFCheckpoint(Checkpoint):
         w = self._decode(tensor, coding, rows)
         return apply_groups(IQ4[w.codes] if w.iq4 else w.codes, *group_numbers(w))
 
-    def vector(self, name: str) -> Float32:
+    def dense(self, name: str) -> Float32:
         tensor, order = self.tensors[name], self._order(name)
-        if tensor.infos[0].type.coding is not None:  # a matrix of the vision tower
+        if tensor.infos[0].type.coding is not None:
             return self.rows(name, slice(None))
         halves = [to_float32(tensor.blocks(half)) for half in range(len(tensor.names))]
         x = halves[0] if len(halves) == 1 else np.stack(halves, axis=2)
@@ -137,6 +138,9 @@ class GGUFCheckpoint(Checkpoint):
     def tokenizer_files(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         return tokenizer_spec(self.file)
 
+    def mapped_files(self) -> Iterator[memoryview]:
+        return (memoryview(file.mapped) for file in (self.file, self.mmproj) if file is not None)
+
     def drop_pages(self) -> None:
         for file in filter(None, (self.file, self.mmproj)):
             file.drop_pages()
@@ -162,7 +166,7 @@ class GGUFCheckpoint(Checkpoint):
 
         def packed(rows: slice) -> QMatrix[Array]:
             w = self._decode(tensor, coding, rows)
-            return w._replace(codes=pack(w.codes, w.bits))
+            return w.replaced(codes=pack(w.codes, w.bits))
 
         whole = packed(slice(0, 1)).map(lambda x: np.empty((out, x.shape[1]), x.dtype))
 
@@ -189,7 +193,7 @@ class GGUFCheckpoint(Checkpoint):
         w = decode(part.reshape(-1), coding).map(by_row)
         if order is None or order.axis == 0:
             return w
-        if w.block_scales is not None and self.config.text.linear_value_head_dim % _UNIT:
+        if isinstance(w.scales, TwoLevel) and self.config.text.linear_value_head_dim % _UNIT:
             w = one_level(w)
         return w.map(lambda x: _reordered(x, order))
 

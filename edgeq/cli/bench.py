@@ -12,11 +12,11 @@ from typing import Annotated, Any
 import typer
 
 import edgeq
+from edgeq.api import Model, load
 from edgeq.bench import Result, Test, measure, model_size
 from edgeq.cli.console import new_bar, peak_memory
 from edgeq.cli.options import BackendOption, ModelArgument
 from edgeq.errors import UsageError
-from edgeq.runtime import Model, load
 
 __all__ = ["bench"]
 

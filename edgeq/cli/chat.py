@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from edgeq.chat import Chat
+from edgeq.api import load
 from edgeq.cli.console import prefill_bar
 from edgeq.cli.options import (
     BackendOption,
@@ -30,7 +30,7 @@ from edgeq.cli.options import (
 )
 from edgeq.cli.prompt import joined_prompt
 from edgeq.cli.reply import reply_object, show_reply
-from edgeq.runtime import load
+from edgeq.session.chat import Chat
 
 __all__ = ["chat"]
 
@@ -123,5 +123,5 @@ def answer_once(conversation: Chat, text: str, *, as_json: bool) -> None:
         for _ in reply:
             pass
         print(json.dumps(reply_object(reply), ensure_ascii=False))
-    elif not show_reply(reply, conversation.model.ops):
+    elif not show_reply(reply, conversation.model.engine.ops):
         raise KeyboardInterrupt

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from edgeq.api import load
 from edgeq.cli.console import dim, prefill_bar
 from edgeq.cli.options import (
     BackendOption,
@@ -29,7 +30,6 @@ from edgeq.cli.options import (
 )
 from edgeq.cli.prompt import joined_prompt
 from edgeq.cli.reply import reply_object, usage_line
-from edgeq.runtime import load
 
 __all__ = ["generate"]
 

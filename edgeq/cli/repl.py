@@ -16,12 +16,12 @@ from typing import Any
 from prompt_toolkit import PromptSession
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
-from edgeq.chat import Chat
 from edgeq.cli.console import error_line
 from edgeq.cli.reply import show_reply, usage_line
 from edgeq.errors import EdgeqError, UsageError
 from edgeq.generate import GenerationSettings
-from edgeq.reply import Reply
+from edgeq.session.chat import Chat
+from edgeq.session.reply import Reply
 
 __all__ = ["Repl"]
 
@@ -93,14 +93,15 @@ class Repl:
 
     def _answer(self, reply: Reply) -> None:
         self._last = reply
-        show_reply(reply, self._chat.model.ops)
+        show_reply(reply, self._chat.model.engine.ops)
 
     # --- commands ----------------------------------------------------------------------------------------------------
 
     def _greet(self) -> None:
         mode = "thinks before it answers" if self._chat.thinking else "answers at once"
-        _say(f"{self._name} on the {self._chat.model.ops.name} backend; it {mode}. /help lists commands, /exit leaves.")
-        if self._chat.model.config.name == "edgeq/demo":
+        engine = self._chat.model.engine
+        _say(f"{self._name} on the {engine.ops.name} backend; it {mode}. /help lists commands, /exit leaves.")
+        if engine.checkpoint.config.name == "edgeq/demo":
             _say(
                 "This is the built-in 10 MB demo: it shows that everything works, and knows very little.\n"
                 "For a real model: edgeq chat Qwen/Qwen3.5-2B"
@@ -152,8 +153,8 @@ class Repl:
     def _stats(self, _: list[str]) -> None:
         if self._last is None:
             raise UsageError("there is no reply yet")
-        _say(usage_line(self._last, self._chat.model.ops))
-        _say(f"context: {len(self._chat.ids)} of {self._chat.model.context_limit} tokens")
+        _say(usage_line(self._last, self._chat.model.engine.ops))
+        _say(f"context: {len(self._chat.ids)} of {self._chat.model.engine.context_limit} tokens")
 
 
 def _say(text: str) -> None:

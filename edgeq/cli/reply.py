@@ -8,7 +8,7 @@ from typing import Any
 from edgeq.backends.ops import Ops
 from edgeq.cli.console import dim, peak_memory
 from edgeq.generate import StopReason
-from edgeq.reply import Reply
+from edgeq.session.reply import Reply
 
 __all__ = ["reply_object", "show_reply", "usage_line"]
 
@@ -24,7 +24,7 @@ _CUTS = {
 }
 
 
-def usage_line(reply: Reply, ops: Ops[Any]) -> str:
+def usage_line(reply: Reply, ops: Ops[Any, Any]) -> str:
     """Prompt (cached and new) and generated tokens with their speeds, peak memory, and what cut the reply short."""
     usage, finish, backend = reply.usage, reply.finish, ops.peak_memory()
     new = usage.prompt_tokens - usage.cached_tokens
@@ -42,7 +42,7 @@ def usage_line(reply: Reply, ops: Ops[Any]) -> str:
     return " | ".join(parts)
 
 
-def show_reply(reply: Reply, ops: Ops[Any]) -> bool:
+def show_reply(reply: Reply, ops: Ops[Any, Any]) -> bool:
     """Print a reply as it comes, then its figures; False if Ctrl-C ended it."""
     channel, finished = "answer", True
     try:

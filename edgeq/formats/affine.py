@@ -1,4 +1,4 @@
-"""Group-wise affine quantization: weight = scale * code + bias (see `edgeq.weights.QMatrix`).
+"""Group-wise affine quantization: weight = scale * code + bias (see `edgeq.formats.qmatrix`).
 
 A row of `n` weights is `n / group_size` groups; each group has one scale and one bias, 16 or 32 bits each. The codes
 of a row are one little-endian bit stream, lowest bit first, cut into uint32 words: 32 codes fill exactly `bits`
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.formats.bf16 import Array, Float32, round_to, to_float32
-from edgeq.formats.qmatrix import QMatrix
+from edgeq.formats.qmatrix import Factors, QMatrix, TwoLevel
 
 __all__ = [
     "BITS",
@@ -96,28 +96,29 @@ def apply_groups(codes: NDArray[Any], scales: Float32, biases: Float32) -> Float
 
 def group_numbers(w: QMatrix[Array]) -> tuple[Float32, Float32]:
     """The scale and the bias of every group, float32 [out, in / group_size]."""
-    scales = _times_block(w.scales, w.block_scales)
-    if w.biases is None:
-        return scales, scales * np.float32(-w.zero)
-    return scales, _times_block(w.biases, w.block_biases)
+    scales = _multiplied_out(w.scales)
+    if isinstance(w.biases, int):
+        return scales, scales * np.float32(-w.biases)
+    return scales, _multiplied_out(w.biases)
 
 
-def _times_block(numbers: Array, blocks: Array | None) -> Float32:
-    if blocks is None:
-        return to_float32(numbers)
-    return numbers * np.repeat(to_float32(blocks), numbers.shape[-1] // blocks.shape[-1], axis=-1)
+def _multiplied_out(x: Factors[Array]) -> Float32:
+    if not isinstance(x, TwoLevel):
+        return to_float32(x)
+    units: Float32 = np.repeat(to_float32(x.units), x.steps.shape[-1] // x.units.shape[-1], axis=-1)
+    return np.asarray(x.steps * units)
 
 
 def one_level(w: QMatrix[Array]) -> QMatrix[Array]:
     """The same weights with a scale and a bias for every group, float16 if the scales are, else float32."""
-    if w.biases is not None and w.block_scales is None:
+    if not isinstance(w.biases, int) and not isinstance(w.scales, TwoLevel):
         return w
-    dtype = np.float16 if w.scales.dtype == np.float16 else np.float32
-    scales, biases = (round_to(x, dtype) for x in group_numbers(w))
-    return w._replace(scales=scales, biases=biases, block_scales=None, block_biases=None, zero=0)
+    short = not isinstance(w.scales, TwoLevel) and w.scales.dtype == np.float16
+    scales, biases = (round_to(x, np.float16 if short else np.float32) for x in group_numbers(w))
+    return w.replaced(scales=scales, biases=biases)
 
 
 def mlx_layout(w: QMatrix[Array]) -> QMatrix[Array]:
     """The same weights as MLX takes them: one level of scales, and codes that are numbers."""
     w = one_level(w)
-    return w._replace(codes=pack(IQ4[unpack(w.codes, 4)], 8), bits=8, iq4=False) if w.iq4 else w
+    return w.replaced(codes=pack(IQ4[unpack(w.codes, 4)], 8), bits=8, iq4=False) if w.iq4 else w

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from edgeq.formats.bf16 import Array
-from edgeq.formats.qmatrix import QMatrix
+from edgeq.formats.qmatrix import Factors, QMatrix, TwoLevel
 
 __all__ = ["TYPES", "Coding", "GGMLType", "decode", "type_name"]
 
@@ -32,18 +32,16 @@ Codes = Array  # uint8
 
 
 class Groups(NamedTuple):
-    """Decoded blocks: codes uint8 [blocks, block]; the rest as in `QMatrix`: scales and biases [blocks, block / group
-    size], one-level in float16, two-level in int8 with their units [blocks, 1] in float16."""
+    """Decoded blocks: codes uint8 [blocks, block]; scales, and biases if the blocks hold any, as in `QMatrix`, a row
+    a block."""
 
     codes: Codes
-    scales: Array
-    biases: Array | None = None
-    block_scales: Array | None = None
-    block_biases: Array | None = None
+    scales: Factors[Array]
+    biases: Factors[Array] | None = None
 
 
 class Coding(NamedTuple):
-    """How a quantized format becomes affine groups (`zero`, `iq4`: see `QMatrix`)."""
+    """How a quantized format becomes affine groups. zero: where blocks hold no biases, a bias is -zero * scale."""
 
     bits: int
     group_size: int
@@ -70,9 +68,8 @@ def decode(blocks: Array, coding: Coding) -> QMatrix[Array]:
 
     Numbers that are not finite, of a damaged file, are the caller's to refuse.
     """
-    codes, scales, biases, block_scales, block_biases = coding.groups(blocks)
-    units = block_scales, block_biases, coding.zero, coding.iq4
-    return QMatrix(codes, scales, biases, coding.bits, coding.group_size, *units)
+    codes, scales, biases = coding.groups(blocks)
+    return QMatrix(codes, scales, coding.zero if biases is None else biases, coding.bits, coding.group_size, coding.iq4)
 
 
 def _nibbles(packed: Codes) -> Codes:
@@ -115,7 +112,7 @@ def _iq4_xs(b: Array) -> Groups:
     low = np.stack([b["scales_l"] & 15, b["scales_l"] >> 4], axis=2).reshape(len(b), 8)
     high = b["scales_h"][:, None] >> np.arange(0, 16, 2, dtype=np.uint16) & 3
     scales = (low | high << 4).astype(np.int8) - np.int8(32)
-    return Groups(_nibbles(b["qs"].reshape(-1, 8, 16)), scales, block_scales=_column(b["d"]))
+    return Groups(_nibbles(b["qs"].reshape(-1, 8, 16)), TwoLevel(scales, _column(b["d"])))
 
 
 def _k_groups(codes: Codes, b: Array) -> Groups:
@@ -127,7 +124,7 @@ def _k_groups(codes: Codes, b: Array) -> Groups:
     first, second, third = (b["scales"][:, i : i + 4] for i in (0, 4, 8))
     sc = np.concatenate([first & 63, third & 15 | first >> 6 << 4], axis=1).view(np.int8)
     mn = np.concatenate([second & 63, third >> 4 | second >> 6 << 4], axis=1).view(np.int8)
-    return Groups(codes, sc, -mn, _column(b["d"]), _column(b["dmin"]))
+    return Groups(codes, TwoLevel(sc, _column(b["d"])), TwoLevel(-mn, _column(b["dmin"])))
 
 
 def _q4_k(b: Array) -> Groups:
@@ -142,7 +139,7 @@ def _q5_k(b: Array) -> Groups:
 def _q6_k(b: Array) -> Groups:
     high = b["qh"].reshape(-1, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3  # [blocks, 2, 4, 32]
     codes = _nibbles(b["ql"].reshape(-1, 2, 64)) | high.reshape(-1, 256) << 4
-    return Groups(codes, b["scales"], block_scales=_column(b["d"]))
+    return Groups(codes, TwoLevel(b["scales"], _column(b["d"])))
 
 
 _D, _M = ("d", "<f2"), ("m", "<f2")

@@ -74,7 +74,7 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._map = map_file(path)
+        self.mapped = map_file(path)
         cursor = _Cursor(self)
         tensors, entries = self._read_preamble(cursor)
         self._values: dict[str, Any] = {}
@@ -115,8 +115,8 @@ class GGUFFile:
         try:
             for _ in range(value.length):  # lengths were checked when the file was opened
                 start = at + 8
-                at = start + _U64.unpack_from(self._map, at)[0]
-                strings.append(str(self._map[start:at], "utf-8"))
+                at = start + _U64.unpack_from(self.mapped, at)[0]
+                strings.append(str(self.mapped[start:at], "utf-8"))
         except UnicodeDecodeError:
             raise self.error(f"metadata {key!r} at byte {at:,} is not UTF-8") from None
         return strings
@@ -130,12 +130,12 @@ class GGUFFile:
     def data(self, name: str) -> Array:
         """A tensor's bytes: a read-only uint8 view of the mapped file."""
         info = self.tensors[name]
-        return np.frombuffer(self._map, np.uint8, count=info.nbytes, offset=info.start)
+        return np.frombuffer(self.mapped, np.uint8, count=info.nbytes, offset=info.start)
 
     def drop_pages(self) -> None:
         """Tell the system that the pages read so far are not needed in memory; they stay readable."""
-        if hasattr(self._map, "madvise"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+        if hasattr(self.mapped, "madvise"):
+            self.mapped.madvise(mmap.MADV_DONTNEED)
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -146,8 +146,8 @@ class GGUFFile:
         )
 
     def _read_preamble(self, cursor: _Cursor) -> tuple[int, int]:
-        if self._map[:4] != b"GGUF":
-            raise self.error(f"it begins with {self._map[:4]!r}, not with 'GGUF'")
+        if self.mapped[:4] != b"GGUF":
+            raise self.error(f"it begins with {self.mapped[:4]!r}, not with 'GGUF'")
         cursor.at = 4
         version = cursor.u32()
         if version not in (2, 3):
@@ -186,7 +186,7 @@ class GGUFFile:
                 hint=f"it reads {', '.join(t.name for t in TYPES.values())}; take another quantization of the model",
             )
         kind = TYPES[type_id]
-        if 0 in shape or shape[-1] % kind.block or prod(shape) // kind.block * kind.nbytes > len(self._map):
+        if 0 in shape or shape[-1] % kind.block or prod(shape) // kind.block * kind.nbytes > len(self.mapped):
             raise self.error(f"tensor {name!r} {kind.name} has shape {list(shape)}")
         if offset % self.alignment:
             raise self.error(f"tensor {name!r} is at offset {offset}, not a multiple of {self.alignment}")
@@ -199,8 +199,8 @@ class GGUFFile:
             if info.start < end:
                 raise self.error(f"tensor {name!r} overlaps {before!r}")
             end, before = info.start + info.nbytes, name
-        if data + end > len(self._map):
-            raise self.error(f"the tensors end at byte {data + end:,}, the file at {len(self._map):,}")
+        if data + end > len(self.mapped):
+            raise self.error(f"the tensors end at byte {data + end:,}, the file at {len(self.mapped):,}")
         tensors = {name: info._replace(start=data + info.start) for name, info in infos}
         if len(tensors) != len(infos):
             raise self.error("a tensor's name occurs twice")
@@ -211,27 +211,28 @@ class _Cursor:
     """Reads the header front to back; every step is checked against the end of the file."""
 
     def __init__(self, file: GGUFFile, at: int = 0) -> None:
-        self._file, self._map, self.at = file, file._map, at
+        self._file, self.mapped, self.at = file, file.mapped, at
         self._strings_left = _MAX_STRINGS
 
     def take(self, nbytes: int) -> int:
         """The position before the next `nbytes` bytes, which are passed over."""
         start, self.at = self.at, self.at + nbytes
-        if self.at > len(self._map):
-            raise self._file.error(f"{nbytes:,} bytes are expected at byte {start:,}, the file has {len(self._map):,}")
+        if self.at > len(self.mapped):
+            size = len(self.mapped)
+            raise self._file.error(f"{nbytes:,} bytes are expected at byte {start:,}, the file has {size:,}")
         return start
 
     def u32(self) -> int:
-        return int(_U32.unpack_from(self._map, self.take(4))[0])
+        return int(_U32.unpack_from(self.mapped, self.take(4))[0])
 
     def u64(self) -> int:
-        return int(_U64.unpack_from(self._map, self.take(8))[0])
+        return int(_U64.unpack_from(self.mapped, self.take(8))[0])
 
     def string(self, what: str) -> str:
         length = self.u64()
         start = self.take(length)
         try:
-            return str(self._map[start : self.at], "utf-8")
+            return str(self.mapped[start : self.at], "utf-8")
         except UnicodeDecodeError:
             raise self._file.error(f"{what} at byte {start:,} is not UTF-8") from None
 
@@ -254,13 +255,13 @@ class _Cursor:
         if kind != _STRING:
             return self._numbers(key, kind, count)
         self._strings_left -= count
-        if self._strings_left < 0 or 8 * count > len(self._map) - self.at:
+        if self._strings_left < 0 or 8 * count > len(self.mapped) - self.at:
             raise self._file.error(f"metadata {key!r} claims {count:,} strings")
-        start, at, size, unpack = self.at, self.at, len(self._map), _U64.unpack_from
+        start, at, size, unpack = self.at, self.at, len(self.mapped), _U64.unpack_from
         for _ in range(count):  # the hot loop of opening a file: half a million strings in a real vocabulary
             if at + 8 > size:
                 break
-            at += 8 + unpack(self._map, at)[0]
+            at += 8 + unpack(self.mapped, at)[0]
         self.take(at - start if at <= size else size + 1)
         return _Strings(start, count)
 
@@ -269,7 +270,7 @@ class _Cursor:
         if dtype is None:
             raise self._file.error(f"metadata {key!r} is of type {kind}")
         start = self.take(count * dtype.itemsize)
-        values: Array = np.frombuffer(self._map, dtype, count=count, offset=start)
+        values: Array = np.frombuffer(self.mapped, dtype, count=count, offset=start)
         if dtype == np.bool_ and (values.view(np.uint8) > 1).any():
             raise self._file.error(f"metadata {key!r} holds a byte that is neither true nor false")
         return values

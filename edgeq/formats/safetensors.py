@@ -58,7 +58,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._map = map_file(path)
+        self.mapped = map_file(path)
         header, self._data_start = self._read_header()
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         self.tensors = {name: self._tensor_info(name, entry) for name, entry in header.items()}
@@ -68,13 +68,13 @@ class SafetensorsFile:
         """A read-only view of a tensor; bfloat16 comes as uint16."""
         info = self.tensors[name]
         begin = self._data_start + info.start
-        data = np.frombuffer(self._map, np.uint8, count=info.end - info.start, offset=begin)
+        data = np.frombuffer(self.mapped, np.uint8, count=info.end - info.start, offset=begin)
         return data.view(DTYPES[info.dtype]).reshape(info.shape)
 
     def drop_pages(self) -> None:
         """Tell the system that the pages read so far are not needed in memory; they stay readable."""
-        if hasattr(self._map, "madvise"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+        if hasattr(self.mapped, "madvise"):
+            self.mapped.madvise(mmap.MADV_DONTNEED)
 
     def _error(self, problem: str) -> ModelError:
         return ModelError(
@@ -83,14 +83,14 @@ class SafetensorsFile:
         )
 
     def _read_header(self) -> tuple[dict[str, Any], int]:
-        size = len(self._map)
+        size = len(self.mapped)
         if size < 8:
             raise self._error(f"{size} bytes, too short for a header")
-        length = int.from_bytes(self._map[:8], "little")
+        length = int.from_bytes(self.mapped[:8], "little")
         if length > min(size - 8, _HEADER_LIMIT):
             raise self._error(f"the header claims {length:,} bytes, the file has {size:,}")
         try:
-            header = json.loads(self._map[8 : 8 + length], object_pairs_hook=_unique_keys)
+            header = json.loads(self.mapped[8 : 8 + length], object_pairs_hook=_unique_keys)
         except (ValueError, RecursionError) as error:
             raise self._error(f"the header is not JSON ({error})") from None
         if not isinstance(header, dict):
@@ -123,7 +123,7 @@ class SafetensorsFile:
                 kind = "overlaps the tensor before it" if info.start < end else "leaves a hole before it"
                 raise self._error(f"tensor {name!r} {kind}")
             end = info.end
-        have = len(self._map) - self._data_start
+        have = len(self.mapped) - self._data_start
         if end != have:
             raise self._error(f"the tensors need {end:,} bytes, the file holds {have:,}")
 

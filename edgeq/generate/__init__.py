@@ -1,6 +1,6 @@
 """Generation: sampling, stop rules, the loop guard and the decode loop. Knows token ids, neither models nor text."""
 
-from edgeq.generate.decode import THINKING_CUT, Decoding, Engine, Finish, ThinkTokens, Token
+from edgeq.generate.decode import THINKING_CUT, Decoding, Finish, ThinkTokens, Token
 from edgeq.generate.loop_guard import LoopGuard
 from edgeq.generate.sampling import Sampler
 from edgeq.generate.settings import GenerationSettings, preset
@@ -9,7 +9,6 @@ from edgeq.generate.stop import StopReason, StopStrings
 __all__ = [
     "THINKING_CUT",
     "Decoding",
-    "Engine",
     "Finish",
     "GenerationSettings",
     "LoopGuard",

@@ -1,15 +1,16 @@
-"""The decode loop: feed, sample, apply the rules, yield; and again.
+"""Decoding: told the logits, it says which token comes next, by the settings and the rules of a reply.
 
-It is driven by an `Engine`, which is all it knows of the model. The bookkeeping is one list, the prompt and every token
-yielded so far; the engine's position says how much of it the model has seen. What it has not seen is fed when the next
-logits are needed and not before, so nothing is fed twice, the last token of a reply is not fed at all, and leaving the
-loop at any point (Ctrl-C, an exception, `break`) leaves nothing to repair.
+It knows nothing of the model. Whoever drives it asks for what the model has not seen (`unseen`), runs that, and hands
+in the logits (`take`). The bookkeeping is one list, the prompt and every token said so far; how much of it the model
+has seen, the driver's context knows. So nothing is fed twice, the last token of a reply is not fed at all, and leaving
+at any point (Ctrl-C, an exception, `break`) leaves nothing to repair.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections import deque
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,25 +20,10 @@ from edgeq.generate.loop_guard import LoopGuard
 from edgeq.generate.sampling import Sampler
 from edgeq.generate.stop import StopReason
 
-__all__ = ["THINKING_CUT", "Decoding", "Engine", "Finish", "ThinkTokens", "Token"]
+__all__ = ["THINKING_CUT", "Decoding", "Finish", "ThinkTokens", "Token"]
 
 THINKING_CUT = "\n\nThat is enough thought; I can answer now.\n"
 """What the model is made to say when its thinking is cut short, before `</think>`."""
-
-
-class Engine(Protocol):
-    """A model with a context that grows."""
-
-    @property
-    def position(self) -> int:
-        """Tokens in the context. After a `feed` that was interrupted, those that got in: a prefix of what was fed."""
-
-    @property
-    def context_limit(self) -> int:
-        """Tokens that the context can hold."""
-
-    def feed(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Append `ids` (at least one) to the context; return the logits of the last, float32 [rows]."""
 
 
 class ThinkTokens(NamedTuple):
@@ -76,50 +62,48 @@ class Finish(NamedTuple):
 
 
 class Decoding:
-    """One reply to `prompt_ids`, an iterable of `Token`s.
+    """One reply to `prompt_ids`, which has room for `room` tokens, the prompt's included.
 
-        reply = Decoding(engine, prompt_ids, sampler, eos_ids={248044, 248046})
-        for token in reply:
+        decoding = Decoding(prompt_ids, sampler, room=4096, eos_ids={248044, 248046})
+        while not decoding.finished:
+            token = decoding.forced() or decoding.take(logits_after(decoding.unseen(seen)))
             ...                                            # leaving early is fine
-        reply.finish, reply.reply_ids, reply.pending
+        decoding.finish, decoding.reply_ids
 
     **Ends** with the first of `eos_ids` in the answer, `max_tokens` of the answer, a loop in the answer, or a full
-    context (see `Finish.reason`); or when the consumer stops asking (INTERRUPTED), or calls `stop` with a reason that
-    only it can know, such as a stop string in the text.
+    context (see `Finish.reason`); or when nobody goes on (INTERRUPTED), or calls `stop` with a reason that only the
+    caller can know, such as a stop string in the text.
 
     **Thinking** (if `think` is given) has rules of its own. A stop token inside it is dropped and taken for
     `</think>`; the `thinking_budget`, or a loop, closes it with `think.cut` and `</think>`. The answer follows. There
     is one block: after its end, or if `<think>` never comes, everything is answer. `starts_in_thinking`: the prompt
     ends inside the block.
 
-    **State.** The engine's context is what it held before, the prompt and `reply_ids`, less `pending`: usually the last
-    token, which no one needed the logits of. A next turn starts with `pending`.
-
     Raises UsageError for an empty prompt, MemoryBudgetError for one that leaves no room for a reply, before any work.
     """
 
     def __init__(
         self,
-        engine: Engine,
         prompt_ids: Sequence[int],
         sampler: Sampler,
         *,
+        room: int,
         eos_ids: Collection[int],
         think: ThinkTokens | None = None,
         starts_in_thinking: bool = False,
     ) -> None:
         assert think is not None or not starts_in_thinking, "thinking without its tokens cannot end"
-        _check_prompt(engine, len(prompt_ids))
+        _check_prompt(len(prompt_ids), room)
         sampler.observe_prompt(prompt_ids)
-        self._engine = engine
         self._sampler = sampler
         self._settings = sampler.settings
         self._eos_ids = frozenset(eos_ids)
         self._think = think
         self._guard = LoopGuard() if sampler.settings.loop_guard else None
-        self._start = engine.position
+        self._capacity = room
         self._prompt_length = len(prompt_ids)
         self._ids = list(prompt_ids)
+        self._forced: deque[int] = deque()  # decided, but not yet said
         self._thinking = starts_in_thinking
         self._may_think = think is not None and not starts_in_thinking
         self._looping = False
@@ -127,27 +111,38 @@ class Decoding:
         self._answer_tokens = 0
         self._thinking_cut: StopReason | None = None
         self._reason: StopReason | None = None
+        self._enforce_thinking_limit()
 
-    def __iter__(self) -> Iterator[Token]:
-        while self._reason is None:
-            if (limit := self._thinking_limit()) is not None:
-                yield from self._close_thinking(limit)
-                continue
-            token = self._sampler.sample(self._engine.feed(self.pending))
-            if self._thinking and token in self._eos_ids:
-                yield from self._close_thinking(StopReason.STOP_TOKEN)
-            else:
-                yield self._take(token)
+    @property
+    def finished(self) -> bool:
+        """Whether the reply has ended."""
+        return self._reason is not None
+
+    def forced(self) -> Token | None:
+        """The next token, if it is decided already and needs no logits."""
+        return self._append(self._forced.popleft(), forced=True) if self._forced else None
+
+    def take(self, logits: NDArray[np.float32]) -> Token | None:
+        """The next token, chosen by the logits float32 [rows] after everything that was said; None where the choice
+        ends the reply or only decides what is said by force.
+        """
+        assert not self._forced, "what is forced comes first"
+        token = self._sampler.sample(logits)
+        if self._thinking and token in self._eos_ids:
+            self._close_thinking(StopReason.STOP_TOKEN)
+            return self.forced()
+        taken = self._accept(token)
+        self._enforce_thinking_limit()
+        return taken
 
     @property
     def reply_ids(self) -> tuple[int, ...]:
-        """Ids of the reply so far: those yielded, and after Ctrl-C perhaps one that was just about to be."""
+        """Ids of the reply so far."""
         return tuple(self._ids[self._prompt_length :])
 
-    @property
-    def pending(self) -> tuple[int, ...]:
-        """Ids of the prompt and the reply that are not in the engine's context yet."""
-        return tuple(self._ids[self._engine.position - self._start :])
+    def unseen(self, seen: int) -> tuple[int, ...]:
+        """Ids of prompt and reply after the first `seen`: what the model is fed next, or a next turn begins with."""
+        return tuple(self._ids[seen:])
 
     @property
     def finish(self) -> Finish:
@@ -161,19 +156,20 @@ class Decoding:
         )
 
     def stop(self, reason: StopReason) -> None:
-        """End the reply after the last token yielded."""
+        """End the reply after the last token."""
         self._reason = reason
 
-    def _thinking_limit(self) -> StopReason | None:
-        """Why thinking has to be closed now, if it has."""
-        if not self._thinking:
-            return None
+    def _enforce_thinking_limit(self) -> None:
+        """Close the thinking block if it may not go on."""
+        if not self._thinking or self.finished:
+            return
         budget = self._settings.thinking_budget
         if budget is not None and self._thinking_tokens >= budget:
-            return StopReason.LENGTH
-        return StopReason.LOOP if self._looping else None
+            self._close_thinking(StopReason.LENGTH)
+        elif self._looping:
+            self._close_thinking(StopReason.LOOP)
 
-    def _close_thinking(self, why: StopReason) -> Iterator[Token]:
+    def _close_thinking(self, why: StopReason) -> None:
         """Close the thinking block by force, if an answer would fit behind it."""
         assert self._think is not None
         said = () if why is StopReason.STOP_TOKEN else self._think.cut
@@ -182,10 +178,9 @@ class Decoding:
             self._reason = StopReason.CONTEXT_FULL
             return
         self._thinking_cut = why
-        for token in forced:
-            yield self._append(token, forced=True)
+        self._forced.extend(forced)
 
-    def _take(self, token: int) -> Token:
+    def _accept(self, token: int) -> Token:
         """Put a sampled token into the reply, and decide whether it was the last."""
         self._sampler.accept(token)
         taken = self._append(token)
@@ -222,17 +217,15 @@ class Decoding:
     @property
     def _room(self) -> int:
         """Tokens that the context can still take, those pending counted as taken."""
-        return self._engine.context_limit - self._start - len(self._ids)
+        return self._capacity - len(self._ids)
 
 
-def _check_prompt(engine: Engine, length: int) -> None:
+def _check_prompt(length: int, room: int) -> None:
     """Raise unless a prompt of `length` tokens can be fed and leaves room for a token of reply."""
     if not length:
         raise UsageError("the prompt is empty: there is nothing to continue")
-    room = engine.context_limit - engine.position
     if length >= room:
         raise MemoryBudgetError(
-            f"the prompt has {length} tokens, but the context of {engine.context_limit} has room for {room}"
-            " with the reply",
+            f"the prompt of {length} tokens leaves no room for a reply: the context has {room} tokens free",
             hint="shorten the prompt, start a new conversation or use a larger context",
         )

@@ -1,7 +1,8 @@
 """The Qwen3.5 language model: a stack of Gated DeltaNet and gated attention layers over a shared vocabulary.
 
-`forward` turns tokens into hidden states and moves the sequences' states on; `logits` reads hidden states out
-through the head. Apart from the two there is only `initial_state`. See docs/model.md for the arithmetic.
+Three steps: `embed` turns token ids into vectors, `run_layers` takes vectors (a token's, or an image's) through the
+layers and moves the sequences' states on, `logits` reads the result out through the head. `forward` is the first two
+for text. See docs/model.md for the arithmetic.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ from numpy.typing import NDArray
 
 from edgeq.config import TextConfig
 from edgeq.model.layers import spans
-from edgeq.state import DeltaState, KVCache, LayerState, State
-from edgeq.weights import AttentionWeights, LayerWeights, TextWeights
+from edgeq.state import DeltaState, LayerState, State
+from edgeq.weights import TextWeights
 
 if TYPE_CHECKING:
-    from edgeq.backends.ops import Angles, ArrayLike, Ops
+    from edgeq.backends.ops import ArrayLike, Ops
 
     A = TypeVar("A", bound=ArrayLike)
 else:
     A = TypeVar("A")
+M = TypeVar("M")
 
-__all__ = ["Batch", "forward", "initial_state", "logits", "text_batch"]
+__all__ = ["Batch", "embed", "forward", "initial_state", "logits", "next_positions", "run_layers", "text_batch"]
 
 
 class Batch(NamedTuple):
@@ -40,12 +42,17 @@ class Batch(NamedTuple):
 
 def text_batch(ids: Sequence[NDArray[np.int32]], states: Sequence[State[A]]) -> Batch:
     """A batch of plain text: every token one position after the last."""
-    positions = [np.arange(s.next_position, s.next_position + len(i)) for i, s in zip(ids, states, strict=True)]
-    one_axis = np.concatenate(positions).astype(np.int32)
-    return Batch(np.concatenate(ids), np.stack([one_axis] * 3), tuple(map(len, ids)))
+    positions = [next_positions(state, len(i)) for i, state in zip(ids, states, strict=True)]
+    return Batch(np.concatenate(ids), np.concatenate(positions, axis=1), tuple(map(len, ids)))
 
 
-def initial_state(ops: Ops[A], c: TextConfig) -> State[A]:
+def next_positions(state: State[A], tokens: int) -> NDArray[np.int32]:
+    """Where `tokens` tokens of text stand after `state`: int32 [3, tokens]."""
+    one_axis = np.arange(state.next_position, state.next_position + tokens, dtype=np.int32)
+    return np.broadcast_to(one_axis, (3, tokens))
+
+
+def initial_state(ops: Ops[A, M], c: TextConfig) -> State[A]:
     """The state of an empty sequence."""
     empty = np.zeros((0, c.num_key_value_heads, c.head_dim), np.float32)
 
@@ -58,70 +65,56 @@ def initial_state(ops: Ops[A], c: TextConfig) -> State[A]:
 
 
 def forward(
-    ops: Ops[A], c: TextConfig, weights: TextWeights[A], batch: Batch, states: Sequence[State[A]], keep: int = 0
-) -> tuple[A, list[tuple[State[A], ...]]]:
-    """Run the tokens of `batch`, each sequence from its state.
+    ops: Ops[A, M], c: TextConfig, weights: TextWeights[A, M], batch: Batch, states: Sequence[State[A]],
+    keep: int | Sequence[int] = 0,
+) -> tuple[A, list[tuple[State[A], ...]]]:  # fmt: skip
+    """Run the tokens of `batch`, each sequence from its state: see `run_layers`."""
+    keep = [keep] * len(states) if isinstance(keep, int) else keep
+    x = embed(ops, weights, batch.ids)
+    return run_layers(ops, c, weights, x, batch.positions, batch.lengths, states, keep)
 
-    Returns the hidden states after the final norm [T, hidden] and, for each sequence, keep + 1 states: entry i is
-    the state after all but the last keep - i of its tokens, so the last entry is the state after all of them.
+
+def embed(ops: Ops[A, M], weights: TextWeights[A, M], ids: NDArray[np.int32]) -> A:
+    """The vectors of `ids` int32 [T]: [T, hidden]."""
+    return ops.embed(weights.embed_tokens, ops.array(ids))
+
+
+def run_layers(
+    ops: Ops[A, M], c: TextConfig, weights: TextWeights[A, M], x: A, positions: NDArray[np.int32],
+    lengths: Sequence[int], states: Sequence[State[A]], keep: Sequence[int],
+) -> tuple[A, list[tuple[State[A], ...]]]:  # fmt: skip
+    """Take x [T, hidden], which stands at `positions` int32 [3, T], through all layers, each sequence from its state.
+
+    Returns the hidden states after the final norm [T, hidden] and, for sequence i, keep[i] + 1 states: entry n is the
+    state after all but the last keep[i] - n of its tokens, so the last entry is the state after all of them.
     """
-    angles = ops.rope_angles(ops.array(batch.positions), c.rope)
-    x = ops.embed(weights.embed_tokens, ops.array(batch.ids))
-    per_layer = []  # [layer][sequence][keep + 1]
-    for i, w in enumerate(weights.layers):
-        x, after = decoder_layer(ops, c, w, x, angles, [s.layers[i] for s in states], batch.lengths, keep)
-        per_layer.append(after)
+    angles = ops.rope_angles(ops.array(positions), c.rope)
+    before = list(zip(*(state.layers for state in states), strict=True))  # [layer][sequence]
+    x, after = ops.decoder_layers(x, weights.layers, c, angles, before, lengths, keep)
     hidden = ops.rms_norm(x, weights.norm, c.rms_norm_eps)
     after_all = [
-        _sequence_states(state, batch.positions[:, rows], [layer[n] for layer in per_layer], keep)
-        for n, (state, rows) in enumerate(zip(states, spans(batch.lengths), strict=True))
+        _kept_states(state, positions[:, rows], list(kept))
+        for state, rows, kept in zip(states, spans(lengths), zip(*after, strict=True), strict=True)
     ]
     ops.start(hidden, [state for kept in after_all for state in kept])
     return hidden, after_all
 
 
-def decoder_layer(
-    ops: Ops[A], c: TextConfig, w: LayerWeights[A], x: A, angles: Angles[A], states: Sequence[LayerState[A]],
-    lengths: Sequence[int], keep: int = 0,
-) -> tuple[A, list[tuple[LayerState[A], ...]]]:  # fmt: skip
-    """x + mixer(norm(x)), then x + mlp(norm(x)): [T, hidden], and keep + 1 states for each sequence."""
-    mixed, after = _mix(ops, c, w, ops.rms_norm(x, w.input_layernorm, c.rms_norm_eps), angles, states, lengths, keep)
-    x = ops.add(x, mixed)
-    del mixed  # a prompt's arrays are large
-    return ops.add(x, ops.mlp(ops.rms_norm(x, w.post_attention_layernorm, c.rms_norm_eps), w.mlp)), after
-
-
-def _mix(
-    ops: Ops[A], c: TextConfig, w: LayerWeights[A], h: A, angles: Angles[A], states: Sequence[LayerState[A]],
-    lengths: Sequence[int], keep: int,
-) -> tuple[A, list[tuple[LayerState[A], ...]]]:  # fmt: skip
-    """The layer's mixer: [T, hidden] -> [T, hidden], and keep + 1 states for each sequence."""
-    after: list[tuple[LayerState[A], ...]]
-    if isinstance(w.mixer, AttentionWeights):
-        caches = [s for s in states if isinstance(s, KVCache)]
-        mixed, longer = ops.gated_attention(h, w.mixer, c, angles, caches, lengths)
-        after = [tuple(cache.truncated(cache.length - keep + i) for i in range(keep + 1)) for cache in longer]
-    else:
-        memories = [s for s in states if isinstance(s, DeltaState)]
-        mixed, kept = ops.delta_net(h, w.mixer, c, memories, lengths, keep)
-        after = list(kept)
-    return mixed, after
-
-
-def _sequence_states(
-    before: State[A], positions: NDArray[np.int32], layers: Sequence[tuple[LayerState[A], ...]], keep: int
+def _kept_states(
+    before: State[A], positions: NDArray[np.int32], layers: Sequence[tuple[LayerState[A], ...]]
 ) -> tuple[State[A], ...]:
     """Regroup one sequence's kept layer states [layer][keep + 1] into keep + 1 whole states.
 
     Text after an image goes on one past the largest position the image used on any axis.
     """
+    tokens, kept = positions.shape[1], len(layers[0])
     states = []
-    for i, n in enumerate(range(positions.shape[1] - keep, positions.shape[1] + 1)):
+    for whole, n in zip(zip(*layers, strict=True), range(tokens + 1 - kept, tokens + 1), strict=True):
         next_position = max(before.next_position, int(positions[:, :n].max(initial=-1)) + 1)
-        states.append(State(tuple(layer[i] for layer in layers), before.length + n, next_position))
+        states.append(before._replace(layers=whole, length=before.length + n, next_position=next_position))
     return tuple(states)
 
 
-def logits(ops: Ops[A], weights: TextWeights[A], hidden: A) -> A:
+def logits(ops: Ops[A, M], weights: TextWeights[A, M], hidden: A) -> A:
     """Read hidden states [T, hidden] out through the head: float32 [T, vocabulary rows]."""
     return ops.linear(hidden, weights.lm_head)

@@ -1,15 +1,28 @@
-"""What a model is made of: the table of its tensors, and the trees of weights that it runs on."""
+"""What a model is made of: the declaration of its tensors, and the trees of weights that it runs on."""
 
 from edgeq.formats.qmatrix import Matrix, QMatrix
-from edgeq.weights.table import Part, Role, TensorSpec, all_tensors, mtp_tensors, text_tensors, vision_tensors
+from edgeq.weights.table import (
+    Part,
+    Role,
+    TensorSpec,
+    all_tensors,
+    declare_mtp,
+    declare_text,
+    declare_vision,
+    mtp_tensors,
+    text_tensors,
+    vision_tensors,
+)
 from edgeq.weights.trees import (
     AttentionWeights,
     DeltaNetWeights,
     LayerWeights,
     MLPWeights,
+    MTPWeights,
     TextWeights,
-    map_text,
-    text_weights,
+    VisionWeights,
+    leaves,
+    map_tree,
 )
 
 __all__ = [
@@ -17,16 +30,21 @@ __all__ = [
     "DeltaNetWeights",
     "LayerWeights",
     "MLPWeights",
+    "MTPWeights",
     "Matrix",
     "Part",
     "QMatrix",
     "Role",
     "TensorSpec",
     "TextWeights",
+    "VisionWeights",
     "all_tensors",
-    "map_text",
+    "declare_mtp",
+    "declare_text",
+    "declare_vision",
+    "leaves",
+    "map_tree",
     "mtp_tensors",
     "text_tensors",
-    "text_weights",
     "vision_tensors",
 ]

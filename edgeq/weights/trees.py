@@ -1,158 +1,154 @@
-"""The trees: the weights that the model runs on, typed, immutable and generic in the backend's array.
+"""The trees: the weights of each part of the model, typed and immutable.
 
-Values in them are neutral, whatever the file's conventions were: a norm's `gain` is the factor that is applied (1 + w
-for the zero-centred norms), `decay` is -exp(A_log), the convolution is [channels, width], and value heads are grouped
-by key head. Vectors are float32; matrices keep their storage (see `Matrix`).
+A tree's leaves are whatever it is a tree of: in the declaration (`edgeq.weights.table`) each is a `TensorSpec`, on a
+backend a vector (A) or a matrix in the backend's own form (M). `map_tree` makes one out of the other, for every part
+alike.
+
+Values are neutral, whatever the file's conventions were: a zero-centred norm's gain is 1 + w, the factor that is
+applied, `decay` is -exp(A_log), the convolution is [channels, width], and value heads are grouped by key head. Vectors
+are float32; matrices keep their storage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from edgeq.config import TextConfig
-from edgeq.formats.qmatrix import Matrix, QMatrix
-
 A = TypeVar("A")
-B = TypeVar("B")
+M = TypeVar("M")
+T = TypeVar("T")
 
 __all__ = [
+    "Affine",
     "AttentionWeights",
     "DeltaNetWeights",
     "LayerWeights",
     "MLPWeights",
+    "MTPWeights",
+    "MergerWeights",
     "TextWeights",
-    "map_text",
-    "text_weights",
+    "VisionBlockWeights",
+    "VisionWeights",
+    "leaves",
+    "map_tree",
 ]
 
 
-class MLPWeights(NamedTuple, Generic[A]):
+class MLPWeights(NamedTuple, Generic[M]):
     """SwiGLU feed-forward."""
 
-    gate_proj: Matrix[A]
-    up_proj: Matrix[A]
-    down_proj: Matrix[A]
+    gate_proj: M
+    up_proj: M
+    down_proj: M
 
 
-class DeltaNetWeights(NamedTuple, Generic[A]):
+class DeltaNetWeights(NamedTuple, Generic[A, M]):
     """Gated DeltaNet mixer; rows of in_proj_qkv are [queries | keys | values]."""
 
-    in_proj_qkv: Matrix[A]
-    in_proj_z: Matrix[A]
-    in_proj_b: Matrix[A]
-    in_proj_a: Matrix[A]
+    in_proj_qkv: M
+    in_proj_z: M
+    in_proj_b: M
+    in_proj_a: M
     conv: A  # [channels, width]
     decay: A  # [value heads], -exp(A_log)
     dt_bias: A  # [value heads]
     norm: A  # gain [value head dim]
-    out_proj: Matrix[A]
+    out_proj: M
 
 
-class AttentionWeights(NamedTuple, Generic[A]):
+class AttentionWeights(NamedTuple, Generic[A, M]):
     """Gated attention mixer; rows of q_proj are [query | gate] for each head in turn."""
 
-    q_proj: Matrix[A]
-    k_proj: Matrix[A]
-    v_proj: Matrix[A]
-    o_proj: Matrix[A]
+    q_proj: M
+    k_proj: M
+    v_proj: M
+    o_proj: M
     q_norm: A  # gain [head dim]
     k_norm: A  # gain [head dim]
 
 
-class LayerWeights(NamedTuple, Generic[A]):
+class LayerWeights(NamedTuple, Generic[A, M]):
     """A decoder layer: a mixer and a feed-forward, each behind a norm."""
 
     input_layernorm: A
-    mixer: DeltaNetWeights[A] | AttentionWeights[A]
+    mixer: DeltaNetWeights[A, M] | AttentionWeights[A, M]
     post_attention_layernorm: A
-    mlp: MLPWeights[A]
+    mlp: MLPWeights[M]
 
 
-class TextWeights(NamedTuple, Generic[A]):
+class TextWeights(NamedTuple, Generic[A, M]):
     """The language model; `lm_head` is the embedding itself where the checkpoint ties them."""
 
-    embed_tokens: Matrix[A]
-    layers: tuple[LayerWeights[A], ...]
+    embed_tokens: M
+    layers: tuple[LayerWeights[A, M], ...]
     norm: A
-    lm_head: Matrix[A]
+    lm_head: M
 
 
-def text_weights(c: TextConfig, matrix: Callable[[str], Matrix[A]], vector: Callable[[str], A]) -> TextWeights[A]:
-    """Build the tree; `matrix` and `vector` fetch a tensor by its neutral name (see the table)."""
+class MTPWeights(NamedTuple, Generic[A, M]):
+    """The multi-token-prediction head: norms of the next token's embedding and of the last hidden state, a merge of
+    the two, one gated-attention layer, a norm. The embedding and lm_head are the language model's."""
 
-    def mlp(p: str) -> MLPWeights[A]:
-        return MLPWeights(*(matrix(f"{p}mlp.{name}_proj.weight") for name in ("gate", "up", "down")))
-
-    def delta_net(p: str) -> DeltaNetWeights[A]:
-        p += "linear_attn."
-        return DeltaNetWeights(
-            in_proj_qkv=matrix(f"{p}in_proj_qkv.weight"),
-            in_proj_z=matrix(f"{p}in_proj_z.weight"),
-            in_proj_b=matrix(f"{p}in_proj_b.weight"),
-            in_proj_a=matrix(f"{p}in_proj_a.weight"),
-            conv=vector(f"{p}conv1d.weight"),
-            decay=vector(f"{p}A_log"),
-            dt_bias=vector(f"{p}dt_bias"),
-            norm=vector(f"{p}norm.weight"),
-            out_proj=matrix(f"{p}out_proj.weight"),
-        )
-
-    def attention(p: str) -> AttentionWeights[A]:
-        p += "self_attn."
-        return AttentionWeights(
-            q_proj=matrix(f"{p}q_proj.weight"),
-            k_proj=matrix(f"{p}k_proj.weight"),
-            v_proj=matrix(f"{p}v_proj.weight"),
-            o_proj=matrix(f"{p}o_proj.weight"),
-            q_norm=vector(f"{p}q_norm.weight"),
-            k_norm=vector(f"{p}k_norm.weight"),
-        )
-
-    def layer(p: str, kind: str) -> LayerWeights[A]:
-        return LayerWeights(
-            input_layernorm=vector(f"{p}input_layernorm.weight"),
-            mixer=delta_net(p) if kind == "linear_attention" else attention(p),
-            post_attention_layernorm=vector(f"{p}post_attention_layernorm.weight"),
-            mlp=mlp(p),
-        )
-
-    embed_tokens = matrix("embed_tokens.weight")
-    return TextWeights(
-        embed_tokens=embed_tokens,
-        layers=tuple(layer(f"layers.{i}.", kind) for i, kind in enumerate(c.layer_types)),
-        norm=vector("norm.weight"),
-        lm_head=embed_tokens if c.tie_word_embeddings else matrix("lm_head.weight"),
-    )
+    fc: M
+    pre_fc_norm_embedding: A
+    pre_fc_norm_hidden: A
+    norm: A
+    layer: LayerWeights[A, M]
 
 
-def map_text(
-    weights: TextWeights[A],
-    convert: Callable[[A], B],
-    prepare: Callable[[QMatrix[A]], QMatrix[A]] = lambda m: m,
-) -> TextWeights[B]:
-    """Apply `prepare` to every quantized matrix, then `convert` to every array of the tree; a tied head stays the same
-    object as the embedding."""
+class Affine(NamedTuple, Generic[A, M]):
+    """A projection or a layer norm with a bias."""
 
-    def matrix(m: Matrix[A]) -> Matrix[B]:
-        return prepare(m).map(convert) if isinstance(m, QMatrix) else convert(m)
+    weight: M
+    bias: A
 
-    def mixer(m: DeltaNetWeights[A] | AttentionWeights[A]) -> DeltaNetWeights[B] | AttentionWeights[B]:
-        leaves: list[Any] = [matrix(leaf) for leaf in m]
-        return DeltaNetWeights(*leaves) if isinstance(m, DeltaNetWeights) else AttentionWeights(*leaves)
 
-    embed_tokens = matrix(weights.embed_tokens)
-    return TextWeights(
-        embed_tokens=embed_tokens,
-        layers=tuple(
-            LayerWeights(
-                convert(layer.input_layernorm),
-                mixer(layer.mixer),
-                convert(layer.post_attention_layernorm),
-                MLPWeights(*(matrix(m) for m in layer.mlp)),
-            )
-            for layer in weights.layers
-        ),
-        norm=convert(weights.norm),
-        lm_head=embed_tokens if weights.lm_head is weights.embed_tokens else matrix(weights.lm_head),
-    )
+class VisionBlockWeights(NamedTuple, Generic[A, M]):
+    """A block of the vision tower: full attention and a feed-forward, each behind a layer norm."""
+
+    norm1: Affine[A, A]
+    norm2: Affine[A, A]
+    qkv: Affine[A, M]
+    proj: Affine[A, M]
+    fc1: Affine[A, M]
+    fc2: Affine[A, M]
+
+
+class MergerWeights(NamedTuple, Generic[A, M]):
+    """What makes one token of the language model out of a square of patches."""
+
+    norm: Affine[A, A]
+    fc1: Affine[A, M]
+    fc2: Affine[A, M]
+
+
+class VisionWeights(NamedTuple, Generic[A, M]):
+    """The vision tower; the patch embedding's weight is a matrix [hidden, colours * frames * height * width]."""
+
+    patch_embed: Affine[A, M]
+    pos_embed: M
+    blocks: tuple[VisionBlockWeights[A, M], ...]
+    merger: MergerWeights[A, M]
+
+
+def leaves(tree: Any) -> Iterator[Any]:
+    """The leaves in order; one that stands in two places comes twice."""
+    if isinstance(tree, tuple):
+        for branch in tree:
+            yield from leaves(branch)
+    else:
+        yield tree
+
+
+def map_tree(convert: Callable[[Any], Any], tree: Any) -> Any:
+    """The same tree of `convert(leaf)`. A leaf that stands in two places (a tied head) is converted once."""
+    converted: dict[int, Any] = {}
+
+    def walk(node: Any) -> Any:
+        if isinstance(node, tuple):
+            return type(node)(*map(walk, node)) if hasattr(node, "_fields") else tuple(map(walk, node))
+        if id(node) not in converted:
+            converted[id(node)] = convert(node)
+        return converted[id(node)]
+
+    return walk(tree)

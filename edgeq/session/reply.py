@@ -1,6 +1,7 @@
-"""A reply while it is being generated: tokens become pieces of text, and the whole becomes figures.
+"""A reply while it is being generated: tokens become pieces of text, and the whole becomes statistics.
 
-Iterating over a Reply generates it. Leaving early is fine; `finish` and `usage` then tell what there was.
+A reply is told its tokens (`push`) and when there are no more (`flush`). One that was given a source of tokens drives
+itself: iterating over it generates it. Leaving early is fine; `finish` and `usage` then tell what there was.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from time import perf_counter
 from typing import NamedTuple, Protocol
 
-from edgeq.generate import Decoding, Finish, StopReason, StopStrings
+from edgeq.generate import Decoding, Finish, StopReason, StopStrings, Token
 from edgeq.text.channels import Piece
 from edgeq.text.detokenizer import StreamingDetokenizer
 from edgeq.text.tokenizer import Tokenizer
@@ -70,21 +71,21 @@ class Usage(NamedTuple):
 class Reply:
     """A reply in progress: an iterator of `Piece(channel, text, token)`.
 
-    A piece per token, with its text as far as it is certain, and at the end one without a token for what was held
-    back. `text` and `thinking` collect the two channels.
-    `on_end`, if given, is called once, however the reply ends.
+    A piece per token, with the text that is already final, and at the end one without a token for what was held back.
+    `text` and `thinking` collect the two channels.
+    tokens: what drives it (`Context.tokens`). `on_end`, if given, is called once, however the reply ends.
     """
 
     def __init__(
-        self, decoding: Decoding, transcript: Transcript, stop: tuple[str, ...], *, cached: int, prompt: int,
-        on_end: Callable[[Reply], None] | None = None,
+        self, decoding: Decoding, transcript: Transcript, tokens: Iterator[Token], stop: tuple[str, ...], *,
+        cached: int, prompt: int, on_end: Callable[[Reply], None] | None = None,
     ) -> None:  # fmt: skip
         self.text = ""
         self.thinking = ""
         self._decoding, self._transcript, self._stop = decoding, transcript, StopStrings(stop)
         self._cached, self._prompt, self._on_end = cached, prompt, on_end
-        self._prompt_seconds = self._generate_seconds = 0.0
-        self._pieces = self._generate()
+        self._started = self._prompt_seconds = self._generate_seconds = 0.0
+        self._pieces = self._generate(tokens)
 
     def __iter__(self) -> Iterator[Piece]:
         return self._pieces
@@ -116,15 +117,28 @@ class Reply:
             self._prompt_seconds, self._generate_seconds,
         )  # fmt: skip
 
-    def _generate(self) -> Generator[Piece, None, None]:
-        started = perf_counter()
+    def start(self) -> None:
+        """The prompt is about to be run: time counts from here."""
+        self._started = perf_counter()
+
+    def push(self, token: Token) -> Piece:
+        """The piece of the next token."""
+        now = perf_counter()
+        if not self._prompt_seconds:
+            self._prompt_seconds, self._started = now - self._started, now
+        self._generate_seconds = now - self._started
+        return self._collect(self._transcript.push(token.id))
+
+    def flush(self) -> Piece:
+        """What was held back, when the tokens have ended."""
+        return self._collect(self._transcript.flush(), last=True)
+
+    def _generate(self, tokens: Iterator[Token]) -> Generator[Piece, None, None]:
+        self.start()
         try:
-            for token in self._decoding:
-                if not self._prompt_seconds:
-                    self._prompt_seconds, started = perf_counter() - started, perf_counter()
-                self._generate_seconds = perf_counter() - started
-                yield self._collect(self._transcript.push(token.id))
-            yield self._collect(self._transcript.flush(), last=True)
+            for token in tokens:
+                yield self.push(token)
+            yield self.flush()
         finally:
             self._end()
 

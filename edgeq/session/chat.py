@@ -7,21 +7,29 @@ for piece in chat.send("Why is the sky blue?"):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
-from edgeq.context import Context
-from edgeq.errors import EdgeqError, ModelError, UsageError
-from edgeq.generate import Decoding, GenerationSettings, preset
-from edgeq.reply import Reply
+from edgeq.engine import Engine
+from edgeq.errors import EdgeqError, UsageError
+from edgeq.generate import Decoding, GenerationSettings
+from edgeq.session.context import Context, Progress
+from edgeq.session.language import Language
+from edgeq.session.reply import Reply
 from edgeq.state import State
 from edgeq.text.channels import ChannelParser, ends_in_thinking
 from edgeq.text.conversation import Conversation, Mark
 
-if TYPE_CHECKING:
-    from edgeq.runtime import Model
+__all__ = ["Chat", "Speaker"]
 
-__all__ = ["Chat"]
+
+class Speaker(Protocol):
+    """Who a conversation is with: an `edgeq.Model`, or whatever else has these two."""
+
+    @property
+    def engine(self) -> Engine[Any, Any]: ...
+    @property
+    def language(self) -> Language: ...
 
 
 class _Turn(NamedTuple):
@@ -42,24 +50,19 @@ class Chat:
     """
 
     def __init__(
-        self, model: Model, *, thinking: bool | None = None, system: str | None = None,
+        self, model: Speaker, *, thinking: bool | None = None, system: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None, settings: GenerationSettings | None = None,
-        on_prefill: Callable[[int, int], None] | None = None, **options: Any,
+        on_prefill: Progress | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        tokenizer = model.need_tokenizer()
-        if model.template is None:
-            raise ModelError(
-                f"{model.checkpoint.path} has no chat template",
-                hint="`edgeq generate` continues plain text without one",
-            )
+        tokenizer, template = model.language.need_tokenizer(), model.language.need_template()
         self.model = model
-        self.thinking = model.template.thinking_default if thinking is None else thinking
+        self.thinking = template.thinking_default if thinking is None else thinking
         self.options = options
         self.system = system
         self._settings = settings
         self._tools, self._on_prefill = tools, on_prefill
-        self._context = Context(model, on_prefill=on_prefill)
-        self._conversation = Conversation(tokenizer, model.template, system=system, tools=tools)
+        self._context = Context(model.engine, on_prefill=on_prefill)
+        self._conversation = Conversation(tokenizer, template, system=system, tools=tools)
         self._last: _Turn | None = None
         self._reply: Reply | None = None
 
@@ -71,16 +74,14 @@ class Chat:
     @property
     def settings(self) -> GenerationSettings:
         """What the next reply is generated with."""
-        own = self.model.checkpoint.sampling
-        card = preset(self.thinking, large=len(self.model.config.text.layer_types) > 24)
-        recommended = GenerationSettings().replace(**own) if own else card
-        return (self._settings or recommended).replace(**self.options)
+        recommended = self._settings or self.model.language.recommended(thinking=self.thinking)
+        return recommended.replace(**self.options)
 
     def send(self, text: str, *, images: Sequence[object] = ()) -> Reply:
-        """Say something; iterate over the result to generate the reply (see `edgeq.reply.Reply`).
+        """Say something; iterate over the result to generate the reply (see `edgeq.session.reply.Reply`).
 
-        A reply that was left early counts as far as it went. Raises MemoryBudgetError if the turn does not fit the
-        context; the conversation is then as it was before.
+        If you stop iterating, the partial reply stays in the conversation. Raises MemoryBudgetError if the turn does
+        not fit the context; the conversation is then as it was before.
         """
         if images:
             raise UsageError("this version of edgeq reads text only", hint="send the text without images")
@@ -100,7 +101,7 @@ class Chat:
         """Take back the last turn and its reply; returns what was said. Only one turn can be taken back."""
         self._settle()
         if self._last is None:
-            raise UsageError("there is no turn to take back")
+            raise UsageError("nothing to undo", hint="send something first")
         turn, self._last = self._last, None
         self._restore(turn)
         return turn.text
@@ -126,17 +127,18 @@ class Chat:
         return reply
 
     def _new_reply(self) -> Reply:
-        model, ids, cached = self.model, self._conversation.ids, self._context.position
-        settings = self.settings
-        sampler = model.sampler(settings)
+        language, ids, context = self.model.language, self._conversation.ids, self._context
+        cached, settings, tokenizer = context.position, self.settings, language.need_tokenizer()
+        sampler = language.sampler(settings)
         sampler.observe_prompt(ids[:cached])
-        think = model.think_tokens()
+        think = language.think_tokens()
         decoding = Decoding(
-            self._context, ids[cached:], sampler, eos_ids=model.eos_ids, think=think,
-            starts_in_thinking=think is not None and ends_in_thinking(ids, model.need_tokenizer()),
+            ids[cached:], sampler, room=context.room, eos_ids=language.eos_ids, think=think,
+            starts_in_thinking=think is not None and ends_in_thinking(ids, tokenizer),
         )  # fmt: skip
-        parser = ChannelParser(model.need_tokenizer(), ids)
-        return Reply(decoding, parser, settings.stop, cached=cached, prompt=len(ids), on_end=self._record)
+        parser = ChannelParser(tokenizer, ids)
+        tokens = context.tokens(decoding)
+        return Reply(decoding, parser, tokens, settings.stop, cached=cached, prompt=len(ids), on_end=self._record)
 
     def _record(self, reply: Reply) -> None:
         self._conversation.append_generated(reply.ids)

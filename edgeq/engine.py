@@ -1,0 +1,227 @@
+"""The engine: weights on a backend, and the only caller of the model.
+
+What is to be run is a list of feeds, one for each sequence: its state, its tokens (or vectors that are ready, such as
+an image's, with their positions), how many states to keep, and how many rows of logits are wanted. Prompts, single
+tokens and drafts to be verified are all feeds, and may share a call. What a call promises about its results is the
+exactness contract of `edgeq.backends.ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.backends.ops import ArrayLike, Ops
+from edgeq.checkpoint import Checkpoint
+from edgeq.config import TextConfig
+from edgeq.errors import MemoryBudgetError, ModelError, UsageError
+from edgeq.formats.bf16 import Float32
+from edgeq.loading import LoadedWeights
+from edgeq.memory.plan import prefill_chunk
+from edgeq.model import text
+from edgeq.model.layers import spans
+from edgeq.state import DeltaState, KVCache, State
+
+__all__ = ["Engine", "Feed", "Ids", "Output"]
+
+A = TypeVar("A", bound=ArrayLike)
+M = TypeVar("M")
+Ids = NDArray[np.int32]
+
+READ_OUT = 64  # rows of logits computed at a time where a whole text's are wanted: 64 MB of them
+
+
+@dataclass(frozen=True, slots=True)
+class Feed(Generic[A]):
+    """What one sequence is given in a call.
+
+    state: where it goes on from.
+    ids: its next tokens, int32 [T], T at least 1; with `embeddings` they are not looked up.
+    embeddings: vectors [T, hidden] in place of the tokens'.
+    positions: int32 [3, T] (time, height, width); None is text, one position after another.
+    keep: states wanted beside the last, those after all but the last keep, ..., 1 tokens; at most T.
+    rows: logits wanted, those after the last `rows` tokens; 0 leaves the head out.
+    """
+
+    state: State[A]
+    ids: Ids
+    embeddings: A | None = None
+    positions: NDArray[np.int32] | None = None
+    keep: int = 0
+    rows: int = 1
+
+
+class Output(NamedTuple, Generic[A]):
+    """What a feed gave: logits float32 [rows, vocabulary], and keep + 1 states, the last after all of its tokens."""
+
+    logits: Float32
+    states: tuple[State[A], ...]
+
+    @property
+    def state(self) -> State[A]:
+        """The state after all tokens."""
+        return self.states[-1]
+
+
+class Engine(Generic[A, M]):
+    """A checkpoint's weights on a backend. It holds no sequence: states are values that its callers keep.
+
+    chunk: prompts are cut at multiples of it, counted from the beginning of the sequence.
+    context_limit: most tokens of a sequence.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, ops: Ops[A, M], *, context: int | None = None) -> None:
+        self.checkpoint, self.ops = checkpoint, ops
+        self.config: TextConfig = checkpoint.config.text
+        self.context_limit = _context_limit(context, self.config.max_position_embeddings)
+        self.chunk = prefill_chunk(self.config)
+        self.fingerprint = f"{checkpoint.fingerprint()} {ops.name} {ops.kv_dtype}"
+        ops.limit_memory()
+        self.weights = LoadedWeights(checkpoint, ops)
+        self._text = self.weights.text
+        self._attention = [i for i, kind in enumerate(self.config.layer_types) if kind == "full_attention"]
+
+    def state(self) -> State[A]:
+        """The state of an empty sequence."""
+        return text.initial_state(self.ops, self.config)._replace(origin=self.fingerprint)
+
+    def cut(self, start: int, tokens: int) -> Iterator[slice]:
+        """Pieces of `tokens` tokens that follow `start` others, cut at absolute multiples of the chunk.
+
+        So going on from a state at such a place runs the very calls that a run from the beginning would.
+        """
+        done = 0
+        while done < tokens:
+            piece = min(tokens - done, self.chunk - (start + done) % self.chunk)
+            yield slice(done, done + piece)
+            done += piece
+
+    def run(self, feeds: Sequence[Feed[A]]) -> list[Output[A]]:
+        """Run all feeds in one call of the model.
+
+        States that were given stay valid. Raises UsageError for a state that this engine did not make, ModelError
+        where the logits are not numbers.
+        """
+        for feed in feeds:
+            self.check_state(feed.state)
+        lengths = [len(feed.ids) for feed in feeds]
+        with np.errstate(all="ignore"):  # a damaged checkpoint shows in its logits, in one clear message
+            hidden, states = text.run_layers(
+                self.ops, self.config, self._text, self._embed(feeds), _positions(feeds), lengths,
+                [feed.state for feed in feeds], [feed.keep for feed in feeds],
+            )  # fmt: skip
+            ends = accumulate(lengths)
+            logits = self._read_out(hidden, [(end, feed.rows) for end, feed in zip(ends, feeds, strict=True)])
+        return [Output(*both) for both in zip(logits, states, strict=True)]
+
+    def checked_ids(self, ids: Sequence[int] | NDArray[Any], state: State[A]) -> Ids:
+        """`ids` as an array, if the vocabulary has them and the context has room for them after `state`."""
+        try:
+            tokens = np.asarray(ids)
+        except (ValueError, OverflowError):
+            tokens = np.empty(())
+        if tokens.ndim != 1 or (tokens.dtype.kind not in "iu" and tokens.size):
+            raise UsageError("token ids must be a sequence of integers", hint="encode text with model.tokenizer first")
+        if not tokens.size:
+            raise UsageError("there are no tokens to run", hint="give at least one token id")
+        size = self.config.vocab_size
+        if tokens.min() < 0 or tokens.max() >= size:
+            wrong = next(i for i in tokens.tolist() if not 0 <= i < size)
+            raise UsageError(f"token id {wrong} is outside of the vocabulary of {size}")
+        if state.length + tokens.size > self.context_limit:
+            raise MemoryBudgetError(
+                f"{state.length + tokens.size} tokens exceed the context window of {self.context_limit}",
+                hint="shorten the text or use a larger context",
+            )
+        return tokens.astype(np.int32)
+
+    def check_state(self, state: State[A]) -> None:
+        """Raise UsageError for what is no state of this model on this backend."""
+        if not isinstance(state, State):
+            raise UsageError(f"a state is expected, got {type(state).__name__}", hint="begin with model.state()")
+        if state.origin not in ("", self.fingerprint):
+            raise UsageError(
+                "the state was made by another model, or on another backend",
+                hint="begin with model.state() of this one, or convert it with edgeq.state_io",
+            )
+        if not self._whole(state) or (not state.origin and not self._fits(state)):
+            raise UsageError(
+                f"the state does not fit the model: expected {len(self.config.layer_types)} layers that hold "
+                f"{state.length} tokens, found {len(state.layers)}",
+                hint="begin with model.state()",
+            )
+
+    def _whole(self, state: State[A]) -> bool:
+        """Whether it has every layer, and every cache all of its tokens."""
+        if len(state.layers) != len(self.config.layer_types):
+            return False
+        caches = [state.layers[i] for i in self._attention]
+        return all([isinstance(cache, KVCache) and cache.length == state.length for cache in caches])
+
+    def _fits(self, state: State[A]) -> bool:
+        """Whether the layers of a state of unknown origin are this model's in kind and shape."""
+        for mine, theirs in zip(self.state().layers, state.layers, strict=True):
+            if type(mine) is not type(theirs):
+                return False
+            both = isinstance(mine, DeltaState) and isinstance(theirs, DeltaState)
+            if both and [x.shape for x in mine] != [x.shape for x in theirs]:
+                return False
+        return True
+
+    def _embed(self, feeds: Sequence[Feed[A]]) -> A:
+        if all(feed.embeddings is None for feed in feeds):
+            return text.embed(self.ops, self._text, np.concatenate([feed.ids for feed in feeds]))
+        return self.ops.concat([
+            text.embed(self.ops, self._text, feed.ids) if feed.embeddings is None else feed.embeddings
+            for feed in feeds
+        ])  # fmt: skip
+
+    def _read_out(self, hidden: A, wanted: Sequence[tuple[int, int]]) -> list[Float32]:
+        """The logits of each feed: those of `rows` rows of hidden [T, hidden] before row `end`."""
+        total = sum(rows for _, rows in wanted)
+        if total > READ_OUT:
+            return [self._many_logits(hidden[end - rows : end]) for end, rows in wanted]
+        if not total:
+            return [np.empty((0, self.config.vocab_size), np.float32) for _ in wanted]
+        chosen = [hidden[end - rows : end] for end, rows in wanted if rows]
+        logits = self._logits(chosen[0] if len(chosen) == 1 else self.ops.concat(chosen))
+        return [logits[rows] for rows in spans([rows for _, rows in wanted])]
+
+    def _many_logits(self, hidden: A) -> Float32:
+        rows = hidden.shape[0]
+        out = np.empty((rows, self.config.vocab_size), np.float32)
+        for start in range(0, rows, READ_OUT):
+            out[start : start + READ_OUT] = self._logits(hidden[start : start + READ_OUT])
+        return out
+
+    def _logits(self, hidden: A) -> Float32:
+        logits = self.ops.numpy(text.logits(self.ops, self._text, hidden))
+        if not np.isfinite(logits.sum()) and not np.isfinite(logits).all():  # one pass where all is well
+            culprit = self.checkpoint.find_non_finite()
+            raise ModelError(
+                f"{self.checkpoint.path}: the model produced NaN or infinite logits"
+                + (f", because {culprit} holds NaN or infinity" if culprit else ""),
+                hint="the checkpoint is damaged; download or quantize it again",
+            )
+        return logits
+
+
+def _positions(feeds: Sequence[Feed[A]]) -> NDArray[np.int32]:
+    """Where the tokens of all feeds stand: int32 [3, T]."""
+    each = [
+        text.next_positions(feed.state, len(feed.ids)) if feed.positions is None else feed.positions for feed in feeds
+    ]
+    return each[0] if len(each) == 1 else np.concatenate(each, axis=1)
+
+
+def _context_limit(asked: int | None, most: int) -> int:
+    if asked is None:
+        return most
+    if not 1 <= asked <= most:
+        raise UsageError(f"the context must be 1 to {most} tokens, got {asked}")
+    return asked

@@ -1,0 +1,1 @@
+"""One conversation or text with a model: the context that grows, replies, and the chat that keeps both together."""

@@ -1,0 +1,82 @@
+"""A model's text beside its tokenizer: the template, the ids that end a text, thinking, recommended settings."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from edgeq.checkpoint import Checkpoint
+from edgeq.errors import ModelError
+from edgeq.generate import THINKING_CUT, GenerationSettings, Sampler, ThinkTokens, preset
+
+if TYPE_CHECKING:
+    from edgeq.text.template import ChatTemplate
+    from edgeq.text.tokenizer import Tokenizer
+
+__all__ = ["Language"]
+
+
+class Language:
+    """The text side of a checkpoint. `tokenizer` is None for one without; token ids still work."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.vocab_size = checkpoint.config.text.vocab_size
+        self.tokenizer: Tokenizer | None = checkpoint.tokenizer()
+        if self.tokenizer is not None and self.tokenizer.vocab_size > self.vocab_size:
+            raise ModelError(
+                f"{checkpoint.path}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model {self.vocab_size}",
+                hint="the tokenizer files belong to another model; copy those of this one",
+            )
+
+    @cached_property
+    def template(self) -> ChatTemplate | None:
+        """The chat template; read when it is first wanted, because its library takes 25 ms and 8 MB."""
+        return self.checkpoint.template()
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Every token that ends a text: of the configuration files and the tokenizer together."""
+        ids = self.checkpoint.eos_token_ids + (self.tokenizer.eos_token_ids if self.tokenizer else ())
+        return frozenset(i for i in ids if i < self.vocab_size)
+
+    def need_tokenizer(self) -> Tokenizer:
+        """The tokenizer, or a ModelError that says what is missing."""
+        if self.tokenizer is None:
+            raise ModelError(
+                f"{self.checkpoint.path} has no tokenizer.json, so it cannot process text",
+                hint="copy the tokenizer files of the original checkpoint into it, or give token ids",
+            )
+        return self.tokenizer
+
+    def need_template(self) -> ChatTemplate:
+        """The chat template, or a ModelError that says what to do without one."""
+        if self.template is None:
+            raise ModelError(
+                f"{self.checkpoint.path} has no chat template",
+                hint="`edgeq generate` continues plain text without one",
+            )
+        return self.template
+
+    def sampler(self, settings: GenerationSettings) -> Sampler:
+        """A sampler over the tokens that exist; the vocabulary's padding rows are never drawn."""
+        tokens = self.tokenizer.vocab_size if self.tokenizer else self.vocab_size
+        return Sampler(settings, vocab_size=min(tokens, self.vocab_size))
+
+    def think_tokens(self) -> ThinkTokens | None:
+        """The ids around a thinking block and of its forced end, if the tokenizer has thinking."""
+        tokenizer = self.need_tokenizer()
+        opened, closed = tokenizer.token_id("<think>"), tokenizer.token_id("</think>")
+        if opened is None or closed is None:
+            return None
+        return ThinkTokens(opened, closed, tuple(tokenizer.encode(THINKING_CUT)), tuple(tokenizer.encode("\n\n")))
+
+    def recommended(self, *, thinking: bool) -> GenerationSettings:
+        """What the checkpoint (its generation_config.json) or else the model card of its size recommends for chats."""
+        own = self.checkpoint.sampling
+        if own:
+            return GenerationSettings().replace(**own)
+        return preset(thinking, large=len(self.checkpoint.config.text.layer_types) > _LAYERS_OF_2B)
+
+
+_LAYERS_OF_2B = 24  # and of the 0.8B; the 4B, whose card recommends otherwise, has 32
