@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import config_values, write_checkpoint
 from tiny_tokenizer import IM_END, build_tiny_tokenizer
+
+from edgeq.testing import config_values, write_checkpoint
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,12 +14,13 @@ import pytest
 import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import config_values, hub_name, write_checkpoint
 
 from edgeq.checkpoint import FolderCheckpoint, open_checkpoint
 from edgeq.errors import ModelError
 from edgeq.formats.bf16 import from_float32, to_float32
+from edgeq.formats.names import hub_name
 from edgeq.formats.safetensors import SafetensorsFile, SafetensorsWriter
+from edgeq.testing import config_values, write_checkpoint
 from edgeq.weights import QMatrix, Role, all_tensors
 
 

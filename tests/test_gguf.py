@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import config_values, write_checkpoint
 from tiny_tokenizer import build_tiny_tokenizer, link_real_tokenizer
 from typer.testing import CliRunner
 
@@ -36,6 +35,7 @@ from edgeq.hub import DEMO
 from edgeq.quant import quantize
 from edgeq.quant.gguf_export import EXPORT_TYPES, export_gguf, export_mmproj
 from edgeq.runtime import Model
+from edgeq.testing import config_values, nmse, write_checkpoint
 from edgeq.text.tokenizer import Tokenizer
 from edgeq.weights import QMatrix
 
@@ -52,10 +52,6 @@ def read(path: Path) -> GGUFCheckpoint:
     checkpoint = open_checkpoint(path)
     assert isinstance(checkpoint, GGUFCheckpoint)
     return checkpoint
-
-
-def nmse(expected: Float32, found: Float32) -> float:
-    return float(np.sum((expected - found) ** 2, dtype=np.float64) / np.sum(expected**2, dtype=np.float64))
 
 
 def dense(checkpoint: GGUFCheckpoint, name: str) -> Float32:

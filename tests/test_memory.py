@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 from process import run_python
-from tiny import config_values, write_checkpoint
+
+from edgeq.testing import config_values, write_checkpoint
 
 pytestmark = [
     pytest.mark.slow,

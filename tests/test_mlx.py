@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from tiny import config_values, write_checkpoint
 
 from edgeq.backends.numpy import NumpyOps
 from edgeq.checkpoint import open_checkpoint
@@ -29,6 +28,7 @@ from edgeq.model.text import forward, initial_state, logits, text_batch
 from edgeq.runtime import Model
 from edgeq.state import KVCache, State
 from edgeq.state_io import state_arrays, state_from_arrays
+from edgeq.testing import config_values, nmse, write_checkpoint
 from edgeq.weights import QMatrix, TextWeights, map_text
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
@@ -47,12 +47,6 @@ COMPILED = [pytest.mark.slow] if ON_CPU else []  # on a CPU, g++ takes a second 
 compiled_too = pytest.mark.parametrize(
     "compiled", [pytest.param(False, id="plain"), pytest.param(True, id="compiled", marks=COMPILED)]
 )
-
-
-def nmse(expected: Array, found: Array) -> float:
-    expected, found = np.asarray(expected, np.float64), np.asarray(found, np.float64)
-    assert expected.shape == found.shape
-    return float(np.sum((expected - found) ** 2) / np.sum(expected**2))
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from process import run_python
 from edgeq.backends.numpy import NumpyOps
 from edgeq.formats.affine import pack
 from edgeq.formats.bf16 import Array, to_float32
+from edgeq.testing import nmse
 from edgeq.weights import MLPWeights, QMatrix
 
 native = pytest.importorskip("edgeq.backends.cpu._native", reason="the native kernels are not built")
@@ -43,12 +44,6 @@ def rng() -> np.random.Generator:
 
 def normal(rng: np.random.Generator, *shape: int) -> Array:
     return rng.standard_normal(shape, np.float32)
-
-
-def nmse(expected: Array, found: Array) -> float:
-    expected, found = np.asarray(expected, np.float64), np.asarray(found, np.float64)
-    error = np.sum((expected - found) ** 2)
-    return float(error / np.sum(expected**2)) if error else 0.0
 
 
 def compare(isa: str, compute: Callable[[], Any], bound: float) -> None:

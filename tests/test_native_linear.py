@@ -15,6 +15,7 @@ from process import run_python
 
 from edgeq.formats.affine import IQ4, dequantize, group_numbers, pack, unpack
 from edgeq.formats.bf16 import from_float32, round_to, to_float32
+from edgeq.testing import nmse
 from edgeq.weights import QMatrix
 
 native = pytest.importorskip("edgeq.backends.cpu._native", reason="the native backend is not compiled")
@@ -30,10 +31,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     native.set_isa(request.param)
     yield request.param
     native.set_isa(before)
-
-
-def nmse(a: Array, b: Array) -> float:
-    return float(np.sum((a - b) ** 2, dtype=np.float64) / np.sum(a**2, dtype=np.float64))
 
 
 def quantized(rng: np.random.Generator, out: int, width: int, bits: int, group: int, dtype: Any = np.uint16) -> tuple:

@@ -20,6 +20,7 @@ from edgeq.formats.affine import dequantize, pack
 from edgeq.formats.bf16 import Array, from_float32, round_to, to_float32
 from edgeq.model import layers
 from edgeq.state import DeltaState
+from edgeq.testing import nmse
 from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights, QMatrix
 
 LENGTHS = (1, 2, 63, 64, 65, 257)
@@ -46,13 +47,6 @@ DEFAULTS = {
 
 def bound(ops: Ops[Any], operation: str) -> float:
     return BOUNDS.get((ops.name, operation), DEFAULTS[operation])
-
-
-def nmse(expected: Array, found: Array) -> float:
-    expected, found = np.asarray(expected, np.float64), np.asarray(found, np.float64)
-    assert expected.shape == found.shape
-    error = np.sum((expected - found) ** 2)
-    return float(error / np.sum(expected**2)) if error else 0.0
 
 
 def backends() -> Iterator[Any]:

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import config_values, write_checkpoint
 
 import edgeq
 from edgeq.context import Context
 from edgeq.errors import MemoryBudgetError, ModelError, UsageError
 from edgeq.generate import StopReason
 from edgeq.runtime import Model
+from edgeq.testing import config_values, write_checkpoint
 
 
 @pytest.fixture(scope="module")

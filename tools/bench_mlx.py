@@ -26,6 +26,7 @@ from edgeq.backends.mlx.delta import delta_products
 from edgeq.config import TextConfig, parse_config
 from edgeq.model.text import forward, initial_state, logits, text_batch
 from edgeq.state import State
+from edgeq.testing import nmse
 from edgeq.weights import QMatrix, Role, TextWeights, text_tensors, text_weights
 
 BITS, GROUP = 4, 64
@@ -158,7 +159,7 @@ def bench_delta_rule(tokens: int) -> None:
     report(f"delta rule of a layer, {tokens} tokens", "ms", *(1e3 * s for s in seconds(5, ours, peer)))
     if mx.default_device() == mx.Device(mx.cpu):
         report("  the same on one core", "ms", *(1e3 * s for s in seconds(5, one_core, peer)))
-    print(f"  NMSE of the outputs: {nmse(peer(), ours()):.1e}")
+    print(f"  NMSE of the outputs: {nmse(*(np.array(x().astype(mx.float32)) for x in (peer, ours))):.1e}")
 
 
 def bench_graph(c: TextConfig, weights: TextWeights[mx.array], model: Any) -> None:
@@ -196,7 +197,8 @@ def bench_agreement(c: TextConfig, weights: TextWeights[mx.array], model: Any) -
     hidden, _ = forward(ops, c, weights, text_batch([ids], [state]), [state])
     ours = logits(ops, weights, hidden)
     peer = model(mx.array(ids)[None], make_prompt_cache(model))[0]
-    print(f"  NMSE of the logits in float32, {len(c.layer_types)} layers: {nmse(peer, ours):.1e}")
+    error = nmse(np.array(peer.astype(mx.float32)), np.array(ours))
+    print(f"  NMSE of the logits in float32, {len(c.layer_types)} layers: {error:.1e}")
 
 
 def bench_speed(c: TextConfig, weights: TextWeights[mx.array], model: Any, prompt: int, tokens: int) -> None:
@@ -229,11 +231,6 @@ def ours_decode(ops: MlxOps, c: TextConfig, weights: TextWeights[mx.array], ids:
 def peer_decode(model: Any, ids: np.ndarray, tokens: int) -> Iterator[int]:
     """mlx-lm's own loop."""
     return (int(token) for token, _ in generate_step(mx.array(ids), model, max_tokens=tokens + 1))
-
-
-def nmse(expected: mx.array, found: mx.array) -> float:
-    a, b = expected.astype(mx.float32), found.astype(mx.float32)
-    return float((((a - b) ** 2).sum() / (a**2).sum()).item())
 
 
 def report(what: str, unit: str, ours: float, peer: float) -> None:

@@ -1,18 +1,35 @@
-"""Tiny Qwen3.5 checkpoints with random weights, for tests."""
+"""What tests of edgeq and of backends for it need: tiny checkpoints with random weights, and the measure of an error.
+
+Nothing that runs a model imports this module.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgeq.config import ModelConfig, parse_config
-from edgeq.formats.bf16 import Array, from_float32, round_to
+from edgeq.formats.bf16 import Array, round_to
 from edgeq.formats.names import hub_name
 from edgeq.formats.safetensors import DTYPES, SafetensorsWriter
 from edgeq.weights import Part, Role, TensorSpec, all_tensors
+
+__all__ = ["config_values", "nmse", "random_values", "write_checkpoint"]
+
+
+def nmse(expected: Any, found: Any) -> float:
+    """The normalised mean squared error, sum (expected - found)^2 / sum expected^2, of arrays of one shape."""
+    expected, found = np.asarray(expected, np.float64), np.asarray(found, np.float64)
+    if expected.shape != found.shape:
+        raise ValueError(f"the shapes differ: {expected.shape} expected, {found.shape} found")
+    error, size = float(np.sum((expected - found) ** 2)), float(np.sum(expected**2))
+    if error == 0:
+        return 0.0
+    return error / size if size else math.inf
 
 
 def config_values(*, vision: bool = False, mtp: bool = False, **text: Any) -> dict[str, Any]:
@@ -103,6 +120,3 @@ def write_checkpoint(
         for spec in specs:
             file.write(hub_name(spec.name), round_to(random_values(spec, rng), DTYPES[dtypes[spec.name]]))
     return config
-
-
-__all__ = ["config_values", "from_float32", "hub_name", "random_values", "write_checkpoint"]
