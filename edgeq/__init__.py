@@ -22,6 +22,7 @@ from edgeq.errors import (
     QualityError,
     UsageError,
 )
+from edgeq.version import __version__
 
 if TYPE_CHECKING:
     from edgeq.chat import Chat
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from edgeq.reply import Reply, Usage
     from edgeq.runtime import Model, load
     from edgeq.text.channels import Piece
-
-__version__ = "0.1.0"
 
 _LAZY = {
     "Chat": "edgeq.chat",
