@@ -22,6 +22,7 @@ from edgeq.errors import (
     QualityError,
     UsageError,
 )
+from edgeq.version import __version__
 
 if TYPE_CHECKING:
     from edgeq.api import Model, load
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from edgeq.session.chat import Chat
     from edgeq.session.reply import Reply, Usage
     from edgeq.text.channels import Piece
-
-__version__ = "0.1.0"
 
 _LAZY = {
     "Chat": "edgeq.session.chat",

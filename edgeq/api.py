@@ -48,7 +48,7 @@ def load(
     kv_bits: 16, 8 or 4, the precision of the KV cache; None lets the backend choose (docs/backends.md).
     """
     if kv_bits not in (None, *KV_DTYPES):
-        raise UsageError(f"the KV cache has no precision of {kv_bits} bits", hint="choose 16, 8 or 4 bits")
+        raise UsageError(f"keys and values cannot be kept in {kv_bits} bits", hint="choose 16, 8 or 4 bits")
     checkpoint = open_checkpoint(find_model(model))
     kv_dtype = None if kv_bits is None else KV_DTYPES[kv_bits]
     ops = select(None if backend == "auto" else backend, threads=threads, kv_dtype=kv_dtype)
@@ -79,6 +79,10 @@ class Model:
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer; None for a checkpoint without one, which still takes token ids."""
         return self.language.tokenizer
+
+    def need_tokenizer(self) -> Tokenizer:
+        """The tokenizer, or a ModelError that says what is missing."""
+        return self.language.need_tokenizer()
 
     @property
     def template(self) -> ChatTemplate | None:

@@ -25,7 +25,7 @@ from edgeq.loading import LoadedWeights
 from edgeq.memory.plan import prefill_chunk
 from edgeq.model import text
 from edgeq.model.layers import spans
-from edgeq.state import DeltaState, KVCache, State
+from edgeq.state import DeltaState, KVCache, LayerState, State
 
 __all__ = ["Engine", "Feed", "Ids", "Output"]
 
@@ -168,8 +168,7 @@ class Engine(Generic[A, M]):
         for mine, theirs in zip(self.state().layers, state.layers, strict=True):
             if type(mine) is not type(theirs):
                 return False
-            both = isinstance(mine, DeltaState) and isinstance(theirs, DeltaState)
-            if both and [x.shape for x in mine] != [x.shape for x in theirs]:
+            if isinstance(mine, DeltaState) and _shapes(mine) != _shapes(theirs):
                 return False
         return True
 
@@ -209,6 +208,10 @@ class Engine(Generic[A, M]):
                 hint="the checkpoint is damaged; download or quantize it again",
             )
         return logits
+
+
+def _shapes(state: LayerState[Any]) -> list[tuple[int, ...]]:
+    return [x.shape for x in state] if isinstance(state, DeltaState) else []
 
 
 def _positions(feeds: Sequence[Feed[A]]) -> NDArray[np.int32]:

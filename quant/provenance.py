@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import edgeq
 from edgeq.config import read_json
 from edgeq.errors import EdgeqError, ModelError
+from edgeq.version import __version__
 
 __all__ = ["RECORD", "Source", "hash_files", "provenance", "verify"]
 
@@ -49,7 +49,7 @@ def hash_files(files: Iterable[Path], stop: Callable[[], bool] = lambda: False) 
 def provenance(source: Source, inputs: Hashes, outputs: Hashes, recipe: dict[str, Any]) -> dict[str, Any]:
     """The record."""
     return {
-        "edgeq": edgeq.__version__,
+        "edgeq": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "source": {"name": source.name, "revision": source.revision, "files": inputs},
         "recipe": recipe,

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import config_values, write_checkpoint
-from tiny_tokenizer import IM_END, build_tiny_tokenizer
+
+# One thread for NumPy, here and in processes that tests start: a tiny matrix gains nothing from a second one, and on a
+# busy machine with two cores two threads that wait for each other took five times as long. Before NumPy is imported.
+for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+
+from tiny_tokenizer import IM_END, build_tiny_tokenizer  # noqa: E402
+
+from edgeq.testing import config_values, write_checkpoint  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)

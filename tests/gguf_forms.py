@@ -9,7 +9,7 @@ import numpy as np
 
 from edgeq.formats.affine import pack
 from edgeq.formats.bf16 import Array
-from edgeq.weights import QMatrix
+from edgeq.formats.qmatrix import QMatrix, TwoLevel
 
 __all__ = ["FORMS", "Form", "gguf_matrix"]
 
@@ -44,14 +44,14 @@ def gguf_matrix(rng: np.random.Generator, form: Form, out: int, width: int) -> Q
     codes = pack(rng.integers(0, 1 << form.bits, (out, width)), form.bits)
     if form.block is None:
         scales = (step * rng.uniform(0.5, 1.5, groups)).astype(np.float16)
-        return QMatrix(codes, scales, None, form.bits, form.group_size, None, None, form.zero, form.iq4)
+        return QMatrix(codes, scales, form.zero, form.bits, form.group_size, form.iq4)
     blocks = (out, width // form.block)
     sc = rng.integers(16, 32, groups).astype(np.int8) * rng.choice(np.array([-1, 1], np.int8), groups)
     units = (step * rng.uniform(0.02, 0.06, blocks)).astype(np.float16)
     if not form.biases:
-        return QMatrix(codes, sc, None, form.bits, form.group_size, units, None, form.zero, form.iq4)
+        return QMatrix(codes, TwoLevel(sc, units), form.zero, form.bits, form.group_size, form.iq4)
     biases, bias_units = (
         rng.integers(-63, 1, groups).astype(np.int8),
         rng.uniform(0.01, 0.05, blocks).astype(np.float16),
     )
-    return QMatrix(codes, sc, biases, form.bits, form.group_size, units, bias_units)
+    return QMatrix(codes, TwoLevel(sc, units), TwoLevel(biases, bias_units), form.bits, form.group_size)

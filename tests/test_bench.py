@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import config_values, write_checkpoint
 
 import edgeq
 from edgeq import bench
@@ -17,6 +16,7 @@ from edgeq.api import Model
 from edgeq.bench import Result, Test, measure, model_size, read_rate, token_nbytes
 from edgeq.cli import main
 from edgeq.errors import UsageError
+from edgeq.testing import config_values, write_checkpoint
 
 Test.__test__ = False  # type: ignore[attr-defined]  # not a class of tests
 

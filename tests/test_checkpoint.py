@@ -14,12 +14,13 @@ import pytest
 import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import config_values, hub_name, write_checkpoint
 
 from edgeq.checkpoint import FolderCheckpoint, open_checkpoint
 from edgeq.errors import ModelError
 from edgeq.formats.bf16 import from_float32, to_float32
+from edgeq.formats.names import hub_name
 from edgeq.formats.safetensors import SafetensorsFile, SafetensorsWriter
+from edgeq.testing import config_values, file_weights, write_checkpoint
 from edgeq.weights import QMatrix, Role, all_tensors
 
 
@@ -175,7 +176,7 @@ class TestFolder:
         checkpoint = read(tmp_path)
         assert checkpoint.format == "safetensors"
         assert {spec.name for spec, _ in checkpoint.storage()} == {spec.name for spec in all_tensors(config)}
-        weights = checkpoint.text_weights()
+        weights = file_weights(checkpoint)
         assert weights.lm_head is weights.embed_tokens
         raw = to_float32(checkpoint.raw("layers.0.input_layernorm.weight"))
         assert np.array_equal(weights.layers[0].input_layernorm, 1 + raw)
@@ -199,11 +200,11 @@ class TestFolder:
         (tmp_path / "config.json").write_text(json.dumps(text_only))
         checkpoint = read(tmp_path)
         assert np.array_equal(checkpoint.raw("layers.2.mlp.up_proj.weight"), before)
-        assert checkpoint.text_weights().lm_head is not checkpoint.text_weights().embed_tokens
+        assert file_weights(checkpoint).lm_head is not file_weights(checkpoint).embed_tokens
 
     def test_shards(self, tmp_path: Path) -> None:
         write_checkpoint(tmp_path)
-        whole = read(tmp_path).text_weights()
+        whole = file_weights(read(tmp_path))
         file = SafetensorsFile(tmp_path / "model.safetensors")
         names = sorted(file.tensors)
         weight_map = {}
@@ -213,7 +214,7 @@ class TestFolder:
             weight_map |= dict.fromkeys(part, shard)
         (tmp_path / "model.safetensors").unlink()
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-        assert np.array_equal(read(tmp_path).text_weights().norm, whole.norm)
+        assert np.array_equal(file_weights(read(tmp_path)).norm, whole.norm)
         (tmp_path / "model.safetensors-00002-of-00002.safetensors").unlink()
         with pytest.raises(ModelError, match=r"lacks model\.safetensors-00002-of-00002"):
             read(tmp_path)
@@ -256,7 +257,7 @@ class TestFolder:
                 del tensors[name]
 
         rewrite(tmp_path, drop)
-        assert read(tmp_path).text_weights().norm.shape == (64,)
+        assert file_weights(read(tmp_path)).norm.shape == (64,)
 
     def test_no_weights_no_config_no_folder(self, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=r"config\.json does not exist"):
@@ -272,7 +273,7 @@ class TestFolder:
         nan = from_float32(np.full(64, np.nan, np.float32))
         rewrite(tmp_path, lambda tensors: tensors.update({hub_name("norm.weight"): nan}))
         with pytest.raises(ModelError, match=r"norm\.weight holds NaN"):
-            read(tmp_path).text_weights()
+            file_weights(read(tmp_path))
 
     def test_stop_ids_of_generation_config(self, tmp_path: Path) -> None:
         write_checkpoint(tmp_path)
@@ -318,11 +319,11 @@ class TestMLXLayout:
     @pytest.mark.parametrize("group", [32, 64])
     def test_every_width(self, tmp_path: Path, bits: int, group: int) -> None:
         write_checkpoint(tmp_path)
-        before = read(tmp_path).text_weights()
+        before = file_weights(read(tmp_path))
         self.convert(tmp_path, bits, group)
         checkpoint = read(tmp_path)
         assert checkpoint.layout == "mlx"
-        after = checkpoint.text_weights()
+        after = file_weights(checkpoint)
         assert isinstance(after.embed_tokens, QMatrix)
         assert (after.embed_tokens.bits, after.embed_tokens.group_size) == (bits, group)
         assert after.layers[0].mixer[4].shape == before.layers[0].mixer[4].shape

@@ -120,7 +120,9 @@ class TestExitCodes:
             self.check(run(command, chat_folder, "-p", "x", "--kv-bits", "3"), 2, "cannot be kept in 3 bits")
 
     def test_a_prompt_that_does_not_fit(self, run, chat_folder: Path) -> None:
-        self.check(run("chat", chat_folder, "-p", "x" * 99, "--context", "30"), 3, "but the context of 30 has room")
+        self.check(
+            run("chat", chat_folder, "-p", "x" * 99, "--context", "30"), 3, "leaves no room for a reply: 30 tokens"
+        )
 
     def test_a_damaged_model(self, run, chat_folder: Path, tmp_path: Path) -> None:
         folder = tmp_path / "model"
@@ -262,7 +264,7 @@ class TestRepl:
         )  # fmt: skip
         for expected in (
             "/regen", "max_tokens           2", "top_k is ('many',)", "no generation option 'nope'", "thinking is on",
-            "thinking is off", "no turn to take back", "there is no command /nope", "taken back: hi", "begins anew",
+            "thinking is off", "nothing to undo", "there is no command /nope", "taken back: hi", "begins anew",
         ):  # fmt: skip
             assert expected in result.err, expected
 
@@ -280,5 +282,5 @@ class TestRepl:
         keyboard.send_text("x" * 200 + "\rok\r/exit\r")
         Repl(chat, "x").run()
         captured = capsys.readouterr()
-        assert "error: the prompt has" in captured.err
+        assert "error: the prompt (" in captured.err
         assert "generated 2 tokens" in captured.err or "generated 1 tokens" in captured.err

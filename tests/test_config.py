@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import config_values
 
 from edgeq.config import parse_config, read_config
 from edgeq.errors import ModelError
+from edgeq.testing import config_values
 from edgeq.weights import all_tensors, mtp_tensors, text_tensors, vision_tensors
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "qwen3.5"

@@ -48,8 +48,31 @@ class FakeEngine:
         return logits
 
 
+class Driven:
+    """A reply and what drives it: feed what is unseen, hand in the logits."""
+
+    def __init__(self, engine, decoding):
+        self.engine, self.decoding, self.start = engine, decoding, engine.position
+
+    def __getattr__(self, name):
+        return getattr(self.decoding, name)
+
+    @property
+    def pending(self):
+        return self.decoding.unseen(self.engine.position - self.start)
+
+    def __iter__(self):
+        while not self.decoding.finished:
+            token = self.decoding.forced()
+            if token is None:
+                token = self.decoding.take(self.engine.feed(self.pending))
+            if token is not None:
+                yield token
+
+
 def decode(engine, prompt=(1, 2, 3), options=GREEDY, **more):
-    return Decoding(engine, prompt, Sampler(options, vocab_size=VOCAB), eos_ids={EOS, EOT}, **more)
+    room = engine.context_limit - engine.position
+    return Driven(engine, Decoding(prompt, Sampler(options, vocab_size=VOCAB), room=room, eos_ids={EOS, EOT}, **more))
 
 
 def ids_of(tokens):
@@ -231,7 +254,7 @@ def test_thinking_may_fill_the_context_too():
 def test_a_prompt_that_leaves_no_room_is_refused_before_any_work(length):
     engine = FakeEngine(context_limit=12)
     engine.context = [5, 5]
-    with pytest.raises(MemoryBudgetError, match=f"has {length} tokens.*context of 12 has room for 10"):
+    with pytest.raises(MemoryBudgetError, match=rf"prompt \({length} tokens\) leaves no room.*: 10 tokens"):
         decode(engine, prompt=[1] * length)
     assert engine.feeds == []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from random import Random
 
@@ -12,8 +11,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("jinja2")
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-
 from demo import batches, conversations, pictures, seeing, skills, text, training  # noqa: E402
 from demo.architecture import Shape  # noqa: E402
 from demo.model import Model, UnitTriangularInverse, delta_rule  # noqa: E402

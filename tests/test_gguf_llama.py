@@ -1,4 +1,4 @@
-"""edgeq's files in llama.cpp and llama.cpp's in edgeq. Needs llama-cpp-python (see tests/llama.py), else skipped."""
+"""edgeq's files in llama.cpp and llama.cpp's in edgeq. Needs llama-cpp-python (see tools/llama.py), else skipped."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llama import FILE_TYPES, Llama, k_shape, quantize
-from test_gguf import DenseCheckpoint, dense, nmse, read
-from tiny import config_values, write_checkpoint
+from test_gguf import DenseCheckpoint, dense, read
 from tiny_tokenizer import build_tiny_tokenizer, link_real_tokenizer
 from tokenizers.normalizers import NFC
 
@@ -20,7 +18,11 @@ from edgeq.checkpoint import open_checkpoint
 from edgeq.formats.bf16 import Array
 from edgeq.hub import DEMO
 from edgeq.quant.gguf_export import export_gguf
+from edgeq.testing import config_values, nmse, write_checkpoint
 from edgeq.weights import Matrix
+
+pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+from llama import FILE_TYPES, Llama, k_shape, quantize
 
 pytestmark = pytest.mark.slow
 

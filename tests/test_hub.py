@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 from process import run_python
-from tiny import write_checkpoint
 
 from edgeq.errors import UsageError
 from edgeq.hub import find_model
+from edgeq.testing import write_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "Qwen/Qwen3.5-Tiny"

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import config_values, write_checkpoint
 
 import edgeq
 from edgeq.backends.numpy import NumpyOps
@@ -21,16 +20,13 @@ from edgeq.backends.ops import Ops
 from edgeq.errors import UsageError
 from edgeq.formats.bf16 import Array
 from edgeq.state_io import state_arrays, state_from_arrays
+from edgeq.testing import config_values, nmse, write_checkpoint
 
 SMALL = ["f16", "bf16", "int8", "int4"]
 
 
 def normal(*shape: int, seed: int = 3) -> Array:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
-
-
-def nmse(expected: Array, found: Array) -> float:
-    return float(np.sum((expected - found) ** 2.0) / np.sum(expected**2.0))
 
 
 def cpu_ops(kv_dtype: str) -> Ops[Array]:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 from process import run_python
-from tiny import config_values, write_checkpoint
+
+from edgeq.testing import config_values, write_checkpoint
 
 pytestmark = [
     pytest.mark.slow,
@@ -38,7 +39,7 @@ def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 
 model = load(path, backend=backend, kv_bits=kv_bits)
-context, anonymous = Context(model), 0
+context, anonymous = Context(model.engine), 0
 for end in steps:
     for start in range(context.position, end, chunk):
         context.feed([i * 7919 % model.vocab_size for i in range(start, min(end, start + chunk))])

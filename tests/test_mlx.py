@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from tiny import config_values, write_checkpoint
 
 from edgeq.api import Model
 from edgeq.backends.numpy import NumpyOps
@@ -29,7 +28,8 @@ from edgeq.model import layers
 from edgeq.model.text import forward, initial_state, logits, text_batch
 from edgeq.state import KVCache, State
 from edgeq.state_io import state_arrays, state_from_arrays
-from edgeq.weights import QMatrix, TextWeights, map_text
+from edgeq.testing import config_values, file_weights, nmse, on_backend, write_checkpoint
+from edgeq.weights import QMatrix, TextWeights, leaves, map_tree
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 
@@ -49,20 +49,14 @@ compiled_too = pytest.mark.parametrize(
 )
 
 
-def nmse(expected: Array, found: Array) -> float:
-    expected, found = np.asarray(expected, np.float64), np.asarray(found, np.float64)
-    assert expected.shape == found.shape
-    return float(np.sum((expected - found) ** 2) / np.sum(expected**2))
-
-
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
 class Tiny:
     """A tiny model on a backend."""
 
-    def __init__(self, ops: Any, c: TextConfig, weights: TextWeights[Array]) -> None:
-        self.ops, self.c, self.weights = ops, c, map_text(weights, ops.load)
+    def __init__(self, ops: Any, c: TextConfig, weights: TextWeights[Array, Any]) -> None:
+        self.ops, self.c, self.weights = ops, c, on_backend(ops, c, weights)
 
     def run(self, ids: Any, state: State[Any] | None = None, keep: int = 0) -> tuple[Array, tuple[State[Any], ...]]:
         """Logits of all of `ids`, and the kept states."""
@@ -81,7 +75,7 @@ class Tiny:
         return chosen, state
 
 
-def quantize(weights: TextWeights[Array], bits: int, dtype: type) -> TextWeights[Array]:
+def quantize(weights: Any, bits: int, dtype: type) -> Any:
     """Every matrix in groups of 32, by MLX itself; scales and biases of `dtype`."""
 
     def matrix(m: Array) -> Any:
@@ -90,14 +84,14 @@ def quantize(weights: TextWeights[Array], bits: int, dtype: type) -> TextWeights
         codes, scales, biases = (np.array(x) for x in mx.quantize(mx.array(to_float32(m)), 32, bits))
         return QMatrix(codes, round_to(scales, dtype), round_to(biases, dtype), bits, 32)
 
-    return map_text(weights, matrix)
+    return map_tree(matrix, weights)
 
 
 @pytest.fixture(scope="module", params=["bf16", "int4", "int8"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[TextConfig, Any]:
     folder = tmp_path_factory.mktemp("tiny")
     config = write_checkpoint(folder, config_values(layer_types=["linear_attention", "full_attention"] * 2))
-    weights = open_checkpoint(folder).text_weights()
+    weights = file_weights(open_checkpoint(folder))
     if request.param != "bf16":
         weights = quantize(weights, int(request.param[3:]), np.uint16)
     return config.text, weights
@@ -153,7 +147,7 @@ def test_demo_says_what_it_says_on_numpy() -> None:
     checkpoint = open_checkpoint(DEMO)
     models = [Model(checkpoint, ops) for ops in (NumpyOps(), MlxOps("float32"))]
     ids = models[0].need_tokenizer().encode("Once upon a time")
-    expected, found = (Tiny(m.ops, m.config.text, checkpoint.text_weights()).greedy(ids, 64)[0] for m in models)
+    expected, found = (Tiny(m.ops, m.config.text, file_weights(checkpoint)).greedy(ids, 64)[0] for m in models)
     assert found == expected
 
 
@@ -276,10 +270,10 @@ def test_operations_in_16_bits(dtype: Any, compiled: bool) -> None:
 
     def pair(*shape: int, scale: float = 1.0) -> Pair:
         x = round_to(scale * rng.standard_normal(shape, np.float32), short)
-        return Pair(to_float32(x), ops.load(x))
+        return Pair(to_float32(x), ops.matrix(x))
 
     def exact(x: Array) -> Pair:
-        return Pair(x.astype(np.float32), ops.load(x.astype(np.float32)))
+        return Pair(x.astype(np.float32), ops.vector(x.astype(np.float32)))
 
     def check(name: str, *inputs: Any) -> None:
         expected, found = (
@@ -295,7 +289,7 @@ def test_operations_in_16_bits(dtype: Any, compiled: bool) -> None:
     x, gain, z = pair(T, 128), exact(1 + rng.standard_normal(128) / 5), pair(T, 128)
     codes, *affine = (np.array(a) for a in mx.quantize(mx.array(x[0]), 32, 4))
     stored = [codes, *(round_to(a, short) for a in affine)]
-    check("linear", z, Pair(QMatrix(*stored, 4, 32), QMatrix(*map(ops.load, stored), 4, 32)))
+    check("linear", z, Pair(QMatrix(*stored, 4, 32), ops.matrix(QMatrix(*stored, 4, 32))))
     check("linear", z, x)
     check("rms_norm", x, gain, 1e-6)
     check("gated_rms_norm", x, gain, z, 1e-6)
@@ -381,9 +375,12 @@ def test_no_loop_over_tokens(model: Any, monkeypatch: pytest.MonkeyPatch) -> Non
             nonlocal count
             count += 1
 
+        gc.collect()  # what it finds calls Python, and may not be found in mid-count
+        gc.disable()
         sys.setprofile(profile)
         forward(tiny.ops, c, tiny.weights, text_batch([prompt(c, T)], [state]), [state])
         sys.setprofile(None)
+        gc.enable()
         return count
 
     monkeypatch.setattr(tiny.ops, "_chunk", 512)
@@ -419,7 +416,9 @@ def test_loading_copies_each_weight_once(model: Any) -> None:
         stored += x.nbytes
         return x
 
-    map_text(weights, count)
+    for leaf in {id(leaf): leaf for leaf in leaves(weights)}.values():
+        for array in leaf.arrays if isinstance(leaf, QMatrix) else [leaf]:
+            count(array)
     assert tiny.weights.lm_head is tiny.weights.embed_tokens
     assert stored <= used_memory().active - before <= 1.05 * stored + 64 * 1024  # whole blocks for small vectors
 
@@ -478,7 +477,7 @@ def test_a_model_is_loaded_under_the_limit(tmp_path: Path) -> None:
 def soak_model(folder: Path, compiled: bool) -> tuple[TextConfig, Tiny]:
     """The smallest thing that has every kind of state."""
     c = write_checkpoint(folder, config_values(max_position_embeddings=1 << 16)).text
-    return c, Tiny(MlxOps("float32", compiled), c, open_checkpoint(folder).text_weights())
+    return c, Tiny(MlxOps("float32", compiled), c, file_weights(open_checkpoint(folder)))
 
 
 def cache_bytes(state: State[Any]) -> int:

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import config_values, write_checkpoint
 
 import edgeq
 from edgeq.backends.numpy.ops import matrix_rows
 from edgeq.checkpoint import open_checkpoint
+from edgeq.testing import config_values, write_checkpoint
 from edgeq.weights import QMatrix
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")

@@ -10,6 +10,7 @@ import pytest
 
 from edgeq.backends.numpy.delta import delta_step
 from edgeq.formats.bf16 import Array
+from edgeq.testing import nmse
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 
@@ -19,12 +20,6 @@ from edgeq.backends.mlx.kv import capacity_for  # noqa: E402
 
 ON_METAL = mx.metal.is_available() and mx.default_device() != mx.Device(mx.cpu)
 needs_metal = pytest.mark.skipif(not ON_METAL, reason="needs an Apple GPU")
-
-
-def nmse(expected: Array, found: Array) -> float:
-    expected, found = np.asarray(expected, np.float64), np.asarray(found, np.float64)
-    assert expected.shape == found.shape
-    return float(np.sum((expected - found) ** 2) / np.sum(expected**2))
 
 
 # --- the delta rule --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,6 +14,7 @@ from process import run_python
 from edgeq.backends.numpy import NumpyOps
 from edgeq.formats.affine import pack
 from edgeq.formats.bf16 import Array, to_float32
+from edgeq.testing import nmse
 from edgeq.weights import MLPWeights, QMatrix
 
 native = pytest.importorskip("edgeq.backends.cpu._native", reason="the native kernels are not built")
@@ -43,12 +45,6 @@ def rng() -> np.random.Generator:
 
 def normal(rng: np.random.Generator, *shape: int) -> Array:
     return rng.standard_normal(shape, np.float32)
-
-
-def nmse(expected: Array, found: Array) -> float:
-    expected, found = np.asarray(expected, np.float64), np.asarray(found, np.float64)
-    error = np.sum((expected - found) ** 2)
-    return float(error / np.sum(expected**2)) if error else 0.0
 
 
 def compare(isa: str, compute: Callable[[], Any], bound: float) -> None:
@@ -170,26 +166,28 @@ def test_an_unknown_instruction_set_is_refused() -> None:
     assert "UsageError: EDGEQ_ISA: unknown instruction set 'mmx'" in done.stderr
 
 
-def test_weights_are_forgotten_with_their_arrays(rng: np.random.Generator) -> None:
-    ops = CpuOps()
+def test_a_matrix_keeps_its_memory_and_nothing_longer(rng: np.random.Generator) -> None:
+    ops, x = CpuOps(), normal(rng, 1, 64)
     owner = normal(rng, 8, 64)
-    weight = ops.load(owner)
-    ops.linear(normal(rng, 1, 64), weight)
-    assert len(ops._matrix._made) == 1
-    del weight
-    assert len(ops._matrix._made) == 0
+    expected, gone = x @ owner.T, weakref.ref(owner)
+    matrix = ops.matrix(owner)
+    del owner
+    assert nmse(expected, ops.linear(x, matrix)) <= SUMS
+    assert gone() is not None
+    del matrix
+    assert gone() is None
 
 
 def test_weights_that_differ_in_one_array_are_others(rng: np.random.Generator) -> None:
     ops = CpuOps()
     shapes = ((48, 32), (48, 32), (32, 48))
-    w = MLPWeights(*(ops.load(normal(rng, *shape)) for shape in shapes))
-    x, other = normal(rng, 1, 32), w._replace(up_proj=ops.load(normal(rng, 48, 32)))
+    w = MLPWeights(*(ops.matrix(normal(rng, *shape)) for shape in shapes))
+    x, other = normal(rng, 1, 32), w._replace(up_proj=ops.matrix(normal(rng, 48, 32)))
     assert nmse(ops.mlp(x, w), ops.mlp(x, other)) > 0.1
-    codes = ops.load(pack(rng.integers(0, 16, (8, 64)), 4))
-    one, two = (ops.load(np.full((8, 1), value, np.float32)) for value in (1, 2))
+    codes = pack(rng.integers(0, 16, (8, 64)), 4)
+    one, two = (np.full((8, 1), value, np.float32) for value in (1, 2))
     x = normal(rng, 1, 64)
-    y = [ops.linear(x, QMatrix(codes, scales, one, 4, 64)) for scales in (one, two)]
+    y = [ops.linear(x, ops.matrix(QMatrix(codes, scales, one, 4, 64))) for scales in (one, two)]
     assert not np.array_equal(*y)
 
 

@@ -15,9 +15,13 @@ from process import run_python
 
 from edgeq.formats.affine import IQ4, dequantize, group_numbers, pack, unpack
 from edgeq.formats.bf16 import from_float32, round_to, to_float32
+from edgeq.formats.qmatrix import TwoLevel
+from edgeq.testing import nmse
 from edgeq.weights import QMatrix
 
 native = pytest.importorskip("edgeq.backends.cpu._native", reason="the native backend is not compiled")
+
+from edgeq.backends.cpu import CpuOps  # noqa: E402
 
 Array = NDArray[Any]
 DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}
@@ -30,10 +34,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     native.set_isa(request.param)
     yield request.param
     native.set_isa(before)
-
-
-def nmse(a: Array, b: Array) -> float:
-    return float(np.sum((a - b) ** 2, dtype=np.float64) / np.sum(a**2, dtype=np.float64))
 
 
 def quantized(rng: np.random.Generator, out: int, width: int, bits: int, group: int, dtype: Any = np.uint16) -> tuple:
@@ -82,7 +82,7 @@ def test_arithmetic_of_gguf_s_types(form: Form, tokens: int) -> None:
     rng = np.random.default_rng(tokens)
     w = gguf_matrix(rng, form, 35, 768)
     x = rng.normal(size=(tokens, 768)).astype(np.float32)
-    assert nmse(emulate(x, w), multiply(x, native.Matrix(*w))) < (1e-11 if form.zero == 128 else 1e-12)
+    assert nmse(emulate(x, w), multiply(x, CpuOps().matrix(w))) < (1e-11 if form.zero == 128 else 1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -190,7 +190,7 @@ def test_embed_is_dequantize(bits: int) -> None:
 def test_embed_is_dequantize_for_gguf_s_types(form: Form) -> None:
     w = gguf_matrix(np.random.default_rng(5), form, 20, 768)
     ids, out = np.array([19, 0, 7], np.int32), np.empty((3, 768), np.float32)
-    native.embed(native.Matrix(*w), ids, out)
+    native.embed(CpuOps().matrix(w), ids, out)
     np.testing.assert_array_equal(out, dequantize(w)[ids])
 
 
@@ -253,12 +253,18 @@ class TestBadInput:
 
     def test_gguf_s_fields(self) -> None:
         w = gguf_matrix(np.random.default_rng(0), FORMS["Q4_K"], 8, 512)
-        assert native.Matrix(*w).nbytes == sum(x.nbytes for x in w.arrays)
+        assert CpuOps().matrix(w).nbytes == sum(x.nbytes for x in w.arrays)
+        assert isinstance(w.scales, TwoLevel)
+        assert isinstance(w.biases, TwoLevel)
+        right = {
+            "codes": w.codes, "scales": w.scales.steps, "biases": w.biases.steps, "bits": 4, "group_size": 32,
+            "block_scales": w.scales.units, "block_biases": w.biases.units,
+        }  # fmt: skip
         wrong = {
             "block_biases: expected with biases": {"block_biases": None},
-            "scales: not the dtype": {"scales": w.scales.astype(np.float16)},
+            "scales: not the dtype": {"scales": w.scales.steps.astype(np.float16)},
             "scales: expected float32, float16": {"block_scales": None, "block_biases": None},
-            "block_scales: not the dtype": {"block_scales": w.block_scales.astype(np.float32)},
+            "block_scales: not the dtype": {"block_scales": w.scales.units.astype(np.float32)},
             "block_scales: expected one number for 4, 8 or 16": {"block_scales": np.ones((8, 16), np.float16)},
             "block_biases: expected shape": {"block_biases": np.ones((8, 4), np.float16)},
             "zero: expected 0 to 128": {"zero": 129},
@@ -266,7 +272,7 @@ class TestBadInput:
         }
         for message, change in wrong.items():
             with pytest.raises((ValueError, TypeError), match=message):
-                native.Matrix(*w._replace(**change))
+                native.Matrix(**(right | change))
 
     def test_strides(self, parts: tuple) -> None:
         codes, scales, biases, bits, group = parts

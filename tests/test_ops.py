@@ -20,6 +20,7 @@ from edgeq.formats.affine import dequantize, pack
 from edgeq.formats.bf16 import Array, from_float32, round_to, to_float32
 from edgeq.model import layers
 from edgeq.state import DeltaState
+from edgeq.testing import nmse
 from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights, QMatrix
 
 LENGTHS = (1, 2, 63, 64, 65, 257)
@@ -44,15 +45,8 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def bound(ops: Ops[Any], operation: str) -> float:
+def bound(ops: Ops[Any, Any], operation: str) -> float:
     return BOUNDS.get((ops.name, operation), DEFAULTS[operation])
-
-
-def nmse(expected: Array, found: Array) -> float:
-    expected, found = np.asarray(expected, np.float64), np.asarray(found, np.float64)
-    assert expected.shape == found.shape
-    error = np.sum((expected - found) ** 2)
-    return float(error / np.sum(expected**2)) if error else 0.0
 
 
 def backends() -> Iterator[Any]:
@@ -62,9 +56,9 @@ def backends() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module", params=backends())
-def ops(request: pytest.FixtureRequest) -> Ops[Any]:
+def ops(request: pytest.FixtureRequest) -> Ops[Any, Any]:
     exact = {"dtype": "float32"} if request.param.name == "mlx" else {}  # on a GPU it is bfloat16 unless said otherwise
-    made: Ops[Any] = request.param(**exact)
+    made: Ops[Any, Any] = request.param(**exact)
     return made
 
 
@@ -84,10 +78,6 @@ def quantized(rng: np.random.Generator, out: int, width: int, bits: int, group: 
     return QMatrix(codes, round_to(scales, dtype), round_to(biases, dtype), bits, group)
 
 
-def load(ops: Ops[Any], m: Matrix[Array]) -> Matrix[Any]:
-    return ops.prepare(m).map(ops.load) if isinstance(m, QMatrix) else ops.load(m)
-
-
 def dense(m: Matrix[Array]) -> Array:
     """The matrix in float64."""
     weights = dequantize(m) if isinstance(m, QMatrix) else to_float32(m)
@@ -101,13 +91,12 @@ def sigmoid(x: Array) -> Array:
 # --- the edge --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint16])
-def test_load_keeps_values(ops: Ops[Any], rng: np.random.Generator, dtype: type) -> None:
-    x = round_to(normal(rng, 5, 7), dtype)
-    assert np.array_equal(ops.numpy(ops.load(x)), to_float32(x))
+def test_vectors_keep_their_values(ops: Ops[Any, Any], rng: np.random.Generator) -> None:
+    x = normal(rng, 5, 7)
+    assert np.array_equal(ops.numpy(ops.vector(x)), x)
 
 
-def test_array_zeros_concat(ops: Ops[Any], rng: np.random.Generator) -> None:
+def test_array_zeros_concat(ops: Ops[Any, Any], rng: np.random.Generator) -> None:
     x, y = normal(rng, 3, 4, 5), normal(rng, 2, 4, 5)
     assert np.array_equal(ops.numpy(ops.array(x)), x)
     assert np.array_equal(ops.numpy(ops.zeros(2, 3)), np.zeros((2, 3)))
@@ -119,77 +108,77 @@ def test_array_zeros_concat(ops: Ops[Any], rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint16])
-def test_embed(ops: Ops[Any], rng: np.random.Generator, dtype: type) -> None:
+def test_embed(ops: Ops[Any, Any], rng: np.random.Generator, dtype: type) -> None:
     table = round_to(normal(rng, 37, 96), dtype)
     ids = np.array([36, 0, 5, 5], np.int32)
-    assert np.array_equal(ops.numpy(ops.embed(ops.load(table), ops.array(ids))), to_float32(table[ids]))
+    assert np.array_equal(ops.numpy(ops.embed(ops.matrix(table), ops.array(ids))), to_float32(table[ids]))
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6, 8])
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint16])
-def test_embed_quantized(ops: Ops[Any], rng: np.random.Generator, bits: int, group: int, dtype: type) -> None:
+def test_embed_quantized(ops: Ops[Any, Any], rng: np.random.Generator, bits: int, group: int, dtype: type) -> None:
     table = quantized(rng, 37, 384, bits, group, dtype)
     ids = np.array([36, 0, 5, 5], np.int32)
-    assert nmse(dense(table)[ids], ops.numpy(ops.embed(load(ops, table), ops.array(ids)))) <= POINTWISE
+    assert nmse(dense(table)[ids], ops.numpy(ops.embed(ops.matrix(table), ops.array(ids)))) <= POINTWISE
 
 
 @pytest.mark.parametrize("T", LENGTHS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint16])
 @pytest.mark.parametrize("out", [1, 33])
-def test_linear(ops: Ops[Any], rng: np.random.Generator, T: int, dtype: type, out: int) -> None:
+def test_linear(ops: Ops[Any, Any], rng: np.random.Generator, T: int, dtype: type, out: int) -> None:
     x, w = normal(rng, T, 160), round_to(normal(rng, out, 160), dtype)
-    y = ops.numpy(ops.linear(ops.array(x), ops.load(w)))
+    y = ops.numpy(ops.linear(ops.array(x), ops.matrix(w)))
     assert nmse(x.astype(np.float64) @ dense(w).T, y) <= bound(ops, "linear")
 
 
 @pytest.mark.parametrize("T", LENGTHS)
 @pytest.mark.parametrize("bits", [4, 5, 6, 8])
 @pytest.mark.parametrize("group", [32, 64, 128])
-def test_linear_quantized(ops: Ops[Any], rng: np.random.Generator, T: int, bits: int, group: int) -> None:
+def test_linear_quantized(ops: Ops[Any, Any], rng: np.random.Generator, T: int, bits: int, group: int) -> None:
     for dtype, out in ((np.float32, 1), (np.float16, 33), (np.uint16, 70)):
         x, w = normal(rng, T, 384), quantized(rng, out, 384, bits, group, dtype)
-        y = ops.numpy(ops.linear(ops.array(x), load(ops, w)))
+        y = ops.numpy(ops.linear(ops.array(x), ops.matrix(w)))
         assert nmse(x.astype(np.float64) @ dense(w).T, y) <= bound(ops, "linear quantized")
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_gguf_s_types(ops: Ops[Any], rng: np.random.Generator, form: Form) -> None:
+def test_gguf_s_types(ops: Ops[Any, Any], rng: np.random.Generator, form: Form) -> None:
     w, ids = gguf_matrix(rng, form, 33, 768), np.array([32, 0, 5], np.int32)
-    assert nmse(dense(w)[ids], ops.numpy(ops.embed(load(ops, w), ops.array(ids)))) <= POINTWISE
+    assert nmse(dense(w)[ids], ops.numpy(ops.embed(ops.matrix(w), ops.array(ids)))) <= POINTWISE
     for T in (1, 3, 20):
         x = normal(rng, T, 768)
-        y = ops.numpy(ops.linear(ops.array(x), load(ops, w)))
+        y = ops.numpy(ops.linear(ops.array(x), ops.matrix(w)))
         assert nmse(x.astype(np.float64) @ dense(w).T, y) <= bound(ops, "linear quantized")
 
 
 @pytest.mark.parametrize("T", [1, 5])
-def test_linears(ops: Ops[Any], rng: np.random.Generator, T: int) -> None:
+def test_linears(ops: Ops[Any, Any], rng: np.random.Generator, T: int) -> None:
     x = normal(rng, T, 128)
     ws = [quantized(rng, 48, 128, 4, 64, np.uint16), quantized(rng, 7, 128, 8, 32, np.float16), normal(rng, 5, 128)]
-    together = ops.linears(ops.array(x), [load(ops, w) for w in ws])
+    together = ops.linears(ops.array(x), [ops.matrix(w) for w in ws])
     for y, w in zip(together, ws, strict=True):
-        assert nmse(ops.numpy(ops.linear(ops.array(x), load(ops, w))), ops.numpy(y)) <= SUMS
+        assert nmse(ops.numpy(ops.linear(ops.array(x), ops.matrix(w))), ops.numpy(y)) <= SUMS
 
 
 # --- norms and pointwise ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(1, 1024), (3, 100), (2, 5, 33), (65, 3, 64)])
-def test_norms(ops: Ops[Any], rng: np.random.Generator, shape: tuple[int, ...]) -> None:
+def test_norms(ops: Ops[Any, Any], rng: np.random.Generator, shape: tuple[int, ...]) -> None:
     x, z, gain = 3 * normal(rng, *shape), normal(rng, *shape), normal(rng, shape[-1])
     wide = x.astype(np.float64)
     normed = wide / np.sqrt(np.mean(wide**2, -1, keepdims=True) + 1e-6) * gain
     unit = wide / np.sqrt(np.sum(wide**2, -1, keepdims=True) + 1e-6)
-    X, Z, G = ops.array(x), ops.array(z), ops.load(gain)
+    X, Z, G = ops.array(x), ops.array(z), ops.vector(gain)
     assert nmse(normed, ops.numpy(ops.rms_norm(X, G, 1e-6))) <= SUMS
     assert nmse(normed * z * sigmoid(z), ops.numpy(ops.gated_rms_norm(X, G, Z, 1e-6))) <= SUMS
     assert nmse(unit, ops.numpy(ops.l2_norm(X, 1e-6))) <= SUMS
 
 
-def test_norms_of_zeros_and_of_views(ops: Ops[Any], rng: np.random.Generator) -> None:
+def test_norms_of_zeros_and_of_views(ops: Ops[Any, Any], rng: np.random.Generator) -> None:
     both, gain = normal(rng, 5, 3, 128), normal(rng, 64)
-    B, G = ops.array(both), ops.load(gain)
+    B, G = ops.array(both), ops.vector(gain)
     half = ops.array(np.ascontiguousarray(both[:, :, 64:]))
     of_copy, of_view = (ops.numpy(ops.rms_norm(x, G, 1e-6)) for x in (half, B[:, :, 64:]))
     assert nmse(of_copy, of_view) <= SUMS
@@ -198,7 +187,7 @@ def test_norms_of_zeros_and_of_views(ops: Ops[Any], rng: np.random.Generator) ->
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (63, 65), (2, 4, 33)])
-def test_pointwise(ops: Ops[Any], rng: np.random.Generator, shape: tuple[int, ...]) -> None:
+def test_pointwise(ops: Ops[Any, Any], rng: np.random.Generator, shape: tuple[int, ...]) -> None:
     x, y = 4 * normal(rng, *shape), 4 * normal(rng, *shape)
     X, Y = ops.array(x), ops.array(y)
     assert np.array_equal(ops.numpy(ops.add(X, Y)), x + y)
@@ -206,7 +195,7 @@ def test_pointwise(ops: Ops[Any], rng: np.random.Generator, shape: tuple[int, ..
     assert nmse(x * sigmoid(y), ops.numpy(ops.sigmoid_mul(X, Y))) <= POINTWISE
 
 
-def test_pointwise_extremes(ops: Ops[Any]) -> None:
+def test_pointwise_extremes(ops: Ops[Any, Any]) -> None:
     x = ops.array(np.array([[-1e4, -90, -80, 0, 80, 90, 1e4]], np.float32))
     one = ops.array(np.ones((1, 7), np.float32))
     assert np.allclose(ops.numpy(ops.silu_mul(x, one)), [[0, 0, 0, 0, 80, 90, 1e4]], atol=1e-30)
@@ -214,9 +203,9 @@ def test_pointwise_extremes(ops: Ops[Any]) -> None:
 
 
 @pytest.mark.parametrize("T", [1, 65])
-def test_delta_gates(ops: Ops[Any], rng: np.random.Generator, T: int) -> None:
+def test_delta_gates(ops: Ops[Any, Any], rng: np.random.Generator, T: int) -> None:
     a, b, A, bias = 20 * normal(rng, T, 6), 20 * normal(rng, T, 6), -np.exp(normal(rng, 6)), normal(rng, 6)
-    g, beta = ops.delta_gates(ops.array(a), ops.array(b), ops.load(A), ops.load(bias))
+    g, beta = ops.delta_gates(ops.array(a), ops.array(b), ops.vector(A), ops.vector(bias))
     assert nmse(A * np.logaddexp(a.astype(np.float64) + bias, 0), ops.numpy(g)) <= POINTWISE
     assert nmse(sigmoid(b), ops.numpy(beta)) <= POINTWISE
 
@@ -227,7 +216,7 @@ ROPES = (RopeConfig(1e7, 64, (11, 11, 10)), RopeConfig(1e7, 16, (3, 3, 2)))
 
 
 @pytest.mark.parametrize("rope", ROPES, ids=["real", "tiny"])
-def test_rope(ops: Ops[Any], rng: np.random.Generator, rope: RopeConfig) -> None:
+def test_rope(ops: Ops[Any, Any], rng: np.random.Generator, rope: RopeConfig) -> None:
     T, pairs = 9, rope.dim // 2
     positions = rng.integers(0, 262144, (3, T)).astype(np.int32)
     x = normal(rng, T, 3, rope.dim + 32)
@@ -260,7 +249,7 @@ def slow_attention(q: Array, k: Array, v: Array, past: int) -> Array:
 
 @pytest.mark.parametrize("T", LENGTHS)
 @pytest.mark.parametrize("past", [0, 1, 255, 256, 300])
-def test_attention(ops: Ops[Any], rng: np.random.Generator, T: int, past: int) -> None:
+def test_attention(ops: Ops[Any, Any], rng: np.random.Generator, T: int, past: int) -> None:
     for heads, kv_heads, dim in ((4, 2, 64), (3, 3, 40), (8, 2, 256)) if T < 64 else ((4, 1, 64),):
         q = 2 * normal(rng, T, heads, dim)
         k, v = (normal(rng, past + T, kv_heads, dim) for _ in "kv")
@@ -274,7 +263,7 @@ def test_attention(ops: Ops[Any], rng: np.random.Generator, T: int, past: int) -
 
 
 @pytest.mark.parametrize("scale", [30.0, 1e-3])
-def test_attention_with_large_and_small_scores(ops: Ops[Any], rng: np.random.Generator, scale: float) -> None:
+def test_attention_with_large_and_small_scores(ops: Ops[Any, Any], rng: np.random.Generator, scale: float) -> None:
     q, k, v = scale * normal(rng, 70, 2, 64), normal(rng, 70, 2, 64), normal(rng, 70, 2, 64)
     k, v = to_float32(from_float32(k)).astype(np.float16), v.astype(np.float16)  # so that no backend rounds them
     empty = ops.kv_cache(np.zeros((0, 2, 64), np.float32), np.zeros((0, 2, 64), np.float32))
@@ -282,7 +271,7 @@ def test_attention_with_large_and_small_scores(ops: Ops[Any], rng: np.random.Gen
     assert nmse(slow_attention(q, k, v, 0), ops.numpy(out)) <= 100 * SUMS  # scores near 300 lose 8 bits
 
 
-def test_attention_caches_are_values(ops: Ops[Any], rng: np.random.Generator) -> None:
+def test_attention_caches_are_values(ops: Ops[Any, Any], rng: np.random.Generator) -> None:
     """Branch, roll back and go on: every cache keeps answering as if it were alone."""
     k, v, q = normal(rng, 300, 2, 64), normal(rng, 300, 2, 64), normal(rng, 7, 4, 64)
 
@@ -313,7 +302,7 @@ def test_attention_caches_are_values(ops: Ops[Any], rng: np.random.Generator) ->
 
 @pytest.mark.parametrize("T", LENGTHS)
 @pytest.mark.parametrize("channels", [1, 33, 96])
-def test_causal_conv_silu(ops: Ops[Any], rng: np.random.Generator, T: int, channels: int) -> None:
+def test_causal_conv_silu(ops: Ops[Any, Any], rng: np.random.Generator, T: int, channels: int) -> None:
     x, w, tail = normal(rng, T, channels), normal(rng, channels, 4), normal(rng, 3, channels)
     inputs = np.concatenate([tail, x])
     expected = np.zeros((T, channels))
@@ -322,7 +311,7 @@ def test_causal_conv_silu(ops: Ops[Any], rng: np.random.Generator, T: int, chann
             expected[t] += inputs[t + i].astype(np.float64) * w[:, i]
     expected *= sigmoid(expected)
     for keep in {0, min(T, 3), min(T, 5)}:
-        y, tails = ops.causal_conv_silu(ops.array(x), ops.load(w), ops.array(tail), keep)
+        y, tails = ops.causal_conv_silu(ops.array(x), ops.vector(w), ops.array(tail), keep)
         assert nmse(expected, ops.numpy(y)) <= SUMS
         assert len(tails) == keep + 1
         for i, after in enumerate(tails):
@@ -341,7 +330,7 @@ class DeltaInputs:
         self.beta = sigmoid(normal(rng, T, value_heads)).astype(np.float32)
         self.state = normal(rng, value_heads, V, K)
 
-    def run(self, ops: Ops[Any], keep: int = 0, rows: slice = slice(None), state: Any = None) -> Any:
+    def run(self, ops: Ops[Any, Any], keep: int = 0, rows: slice = slice(None), state: Any = None) -> Any:
         tokens = [ops.array(np.ascontiguousarray(x[rows])) for x in (self.q, self.k, self.v, self.g, self.beta)]
         return ops.delta_rule(*tokens, ops.array(self.state) if state is None else state, keep)
 
@@ -362,7 +351,7 @@ class DeltaInputs:
 
 @pytest.mark.parametrize("T", LENGTHS)
 @pytest.mark.parametrize("ratio", [1, 2, 4])
-def test_delta_rule(ops: Ops[Any], rng: np.random.Generator, T: int, ratio: int) -> None:
+def test_delta_rule(ops: Ops[Any, Any], rng: np.random.Generator, T: int, ratio: int) -> None:
     for K, V in ((32, 32), (128, 128), (40, 24), (7, 5)) if T < 65 else ((32, 32), (128, 16)):
         inputs = DeltaInputs(rng, T, 2, 2 * ratio, K, V)
         expected, after = inputs.slow()
@@ -375,7 +364,7 @@ def test_delta_rule(ops: Ops[Any], rng: np.random.Generator, T: int, ratio: int)
                 assert nmse(after[steps - 1] if steps else inputs.state, ops.numpy(state)) <= RECURRENT
 
 
-def test_delta_states_are_values(ops: Ops[Any], rng: np.random.Generator) -> None:
+def test_delta_states_are_values(ops: Ops[Any, Any], rng: np.random.Generator) -> None:
     """Run in pieces, branch from an old state, and find every earlier state as it was."""
     inputs = DeltaInputs(rng, 70, 2, 4, 32, 32)
     expected, after = inputs.slow()
@@ -403,10 +392,10 @@ def config(ratio: int) -> TextConfig:
     )  # fmt: skip
 
 
-def matrix(ops: Ops[Any], rng: np.random.Generator, out: int, width: int, bits: int | None) -> Matrix[Any]:
+def matrix(ops: Ops[Any, Any], rng: np.random.Generator, out: int, width: int, bits: int | None) -> Any:
     if bits is None:
-        return ops.load(from_float32(0.1 * normal(rng, out, width)))
-    return load(ops, quantized(rng, out, width, bits, 32, np.uint16))
+        return ops.matrix(from_float32(0.1 * normal(rng, out, width)))
+    return ops.matrix(quantized(rng, out, width, bits, 32, np.uint16))
 
 
 BITS = pytest.mark.parametrize("bits", [4, None], ids=["int4", "bf16"])
@@ -415,7 +404,7 @@ PROMPTS = pytest.mark.parametrize("lengths", [(1,), (65,), (1, 1, 1), (5, 1, 70)
 
 @BITS
 @pytest.mark.parametrize("T", LENGTHS)
-def test_mlp(ops: Ops[Any], rng: np.random.Generator, T: int, bits: int | None) -> None:
+def test_mlp(ops: Ops[Any, Any], rng: np.random.Generator, T: int, bits: int | None) -> None:
     w = MLPWeights(*(matrix(ops, rng, *shape, bits) for shape in ((192, 128), (192, 128), (128, 192))))
     x = ops.array(normal(rng, T, 128))
     assert nmse(ops.numpy(layers.mlp(ops, x, w)), ops.numpy(ops.mlp(x, w))) <= bound(ops, "composite")
@@ -425,14 +414,14 @@ def test_mlp(ops: Ops[Any], rng: np.random.Generator, T: int, bits: int | None) 
 @PROMPTS
 @pytest.mark.parametrize("ratio", [1, 2, 4])
 def test_delta_net(
-    ops: Ops[Any], rng: np.random.Generator, lengths: tuple[int, ...], ratio: int, bits: int | None
+    ops: Ops[Any, Any], rng: np.random.Generator, lengths: tuple[int, ...], ratio: int, bits: int | None
 ) -> None:
     c = config(ratio)
     w = DeltaNetWeights(
         in_proj_qkv=matrix(ops, rng, c.conv_dim, 128, bits), in_proj_z=matrix(ops, rng, c.value_dim, 128, bits),
         in_proj_b=matrix(ops, rng, 2 * ratio, 128, None), in_proj_a=matrix(ops, rng, 2 * ratio, 128, None),
-        conv=ops.load(normal(rng, c.conv_dim, 4)), decay=ops.load(-np.exp(normal(rng, 2 * ratio))),
-        dt_bias=ops.load(normal(rng, 2 * ratio)), norm=ops.load(normal(rng, 32)),
+        conv=ops.vector(normal(rng, c.conv_dim, 4)), decay=ops.vector(-np.exp(normal(rng, 2 * ratio))),
+        dt_bias=ops.vector(normal(rng, 2 * ratio)), norm=ops.vector(normal(rng, 32)),
         out_proj=matrix(ops, rng, 128, c.value_dim, bits),
     )  # fmt: skip
     states = [
@@ -441,8 +430,8 @@ def test_delta_net(
     held = [[ops.numpy(x).copy() for x in state] for state in states]
     x = ops.array(normal(rng, sum(lengths), 128))
     for keep in {0, 1, min(4, *lengths)} if len(lengths) > 1 else {0, 1}:
-        y, after = ops.delta_net(x, w, c, states, lengths, keep)
-        y_default, after_default = layers.delta_net(ops, x, w, c, states, lengths, keep)
+        y, after = ops.delta_net(x, w, c, states, lengths, [keep] * len(lengths))
+        y_default, after_default = layers.delta_net(ops, x, w, c, states, lengths, [keep] * len(lengths))
         assert nmse(ops.numpy(y_default), ops.numpy(y)) <= bound(ops, "composite")
         for kept, kept_default in zip(after, after_default, strict=True):
             assert len(kept) == keep + 1
@@ -455,12 +444,14 @@ def test_delta_net(
 
 @BITS
 @PROMPTS
-def test_gated_attention(ops: Ops[Any], rng: np.random.Generator, lengths: tuple[int, ...], bits: int | None) -> None:
+def test_gated_attention(
+    ops: Ops[Any, Any], rng: np.random.Generator, lengths: tuple[int, ...], bits: int | None
+) -> None:
     c, T = config(1), sum(lengths)
     w = AttentionWeights(
         q_proj=matrix(ops, rng, 512, 128, bits), k_proj=matrix(ops, rng, 128, 128, bits),
         v_proj=matrix(ops, rng, 128, 128, bits), o_proj=matrix(ops, rng, 128, 256, bits),
-        q_norm=ops.load(normal(rng, 64)), k_norm=ops.load(normal(rng, 64)),
+        q_norm=ops.vector(normal(rng, 64)), k_norm=ops.vector(normal(rng, 64)),
     )  # fmt: skip
     caches = [ops.kv_cache(normal(rng, past, 2, 64), normal(rng, past, 2, 64)) for past in (0, 250, 7)[: len(lengths)]]
     positions = rng.integers(0, 500, (3, T)).astype(np.int32)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import typer
-from tiny import config_values, hub_name, write_checkpoint
 from typer.testing import CliRunner
 
 import edgeq
@@ -21,11 +20,13 @@ from edgeq.cli.quantize import quantize as quantize_command
 from edgeq.errors import EdgeqError, MemoryBudgetError, ModelError, UsageError
 from edgeq.formats.affine import dequantize
 from edgeq.formats.bf16 import Array, from_float32, to_float32
+from edgeq.formats.names import hub_name
 from edgeq.formats.safetensors import SafetensorsFile, SafetensorsWriter
 from edgeq.quant import matrix, quantizer
 from edgeq.quant.provenance import RECORD, verify
 from edgeq.quant.quantizer import quantize
 from edgeq.quant.report import Report, format_table
+from edgeq.testing import config_values, nmse, write_checkpoint
 from edgeq.weights import QMatrix, Role, TensorSpec
 
 SMALL = config_values(vision=True, mtp=True, hidden_size=128, intermediate_size=192)
@@ -57,10 +58,6 @@ def decoded(folder: FolderCheckpoint, name: str) -> Array:
     return dequantize(m) if isinstance(m, QMatrix) else to_float32(m)
 
 
-def nmse(x: Array, reference: Array) -> float:
-    return float(np.sum((x.astype(np.float64) - reference) ** 2) / np.sum(reference.astype(np.float64) ** 2))
-
-
 def overwrite(folder: Path, name: str, change: Callable[[Array], None]) -> None:
     """Change a tensor of a checkpoint in place."""
     file = SafetensorsFile(folder / "model.safetensors")
@@ -89,7 +86,7 @@ class TestOutput:
         before, after = FolderCheckpoint(source), FolderCheckpoint(q4.folder)
         for t in q4.report.tensors:
             if t.nmse is not None:
-                assert nmse(decoded(after, t.name), decoded(before, t.name)) == pytest.approx(t.nmse, rel=1e-3)
+                assert nmse(decoded(before, t.name), decoded(after, t.name)) == pytest.approx(t.nmse, rel=1e-3)
                 assert t.nmse < (0.008 if t.type.startswith("4") else 0.0005)
 
     def test_the_rest_is_untouched(self, source: Path, q4: Done) -> None:
@@ -213,7 +210,7 @@ class TestMLX:
             theirs, _ = load_model(tmp_path / recipe)
             assert theirs(mx.array([ids])).dtype == mx.bfloat16  # float32 A_log and gated norm promote nothing
             theirs.set_dtype(mx.float32)
-            assert nmse(np.array(theirs(mx.array([ids]))[0]), ours.logits(ids)) < 1e-8
+            assert nmse(ours.logits(ids), np.array(theirs(mx.array([ids]))[0])) < 1e-8
             cache, state, tokens = make_prompt_cache(theirs), ours.state(), ids
             for _ in range(32):
                 logits, state = ours.forward(tokens, state)

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import config_values, hub_name
 
 from edgeq.config import ModelConfig, parse_config
 from edgeq.errors import UsageError
 from edgeq.formats.affine import BITS, GROUP_SIZES
+from edgeq.formats.names import hub_name
 from edgeq.quant.recipe import KEEP, RECIPES, QuantSpec, Storage, TypeRule, assign, choose_recipe
+from edgeq.testing import config_values
 from edgeq.weights import Part, Role, TensorSpec, all_tensors, text_tensors
 
 Q4, Q6, Q8 = QuantSpec(4, 64), QuantSpec(6, 64), QuantSpec(8, 64)

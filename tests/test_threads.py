@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import config_values, write_checkpoint
 
 import edgeq
 from edgeq.api import Model
 from edgeq.formats.bf16 import Array
+from edgeq.testing import config_values, write_checkpoint
 
 native = pytest.importorskip("edgeq.backends.cpu._native", reason="the native kernels are not built")
 

@@ -23,10 +23,12 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from edgeq.backends.mlx import MlxOps, used_memory
 from edgeq.backends.mlx.delta import delta_products
+from edgeq.backends.mlx.ops import MlxQMatrix
 from edgeq.config import TextConfig, parse_config
 from edgeq.model.text import forward, initial_state, logits, text_batch
 from edgeq.state import State
-from edgeq.weights import QMatrix, Role, TextWeights, text_tensors, text_weights
+from edgeq.testing import nmse
+from edgeq.weights import Role, TensorSpec, TextWeights, declare_text, map_tree, text_tensors
 
 BITS, GROUP = 4, 64
 
@@ -85,18 +87,18 @@ def random_weights(c: TextConfig, dtype: mx.Dtype) -> dict[str, mx.array]:
     return arrays
 
 
-def edgeq_weights(c: TextConfig, arrays: dict[str, mx.array]) -> TextWeights[mx.array]:
+def edgeq_weights(c: TextConfig, arrays: dict[str, mx.array]) -> TextWeights[mx.array, MlxQMatrix]:
     """The tree of the same arrays; the few vectors in float32, as edgeq has them."""
 
-    def matrix(name: str) -> QMatrix[mx.array]:
-        module = name.removesuffix("weight")
-        return QMatrix(arrays[name], arrays[f"{module}scales"], arrays[f"{module}biases"], BITS, GROUP)
+    def leaf(spec: TensorSpec) -> mx.array | MlxQMatrix:
+        if spec.is_matrix:
+            module = spec.name.removesuffix("weight")
+            return MlxQMatrix(arrays[spec.name], arrays[f"{module}scales"], arrays[f"{module}biases"], BITS, GROUP)
+        x = arrays[spec.name].astype(mx.float32)
+        return -mx.exp(x) if spec.role is Role.DECAY else x.squeeze(-1) if spec.role is Role.CONV else x
 
-    def vector(name: str) -> mx.array:
-        x = arrays[name].astype(mx.float32)
-        return -mx.exp(x) if name.endswith("A_log") else x.squeeze(-1) if "conv1d" in name else x
-
-    return text_weights(c, matrix, vector)
+    weights: TextWeights[mx.array, MlxQMatrix] = map_tree(leaf, declare_text(c))
+    return weights
 
 
 def peer_model(values: dict[str, Any], arrays: dict[str, mx.array]) -> Any:
@@ -158,7 +160,7 @@ def bench_delta_rule(tokens: int) -> None:
     report(f"delta rule of a layer, {tokens} tokens", "ms", *(1e3 * s for s in seconds(5, ours, peer)))
     if mx.default_device() == mx.Device(mx.cpu):
         report("  the same on one core", "ms", *(1e3 * s for s in seconds(5, one_core, peer)))
-    print(f"  NMSE of the outputs: {nmse(peer(), ours()):.1e}")
+    print(f"  NMSE of the outputs: {nmse(*(np.array(x().astype(mx.float32)) for x in (peer, ours))):.1e}")
 
 
 def bench_graph(c: TextConfig, weights: TextWeights[mx.array], model: Any) -> None:
@@ -196,7 +198,8 @@ def bench_agreement(c: TextConfig, weights: TextWeights[mx.array], model: Any) -
     hidden, _ = forward(ops, c, weights, text_batch([ids], [state]), [state])
     ours = logits(ops, weights, hidden)
     peer = model(mx.array(ids)[None], make_prompt_cache(model))[0]
-    print(f"  NMSE of the logits in float32, {len(c.layer_types)} layers: {nmse(peer, ours):.1e}")
+    error = nmse(np.array(peer.astype(mx.float32)), np.array(ours))
+    print(f"  NMSE of the logits in float32, {len(c.layer_types)} layers: {error:.1e}")
 
 
 def bench_speed(c: TextConfig, weights: TextWeights[mx.array], model: Any, prompt: int, tokens: int) -> None:
@@ -229,11 +232,6 @@ def ours_decode(ops: MlxOps, c: TextConfig, weights: TextWeights[mx.array], ids:
 def peer_decode(model: Any, ids: np.ndarray, tokens: int) -> Iterator[int]:
     """mlx-lm's own loop."""
     return (int(token) for token, _ in generate_step(mx.array(ids), model, max_tokens=tokens + 1))
-
-
-def nmse(expected: mx.array, found: mx.array) -> float:
-    a, b = expected.astype(mx.float32), found.astype(mx.float32)
-    return float((((a - b) ** 2).sum() / (a**2).sum()).item())
 
 
 def report(what: str, unit: str, ours: float, peer: float) -> None:

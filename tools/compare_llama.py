@@ -17,18 +17,15 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 from llama import Llama  # noqa: E402
 
 import edgeq  # noqa: E402
 from edgeq.formats.bf16 import Float32  # noqa: E402
+from edgeq.testing import nmse  # noqa: E402
 
 PROMPT, REPLY = 40, 32  # tokens; the prompt's are random
-
-
-def nmse(expected: Float32, found: Float32) -> float:
-    return float(np.sum((expected - found) ** 2, dtype=np.float64) / np.sum(expected**2, dtype=np.float64))
 
 
 def greedy(model: edgeq.Model, prompt: list[int]) -> tuple[list[int], Float32]:

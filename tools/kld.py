@@ -24,6 +24,7 @@ if __name__ == "__main__":
 import edgeq  # noqa: E402
 from edgeq.api import Model  # noqa: E402
 from edgeq.formats.bf16 import Array, Float32  # noqa: E402
+from edgeq.testing import nmse  # noqa: E402
 
 
 def log_softmax(logits: Float32) -> Array:
@@ -35,10 +36,6 @@ def divergence(reference: Float32, logits: Float32) -> tuple[Array, Array]:
     """KL(reference || model) and whether the best tokens agree, per position: logits [n, vocabulary]."""
     p, q = log_softmax(reference), log_softmax(logits)
     return (np.exp(p) * (p - q)).sum(axis=-1), p.argmax(axis=-1) == q.argmax(axis=-1)
-
-
-def nmse(reference: Float32, logits: Float32) -> float:
-    return float(np.square(logits - reference).sum(dtype=np.float64) / np.square(reference).sum(dtype=np.float64))
 
 
 def chunks(model: Model, text: str | None, context: int, count: int) -> list[list[int]]:

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 from edgeq.backends import select  # noqa: E402
 from edgeq.checkpoint import open_checkpoint  # noqa: E402
 from edgeq.formats.bf16 import Float32  # noqa: E402
 from edgeq.formats.safetensors import SafetensorsFile  # noqa: E402
-from edgeq.model import text  # noqa: E402
-from edgeq.weights import map_text  # noqa: E402
+from edgeq.loading import LoadedWeights  # noqa: E402
+from edgeq.model import layers, text  # noqa: E402
 
 Trace = dict[str, Float32]
 
@@ -34,14 +34,14 @@ def trace(folder: Path, backend: str, ids: list[int]) -> Trace:
     """Hidden states after each step of the model on one of edgeq's backends."""
     checkpoint = open_checkpoint(folder)
     ops: Any = select(backend)
-    c, weights = checkpoint.config.text, map_text(checkpoint.text_weights(), ops.load)
+    c, weights = checkpoint.config.text, LoadedWeights(checkpoint, ops).text
     state = text.initial_state(ops, c)
     batch = text.text_batch([np.array(ids, np.int32)], [state])
     angles = ops.rope_angles(ops.array(batch.positions), c.rope)
     x = ops.embed(weights.embed_tokens, ops.array(batch.ids))
     seen = {"embed": np.array(ops.numpy(x))}
     for i, layer in enumerate(weights.layers):
-        x, _ = text.decoder_layer(ops, c, layer, x, angles, [state.layers[i]], batch.lengths)
+        x, _ = layers.decoder_layer(ops, x, layer, c, angles, [state.layers[i]], batch.lengths, [0])
         seen[f"layer.{i}"] = np.array(ops.numpy(x))
     x = ops.rms_norm(x, weights.norm, c.rms_norm_eps)
     seen["norm"] = np.array(ops.numpy(x))

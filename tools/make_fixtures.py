@@ -20,13 +20,13 @@ from safetensors.numpy import save_file
 from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
-from tiny import config_values, write_checkpoint  # noqa: E402
 
 from edgeq.checkpoint import open_checkpoint  # noqa: E402
 from edgeq.checkpoint.folder import FolderCheckpoint  # noqa: E402
 from edgeq.formats.bf16 import to_float32  # noqa: E402
+from edgeq.testing import config_values, write_checkpoint  # noqa: E402
 from edgeq.weights import text_tensors  # noqa: E402
 
 LENGTHS = (1, 2, 63, 64, 65, 257)

@@ -19,16 +19,17 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 from llama import FILE_TYPES, k_shape, quantize  # noqa: E402
-from tiny import hub_name, random_values  # noqa: E402
 
 from edgeq.checkpoint import open_checkpoint  # noqa: E402
 from edgeq.config import parse_config  # noqa: E402
 from edgeq.formats.bf16 import from_float32  # noqa: E402
+from edgeq.formats.names import hub_name  # noqa: E402
 from edgeq.formats.safetensors import SafetensorsWriter  # noqa: E402
 from edgeq.quant.gguf_export import export_gguf  # noqa: E402
+from edgeq.testing import random_values  # noqa: E402
 from edgeq.weights import TensorSpec, all_tensors  # noqa: E402
 
 ROWS = 4  # different rows of a matrix

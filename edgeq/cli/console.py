@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from edgeq.errors import EdgeqError
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
-__all__ = ["dim", "error_line", "new_bar", "peak_memory", "prefill_bar", "report_error"]
+__all__ = ["dim", "error_line", "new_bar", "peak_memory", "peak_memory_text", "prefill_bar", "report_error"]
 
 
 def dim(text: str) -> str:
@@ -37,10 +36,20 @@ def report_error(error: EdgeqError) -> None:
     print(error_line(error), file=sys.stderr)
 
 
-def peak_memory() -> int:
-    """Largest resident set of this process so far, bytes; the mapped pages of the model count."""
+def peak_memory() -> int | None:
+    """Peak RSS of this process so far, bytes; the mapped pages of the model count. None where it is not known."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such module
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_memory_text() -> str:
+    """The peak for a line of statistics: "peak memory 614 MB", or "peak memory n/a"."""
+    peak = peak_memory()
+    return "peak memory n/a" if peak is None else f"peak memory {peak / 1e6:,.0f} MB"
 
 
 def new_bar(*columns: str | ProgressColumn) -> Progress | None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from edgeq.checkpoint import open_checkpoint
-from edgeq.cli.console import peak_memory
+from edgeq.cli.console import peak_memory_text
 from edgeq.cli.quantize import progress_bar
 from edgeq.errors import UsageError
 from edgeq.hub import find_model
@@ -53,4 +53,4 @@ def export(
 def _summary(report: ExportReport) -> str:
     types = ", ".join(f"{count} {name}" for name, count in report.types.items())
     notes = "".join(f"\nnote: {note}" for note in report.notes)
-    return f"{report.path}: {report.nbytes / 1e6:,.1f} MB: {types} | peak memory {peak_memory() / 1e6:,.0f} MB{notes}"
+    return f"{report.path}: {report.nbytes / 1e6:,.1f} MB: {types} | {peak_memory_text()}{notes}"

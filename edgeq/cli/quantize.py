@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from edgeq.cli.console import new_bar, peak_memory
+from edgeq.cli.console import new_bar, peak_memory_text
 from edgeq.errors import EdgeqError, UsageError
 from edgeq.quant.quantizer import Progress
 from edgeq.quant.quantizer import quantize as quantize_checkpoint
@@ -95,7 +95,7 @@ def _write_report(path: Path, report: Report) -> None:
 def _summary(report: Report) -> str:
     return (
         f"{report.out}: {report.nbytes() / 1e6:,.1f} MB, text {report.bits_per_weight('text'):.3f} bits per weight | "
-        f"{report.seconds:.1f} s | peak memory {peak_memory() / 1e6:,.0f} MB"
+        f"{report.seconds:.1f} s | {peak_memory_text()}"
     )
 
 

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from edgeq.backends.ops import Ops
-from edgeq.cli.console import dim, peak_memory
+from edgeq.cli.console import dim, peak_memory_text
 from edgeq.generate import StopReason
 from edgeq.session.reply import Reply
 
@@ -32,8 +32,7 @@ def usage_line(reply: Reply, ops: Ops[Any, Any]) -> str:
         f"prompt {usage.prompt_tokens} tokens ({usage.cached_tokens} cached, {new} new), "
         f"{usage.prompt_tok_per_s:.1f} tok/s",
         f"generated {usage.generated_tokens} tokens, {usage.generate_tok_per_s:.1f} tok/s",
-        f"peak memory {peak_memory() / 1e6:,.0f} MB"
-        + (f" ({ops.name} {backend / 1e6:,.0f} MB)" if backend is not None else ""),
+        peak_memory_text() + (f" ({ops.name} {backend / 1e6:,.0f} MB)" if backend is not None else ""),
     ]
     if finish.thinking_cut in _CUTS:
         parts.append(_CUTS[finish.thinking_cut])

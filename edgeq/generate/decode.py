@@ -226,6 +226,6 @@ def _check_prompt(length: int, room: int) -> None:
         raise UsageError("the prompt is empty: there is nothing to continue")
     if length >= room:
         raise MemoryBudgetError(
-            f"the prompt of {length} tokens leaves no room for a reply: the context has {room} tokens free",
+            f"the prompt ({length} tokens) leaves no room for a reply: {room} tokens of the context are free",
             hint="shorten the prompt, start a new conversation or use a larger context",
         )

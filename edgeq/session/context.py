@@ -48,7 +48,7 @@ class Context:
         total, logits = len(tokens), list[Float32]()
         pieces = list(self.engine.cut(self.state.length, total))
         for piece in pieces:
-            if self._on_prefill and len(pieces) > 1:
+            if self._on_prefill and piece is not pieces[-1]:
                 self._on_prefill(piece.start, total)
             wanted = max(0, piece.stop - max(piece.start, total - rows))
             (output,) = self.engine.run([Feed(self.state, tokens[piece], rows=wanted)])

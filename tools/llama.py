@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import llama_cpp as L
 import numpy as np
-import pytest
-from tiny import config_values
 
 from edgeq.formats.bf16 import Array, Float32
-
-L = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+from edgeq.testing import config_values
 
 # Files of llama.cpp's own quantizer, by llama_ftype. The K types and IQ4_XS mix in others (Q6_K for the head ...).
 FILE_TYPES = {

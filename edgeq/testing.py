@@ -1,18 +1,47 @@
-"""Tiny Qwen3.5 checkpoints with random weights, for tests."""
+"""What tests of edgeq and of backends for it need: tiny checkpoints with random weights, and the measure of an error.
+
+Nothing that runs a model imports this module.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgeq.config import ModelConfig, parse_config
-from edgeq.formats.bf16 import Array, from_float32, round_to
+from edgeq.backends.ops import Ops
+from edgeq.checkpoint import Checkpoint
+from edgeq.config import ModelConfig, TextConfig, parse_config
+from edgeq.formats.bf16 import Array, round_to
 from edgeq.formats.names import hub_name
 from edgeq.formats.safetensors import DTYPES, SafetensorsWriter
-from edgeq.weights import Part, Role, TensorSpec, all_tensors
+from edgeq.weights import (
+    Matrix,
+    Part,
+    Role,
+    TensorSpec,
+    TextWeights,
+    all_tensors,
+    declare_text,
+    leaves,
+    map_tree,
+)
+
+__all__ = ["config_values", "file_weights", "nmse", "on_backend", "random_values", "write_checkpoint"]
+
+
+def nmse(expected: Any, found: Any) -> float:
+    """The normalised mean squared error, sum (expected - found)^2 / sum expected^2, of arrays of one shape."""
+    expected, found = np.asarray(expected, np.float64), np.asarray(found, np.float64)
+    if expected.shape != found.shape:
+        raise ValueError(f"the shapes differ: {expected.shape} expected, {found.shape} found")
+    error, size = float(np.sum((expected - found) ** 2)), float(np.sum(expected**2))
+    if error == 0:
+        return 0.0
+    return error / size if size else math.inf
 
 
 def config_values(*, vision: bool = False, mtp: bool = False, **text: Any) -> dict[str, Any]:
@@ -105,4 +134,23 @@ def write_checkpoint(
     return config
 
 
-__all__ = ["config_values", "from_float32", "hub_name", "random_values", "write_checkpoint"]
+def file_weights(checkpoint: Checkpoint) -> TextWeights[Array, Matrix[Array]]:
+    """The language model's weights as the file has them: vectors float32, matrices in their storage."""
+
+    def leaf(spec: TensorSpec) -> Matrix[Array]:
+        return checkpoint.matrix(spec.name) if spec.is_matrix else checkpoint.dense(spec.name)
+
+    weights: TextWeights[Array, Matrix[Array]] = map_tree(leaf, declare_text(checkpoint.config.text))
+    return weights
+
+
+def on_backend(ops: Ops[Any, Any], c: TextConfig, weights: TextWeights[Array, Matrix[Array]]) -> TextWeights[Any, Any]:
+    """Weights as a file has them, on a backend."""
+    pairs = zip(leaves(declare_text(c)), leaves(weights), strict=True)
+    matrices = {id(leaf) for spec, leaf in pairs if spec.is_matrix}
+
+    def leaf(x: Any) -> Any:
+        return ops.matrix(x) if id(x) in matrices else ops.vector(x)
+
+    loaded: TextWeights[Any, Any] = map_tree(leaf, weights)
+    return loaded
