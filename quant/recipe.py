@@ -120,22 +120,22 @@ _OUT_PROJ = {"layers.*.linear_attn.out_proj.weight": 6}
 _EMBEDDING = {"embed_tokens.weight": 6, "lm_head.weight": 6}
 
 RECIPES = _recipes(
-    Recipe("q4", "4-bit, DeltaNet's out_proj 6-bit", QuantSpec(4, 64), _OUT_PROJ),
+    Recipe("q4", "4-bit, with DeltaNet out_proj at 6 bits", QuantSpec(4, 64), _OUT_PROJ),
     Recipe(
         "q4+",
-        "4-bit; out_proj, o_proj, v_proj and the embedding 6-bit",
+        "4-bit, with out_proj, o_proj, v_proj, embedding at 6 bits",
         QuantSpec(4, 64),
         {**_OUT_PROJ, "layers.*.self_attn.o_proj.weight": 6, "layers.*.self_attn.v_proj.weight": 6, **_EMBEDDING},
     ),
     Recipe(
         "q5",
-        "feed-forward 4-bit; mixers and the embedding 6-bit",
+        "4-bit feed-forward, everything else at 6 bits",
         QuantSpec(4, 64),
         {"layers.*.linear_attn.*": 6, "layers.*.self_attn.*": 6, **_EMBEDDING},
     ),
     Recipe("q6", "6-bit", QuantSpec(6, 64)),
     Recipe("q8", "8-bit", QuantSpec(8, 64)),
-    Recipe("none", "bfloat16, nothing quantized", None),
+    Recipe("none", "bfloat16, not quantized", None),
 )
 
 
