@@ -62,7 +62,7 @@ class TestStreams:
         figures = result.err.strip().splitlines()
         assert len(figures) == 1
         assert "(0 cached," in figures[0]
-        assert "tok/s" in figures[0]
+        assert "tokens/s" in figures[0]
         assert "peak memory" in figures[0]
 
     def test_thinking_goes_to_stderr(self, run, chat_folder: Path) -> None:
@@ -134,14 +134,14 @@ class TestExitCodes:
         assert all(line.startswith(("hint: ", "  ")) for line in lines[1:])
 
     def test_a_model_that_is_nothing(self, run) -> None:
-        self.check(run("chat", "nothing here", "-p", "x"), 2, "nothing here is neither a folder nor a file here")
+        self.check(run("chat", "nothing here", "-p", "x"), 2, "model not found: nothing here (not a local path")
 
     def test_no_prompt(self, run, chat_folder: Path) -> None:
         self.check(run("generate", chat_folder), 2, "no prompt given")
         self.check(run("chat", chat_folder, stdin=""), 2, "no prompt given")
 
     def test_a_setting_out_of_range(self, run, chat_folder: Path) -> None:
-        self.check(run("chat", chat_folder, "-p", "x", "--temp", "-1"), 2, "temperature is -1")
+        self.check(run("chat", chat_folder, "-p", "x", "--temp", "-1"), 2, "temperature must be from 0 to 10, got -1")
 
     def test_bits_that_no_cache_has(self, run, chat_folder: Path) -> None:
         for command in ("chat", "generate"):
@@ -301,8 +301,9 @@ class TestRepl:
             "/think", "/nothink", "/undo", "/nope", "hi", "/regen", "/undo", "/system be brief", "/clear", "/quit",
         )  # fmt: skip
         for expected in (
-            "/regen", "max_tokens           2", "top_k is ('many',)", "no generation option 'nope'", "thinking is on",
-            "thinking is off", "no turn to take back", "there is no command /nope", "taken back: hi", "begins anew",
+            "/regen", "max_tokens           2", "top_k must be a whole number of at least 0, got ('many',)",
+            "unknown generation option 'nope'", "thinking is on", "thinking is off", "no turn to take back",
+            "unknown command /nope", "undone: hi", "conversation cleared",
         ):  # fmt: skip
             assert expected in result.err, expected
 

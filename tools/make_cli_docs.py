@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/reference/commands.md from the commands' own --help. `--check` only compares, as tests/test_docs.py does."""
+"""Write docs/reference/commands.md from the commands' own --help. `--check` only compares."""
 
 from __future__ import annotations
 

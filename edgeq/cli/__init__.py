@@ -120,6 +120,6 @@ def edgeq_command(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits the process."""
-    with suppress(ValueError):  # not in the main thread: then signals are somebody else's
+    with suppress(ValueError):  # outside the main thread Python allows no signal handlers
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that half-written files are removed
     app(None if arguments is None else list(arguments), prog_name="edgeq")

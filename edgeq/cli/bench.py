@@ -70,7 +70,7 @@ def bench(
     memory bandwidth of as many threads, measured right before and after the test.
     """
     if output not in ("md", "json", "csv"):
-        raise UsageError(f"--output must be md, json or csv, got {output!r}", hint="use md, json or csv")
+        raise UsageError(f"--output must be md, json or csv, got {output!r}")
     tests = _tests(_numbers("--n-prompt", n_prompt), _numbers("--n-gen", n_gen), pg or [], _numbers("-d", n_depth))
     counts = [None] if threads is None else _numbers("--threads", threads, least=1)
     kv = [None] if kv_bits is None else _numbers("--kv-bits", kv_bits)
@@ -97,7 +97,7 @@ def _tests(prompts: list[int], generated: list[int], pairs: list[str], depths: l
     kinds = [(n, 0) for n in prompts] + [(0, n) for n in generated] + [(pair[0], pair[1]) for pair in both]
     tests = [Test(*kind, depth) for depth, kind in product(depths, kinds) if any(kind)]
     if not tests:
-        raise UsageError("there is nothing to measure", hint="give -p, -n or -pg more than 0 tokens")
+        raise UsageError("nothing to measure", hint="give -p, -n or -pg more than 0 tokens")
     return tests
 
 

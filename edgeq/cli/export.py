@@ -46,7 +46,7 @@ def export(
     """
     kind = kind.lower()
     if kind not in EXPORT_TYPES:
-        raise UsageError(f"unknown type {kind!r}", hint=f"--type is one of {', '.join(EXPORT_TYPES)}")
+        raise UsageError(f"unknown type {kind!r}", hint=f"use one of {', '.join(EXPORT_TYPES)}")
     checkpoint = open_checkpoint(find_model(source))
     reports = []
     check_target(checkpoint, out, force)

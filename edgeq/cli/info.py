@@ -44,7 +44,7 @@ def info(
         facts = _options(ctx)
     elif model is None:
         if verify:
-            raise UsageError("--verify needs a model", hint="edgeq info FOLDER --verify")
+            raise UsageError("--verify needs a model", hint="try `edgeq info FOLDER --verify`")
         facts = _installation()
     else:
         path = find_model(model)
