@@ -69,7 +69,7 @@ def choose(name: str | None = None) -> Backend:
     """The backend to use, its `reason` saying why it is this one.
 
     `name` is a backend's name or "auto"; None reads EDGEQ_BACKEND, and unset that means "auto": MLX on Apple
-    Silicon, else the native CPU backend, else NumPy. Raises UsageError for a name that nobody has and EdgeqError
+    Silicon, else the native CPU backend, else NumPy. Raises UsageError for an unknown name and EdgeqError
     where the named backend cannot run here.
     """
     asked = f"EDGEQ_BACKEND={os.environ['EDGEQ_BACKEND']}" if name is None and os.environ.get("EDGEQ_BACKEND") else None
@@ -79,11 +79,12 @@ def choose(name: str | None = None) -> Backend:
     entry = next((entry for entry in _known() if entry.name == name), None)
     if entry is None:
         names = ", ".join(entry.name for entry in _known())
-        raise UsageError(f"unknown backend {name!r}", hint=f"there are: auto, {names}")
+        raise UsageError(f"unknown backend {name!r}", hint=f"use one of auto, {names}")
     backend = _probe(entry)
     if backend.ops is None:
         raise EdgeqError(
-            f"the {name} backend cannot run here: {backend.reason}", hint="--backend auto takes one that can"
+            f"the {name} backend cannot run here: {backend.reason}",
+            hint='use --backend auto (backend="auto" in Python)',
         )
     return backend._replace(reason=asked or "asked for by name")
 

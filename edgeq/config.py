@@ -128,7 +128,7 @@ class _Section:
     def error(self, key: str, found: object, expected: str) -> ModelError:
         return ModelError(
             f"{self.where}{key} is {found!r}, expected {expected}",
-            hint="edgeq runs Qwen3.5 checkpoints; is this config.json complete and unmodified?",
+            hint="download the config.json of a Qwen3.5 checkpoint again",
         )
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
@@ -170,7 +170,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{path} does not exist", hint="is this a complete checkpoint folder?") from None
+        raise ModelError(f"{path} does not exist", hint="give the folder of a complete checkpoint") from None
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
@@ -192,7 +192,7 @@ def parse_config(values: Mapping[str, Any], name: str = "config.json") -> ModelC
     if model_type != "qwen3_5":
         raise ModelError(
             f"{name}: model_type is {model_type!r}, expected 'qwen3_5' or 'qwen3_5_text'",
-            hint="edgeq runs Qwen3.5 0.8B, 2B and 4B; other architectures are not supported",
+            hint="use a Qwen3.5 model: 0.8B, 2B or 4B",
         )
     return ModelConfig(
         text=_text_config(top.section("text_config"), top),

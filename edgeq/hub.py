@@ -40,8 +40,9 @@ def find_model(model: str | Path) -> Path:
     if hub := _HUB_ID.fullmatch(name):
         return _download(hub["repo"], hub["revision"])
     raise UsageError(
-        f"{name} is neither a folder nor a file here, nor the id of a model",
-        hint="give a checkpoint folder, a .gguf file, a hub id such as Qwen/Qwen3.5-2B, or demo",
+        f"model not found: {name} (not a local path or a Hugging Face ID)",
+        hint="give a checkpoint folder, a .gguf file, a Hugging Face ID (Qwen/Qwen3.5-2B), a short name (qwen3.5:2b) "
+        "or demo",
     )
 
 
@@ -53,14 +54,20 @@ def _download(repo: str, revision: str | None) -> Path:
     except errors.GatedRepoError:
         problem, hint = "needs permission", f"accept its terms at huggingface.co/{repo} and set HF_TOKEN"
     except errors.RepositoryNotFoundError:
-        problem, hint = "is not on the hub, or is private", "check the spelling; set HF_TOKEN for a private model"
+        problem, hint = (
+            "is not on the Hugging Face Hub, or is private",
+            "check the spelling; set HF_TOKEN for a private model",
+        )
     except errors.RevisionNotFoundError:
-        problem, hint = f"has no revision {revision!r}", "leave the revision out, or check it"
+        problem, hint = f"has no revision {revision!r}", "check the revision, or leave it out"
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        problem = "is not in the local cache and the hub cannot be reached"
+        problem = "is not in the local cache, and the Hugging Face Hub cannot be reached"
         hint = "check the connection and HF_HUB_OFFLINE, or give a local folder"
     except errors.HfHubHTTPError as error:
-        problem, hint = f"cannot be fetched: {error.response.status_code} from the hub", "try again later"
+        problem, hint = (
+            f"cannot be downloaded: the Hugging Face Hub answered {error.response.status_code}",
+            "try again later",
+        )
     except (OSError, ValueError, RuntimeError) as error:
-        problem, hint = f"cannot be fetched: {error}", "what is fetched is kept; run the command again to resume"
+        problem, hint = f"cannot be downloaded: {error}", "try again; the download resumes where it stopped"
     raise NetworkError(f"{repo} {problem}", hint=f"{hint} ({repo} is not a local folder either)")

@@ -50,7 +50,7 @@ def state_from_arrays(ops: Ops[A, Any], c: TextConfig, arrays: Mapping[str, Arra
     try:
         length, next_position = int(arrays["length"]), int(arrays["next_position"])
     except KeyError as error:
-        raise ModelError(f"the saved state lacks {error}", hint="it was not written by edgeq, or is damaged") from None
+        raise ModelError(f"the saved state lacks {error}", hint="save the state again") from None
 
     def layer(i: int, kind: LayerKind) -> LayerState[A]:
         first, second = (
@@ -78,6 +78,6 @@ def _checked(arrays: Mapping[str, Array], name: str, shape: tuple[int, ...]) -> 
         what = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
         raise ModelError(
             f"the saved state's {name} is {what}, expected float32 {list(shape)}",
-            hint="a state goes on only with the model that it was saved with",
+            hint="load the state with the model that it was saved with",
         )
     return found

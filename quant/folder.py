@@ -14,18 +14,20 @@ __all__ = ["check_room", "new_folder", "refuse_existing"]
 
 
 def refuse_existing(out: Path, source: Path, force: bool) -> None:
-    """UsageError where writing `out` would destroy something that nobody asked to replace."""
+    """UsageError where writing `out` would destroy something without being asked to."""
     a, b = out.resolve(), source.resolve()
     if a == b or a in b.parents or b in a.parents:
-        raise UsageError(f"{out} and the source {source} lie in one another", hint="write to a folder elsewhere")
+        raise UsageError(f"the output {out} and the source {source} overlap", hint="choose a folder elsewhere")
     if not out.exists():
         return
     if not out.is_dir():
         raise UsageError(f"{out} exists and is not a folder", hint="choose another name")
     if not force:
-        raise UsageError(f"{out} exists", hint="choose another name, or replace it with --force")
+        raise UsageError(
+            f"{out} exists", hint="choose another name, or overwrite it with --force (force=True in Python)"
+        )
     if any(out.iterdir()) and not (out / "config.json").exists():
-        raise UsageError(f"{out} is not a model folder, so --force does not replace it", hint="choose another name")
+        raise UsageError(f"{out} is not a model folder, so it is not overwritten", hint="choose another name")
 
 
 def check_room(out: Path, nbytes: int) -> None:
@@ -34,8 +36,8 @@ def check_room(out: Path, nbytes: int) -> None:
     free = shutil.disk_usage(place).free
     if free < nbytes:
         raise MemoryBudgetError(
-            f"{out} needs {nbytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free",
-            hint="free some room or choose another disk",
+            f"not enough disk space for {out}: needs {nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB free",
+            hint="free some space or choose another disk",
         )
 
 

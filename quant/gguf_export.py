@@ -88,11 +88,13 @@ class _Tensor(NamedTuple):
 
 
 def check_target(checkpoint: Checkpoint, out: Path, force: bool) -> None:
-    """UsageError where writing `out` would destroy something that nobody asked to replace."""
+    """UsageError where writing `out` would destroy something without being asked to."""
     if out.exists() and (out.samefile(checkpoint.path) or out.is_dir()):
         raise UsageError(f"{out} is {'a folder' if out.is_dir() else 'the source'}", hint="choose another name")
     if out.exists() and not force:
-        raise UsageError(f"{out} exists", hint="choose another name, or replace it with --force")
+        raise UsageError(
+            f"{out} exists", hint="choose another name, or overwrite it with --force (force=True in Python)"
+        )
 
 
 def export_gguf(
@@ -106,9 +108,7 @@ def export_gguf(
     """
     c = checkpoint.config.text
     if c.linear_key_head_dim != c.linear_value_head_dim:
-        raise ModelError(
-            "llama.cpp runs DeltaNet with keys and values of one width only: this model cannot be exported"
-        )
+        raise ModelError("this model cannot be exported: llama.cpp needs DeltaNet keys and values of one width")
     specs = [spec for spec, _ in checkpoint.storage() if spec.part is not Part.VISION]
     tensors, notes = [], []
     for spec in specs:
@@ -135,7 +135,7 @@ def export_mmproj(
     vision = checkpoint.config.vision
     specs = [spec for spec, _ in checkpoint.storage() if spec.part is Part.VISION]
     if vision is None or not specs:
-        raise UsageError(f"{checkpoint.path} has no vision tower", hint="leave out --mmproj")
+        raise UsageError(f"{checkpoint.path} has no vision tower", hint="export the model without a vision tower")
     kind = kind if kind in ("f32", "bf16") else "f16"
     tensors = []
     for spec in specs:
@@ -221,7 +221,7 @@ def _encode(x: Float32, tensor: _Tensor) -> Array:
     if not limit <= (65504 if tensor.type.name not in ("F32", "BF16") else np.finfo(np.float32).max):
         raise ModelError(
             f"{tensor.name} holds {limit}, which {tensor.type.name} cannot store",
-            hint="export with --type bf16" if np.isfinite(limit) else "the checkpoint is damaged; fetch it again",
+            hint="export as bf16" if np.isfinite(limit) else "download or copy the checkpoint again",
         )
     if tensor.type.name in ("F32", "BF16"):
         return from_float32(x) if tensor.type.name == "BF16" else np.ascontiguousarray(x)
@@ -259,7 +259,8 @@ def _write(
                 os.fsync(file.fileno())
     except OSError as error:
         raise EdgeqError(
-            f"{out} could not be written: {error.strerror or error}", hint="nothing was left behind"
+            f"{out} could not be written: {error.strerror or error}",
+            hint="partial output was removed; check free disk space",
         ) from None
     names = [t.type.name for t in tensors]
     return ExportReport(out, out.stat().st_size, {name: names.count(name) for name in dict.fromkeys(names)}, notes)

@@ -62,11 +62,12 @@ def verify(folder: Path) -> Hashes:
     record = read_json(folder / RECORD)
     files = record.get("files")
     if not isinstance(files, dict) or not all(_is_entry(name, entry) for name, entry in files.items()):
-        raise ModelError(f"{folder / RECORD} is not a record of files", hint="the file was changed; quantize again")
+        raise ModelError(f"{folder / RECORD} is not a record of files", hint="quantize the model again")
     problems = [problem for name, entry in files.items() if (problem := _difference(folder / name, entry))]
     if problems:
         raise ModelError(
-            f"{folder} is not what was written: {'; '.join(problems)}", hint="copy the folder again, or quantize again"
+            f"{folder} does not match its provenance record: {'; '.join(problems)}",
+            hint="copy the folder again, or quantize the model again",
         )
     return files
 

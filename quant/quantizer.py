@@ -76,7 +76,7 @@ def quantize(
     if dry_run:
         return report
     if out is None:
-        raise UsageError("no output folder was named", hint="add -o FOLDER")
+        raise UsageError("no output folder given", hint="give one with -o FOLDER, or as `out` in Python")
     out = Path(out)
     refuse_existing(out, plan.source.path, force)
     check_room(out, plan.nbytes())
@@ -85,7 +85,8 @@ def quantize(
             errors = _write_folder(plan, folder, Source(plan.source.path, revision), threads or _cores(), progress)
     except OSError as error:
         raise EdgeqError(
-            f"{out} could not be written: {error.strerror or error}", hint="nothing was left behind; is there room?"
+            f"{out} could not be written: {error.strerror or error}",
+            hint="partial output was removed; check free disk space",
         ) from None
     tensors = tuple(replace(t, nmse=errors.get(t.name)) for t in report.tensors)
     return replace(report, tensors=tensors, seconds=time.perf_counter() - start)
@@ -295,7 +296,7 @@ class _WeightWriter:
         x = to_float32(block)
         if not np.isfinite(x).all():
             raise ModelError(
-                f"{self.plan.source.path}: {a.file_name} holds NaN or infinity", hint="the file is damaged"
+                f"{self.plan.source.path}: {a.file_name} holds NaN or infinity", hint="download or copy the file again"
             )
         return x
 

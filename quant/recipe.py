@@ -60,8 +60,8 @@ class TypeRule:
         kind = _FLOAT_TYPES.get(spec.lower()) or _bits_and_group(spec)
         if not pattern or kind is None:
             raise UsageError(
-                f"--type {text!r} is not PATTERN=SPEC",
-                hint="SPEC is 2, 3, 4, 5, 6 or 8 bits, such as 4 or 6g32 (groups of 32, 64 or 128), or bf16, f16, f32",
+                f"type {text!r} is not PATTERN=SPEC",
+                hint="SPEC is bits (2, 3, 4, 5, 6, 8), bits and group size (6g32), bf16, f16 or f32",
             )
         return cls(text, pattern, kind)
 
@@ -70,7 +70,7 @@ class TypeRule:
         return not isinstance(self.type, str)
 
     def matches(self, *names: str) -> bool:
-        """Whether the pattern fits one of the names, with or without `.weight`."""
+        """Whether the pattern matches one of the names, with or without `.weight`."""
         candidates = (*names, *(name.removesuffix(".weight") for name in names))
         return any(fnmatchcase(name, self.pattern) for name in candidates)
 
@@ -91,7 +91,7 @@ def _bits_and_group(spec: str) -> tuple[int, int | None] | None:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """`base` for every matrix, at least `lifted` bits where a pattern of neutral names fits; None: all bfloat16."""
+    """`base` for every matrix, at least `lifted` bits where a pattern matches the neutral name; None: all bfloat16."""
 
     name: str
     summary: str
@@ -120,38 +120,43 @@ _OUT_PROJ = {"layers.*.linear_attn.out_proj.weight": 6}
 _EMBEDDING = {"embed_tokens.weight": 6, "lm_head.weight": 6}
 
 RECIPES = _recipes(
-    Recipe("q4", "4-bit, DeltaNet's out_proj 6-bit", QuantSpec(4, 64), _OUT_PROJ),
+    Recipe("q4", "4-bit, with DeltaNet out_proj at 6 bits", QuantSpec(4, 64), _OUT_PROJ),
     Recipe(
         "q4+",
-        "4-bit; out_proj, o_proj, v_proj and the embedding 6-bit",
+        "4-bit, with out_proj, o_proj, v_proj, embedding at 6 bits",
         QuantSpec(4, 64),
         {**_OUT_PROJ, "layers.*.self_attn.o_proj.weight": 6, "layers.*.self_attn.v_proj.weight": 6, **_EMBEDDING},
     ),
     Recipe(
         "q5",
-        "feed-forward 4-bit; mixers and the embedding 6-bit",
+        "4-bit feed-forward, everything else at 6 bits",
         QuantSpec(4, 64),
         {"layers.*.linear_attn.*": 6, "layers.*.self_attn.*": 6, **_EMBEDDING},
     ),
     Recipe("q6", "6-bit", QuantSpec(6, 64)),
     Recipe("q8", "8-bit", QuantSpec(8, 64)),
-    Recipe("none", "bfloat16, nothing quantized", None),
+    Recipe("none", "bfloat16, not quantized", None),
 )
+
+
+def _either(values: Sequence[int]) -> str:
+    *others, last = map(str, sorted(values))
+    return f"{', '.join(others)} or {last}"
 
 
 def choose_recipe(name: str | None, bits: int | None, group_size: int | None) -> Recipe:
     """The recipe called `name`, by default q4 or, at 8 bits, q8; `bits` and `group_size` replace its base's."""
     if bits is not None and bits not in BITS:
-        raise UsageError(f"--bits is {bits}", hint=f"expected one of {', '.join(map(str, BITS))}")
+        raise UsageError(f"bits must be {_either(BITS)}, got {bits}")
     if group_size is not None and group_size not in GROUP_SIZES:
-        raise UsageError(f"--group-size is {group_size}", hint=f"expected one of {', '.join(map(str, GROUP_SIZES))}")
+        raise UsageError(f"group size must be {_either(GROUP_SIZES)}, got {group_size}")
     name = name or ("q8" if bits == 8 else "q4")
     if name not in RECIPES:
-        raise UsageError(f"there is no recipe {name!r}", hint=f"the recipes are {', '.join(RECIPES)}")
+        raise UsageError(f"unknown recipe {name!r}", hint=f"use one of {', '.join(RECIPES)}")
     recipe = RECIPES[name]
     if recipe.base is None:
         if bits is not None or group_size is not None:
-            raise UsageError(f"recipe {name!r} quantizes nothing", hint="leave out --bits and --group-size")
+            raise UsageError(f"recipe {name!r} quantizes nothing", hint="leave out bits and group size")
         return recipe
     base = QuantSpec(bits or recipe.base.bits, group_size or recipe.base.group_size)
     return replace(recipe, base=base)
@@ -204,10 +209,10 @@ def _fit(a: Assignment) -> Assignment:
 def _unused_error(rule: TypeRule, tensors: Sequence[tuple[TensorSpec, str]]) -> UsageError:
     if any(rule.matches(spec.name, file_name) for spec, file_name in tensors):
         return UsageError(
-            f"--type {rule.text!r} fits only tensors that are never quantized",
-            hint="gates, convolutions, norms, vectors and the vision tower can be bf16, f16 or f32",
+            f"type {rule.text!r} matches only tensors that are never quantized",
+            hint="store gates, convolutions, norms, vectors and the vision tower as bf16, f16 or f32",
         )
     return UsageError(
-        f"--type {rule.text!r} fits no tensor",
-        hint="patterns fit whole names, e.g. '*.down_proj' or 'layers.0.*'; --dry-run lists the names",
+        f"type {rule.text!r} matches no tensor",
+        hint="match whole names, such as '*.down_proj' or 'layers.0.*'; a dry run lists the names",
     )

@@ -151,9 +151,9 @@ class TestCommand:
         [
             (["-p", "many"], "--n-prompt many: expected whole numbers from 0"),
             (["-t", "0"], "--threads 0: expected whole numbers from 1"),
-            (["-p", "0", "-n", "0"], "there is nothing to measure"),
+            (["-p", "0", "-n", "0"], "nothing to measure"),
             (["-pg", "5"], "-pg 5: expected the tokens of a prompt and of its continuation"),
-            (["-o", "xml"], "unknown output 'xml'"),
+            (["-o", "xml"], "--output must be md, json or csv, got 'xml'"),
             (["--kv-bits", "16,5"], "keys and values cannot be kept in 5 bits"),
             (["--kv-bits", "four"], "--kv-bits four: expected whole numbers"),
             (["-t", "2"], "numpy backend has no setting 'threads'"),

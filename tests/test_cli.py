@@ -62,7 +62,7 @@ class TestStreams:
         figures = result.err.strip().splitlines()
         assert len(figures) == 1
         assert "(0 cached," in figures[0]
-        assert "tok/s" in figures[0]
+        assert "tokens/s" in figures[0]
         assert "peak memory" in figures[0]
 
     def test_thinking_goes_to_stderr(self, run, chat_folder: Path) -> None:
@@ -94,6 +94,34 @@ class TestStreams:
         assert one.code == two.code == 0
         assert one.out == two.out
 
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            "-m {model} -p x --n-predict 5 -s 0 --temperature=0.5",
+            "{model} -p x --num-predict=5 --seed=0 --temp=0.5 --ctx-size 99 --nothink",
+            "--model {model} -f {file} -n5 -s0 --temperature 0.5 --repeat-penalty 1",
+            "{model} --prompt-file={file} --max-tokens=5 --seed 0 --temp .5 --reasoning-budget 4",
+        ],
+    )
+    def test_what_fingers_know_from_other_engines(self, run, chat_folder: Path, tmp_path: Path, arguments: str) -> None:
+        (tmp_path / "prompt.txt").write_text("x\n")
+        given = [part.format(model=chat_folder, file=tmp_path / "prompt.txt") for part in arguments.split()]
+        plain = run("chat", chat_folder, "-p", "x", "--max-tokens", "5", "--seed", "0", "--temp", "0.5")
+        assert plain.code == 0
+        assert run("chat", *given).out == plain.out
+
+    def test_a_prompt_that_looks_like_an_option(self, run, chat_folder: Path) -> None:
+        """The other engines' names are replaced nowhere but where an option is expected."""
+        reply = json.loads(run("chat", chat_folder, "--prompt=-n", "--json", *FIXED).out)
+        assert reply["usage"]["prompt_tokens"] == len(edgeq_ids(chat_folder, "-n"))
+
+
+def edgeq_ids(folder: Path, prompt: str) -> list[int]:
+    """The ids of a first turn."""
+    chat = edgeq.load(folder, backend="numpy").chat()
+    chat.send(prompt)
+    return list(chat.ids)
+
 
 class TestExitCodes:
     def check(self, result: Result, code: int, message: str) -> None:
@@ -106,14 +134,14 @@ class TestExitCodes:
         assert all(line.startswith(("hint: ", "  ")) for line in lines[1:])
 
     def test_a_model_that_is_nothing(self, run) -> None:
-        self.check(run("chat", "nothing here", "-p", "x"), 2, "nothing here is neither a folder nor a file here")
+        self.check(run("chat", "nothing here", "-p", "x"), 2, "model not found: nothing here (not a local path")
 
     def test_no_prompt(self, run, chat_folder: Path) -> None:
-        self.check(run("generate", chat_folder), 2, "there is no prompt")
-        self.check(run("chat", chat_folder, stdin=""), 2, "there is no prompt")
+        self.check(run("generate", chat_folder), 2, "no prompt given")
+        self.check(run("chat", chat_folder, stdin=""), 2, "no prompt given")
 
     def test_a_setting_out_of_range(self, run, chat_folder: Path) -> None:
-        self.check(run("chat", chat_folder, "-p", "x", "--temp", "-1"), 2, "temperature is -1")
+        self.check(run("chat", chat_folder, "-p", "x", "--temp", "-1"), 2, "temperature must be from 0 to 10, got -1")
 
     def test_bits_that_no_cache_has(self, run, chat_folder: Path) -> None:
         for command in ("chat", "generate"):
@@ -148,10 +176,22 @@ class TestExitCodes:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         self.check(run("chat", "Qwen/Not-Here", "-p", "x"), 5, "Qwen/Not-Here is not in the local cache")
 
-    def test_an_unknown_option(self, run, chat_folder: Path) -> None:
-        result = run("chat", chat_folder, "--nope")
-        assert result.code == 2
-        assert "--nope" in result.err
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ("--nope", "no such option: --nope"),
+            ("nope", "no such command 'nope'"),
+            ("chat --nope", "no such option: --nope"),
+            ("chat demo --temp", "'--temp' requires an argument"),
+            ("chat demo -p x --threads 0", "invalid value for '--threads'"),
+            ("info --json=1", "'--json' does not take a value"),
+            ("quantize", "missing argument 'MODEL'"),
+            ("chat -p x", "no model given"),
+            ("chat demo -m other -p x", "two models given: demo and other"),
+        ],
+    )
+    def test_a_line_that_makes_no_sense(self, run, arguments: str, message: str) -> None:
+        self.check(run(*arguments.split()), 2, message)
 
     def test_ctrl_c(self, run, chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def interrupted(self: Reply) -> None:
@@ -213,7 +253,7 @@ class TestConfiguration:
         assert facts["chat.temp"] == "0.2 (environment (EDGEQ_TEMP))"
         assert facts["chat.seed"] == facts["generate.seed"] == "5 (configuration file)"
         assert facts["chat.top_k"] == "3 (configuration file)"
-        assert facts["generate.top_k"] == "None (default)"
+        assert facts["generate.top_k"] == "20 (default)"
 
     def test_the_file_counts(self, run, chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         file = tmp_path / "config.toml"
@@ -222,7 +262,7 @@ class TestConfiguration:
         reply = json.loads(run("generate", chat_folder, "-p", "x", "--json", "--ignore-eos").out)
         assert len(reply["ids"]) == 3
 
-    @pytest.mark.parametrize("content", ["nope = 1", "[chat]\nnope = 1", "temp = ", "\xff"])
+    @pytest.mark.parametrize("content", ["nope = 1", "[chat]\nnope = 1", "[chatt]\ntemp = 1", "temp = ", "\xff"])
     def test_a_bad_file(self, run, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         file = tmp_path / "config.toml"
         monkeypatch.setenv("EDGEQ_CONFIG", str(file))
@@ -263,8 +303,9 @@ class TestRepl:
             "/think", "/nothink", "/undo", "/nope", "hi", "/regen", "/undo", "/system be brief", "/clear", "/quit",
         )  # fmt: skip
         for expected in (
-            "/regen", "max_tokens           2", "top_k is ('many',)", "no generation option 'nope'", "thinking is on",
-            "thinking is off", "nothing to undo", "there is no command /nope", "taken back: hi", "begins anew",
+            "/regen", "max_tokens           2", "top_k must be a whole number of at least 0, got ('many',)",
+            "unknown generation option 'nope'", "thinking is on", "thinking is off", "nothing to undo",
+            "unknown command /nope", "undone: hi", "conversation cleared",
         ):  # fmt: skip
             assert expected in result.err, expected
 

@@ -182,11 +182,11 @@ class TestHub:
     @pytest.mark.parametrize(
         ("model", "environment", "message"),
         [
-            ("Qwen/Nope", {}, "Qwen/Nope is not on the hub, or is private"),
+            ("Qwen/Nope", {}, "Qwen/Nope is not on the Hugging Face Hub, or is private"),
             ("Qwen/Private", {}, "Qwen/Private needs permission"),
             (f"{REPO}@nope", {}, "has no revision 'nope'"),
             (REPO, {"HF_HUB_OFFLINE": "1"}, "is not in the local cache"),
-            (REPO, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "hub cannot be reached"),
+            (REPO, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "Hugging Face Hub cannot be reached"),
         ],
     )
     def test_what_cannot_be_had(
@@ -206,7 +206,7 @@ class TestNames:
     @pytest.mark.parametrize("name", ["", "no such folder", "a/b/c", "./nothing", "/nothing/here", "x.gguf"])
     def test_what_can_be_nothing(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(UsageError, match="neither a folder nor a file here"):
+        with pytest.raises(UsageError, match=r"model not found: .*not a local path or a Hugging Face ID"):
             find_model(name)
 
     @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_an_unknown_kv_type_is_refused() -> None:
 
 
 def test_threads_out_of_range_are_refused() -> None:
-    with pytest.raises(UsageError, match="threads is 0"):
+    with pytest.raises(UsageError, match="threads must be 1 to 1024, got 0"):
         CpuOps(threads=0)
 
 

@@ -83,10 +83,10 @@ class TestRecipes:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (("q3", None, None), "no recipe 'q3'"),
+            (("q3", None, None), "unknown recipe 'q3'"),
             (("none", 4, None), "quantizes nothing"),
-            ((None, 7, None), "--bits is 7"),
-            ((None, 4, 48), "--group-size is 48"),
+            ((None, 7, None), "bits must be 2, 3, 4, 5, 6 or 8, got 7"),
+            ((None, 4, 48), "group size must be 32, 64 or 128, got 48"),
         ],
     )
     def test_nonsense(self, arguments: Any, message: str) -> None:
@@ -113,7 +113,7 @@ class TestTypes:
     @pytest.mark.parametrize(
         ("rule", "message"),
         [
-            ("*.nothing=4", "fits no tensor"),
+            ("*.nothing=4", "matches no tensor"),
             ("*.in_proj_a=8", "never quantized"),
             ("visual.*=4", "never quantized"),
             ("*.up_proj", "not PATTERN=SPEC"),

@@ -108,7 +108,7 @@ class TestGenerate:
         assert reply.finish.reason is StopReason.STOP_STRING
 
     def test_unknown_options_are_named(self, model: Model) -> None:
-        with pytest.raises(UsageError, match="no generation option 'temprature'"):
+        with pytest.raises(UsageError, match="unknown generation option 'temprature'"):
             model.generate([1], temprature=1.0)
 
     def test_a_prompt_that_does_not_fit(self, chat_folder: Path) -> None:

@@ -211,22 +211,23 @@ def test_extreme_numbers_still_draw(temperature):
         ("seed", -1, "whole number of at least 0"),
         ("max_tokens", 0, "whole number of at least 1"),
         ("thinking_budget", -1, "whole number of at least 0"),
-        ("stop", "abc", "tuple of texts"),
-        ("stop", ("a", ""), "tuple of texts"),
+        ("stop", "abc", "tuple of non-empty strings"),
+        ("stop", ("a", ""), "tuple of non-empty strings"),
     ],
 )
 def test_settings_out_of_range_name_option_value_and_range(option, value, expected):
     with pytest.raises(UsageError) as caught:
         GenerationSettings(**{option: value})
-    assert caught.value.message.startswith(f"{option} is {value!r};")
+    assert caught.value.message.startswith(f"{option} must be ")
     assert expected in caught.value.message
+    assert caught.value.message.endswith(f", got {value!r}")
 
 
 def test_replace_overrides_with_what_was_given():
     base = preset(thinking=True)
     assert base.replace(temperature=None, top_k=None) == base
     assert base.replace(temperature=0, seed=3) == dataclasses.replace(base, temperature=0, seed=3)
-    with pytest.raises(UsageError, match="no generation option 'temprature'"):
+    with pytest.raises(UsageError, match="unknown generation option 'temprature'"):
         base.replace(temprature=1)
 
 

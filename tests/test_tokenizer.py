@@ -1,4 +1,4 @@
-"""Tokenizer and streaming detokenizer: agreement with Hugging Face, control tokens, broken files."""
+"""Tokenizer and streaming detokenizer: agreement with Hugging Face, special tokens, broken files."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_ids_without_a_token(tokenizer: Tokenizer, token_id: int) -> None:
     assert tokenizer.decode([token_id, tokenizer.vocab_size]) == ""
 
 
-# Control tokens
+# Special tokens
 
 
 def test_control_tokens_in_user_text_stay_text(tokenizer: Tokenizer) -> None:

@@ -1,6 +1,6 @@
-"""A byte-level BPE tokenizer of 1,057 tokens with the family's control tokens and a small chat template.
+"""A byte-level BPE tokenizer of 1,057 tokens with the family's special tokens and a small chat template.
 
-Laid out like the real one: control tokens follow the BPE tokens in the same order, the last seven are listed in
+Laid out like the real one: special tokens follow the BPE tokens in the same order, the last seven are listed in
 tokenizer_config.json only. The ids fit a tiny model with 1,024 BPE tokens and up to 31 rows of padding.
 """
 

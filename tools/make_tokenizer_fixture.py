@@ -5,7 +5,7 @@
 
 Needs transformers; the tests that read the file do not. Each entry is [text, ids as ordinary text, ids with control
 tokens recognised, or null where those are the same]. The texts are sentences in many scripts, source code, emoji,
-white space and spelled-out control tokens, and seeded mixtures of all these.
+white space and spelled-out special tokens, and seeded mixtures of all these.
 """
 
 from __future__ import annotations

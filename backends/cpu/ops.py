@@ -61,7 +61,7 @@ class CpuOps(ArrayOps[_native.Matrix]):
             raise UsageError(str(error)) from None
         if threads is not None:
             if not 1 <= threads <= 1024:
-                raise UsageError(f"threads is {threads}, expected 1 to 1024")
+                raise UsageError(f"threads must be 1 to 1024, got {threads}")
             _native.set_thread_count(threads)
 
     @property

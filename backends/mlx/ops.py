@@ -74,8 +74,8 @@ class MlxOps(Ops[mx.array, MlxMatrix]):
     def __init__(self, dtype: Dtype | None = None, compiled: bool | None = None, kv_dtype: str | None = None) -> None:
         if kv_dtype not in (None, "f16"):
             raise UsageError(
-                f"the mlx backend keeps keys and values in 16 bits (32 on a CPU), not as {kv_dtype}",
-                hint="leave --kv-bits out, or use --backend cpu",
+                f"the mlx backend has no {kv_dtype} KV cache",
+                hint="leave the KV bits to the backend, or use the cpu backend",
             )
         self._on_cpu = on_cpu = _on_cpu()
         name = dtype or ("float32" if on_cpu else "bfloat16")

@@ -73,5 +73,5 @@ KEPT: dict[str, Callable[[Float32], Float32]] = {
 def check_kv_dtype(name: str) -> str:
     """`name` as a type of cache entries, or a UsageError."""
     if name not in KEPT:
-        raise UsageError(f"unknown KV cache type {name!r}", hint=f"there are: {', '.join(KEPT)}")
+        raise UsageError(f"unknown KV cache type {name!r}", hint=f"use one of {', '.join(KEPT)}")
     return name

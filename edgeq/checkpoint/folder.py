@@ -98,7 +98,9 @@ class FolderCheckpoint(Checkpoint):
             return self.rows(name, slice(None))
         x = to_float32(self.raw(name))
         if not np.isfinite(x).all():
-            raise ModelError(f"{self.path}: {self.file_name(name)} holds NaN or infinity", hint="the file is damaged")
+            raise ModelError(
+                f"{self.path}: {self.file_name(name)} holds NaN or infinity", hint="download or copy the file again"
+            )
         match self.tensors[name].spec.role:
             case Role.NORM:
                 return x if self.layout == "mlx" else 1 + x
@@ -159,7 +161,10 @@ class FolderCheckpoint(Checkpoint):
         """mlx-lm's rule: its files have the convolution's channel axis last but one. Without one, the file's mark."""
         shapes = {self._info(name).shape[1:2] for name in self._where if name.endswith("conv1d.weight")}
         if len(shapes) > 1:
-            raise ModelError(f"{self.path} mixes the hub's and MLX's layout of conv1d.weight", hint="convert it again")
+            raise ModelError(
+                f"{self.path} mixes the hub's and MLX's layout of conv1d.weight",
+                hint="convert the model again with one tool",
+            )
         if shapes:
             return "hub" if shapes == {(1,)} else "mlx"
         return "mlx" if any(file.metadata.get("format") == "mlx" for file in self.files) else "hub"
@@ -187,7 +192,7 @@ class FolderCheckpoint(Checkpoint):
             more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             raise ModelError(
                 f"{self.path} does not hold the tensors that its config.json describes:{shown}{more}",
-                hint="config.json and weights are of different models, or the download is incomplete",
+                hint="download config.json and the weights again, from one model",
             )
         return tensors
 
@@ -259,7 +264,7 @@ class _QuantizationTable:
         if method not in (None, "affine"):
             raise ModelError(
                 f"config.json: quant_method {method!r} is not supported",
-                hint="edgeq reads unquantized and MLX-quantized safetensors, and GGUF",
+                hint="use the unquantized model, an MLX-quantized one or a GGUF file",
             )
         self._default = self._entry("quantization", self._block) if self._block else None
         self._modules = {
@@ -276,7 +281,7 @@ class _QuantizationTable:
         bits, group = entry.get("bits"), entry.get("group_size", self._block.get("group_size"))
         mode = entry.get("mode", "affine")
         if mode != "affine":
-            raise ModelError(f"config.json: {where}.mode is {mode!r}; only 'affine' is supported")
+            raise ModelError(f"config.json: {where}.mode is {mode!r}, expected 'affine'")
         if bits not in BITS or group not in GROUP_SIZES:
             raise ModelError(
                 f"config.json: {where} has bits {bits!r} and group_size {group!r}, "
@@ -298,7 +303,9 @@ def _weight_files(path: Path) -> list[Path]:
     if not index.exists():
         files = sorted(path.glob("model*.safetensors"))
         if not files:
-            raise ModelError(f"{path} holds no model*.safetensors files", hint="is this a complete checkpoint folder?")
+            raise ModelError(
+                f"{path} holds no model*.safetensors files", hint="give the folder of a complete checkpoint"
+            )
         return files
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
@@ -309,9 +316,7 @@ def _weight_files(path: Path) -> list[Path]:
             raise ModelError(f"{index} names {name!r}, which is outside of the folder")
     absent = [name for name in names if not (path / name).exists()]
     if absent:
-        raise ModelError(
-            f"{path} lacks {', '.join(absent)}", hint="the download is incomplete; fetch the missing files"
-        )
+        raise ModelError(f"{path} lacks {', '.join(absent)}", hint="download the missing files")
     return [path / name for name in names]
 
 

@@ -200,7 +200,7 @@ class GGUFCheckpoint(Checkpoint):
     def _damaged(self, tensor: _Tensor) -> ModelError:
         return ModelError(
             f"{tensor.file.path}: {tensor.names[0]} holds NaN or infinity",
-            hint="the file is damaged; download or copy it again",
+            hint="download or copy the file again",
         )
 
     # --- opening -----------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ class GGUFCheckpoint(Checkpoint):
             more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             raise ModelError(
                 f"{self.path} does not hold the tensors that its metadata describes:{shown}{more}",
-                hint="the file is damaged, or of a variant of the model that edgeq does not know",
+                hint="download the file again, or convert the model again with a current llama.cpp",
             )
         return tensors
 
@@ -278,15 +278,15 @@ def _open_model(path: Path) -> GGUFFile:
     arch = file.get("general.architecture", str)
     if arch == VISION_ARCH:
         raise ModelError(
-            f"{path} is a vision tower (mmproj)", hint="give the model's file; the tower is found beside it"
+            f"{path} is a vision tower (mmproj)", hint="pass the model file; edgeq finds the mmproj next to it"
         )
     if arch != ARCH:
         raise ModelError(
             f"{path} is of architecture {arch!r}, expected {ARCH!r}",
-            hint="edgeq runs Qwen3.5 0.8B, 2B and 4B; other architectures are not supported",
+            hint="use a Qwen3.5 model: 0.8B, 2B or 4B",
         )
     if file.get("split.count", int, 1) > 1:
-        raise ModelError(f"{path} is a part of a split model", hint="join the parts with llama-gguf-split --merge")
+        raise ModelError(f"{path} is one part of a split model", hint="join the parts with `llama-gguf-split --merge`")
     return file
 
 

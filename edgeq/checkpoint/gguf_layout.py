@@ -230,7 +230,10 @@ def text_values(file: GGUFFile) -> dict[str, Any]:
 def _embedding_rows(file: GGUFFile) -> int:
     info = file.tensors.get("token_embd.weight")
     if info is None:
-        raise ModelError(f"{file.path} holds no token_embd.weight", hint="is it a part of a split model?")
+        raise ModelError(
+            f"{file.path} holds no token_embd.weight",
+            hint="download it again; join the parts of a split model with `llama-gguf-split --merge`",
+        )
     return info.shape[0]
 
 

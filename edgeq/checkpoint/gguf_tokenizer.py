@@ -42,7 +42,7 @@ def tokenizer_spec(file: GGUFFile) -> tuple[dict[str, Any], dict[str, Any]] | No
     if model != "gpt2" or pre not in PRE_TOKENIZERS:
         raise ModelError(
             f"{file.path}: tokenizer {model!r} with pre-tokenizer {pre!r} is not supported",
-            hint="Qwen3.5's is 'gpt2' with 'qwen35'; convert the model again with a current llama.cpp",
+            hint="convert the model again with a current llama.cpp, which writes 'gpt2' with 'qwen35'",
         )
     tokens, kinds = _vocabulary(file)
     vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == TokenType.NORMAL}
@@ -131,7 +131,7 @@ def tokenizer_metadata(spec: Mapping[str, Any], config: Mapping[str, Any], rows:
     model = spec["model"]
     pre = [name for name, regex in PRE_TOKENIZERS.items() if json.dumps(regex) in json.dumps(spec["pre_tokenizer"])]
     if model.get("type") != "BPE" or not pre:
-        raise ModelError("tokenizer.json is not Qwen3.5's byte-level BPE, which is all that edgeq exports")
+        raise ModelError("tokenizer.json is not Qwen3.5's byte-level BPE, the only kind that edgeq exports")
     tokens = {i: (token, TokenType.NORMAL) for token, i in model["vocab"].items()}
     for added in spec["added_tokens"]:  # <|fim_prefix|> and its like are not "special" in the file, but control here
         control = added["special"] or (added["content"].startswith("<|") and added["content"].endswith("|>"))

@@ -10,8 +10,8 @@ import os
 import signal
 import sys
 from collections import UserDict
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -19,9 +19,10 @@ import typer
 from typer.core import TyperGroup
 
 import edgeq
+from edgeq.cli.config_file import read_config_file
 from edgeq.cli.console import report_error
-from edgeq.cli.options import ALIASES, BENCH_ALIASES, read_config_file
-from edgeq.errors import EdgeqError
+from edgeq.cli.help import Command
+from edgeq.errors import EdgeqError, MemoryBudgetError, UsageError
 
 __all__ = ["COMMANDS", "app", "main"]
 
@@ -34,7 +35,7 @@ class _CommandTable(UserDict[str, Any]):
     def __getitem__(self, name: str) -> Any:
         if self.data[name] is None:
             alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-            alone.command(name)(getattr(import_module(f"edgeq.cli.{name}"), name))
+            alone.command(name, cls=Command)(getattr(import_module(f"edgeq.cli.{name}"), name))
             self.data[name] = typer.main.get_command(alone)
         return self.data[name]
 
@@ -46,31 +47,49 @@ class _Commands(TyperGroup):
         super().__init__(**settings)
         self.commands = _CommandTable(dict.fromkeys(COMMANDS))
 
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        if not args:  # then help is shown
+            return super().parse_args(ctx, args)
+        with _reported(ctx, debug=False):
+            return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
-        debug = bool(ctx.params.get("debug"))
-        try:
+        with _reported(ctx, debug=bool(ctx.params.get("debug"))):
             ctx.default_map = read_config_file(
                 lambda: {name: {p.name for p in command.params if p.name} for name, command in self.commands.items()}
             )
             return super().invoke(ctx)
-        except EdgeqError as error:
-            if debug:
-                raise
-            report_error(error)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
-        except MemoryError:
-            print("error: out of memory\nhint: use a smaller model, fewer bits or a smaller --context", file=sys.stderr)
-            raise typer.Exit(3) from None
-        except BrokenPipeError:  # the reader of our output has left: nothing more to say
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(1) from None
-        except OSError as error:
-            if debug:
-                raise
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(1) from None
+
+
+@contextmanager
+def _reported(ctx: Any, *, debug: bool) -> Iterator[None]:
+    """What went wrong becomes one line on stderr, perhaps a hint, and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except BrokenPipeError:  # the reader of our output has left: nothing more to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except (EdgeqError, MemoryError, OSError, _Misuse) as error:
+        if debug:
+            raise
+        told = _as_edgeq_error(error, ctx)
+        report_error(told)
+        raise typer.Exit(told.exit_code) from None
+
+
+_Misuse: Any = typer.BadParameter.__mro__[1]  # click's UsageError, wherever typer has it from
+
+
+def _as_edgeq_error(error: BaseException, ctx: Any) -> EdgeqError:
+    if isinstance(error, MemoryError):
+        return MemoryBudgetError("out of memory", hint="use a smaller model, fewer bits or a smaller context")
+    if isinstance(error, _Misuse):
+        command = " ".join(filter(None, (ctx.command_path, ctx.invoked_subcommand)))
+        message = error.format_message().rstrip(".")
+        return UsageError(message[:1].lower() + message[1:], hint=f"`{command} --help` lists its options")
+    return error if isinstance(error, EdgeqError) else EdgeqError(str(error))
 
 
 app = typer.Typer(
@@ -79,7 +98,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
 
@@ -91,17 +110,16 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def edgeq_command(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", envvar="EDGEQ_DEBUG", help="Show a traceback on errors.")] = False,
 ) -> None:
-    """Qwen3.5 0.8B, 2B and 4B on laptops, Apple Silicon and Raspberry Pi-class boards."""
+    """Quantize and run Qwen3.5 0.8B, 2B and 4B on laptops, Macs and Raspberry Pi."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits the process."""
-    with suppress(ValueError):  # not in the main thread: then signals are somebody else's
+    with suppress(ValueError):  # outside the main thread Python allows no signal handlers
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that half-written files are removed
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    command = next((argument for argument in given if argument in COMMANDS), None)
-    aliases = BENCH_ALIASES if command == "bench" else ALIASES
-    app([aliases.get(argument, argument) for argument in given], prog_name="edgeq")
+    app(None if arguments is None else list(arguments), prog_name="edgeq")

@@ -9,13 +9,11 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Annotated, Any
 
-import typer
-
 import edgeq
 from edgeq.api import Model, load
 from edgeq.bench import Result, Test, measure, model_size
 from edgeq.cli.console import new_bar, peak_memory
-from edgeq.cli.options import BackendOption, ModelArgument
+from edgeq.cli.options import BackendOption, ModelArgument, option
 from edgeq.errors import UsageError
 
 __all__ = ["bench"]
@@ -26,37 +24,53 @@ _COLUMNS = ("model", "size", "params", "backend", "threads", "kv", "test", "t/s"
 def bench(
     model: ModelArgument,
     n_prompt: Annotated[
-        str, typer.Option("--n-prompt", "-p", metavar="N,...", help="Lengths of prompts to run; 0 leaves them out.")
+        str,
+        option("--n-prompt", "-p", metavar="N,...", env=False, help="Prompt lengths (prefill), in tokens; 0 skips."),
     ] = "512",
     n_gen: Annotated[
-        str, typer.Option("--n-gen", "-n", metavar="N,...", help="Numbers of tokens to generate; 0 leaves them out.")
+        str, option("--n-gen", "-n", metavar="N,...", env=False, help="Tokens to generate (decode); 0 skips.")
     ] = "128",
     pg: Annotated[
-        list[str] | None, typer.Option("--pg", metavar="P,N", help="A prompt and generation together; -pg works too.")
+        list[str] | None,
+        option("--pg", "-pg", metavar="P,N", env=False, help="Prefill P, then decode N tokens; repeatable."),
     ] = None,
     n_depth: Annotated[
-        str, typer.Option("--n-depth", "-d", metavar="N,...", help="Tokens in the context before each test.")
+        str, option("--n-depth", "-d", metavar="N,...", env=False, help="Context depth before each test, in tokens.")
     ] = "0",
     threads: Annotated[
-        str | None, typer.Option("--threads", "-t", metavar="N,...", help="Threads; the backend's choice unless given.")
+        str | None,
+        option("--threads", "-t", metavar="N,...", default="chosen by the backend", help="Numbers of CPU threads."),
     ] = None,
     kv_bits: Annotated[
         str | None,
-        typer.Option("--kv-bits", metavar="N,...", help="Bits of keys and values: 16, 8, 4; the backend's choice."),
+        option(
+            "--kv-bits",
+            metavar="N,...",
+            default="chosen by the backend",
+            help="KV cache precisions in bits: 16, 8 or 4.",
+        ),
     ] = None,
-    repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="Counted runs of each test.")] = 5,
-    output: Annotated[str, typer.Option("--output", "-o", help="md, json or csv.")] = "md",
+    repetitions: Annotated[
+        int,
+        option(
+            "--repetitions", "-r", metavar="N", env=False, minimum=1, help="Timed runs per test, after one warm-up."
+        ),
+    ] = 5,
+    output: Annotated[
+        str, option("--output", "-o", metavar="FORMAT", env=False, help="Output format: md, json or csv.")
+    ] = "md",
     backend: BackendOption = "auto",
 ) -> None:
-    """Measure prompt and generation speed, in llama-bench's terms, beside the rate at which memory can be read.
+    """Benchmark prefill and decode, as llama-bench does.
 
+    \b
     edgeq bench q2b -p 512,2048 -n 128 -d 0,4096 -t 1,2,4
 
-    GB/s is what generation reads of weights and states; "of memory" compares it with a plain read of memory by as
-    many threads, measured right before and after the test.
+    Speeds are in tokens/s. GB/s counts the weights and states that decode reads; "of memory" compares it with the
+    memory bandwidth of as many threads, measured right before and after the test.
     """
     if output not in ("md", "json", "csv"):
-        raise UsageError(f"unknown output {output!r}", hint="--output is one of md, json, csv")
+        raise UsageError(f"--output must be md, json or csv, got {output!r}")
     tests = _tests(_numbers("--n-prompt", n_prompt), _numbers("--n-gen", n_gen), pg or [], _numbers("-d", n_depth))
     counts = [None] if threads is None else _numbers("--threads", threads, least=1)
     kv = [None] if kv_bits is None else _numbers("--kv-bits", kv_bits)
@@ -83,7 +97,7 @@ def _tests(prompts: list[int], generated: list[int], pairs: list[str], depths: l
     kinds = [(n, 0) for n in prompts] + [(0, n) for n in generated] + [(pair[0], pair[1]) for pair in both]
     tests = [Test(*kind, depth) for depth, kind in product(depths, kinds) if any(kind)]
     if not tests:
-        raise UsageError("there is nothing to measure", hint="give -p, -n or -pg more than 0 tokens")
+        raise UsageError("nothing to measure", hint="give -p, -n or -pg more than 0 tokens")
     return tests
 
 

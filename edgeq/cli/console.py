@@ -1,4 +1,4 @@
-"""What the commands print: data to stdout, everything else to stderr; no colour where nobody sees it.
+"""What the commands print: data to stdout, everything else to stderr; no colour off a terminal.
 
 `rich` is imported when there is a bar to show: most commands are done before one is due.
 """
@@ -91,7 +91,7 @@ class PrefillBar:
     def _open(self, total: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (TextColumn("prefill"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = new_bar(*columns)
         if self._bar is not None:
             self._bar.add_task("", total=total)

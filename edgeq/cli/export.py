@@ -10,6 +10,7 @@ import typer
 
 from edgeq.checkpoint import open_checkpoint
 from edgeq.cli.console import peak_memory_text
+from edgeq.cli.options import option
 from edgeq.cli.quantize import progress_bar
 from edgeq.errors import UsageError
 from edgeq.hub import find_model
@@ -19,26 +20,33 @@ __all__ = ["export"]
 
 
 def export(
-    source: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder, a .gguf file or a hub id.")],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE.gguf", help="The file to write.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Checkpoint folder, .gguf file, Hugging Face ID (Qwen/Qwen3.5-2B), short name (qwen3.5:2b) or demo.",
+        ),
+    ],
+    out: Annotated[Path, option("--out", "-o", metavar="FILE.gguf", env=False, help="File to write.")],
     kind: Annotated[
-        str, typer.Option("--type", metavar="TYPE", help=f"What matrices are stored as: {', '.join(EXPORT_TYPES)}.")
+        str, option("--type", metavar="TYPE", env=False, help=f"Type of matrices: {', '.join(EXPORT_TYPES)}.")
     ] = "f16",
     mmproj: Annotated[
         Path | None,
-        typer.Option("--mmproj", metavar="FILE", help="Write the vision tower too, to a file of its own (f16)."),
+        option("--mmproj", metavar="FILE", env=False, help="Write the vision tower, too, to this file (f16)."),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace existing files, once the new ones are whole.")
+        bool, option("--force", env=False, help="Overwrite existing files, only after the new ones are complete.")
     ] = False,
 ) -> None:
-    """Export a checkpoint as GGUF, for llama.cpp, ollama and everything that runs their files.
+    """Export to GGUF for llama.cpp and ollama.
 
+    \b
     edgeq export Qwen/Qwen3.5-0.8B -o qwen.gguf --type q8_0 --mmproj mmproj-qwen.gguf
     """
     kind = kind.lower()
     if kind not in EXPORT_TYPES:
-        raise UsageError(f"unknown type {kind!r}", hint=f"--type is one of {', '.join(EXPORT_TYPES)}")
+        raise UsageError(f"unknown type {kind!r}", hint=f"use one of {', '.join(EXPORT_TYPES)}")
     checkpoint = open_checkpoint(find_model(source))
     reports = []
     check_target(checkpoint, out, force)

@@ -6,80 +6,38 @@ import json
 import sys
 from typing import Annotated
 
-import typer
-
-from edgeq.api import load
 from edgeq.cli.console import dim, prefill_bar
-from edgeq.cli.options import (
-    BackendOption,
-    ContextOption,
-    FrequencyPenaltyOption,
-    KvBitsOption,
-    LoopGuardOption,
-    MaxTokensOption,
-    MinPOption,
-    ModelArgument,
-    PresencePenaltyOption,
-    RepetitionPenaltyOption,
-    SeedOption,
-    StopOption,
-    TemperatureOption,
-    ThreadsOption,
-    TopKOption,
-    TopPOption,
-)
-from edgeq.cli.prompt import joined_prompt
+from edgeq.cli.options import ModelOptions, PromptOptions, SamplingOptions, command, option
 from edgeq.cli.reply import reply_object, usage_line
+from edgeq.generate import GenerationSettings
 
 __all__ = ["generate"]
 
+_DEFAULTS = SamplingOptions.of(GenerationSettings(max_tokens=256))
 
+
+@command
 def generate(
-    model: ModelArgument,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to continue; - reads stdin.")] = None,
-    max_tokens: MaxTokensOption = 256,
-    temp: TemperatureOption = None,
-    top_k: TopKOption = None,
-    top_p: TopPOption = None,
-    min_p: MinPOption = None,
-    presence_penalty: PresencePenaltyOption = None,
-    frequency_penalty: FrequencyPenaltyOption = None,
-    repetition_penalty: RepetitionPenaltyOption = None,
-    seed: SeedOption = None,
-    stop: StopOption = None,
-    loop_guard: LoopGuardOption = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of the text.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
-    backend: BackendOption = "auto",
-    threads: ThreadsOption = None,
-    context: ContextOption = None,
-    kv_bits: KvBitsOption = None,
+    *,
+    prompt: PromptOptions,
+    ignore_eos: Annotated[bool, option("--ignore-eos", env=False, help="Keep generating after an end token.")] = False,
+    as_json: Annotated[
+        bool, option("--json", env=False, help="Print the reply as one JSON object instead of its text.")
+    ] = False,
+    sampling: SamplingOptions = _DEFAULTS,
+    model: ModelOptions,
 ) -> None:
-    """Continue a text as it is, without a chat template: for base models.
+    """Complete raw text, without a chat template (base models).
 
+    \b
     edgeq generate Qwen/Qwen3.5-2B-Base -p "The capital of France is" --max-tokens 20
 
-    The text comes from --prompt, from stdin, or from both (joined). The continuation goes to stdout.
+    The prompt comes from --prompt, a file or stdin; several are joined. The completion goes to stdout.
     """
-    text = joined_prompt(prompt)
-    loaded = load(model, backend=backend, threads=threads, context=context, kv_bits=kv_bits)
+    text, options = prompt.text(), sampling.given()
+    loaded = model.load()
     with prefill_bar() as bar:
-        reply = loaded.generate(
-            text,
-            ignore_eos=ignore_eos,
-            on_prefill=bar,
-            max_tokens=max_tokens,
-            temperature=temp,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=tuple(stop) if stop else None,
-            loop_guard=loop_guard,
-        )
+        reply = loaded.generate(text, ignore_eos=ignore_eos, on_prefill=bar, **options)
         for piece in reply:
             if not as_json:
                 print(piece.text, end="", flush=True)

@@ -12,6 +12,7 @@ import typer
 import edgeq
 from edgeq.backends import available, choose
 from edgeq.checkpoint import Checkpoint, open_checkpoint
+from edgeq.cli.options import OptionalModelArgument, option
 from edgeq.errors import UsageError
 from edgeq.hub import find_model
 from edgeq.weights import Part
@@ -21,28 +22,29 @@ __all__ = ["info"]
 
 def info(
     ctx: typer.Context,
-    model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A checkpoint folder, a .gguf file, a hub id, or demo.")
-    ] = None,
+    model: OptionalModelArgument = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Check every file of a quantized model against its provenance record.")
+        bool, option("--verify", env=False, help="Check every file of a quantized model against its provenance record.")
     ] = False,
     config: Annotated[
-        bool, typer.Option("--config", help="Show every option's value and where it comes from.")
+        bool, option("--config", env=False, help="Show the value of every option and where it comes from.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, option("--json", env=False, help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what is in a model: shapes, types, template, provenance. Without MODEL: this installation and its backends.
+    """Show what is in a model, or what is installed.
 
+    \b
+    edgeq info
     edgeq info demo
-
     edgeq info q2b --verify
+
+    With MODEL: shapes, types, chat template and provenance. Without: this installation and its backends.
     """
     if config:
         facts = _options(ctx)
     elif model is None:
         if verify:
-            raise UsageError("--verify needs a model", hint="edgeq info FOLDER --verify")
+            raise UsageError("--verify needs a model", hint="try `edgeq info FOLDER --verify`")
         facts = _installation()
     else:
         path = find_model(model)
@@ -116,15 +118,15 @@ def _options(ctx: typer.Context) -> dict[str, Any]:
     for name, command in parent.command.commands.items():
         file_values = (parent.default_map or {}).get(name, {})
         sub = type(ctx)(command, parent=parent, info_name=name)
-        for option in command.params:
-            if option.name is None or not option.envvar:
+        for parameter in command.params:
+            if parameter.name is None or not parameter.envvar:
                 continue
-            value, origin = option.get_default(sub), "default"
-            if option.name in file_values:
-                value, origin = file_values[option.name], "configuration file"
-            if (given := option.value_from_envvar(sub)) is not None:
-                value, origin = given, f"environment ({option.envvar})"
-            result[f"{name}.{option.name}"] = f"{value} ({origin})"
+            value, origin = parameter.get_default(sub), "default"
+            if parameter.name in file_values:
+                value, origin = file_values[parameter.name], "configuration file"
+            if (given := parameter.value_from_envvar(sub)) is not None:
+                value, origin = given, f"environment ({parameter.envvar})"
+            result[f"{name}.{parameter.name}"] = f"{value} ({origin})"
     return result
 
 

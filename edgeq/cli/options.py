@@ -1,183 +1,300 @@
-"""Options that several commands share, and where their values come from.
+"""The table of options that commands share, in groups.
 
-Every option can also be set by an environment variable (EDGEQ_ and its name) and in a configuration file,
-~/.config/edgeq/config.toml ($XDG_CONFIG_HOME is respected; EDGEQ_CONFIG names another file): options at the top hold
-for every command, those in a table named after a command for that one. Command line over environment over file over
-default; `edgeq info --config` shows which won.
+A group is a frozen dataclass whose fields are options. A command takes groups as parameters, and `command` makes their
+fields its options:
+
+    @command
+    def chat(*, sampling: SamplingOptions, model: ModelOptions) -> None:
+        model.load().chat(**sampling.given())
+
+The first long name of an option is its own: help shows it, and its environment variable is called after it. The names
+behind it are those of llama.cpp, ollama and mlx-lm.
 """
 
 from __future__ import annotations
 
-import os
+import inspect
 from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_type_hints
 
 import typer
 
 from edgeq.errors import UsageError
 
+if TYPE_CHECKING:
+    from edgeq.api import Model
+    from edgeq.generate import GenerationSettings
+
 __all__ = [
-    "ALIASES",
-    "BENCH_ALIASES",
     "BackendOption",
-    "ContextOption",
-    "FrequencyPenaltyOption",
-    "KvBitsOption",
-    "LoopGuardOption",
-    "MaxTokensOption",
-    "MinPOption",
+    "ConversationOptions",
     "ModelArgument",
-    "PresencePenaltyOption",
-    "RepetitionPenaltyOption",
-    "SeedOption",
-    "StopOption",
-    "TemperatureOption",
-    "ThreadsOption",
-    "TopKOption",
-    "TopPOption",
-    "config_file",
-    "read_config_file",
+    "ModelOptions",
+    "OptionalModelArgument",
+    "PromptOptions",
+    "SamplingOptions",
+    "command",
+    "option",
 ]
 
-# What people's fingers know from other engines; understood, not documented.
-ALIASES = {
-    "-m": "--model",
-    "--prompt-file": "--file",
-    "-sys": "--system",
-    "--system-prompt": "--system",
-    "--temperature": "--temp",
-    "-n": "--max-tokens",
-    "--predict": "--max-tokens",
-    "--n-predict": "--max-tokens",
-    "--num-predict": "--max-tokens",
-    "-c": "--context",
-    "--ctx-size": "--context",
-    "--ctx": "--context",
-    "-t": "--threads",
-    "-s": "--seed",
-    "--reasoning-budget": "--thinking-budget",
-    "--nothink": "--no-think",
-    "--repeat-penalty": "--repetition-penalty",
-    "-q": "--quantize",
-    "--q-bits": "--bits",
-    "--q-group-size": "--group-size",
-}
-BENCH_ALIASES = {"-pg": "--pg"}  # `edgeq bench` has llama-bench's letters, which mean other things elsewhere
+_MODEL_HELP = "Checkpoint folder, .gguf file, Hugging Face ID (Qwen/Qwen3.5-2B), short name (qwen3.5:2b) or demo."
 
 
-def config_file() -> Path:
-    """Where the configuration file is, or would be."""
-    if named := os.environ.get("EDGEQ_CONFIG"):
-        return Path(named).expanduser()
-    base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return Path(base).expanduser() / "edgeq" / "config.toml"
+def option(
+    *names: str, help: str, metavar: str | None = None, default: str | None = None, minimum: int | None = None,
+    env: bool = True,
+) -> Any:  # fmt: skip
+    """An option, with an environment variable if `env`; `default` says in words what holds without it."""
+    own = next(name for name in names if name.startswith("--")).split("/")[0]
+    variable = "EDGEQ_" + own.removeprefix("--").replace("-", "_").upper()
+    return typer.Option(
+        *names, help=help, metavar=metavar, show_default=default or True, envvar=variable if env else None,
+        show_envvar=False, min=minimum,
+    )  # fmt: skip
 
 
-def read_config_file(options_of_commands: Callable[[], dict[str, set[str]]]) -> dict[str, dict[str, Any]]:
-    """The file's values by command; none without a file. Options that no command has are an error."""
-    path = config_file()
-    if not path.exists():
-        return {}
-    import tomllib
-
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
-    commands = options_of_commands()
-    shared = {key: value for key, value in values.items() if not isinstance(value, dict)}
-    known = set().union(*commands.values())
-    for key in shared:
-        if key.replace("-", "_") not in known:
-            raise UsageError(f"{path}: there is no option {key!r}")
-    result = {}
-    for command, options in commands.items():
-        own = values.get(command, {})
-        merged = {key.replace("-", "_"): value for key, value in {**shared, **own}.items()}
-        if unknown := {key.replace("-", "_") for key in own} - options:
-            raise UsageError(f"{path}: [{command}] has no option {min(unknown)!r}")
-        result[command] = {key: value for key, value in merged.items() if key in options}
-    return result
+def _model_argument(metavar: str) -> Any:
+    return typer.Argument(metavar=metavar, envvar="EDGEQ_MODEL", show_envvar=False, help=_MODEL_HELP)
 
 
-def _env(name: str) -> str:
-    return f"EDGEQ_{name}"
+ModelArgument = Annotated[str, _model_argument("MODEL")]
+OptionalModelArgument = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=_MODEL_HELP)]
+BackendOption = Annotated[str, option("--backend", metavar="NAME", help="auto, cpu, mlx or numpy.")]
 
 
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        envvar=_env("MODEL"),
-        show_envvar=False,
-        help="A checkpoint folder, a .gguf file, a hub id (Qwen/Qwen3.5-2B), or demo.",
-    ),
-]
-BackendOption = Annotated[
-    str, typer.Option("--backend", envvar=_env("BACKEND"), show_envvar=False, help="auto, numpy, cpu or mlx.")
-]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option(
-        "--threads",
-        envvar=_env("THREADS"),
-        show_envvar=False,
-        show_default="the backend's choice",
-        min=1,
-        help="Threads of the backend.",
-    ),
-]
-ContextOption = Annotated[
-    int | None,
-    typer.Option(
-        "--context",
-        envvar=_env("CONTEXT"),
-        show_envvar=False,
-        show_default="what the model was made for",
-        help="Most tokens of the conversation.",
-    ),
-]
-KvBitsOption = Annotated[
-    int | None,
-    typer.Option(
-        "--kv-bits",
-        envvar=_env("KV_BITS"),
-        show_envvar=False,
-        show_default="the backend's choice, 16 on a CPU",
-        help="Bits of each key and value in memory: 16, 8 or 4.",
-    ),
-]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """Which model runs, and on what."""
+
+    title: ClassVar[str] = "Model"
+
+    model: Annotated[str | None, _model_argument("MODEL")] = None
+    named: Annotated[
+        str | None, typer.Option("--model", "-m", metavar="MODEL", hidden=True, help="The model, as llama.cpp has it.")
+    ] = None
+    backend: BackendOption = "auto"
+    threads: Annotated[
+        int | None,
+        option(
+            "--threads", "-t", metavar="N", default="chosen by the backend", minimum=1, help="Number of CPU threads."
+        ),
+    ] = None
+    context: Annotated[
+        int | None,
+        option(
+            "--context", "-c", "--ctx-size", "--ctx", "--num-ctx", metavar="N", default="the model's maximum",
+            help="Context window, in tokens.",
+        ),
+    ] = None  # fmt: skip
+    kv_bits: Annotated[
+        int | None,
+        option(
+            "--kv-bits", metavar="N", default="chosen by the backend (cpu: 16)",
+            help="KV cache precision in bits: 16, 8 or 4.",
+        ),
+    ] = None  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        """The model as the user calls it."""
+        if self.named and self.model and self.named != self.model:
+            raise UsageError(f"two models given: {self.model} and {self.named}", hint="give one")
+        if not (name := self.named or self.model):
+            raise UsageError("no model given", hint="try `edgeq chat demo`, or set EDGEQ_MODEL")
+        return name
+
+    def load(self) -> Model:
+        """The loaded model."""
+        from edgeq.api import load
+
+        return load(self.name, backend=self.backend, threads=self.threads, context=self.context, kv_bits=self.kv_bits)
 
 
-def _sampling(flag: str, help_text: str) -> Any:
-    variable = _env(flag.strip("-").replace("-", "_").upper())
-    return typer.Option(flag, envvar=variable, show_envvar=False, show_default=False, help=help_text)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptOptions:
+    """Where the prompt comes from."""
+
+    title: ClassVar[str] = "Options"
+
+    prompt: Annotated[
+        str | None, option("--prompt", "-p", metavar="TEXT", env=False, help="The prompt; - reads stdin.")
+    ] = None
+    file: Annotated[
+        Path | None,
+        option("--file", "-f", "--prompt-file", metavar="FILE", env=False, help="Read the prompt from a text file."),
+    ] = None
+
+    @property
+    def given(self) -> bool:
+        return self.prompt is not None or self.file is not None
+
+    def text(self) -> str:
+        """--prompt, the file and what was piped in, joined."""
+        from edgeq.cli.prompt import joined_prompt
+
+        return joined_prompt(self.prompt, self.file)
 
 
-MaxTokensOption = Annotated[int | None, _sampling("--max-tokens", "Longest answer in tokens, thinking apart.")]
-TemperatureOption = Annotated[float | None, _sampling("--temp", "Randomness; 0 takes the likeliest token always.")]
-TopKOption = Annotated[int | None, _sampling("--top-k", "Draw from the k likeliest tokens; 0 is off.")]
-TopPOption = Annotated[float | None, _sampling("--top-p", "Draw from the likeliest tokens of this total probability.")]
-MinPOption = Annotated[float | None, _sampling("--min-p", "Drop tokens less likely than this times the likeliest.")]
-PresencePenaltyOption = Annotated[
-    float | None, _sampling("--presence-penalty", "Against tokens already in the reply; the prompt does not count.")
-]
-FrequencyPenaltyOption = Annotated[
-    float | None, _sampling("--frequency-penalty", "The same, for every time a token occurred in the reply.")
-]
-RepetitionPenaltyOption = Annotated[
-    float | None, _sampling("--repetition-penalty", "Against tokens of prompt and reply; 1 is off.")
-]
-SeedOption = Annotated[int | None, _sampling("--seed", "The same seed gives the same reply.")]
-StopOption = Annotated[list[str] | None, _sampling("--stop", "End the answer before this text; may be repeated.")]
-LoopGuardOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--loop-guard/--no-loop-guard",
-        envvar=_env("LOOP_GUARD"),
-        show_envvar=False,
-        show_default=False,
-        help="End thinking, or the reply, that goes round in circles (default: on).",
-    ),
-]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversationOptions:
+    """How the model is to behave in a conversation."""
+
+    title: ClassVar[str] = "Conversation"
+
+    system: Annotated[
+        str | None, option("--system", "-sys", "--system-prompt", metavar="TEXT", default="none", help="System prompt.")
+    ] = None
+    think: Annotated[
+        bool | None,
+        option(
+            "--think/--no-think", " /--nothink", default="the chat template's choice", help="Think before answering."
+        ),
+    ] = None
+    thinking_budget: Annotated[
+        int | None,
+        option(
+            "--thinking-budget", "--reasoning-budget", metavar="N", default="no limit",
+            help="Maximum thinking tokens; then the answer starts.",
+        ),
+    ] = None  # fmt: skip
+
+    def given(self) -> dict[str, Any]:
+        """Arguments for `Model.chat`."""
+        return {"system": self.system, "thinking": self.think, "thinking_budget": self.thinking_budget}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """GenerationSettings as options: None is what the model recommends."""
+
+    title: ClassVar[str] = "Sampling"
+
+    max_tokens: Annotated[
+        int | None,
+        option(
+            "--max-tokens", "-n", "--n-predict", "--num-predict", "--predict", metavar="N",
+            default="until the context is full", help="Maximum tokens to generate, excluding thinking.",
+        ),
+    ] = None  # fmt: skip
+    temp: Annotated[
+        float | None,
+        option(
+            "--temp", "--temperature", metavar="X", default="recommended",
+            help="Sampling temperature, 0 to 10; 0 is greedy.",
+        ),
+    ] = None  # fmt: skip
+    top_k: Annotated[
+        int | None,
+        option("--top-k", metavar="N", default="recommended", help="Sample from the N most likely tokens; 0 disables."),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        option(
+            "--top-p", metavar="X", default="recommended",
+            help="Sample from the most likely tokens that together reach probability X; 1 disables.",
+        ),
+    ] = None  # fmt: skip
+    min_p: Annotated[
+        float | None,
+        option(
+            "--min-p", metavar="X", default="recommended",
+            help="Drop tokens less likely than X times the most likely one; 0 disables.",
+        ),
+    ] = None  # fmt: skip
+    presence_penalty: Annotated[
+        float | None,
+        option(
+            "--presence-penalty", metavar="X", default="recommended",
+            help="Penalize tokens already in the reply, -2 to 2; ignores the prompt.",
+        ),
+    ] = None  # fmt: skip
+    frequency_penalty: Annotated[
+        float | None,
+        option(
+            "--frequency-penalty", metavar="X", default="recommended",
+            help="Penalize a token once per occurrence in the reply, -2 to 2.",
+        ),
+    ] = None  # fmt: skip
+    repetition_penalty: Annotated[
+        float | None,
+        option(
+            "--repetition-penalty", "--repeat-penalty", metavar="X", default="recommended",
+            help="Penalize tokens in the prompt or the reply; 1 disables.",
+        ),
+    ] = None  # fmt: skip
+    seed: Annotated[
+        int | None,
+        option("--seed", "-s", metavar="N", default="random", help="The same seed gives the same reply."),
+    ] = None
+    stop: Annotated[
+        list[str] | None,
+        option("--stop", metavar="TEXT", default="none", help="Stop before this string; repeatable."),
+    ] = None
+    loop_guard: Annotated[
+        bool | None,
+        option("--loop-guard/--no-loop-guard", default="on", help="Stop when the output repeats itself."),
+    ] = None
+
+    @classmethod
+    def of(cls, settings: GenerationSettings) -> SamplingOptions:
+        """Options whose defaults are `settings`."""
+        own = {field.name: getattr(settings, field.name) for field in fields(cls) if field.name != "temp"}
+        return cls(**own, temp=settings.temperature)
+
+    def given(self) -> dict[str, Any]:
+        """Those that are not None, as fields of GenerationSettings; UsageError for a value out of range."""
+        from edgeq.generate import GenerationSettings
+
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {"temperature": values.pop("temp"), "stop": tuple(self.stop) if self.stop else None}
+        given = {name: value for name, value in values.items() if value is not None}
+        GenerationSettings(**given)  # before a model is downloaded and loaded for nothing
+        return given
+
+
+# --- from groups to options ------------------------------------------------------------------------------------------
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """`function` for typer: instead of each parameter that is a group it has an option for every field of the group.
+
+    The default of such a parameter, an instance of the group, holds the defaults of the options.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)}
+    parameters = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.name in groups:
+            parameters += _options(groups[parameter.name], parameter.default)
+        else:
+            parameters.append(parameter.replace(annotation=hints[parameter.name]))
+
+    @wraps(function)
+    def run(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        function(**values)
+
+    vars(run)["__signature__"] = inspect.Signature(parameters)
+    return run
+
+
+def _options(group: Any, given: Any) -> list[inspect.Parameter]:
+    """The fields of a group as parameters, under its title; defaults from the instance `given` where there is one."""
+    hints = get_type_hints(group, include_extras=True)
+    parameters = []
+    for field in fields(group):
+        kind, info = get_args(hints[field.name])
+        info = copy(info)
+        info.rich_help_panel = group.title
+        default = field.default if given is inspect.Parameter.empty else getattr(given, field.name)
+        parameters.append(
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
+            )
+        )
+    return parameters

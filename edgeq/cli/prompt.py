@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from edgeq.errors import UsageError
 
@@ -19,10 +20,19 @@ def piped_text() -> str | None:
         raise UsageError(f"stdin is not UTF-8 text: {error}") from None
 
 
-def joined_prompt(prompt: str | None) -> str:
-    """--prompt, then what was piped in (`cat log | edgeq chat -p "why?"`); `-` stands for stdin alone."""
-    piped = (piped_text() or "").strip("\n")
-    parts = [part for part in ("" if prompt == "-" else prompt, piped) if part]
-    if not parts:
-        raise UsageError("there is no prompt", hint='give one with -p "...", or pipe it into stdin')
-    return "\n\n".join(parts)
+def joined_prompt(prompt: str | None, file: Path | None = None) -> str:
+    """--prompt, then --file, then what was piped in (`cat log | edgeq chat -p "why?"`); `-` stands for stdin alone."""
+    texts = [_text_of(file) if file else "", piped_text() or ""]
+    parts = ["" if prompt == "-" else prompt, *(text.strip("\n") for text in texts)]
+    if not any(parts):
+        raise UsageError("no prompt given", hint='give one with -p "...", with -f FILE, or pipe it into stdin')
+    return "\n\n".join(part for part in parts if part)
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"prompt file not found: {file}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} is not UTF-8 text: {error}") from None

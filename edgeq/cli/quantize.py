@@ -13,6 +13,7 @@ import typer
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from edgeq.cli.console import new_bar, peak_memory_text
+from edgeq.cli.options import option
 from edgeq.errors import EdgeqError, UsageError
 from edgeq.quant.quantizer import Progress
 from edgeq.quant.quantizer import quantize as quantize_checkpoint
@@ -21,48 +22,76 @@ from edgeq.quant.report import Report, format_table
 
 __all__ = ["progress_bar", "quantize"]
 
-_RECIPE_HELP = "; ".join(f"{recipe.name}: {recipe.summary}" for recipe in RECIPES.values())
+_RECIPE_HELP = "\n".join(
+    ["Which tensors get how many bits:", *(f"{recipe.name:5}{recipe.summary}" for recipe in RECIPES.values())]
+)
 
 
 def quantize(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="A checkpoint folder, a .gguf file or a hub id, not quantized.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Checkpoint folder, .gguf file, Hugging Face ID (Qwen/Qwen3.5-2B) or short name (qwen3.5:2b), "
+            "preferably unquantized.",
+        ),
     ],
-    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="OUT", help="The folder to write.")] = None,
+    out: Annotated[
+        Path | None, option("--out", "-o", metavar="OUT", env=False, help="Folder to write; not needed with --dry-run.")
+    ] = None,
     bits: Annotated[
-        int | None, typer.Option("--bits", show_default="the recipe's", help="4 or 8; also 2, 3, 5, 6.")
+        int | None,
+        option("--bits", "--q-bits", metavar="N", env=False, default="the recipe's", help="Bits: 2, 3, 4, 5, 6 or 8."),
     ] = None,
     group_size: Annotated[
         int | None,
-        typer.Option("--group-size", show_default="the recipe's", help="Weights that share a scale: 32, 64 or 128."),
+        option(
+            "--group-size",
+            "--q-group-size",
+            metavar="N",
+            env=False,
+            default="the recipe's",
+            help="Weights per scale: 32, 64 or 128.",
+        ),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", show_default="q4, or q8 at 8 bits", help=f"{_RECIPE_HELP}.")
+        str | None,
+        option("--recipe", metavar="NAME", env=False, default="q4, or q8 with --bits 8", help=_RECIPE_HELP),
     ] = None,
     types: Annotated[
         list[str] | None,
-        typer.Option(
+        option(
             "--type",
             metavar="PATTERN=SPEC",
-            help="Store tensors whose name fits as 4, 8, 6g32, bf16, f16, f32; may be repeated, later ones win.",
+            env=False,
+            help="Store tensors whose name matches PATTERN as SPEC: bits (4), bits and group size (6g32), bf16, f16 "
+            "or f32; repeatable, last match wins.",
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")] = False,
+    dry_run: Annotated[
+        bool, option("--dry-run", env=False, help="Print what would be written; write nothing.")
+    ] = False,
     report: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE", help="Write sizes and errors of all tensors as JSON.")
+        Path | None,
+        option("--report", metavar="FILE", env=False, help="Write the size and error of every tensor as JSON."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the folder OUT, once the new one is whole.")] = False,
-    quantize_flag: Annotated[bool, typer.Option("--quantize", hidden=True)] = False,  # mlx-lm's -q: always so here
+    force: Annotated[
+        bool, option("--force", env=False, help="Overwrite OUT, only after the new model is complete.")
+    ] = False,
+    quantize_flag: Annotated[bool, typer.Option("--quantize", "-q", hidden=True)] = False,  # mlx-lm's -q: always so
 ) -> None:
-    """Quantize a checkpoint. The result runs in edgeq, and unchanged in mlx-lm and mlx-vlm.
+    """Quantize a model to 2 to 8 bits.
 
+    \b
     edgeq quantize Qwen/Qwen3.5-2B -o q2b
-
     edgeq quantize Qwen/Qwen3.5-2B -o q2b --type '*.down_proj=6' --dry-run
+
+    The result runs in edgeq, and unchanged in mlx-lm and mlx-vlm. A quantized GGUF file is accepted as MODEL, with a
+    warning if it is below Q8_0.
     """
     del quantize_flag
     if report is not None and not report.absolute().parent.is_dir():
-        raise UsageError(f"--report {report}: there is no folder {report.parent}")
+        raise UsageError(f"--report {report}: folder not found: {report.parent}")
     with progress_bar() as progress:
         result = quantize_checkpoint(
             source,
@@ -89,7 +118,7 @@ def _write_report(path: Path, report: Report) -> None:
     try:
         path.write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise EdgeqError(f"{path} cannot be written: {error.strerror}") from None
+        raise EdgeqError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _summary(report: Report) -> str:

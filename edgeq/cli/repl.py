@@ -35,17 +35,17 @@ class Repl:
         self._chat, self._name = chat, name
         self._last: Reply | None = None
         self._commands: dict[str, tuple[Callable[[list[str]], None], str]] = {
-            "/help": (self._help, "this list"),
+            "/help": (self._help, "list the commands"),
             "/exit": (self._exit, "leave (also /bye, /quit, Ctrl-D)"),
-            "/clear": (self._clear, "forget the conversation (also /reset)"),
-            "/undo": (self._undo, "take back the last question and its answer"),
+            "/clear": (self._clear, "clear the conversation (also /reset)"),
+            "/undo": (self._undo, "undo the last question and its answer"),
             "/regen": (self._regenerate, "answer the last question again"),
             "/think": (lambda _: self._think(True), "think before answering"),
-            "/nothink": (lambda _: self._think(False), "answer at once"),
+            "/nothink": (lambda _: self._think(False), "answer without thinking"),
             "/set": (self._set, "/set temperature 0.5: change a setting"),
-            "/show": (self._show, "the settings in force"),
-            "/system": (self._system, "/system TEXT: a new system prompt; forgets the conversation"),
-            "/stats": (self._stats, "figures of the last reply"),
+            "/show": (self._show, "show the current settings"),
+            "/system": (self._system, "/system TEXT: set the system prompt; clears the conversation"),
+            "/stats": (self._stats, "statistics of the last reply"),
         }
         self._synonyms = {"/bye": "/exit", "/quit": "/exit", "/reset": "/clear", "/?": "/help", "/no_think": "/nothink"}
 
@@ -64,7 +64,7 @@ class Repl:
                 if leaving:
                     return
                 leaving = True
-                _say("(Ctrl-C again, or Ctrl-D, leaves)")
+                _say("(press Ctrl-C again, or Ctrl-D, to leave)")
             except EOFError:
                 return
             except EdgeqError as error:
@@ -87,7 +87,7 @@ class Repl:
         if command is not None:
             command[0](_arguments(line))
         elif word.startswith("/") and "/" not in word[1:]:
-            raise UsageError(f"there is no command {word}", hint="/help lists them")
+            raise UsageError(f"unknown command {word}", hint="/help lists the commands")
         else:
             self._answer(self._chat.send(line))
 
@@ -98,19 +98,19 @@ class Repl:
     # --- commands ----------------------------------------------------------------------------------------------------
 
     def _greet(self) -> None:
-        mode = "thinks before it answers" if self._chat.thinking else "answers at once"
+        mode = "thinks before it answers" if self._chat.thinking else "answers without thinking"
         engine = self._chat.model.engine
         _say(f"{self._name} on the {engine.ops.name} backend; it {mode}. /help lists commands, /exit leaves.")
         if engine.checkpoint.config.name == "edgeq/demo":
             _say(
-                "This is the built-in 10 MB demo: it shows that everything works, and knows very little.\n"
+                "This is the built-in 8.7 MB demo: it shows that everything works, and knows very little.\n"
                 "For a real model: edgeq chat Qwen/Qwen3.5-2B"
             )
 
     def _help(self, _: list[str]) -> None:
         for name, (_run, text) in self._commands.items():
             _say(f"{name:10} {text}")
-        _say(f"{_FENCE:10} begins and ends a text of several lines")
+        _say(f"{_FENCE:10} starts and ends a message of several lines")
 
     def _exit(self, _: list[str]) -> None:
         raise EOFError
@@ -124,10 +124,10 @@ class Repl:
     def _restart(self, system: str | None) -> None:
         self._chat = self._chat.fresh(system=system)
         self._last = None
-        _say("the conversation begins anew")
+        _say("conversation cleared")
 
     def _undo(self, _: list[str]) -> None:
-        _say(f"taken back: {self._chat.undo()}")
+        _say(f"undone: {self._chat.undo()}")
 
     def _regenerate(self, _: list[str]) -> None:
         self._answer(self._chat.regenerate())
@@ -152,7 +152,7 @@ class Repl:
 
     def _stats(self, _: list[str]) -> None:
         if self._last is None:
-            raise UsageError("there is no reply yet")
+            raise UsageError("no reply yet")
         _say(usage_line(self._last, self._chat.model.engine.ops))
         _say(f"context: {len(self._chat.ids)} of {self._chat.model.engine.context_limit} tokens")
 

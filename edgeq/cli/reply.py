@@ -14,13 +14,13 @@ __all__ = ["reply_object", "show_reply", "usage_line"]
 
 _ENDINGS = {
     StopReason.LENGTH: "stopped at --max-tokens",
-    StopReason.LOOP: "stopped: the reply went round in circles",
-    StopReason.CONTEXT_FULL: "stopped: the context is full",
+    StopReason.LOOP: "stopped: the reply was repeating itself",
+    StopReason.CONTEXT_FULL: "stopped: the context window is full",
     StopReason.INTERRUPTED: "interrupted",
 }
 _CUTS = {
     StopReason.LENGTH: "thinking cut at --thinking-budget",
-    StopReason.LOOP: "thinking cut: it went round in circles",
+    StopReason.LOOP: "thinking cut: it was repeating itself",
 }
 
 
@@ -30,8 +30,8 @@ def usage_line(reply: Reply, ops: Ops[Any, Any]) -> str:
     new = usage.prompt_tokens - usage.cached_tokens
     parts = [
         f"prompt {usage.prompt_tokens} tokens ({usage.cached_tokens} cached, {new} new), "
-        f"{usage.prompt_tok_per_s:.1f} tok/s",
-        f"generated {usage.generated_tokens} tokens, {usage.generate_tok_per_s:.1f} tok/s",
+        f"{usage.prompt_tok_per_s:.1f} tokens/s",
+        f"generated {usage.generated_tokens} tokens, {usage.generate_tok_per_s:.1f} tokens/s",
         peak_memory_text() + (f" ({ops.name} {backend / 1e6:,.0f} MB)" if backend is not None else ""),
     ]
     if finish.thinking_cut in _CUTS:

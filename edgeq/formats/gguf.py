@@ -142,7 +142,7 @@ class GGUFFile:
     def error(self, problem: str) -> ModelError:
         return ModelError(
             f"{self.path} is not a valid GGUF file: {problem}",
-            hint="the file is damaged or incomplete; download or copy it again",
+            hint="download or copy the file again",
         )
 
     def _read_preamble(self, cursor: _Cursor) -> tuple[int, int]:
@@ -152,7 +152,7 @@ class GGUFFile:
         version = cursor.u32()
         if version not in (2, 3):
             if version & 0xFFFF == 0:
-                raise ModelError(f"{self.path} is a big-endian GGUF file", hint="edgeq reads little-endian files")
+                raise ModelError(f"{self.path} is a big-endian GGUF file", hint="use a little-endian file")
             raise ModelError(f"{self.path} is GGUF version {version}; edgeq reads versions 2 and 3")
         tensors, entries = cursor.u64(), cursor.u64()
         for count, what in ((tensors, "tensors"), (entries, "metadata entries")):
@@ -183,7 +183,7 @@ class GGUFFile:
         if type_id not in TYPES:
             raise ModelError(
                 f"{self.path}: tensor {name!r} is of type {type_name(type_id)}, which edgeq does not read",
-                hint=f"it reads {', '.join(t.name for t in TYPES.values())}; take another quantization of the model",
+                hint=f"use another quantization of the model: {', '.join(t.name for t in TYPES.values())}",
             )
         kind = TYPES[type_id]
         if 0 in shape or shape[-1] % kind.block or prod(shape) // kind.block * kind.nbytes > len(self.mapped):

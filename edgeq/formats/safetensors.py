@@ -79,7 +79,7 @@ class SafetensorsFile:
     def _error(self, problem: str) -> ModelError:
         return ModelError(
             f"{self.path} is not a valid safetensors file: {problem}",
-            hint="the file is damaged or incomplete; download or copy it again",
+            hint="download or copy the file again",
         )
 
     def _read_header(self) -> tuple[dict[str, Any], int]:
@@ -133,9 +133,9 @@ def map_file(path: Path) -> mmap.mmap:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
-        raise ModelError(f"{path} does not exist", hint="the checkpoint is incomplete; fetch the file") from None
+        raise ModelError(f"{path} does not exist", hint="download the missing file") from None
     except ValueError:
-        raise ModelError(f"{path} is empty", hint="the file is damaged; download or copy it again") from None
+        raise ModelError(f"{path} is empty", hint="download or copy the file again") from None
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from None
 

@@ -92,7 +92,7 @@ class Sampler:
         if not np.isfinite(scores).all():
             raise ModelError(
                 f"the model's logits are not finite ({_first_not_finite(scores)})",
-                hint="the weights are damaged, or overflow in this data type; edgeq info --verify checks the file",
+                hint="check the files with `edgeq info MODEL --verify`, or download the model again",
             )
         scores[self._suppressed] = -np.inf
         return self._scores

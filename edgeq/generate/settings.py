@@ -1,4 +1,4 @@
-"""What a user may ask of generation, and what the model cards recommend."""
+"""Generation settings and model-card presets."""
 
 from __future__ import annotations
 
@@ -61,16 +61,14 @@ class GenerationSettings:
             if value is not None:
                 _check_integer(option, value, low)
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
-            raise UsageError(f"stop is {self.stop!r}; it has to be a tuple of texts, none of them empty")
+            raise UsageError(f"stop must be a tuple of non-empty strings, got {self.stop!r}")
 
     def replace(self, **given: Any) -> GenerationSettings:
         """These settings with those of `given` that are not None: what was asked for goes over a preset."""
         names = [field.name for field in fields(self)]
         for option in given:
             if option not in names:
-                raise UsageError(
-                    f"there is no generation option {option!r}", hint=f"the options are {', '.join(names)}"
-                )
+                raise UsageError(f"unknown generation option {option!r}", hint=f"use one of {', '.join(names)}")
         return dataclass_replace(self, **{option: value for option, value in given.items() if value is not None})
 
 
@@ -102,10 +100,10 @@ def _check_number(option: str, value: object, low: float, high: float, *, open_l
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else float("nan")
     if not low <= number <= high or (open_low and number == low):
         bounds = f"above {low} and at most {high}" if open_low else f"from {low} to {high}"
-        raise UsageError(f"{option} is {value!r}; it has to be a number {bounds}")
+        raise UsageError(f"{option} must be {bounds}, got {value!r}")
 
 
 def _check_integer(option: str, value: object, low: int) -> None:
     """Raise a UsageError unless `value` is a whole number of at least `low`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise UsageError(f"{option} is {value!r}; it has to be a whole number of at least {low}")
+        raise UsageError(f"{option} must be a whole number of at least {low}, got {value!r}")

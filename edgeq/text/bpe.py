@@ -1,4 +1,4 @@
-"""Byte-level BPE: text to token ids and back, control tokens aside.
+"""Byte-level BPE: text to token ids and back, special tokens aside.
 
 The family's tokenizer.json takes the `tokenizers` library 0.5 s and 110 MB to load: 248,044 tokens, 247,587 merges.
 Once read, it is therefore kept in the user's cache as a table of sorted arrays (7 MB, named after the file's hash),
@@ -148,7 +148,7 @@ class TableBpe:
         return bytes(self._spellings[start : self._ends[token_id]]).decode()
 
     def token_id(self, token: str) -> int | None:
-        ids = (*range(self.size), *self.added)  # slow, but it is control tokens that one asks for
+        ids = (*range(self.size), *self.added)  # slow, but it is special tokens that one asks for
         return next((i for i in ids if self.token(i) == token), None)
 
     def _word(self, word: str) -> Sequence[int]:
@@ -267,7 +267,7 @@ def _merges(vocab: Mapping[str, int], merges: Sequence[str | Sequence[str]]) -> 
 
 
 def _write(path: Path, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
-    """Write the table under another name, so that nobody ever opens half of one."""
+    """Write the table under another name first, so that no process opens half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     entries = {name: (dtype_name(array.dtype), array.shape) for name, array in arrays.items()}

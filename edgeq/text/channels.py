@@ -1,6 +1,6 @@
 """Thinking and answer, told apart in the stream of generated tokens.
 
-The model thinks between the control tokens `<think>` and `</think>`. Only the tokens count: the same letters in
+The model thinks between the special tokens `<think>` and `</think>`. Only the tokens count: the same letters in
 ordinary text change nothing. The newlines that the chat template puts around the block belong to neither channel.
 """
 

@@ -35,7 +35,7 @@ class Conversation:
 
     Call `append_user` (or `append_tool`), feed the model, generate, call `append_generated`, and so on. The model has
     to be fed `ids` from where its state stands, and the `append_*` return what they added. Text of users, systems and
-    tools stays text even where it spells control tokens; only those of the template count.
+    tools stays text even where it spells special tokens; only those of the template count.
     """
 
     def __init__(
@@ -156,11 +156,11 @@ class Conversation:
             raise self._not_append_only("writes a turn differently depending on the turns before it")
 
     def _not_append_only(self, what: str) -> ModelError:
-        return ModelError(f"{self._template.name} {what}: it cannot be used for a conversation that only grows")
+        return ModelError(f"{self._template.name} {what}: it cannot be used for an append-only conversation")
 
 
 def _protected(value: Any, tokenizer: Tokenizer) -> Any:
-    """`value` with every text in it protected: no control token is recognised in it once it is rendered."""
+    """`value` with every text in it protected: no special token is recognised in it once it is rendered."""
     if isinstance(value, str):
         return tokenizer.protect(value)
     if isinstance(value, Mapping):

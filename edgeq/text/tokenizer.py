@@ -1,7 +1,7 @@
-"""Text to token ids and back: byte-level BPE from `tokenizer.json`, control tokens kept apart.
+"""Text to token ids and back: byte-level BPE from `tokenizer.json`, special tokens kept apart.
 
-A control token (`<|im_end|>`, `<think>`, ...) means something only where the chat template or the model wrote it.
-Text from a user that happens to spell one is ordinary text. So the BPE (see `edgeq.text.bpe`) knows no control tokens;
+A special token (`<|im_end|>`, `<think>`, ...) means something only where the chat template or the model wrote it.
+Text from a user that happens to spell one is ordinary text. So the BPE (see `edgeq.text.bpe`) knows no special tokens;
 they are found here, and only when the caller says that the text is trusted.
 """
 
@@ -20,11 +20,11 @@ __all__ = ["Tokenizer"]
 
 _MAX_TOKENS = 1 << 20  # no tokenizer of the family comes near; more is a damaged file
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_HIDDEN = 0xDC00  # `Tokenizer.protect` writes the n-th edge character of control tokens as this code point + n
+_HIDDEN = 0xDC00  # `Tokenizer.protect` writes the n-th edge character of special tokens as this code point + n
 
 
 class Tokenizer:
-    """Byte-level BPE with control tokens; agrees with Hugging Face's tokenizer on the same files.
+    """Byte-level BPE with special tokens; agrees with Hugging Face's tokenizer on the same files.
 
     `vocab_size` counts the tokens that exist, also those listed in tokenizer_config.json alone; rows of the
     embedding beyond it are padding. `eos_token_ids` holds every token that ends a text, the chat turn's first.
@@ -47,7 +47,7 @@ class Tokenizer:
         """Read `tokenizer.json` and `tokenizer_config.json` in `path`; ModelError if one is missing or broken."""
         file = path / "tokenizer.json"
         if not file.is_file():
-            raise ModelError(f"{file} does not exist", hint="is this a complete checkpoint folder?")
+            raise ModelError(f"{file} does not exist", hint="give the folder of a complete checkpoint")
         return cls(load_bpe(file), read_json(path / "tokenizer_config.json"))
 
     @classmethod
@@ -56,7 +56,7 @@ class Tokenizer:
         return cls(bpe_of(json_text), config)
 
     def encode(self, text: str, *, control: bool = False) -> list[int]:
-        """Token ids of `text`; control tokens spelled in it are recognised only with `control=True`."""
+        """Token ids of `text`; special tokens spelled in it are recognised only with `control=True`."""
         if not control:
             return self._encode_plain(text)
         ids: list[int] = []
@@ -71,7 +71,7 @@ class Tokenizer:
         """Rewrite untrusted text, character by character, so that `encode(..., control=True)` sees no control
         token in it and gives the ids of the text as it was.
 
-        What a control token begins or ends with is replaced by a lone surrogate, which valid text cannot contain
+        What a special token begins or ends with is replaced by a lone surrogate, which valid text cannot contain
         and a template passes through: what is left of a message after a template trimmed or joined it stays safe.
         """
         return _SURROGATE.sub("\ufffd", text).translate(self._hide)
@@ -93,7 +93,7 @@ class Tokenizer:
         return control if control is not None else self._bpe.token_id(token)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The exact bytes a token stands for; a control token's are its spelling, a padding row's are none."""
+        """The exact bytes a token stands for; a special token's are its spelling, a padding row's are none."""
         token = self.token(token_id)
         if token is None:
             return b""
@@ -118,7 +118,7 @@ class Tokenizer:
         if isinstance(name, Mapping):
             name = name.get("content")
         if name is not None and not (isinstance(name, str) and name in self._control):
-            raise ModelError(f"tokenizer_config.json: eos_token is {name!r}, which is not a control token")
+            raise ModelError(f"tokenizer_config.json: eos_token is {name!r}, which is not a special token")
         names = dict.fromkeys([name, "<|endoftext|>"])
         return tuple(self._control[name] for name in names if name in self._control)
 
@@ -136,7 +136,7 @@ def _control_tokens(bpe: Bpe, config: Mapping[str, Any]) -> dict[str, int]:
                 f"tokenizer_config.json: token {text!r} has id {token_id}, tokenizer.json gives it {found[text]}"
             )
     if len(set(found.values())) != len(found):
-        raise ModelError("tokenizer_config.json: one id is given to two different control tokens")
+        raise ModelError("tokenizer_config.json: one id is given to two special tokens")
     if found and max(found.values()) >= _MAX_TOKENS:
         raise ModelError(f"tokenizer: token id {max(found.values())}, expected less than {_MAX_TOKENS}")
     return found
@@ -155,6 +155,6 @@ def _config_tokens(config: Mapping[str, Any]) -> list[tuple[str, int]]:
 
 
 def _pattern(control: Iterable[str]) -> re.Pattern[str]:
-    """Finds control tokens, the longest where several begin at the same place; an empty table matches nothing."""
+    """Finds special tokens, the longest where several begin at the same place; an empty table matches nothing."""
     longest_first = sorted(control, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")

@@ -1,0 +1,61 @@
+"""Where the options' values come from: command line over environment over configuration file over default.
+
+The environment variable of an option is EDGEQ_ and its name. The file is ~/.config/edgeq/config.toml
+($XDG_CONFIG_HOME is respected; EDGEQ_CONFIG names another file): options at the top hold for every command, those in a
+table named after a command for that one. `edgeq info --config` shows which won.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edgeq.errors import UsageError
+
+__all__ = ["config_file", "read_config_file"]
+
+
+def config_file() -> Path:
+    """Where the configuration file is, or would be."""
+    if named := os.environ.get("EDGEQ_CONFIG"):
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(base).expanduser() / "edgeq" / "config.toml"
+
+
+def read_config_file(options_of_commands: Callable[[], dict[str, set[str]]]) -> dict[str, dict[str, Any]]:
+    """The file's values by command; none without a file. Options that no command has are an error."""
+    path = config_file()
+    if not path.exists():
+        return {}
+    values, commands = _parsed(path), options_of_commands()
+    tables = {key: value for key, value in values.items() if isinstance(value, dict)}
+    shared = {_name(key): value for key, value in values.items() if key not in tables}
+    _check(f"{path}: unknown command", tables, set(commands))
+    _check(f"{path}: unknown option", shared, set().union(*commands.values()))
+    result = {}
+    for command, options in commands.items():
+        own = {_name(key): value for key, value in tables.get(command, {}).items()}
+        _check(f"{path}: [{command}] has no option", own, options)
+        result[command] = {key: value for key, value in {**shared, **own}.items() if key in options}
+    return result
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    import tomllib
+
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+
+
+def _name(key: str) -> str:
+    return key.replace("-", "_")
+
+
+def _check(problem: str, given: dict[str, Any], known: set[str]) -> None:
+    if unknown := given.keys() - known:
+        raise UsageError(f"{problem} {min(unknown)!r}", hint="`edgeq COMMAND --help` lists the options")

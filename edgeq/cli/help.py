@@ -1,0 +1,86 @@
+"""How `--help` looks: metavars as written in the table of options, sections, tables in a help text, plain defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from textwrap import wrap
+from typing import Any
+
+from typer.core import TyperCommand
+
+__all__ = ["Command", "spellings"]
+
+_TIED = "\xa0"  # a space at which no line is broken
+_NAMES = 30  # columns of names; a longer name has its help on the next line
+
+
+class Command(TyperCommand):
+    """A command with help of its own making, the same with every version of typer."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:  # noqa: ARG002  # click calls it with a context
+        """`[OPTIONS] MODEL`, or `[OPTIONS] [MODEL]` where the command also does something without."""
+        return ["[OPTIONS]", *(str(p.metavar) for p in self.params if p.param_type_name == "argument")]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Arguments, then every section of options."""
+        sections: dict[str, list[str]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            if not getattr(parameter, "hidden", False):
+                title = "Arguments" if parameter.param_type_name == "argument" else _section(parameter)
+                sections.setdefault(title, []).extend(_rows(parameter, formatter.width))
+        for title, rows in sections.items():
+            if rows:
+                formatter.write(f"\n{title}:\n" + "".join(f"  {row}".rstrip() + "\n" for row in rows))
+
+
+def spellings(option: Any) -> tuple[list[str], list[str]]:
+    """The names of an option that help shows (one letter, then its own), and the others that it answers to."""
+    own = next(name for name in option.opts if name.startswith("--"))
+    shown = [*sorted((name for name in option.opts if len(name) == 2), key=str.lower), own]
+    others = [name for name in [*option.opts, *option.secondary_opts[1:]] if name not in shown]
+    return shown, others
+
+
+def _section(option: Any) -> str:
+    return getattr(option, "rich_help_panel", None) or "Options"
+
+
+def _rows(parameter: Any, width: int) -> Iterator[str]:
+    """The lines of a parameter: its name, and beside it the help, whose own line breaks stay."""
+    name = _name(parameter)
+    lines = [line for text in _text(parameter).split("\n") for line in wrap(text, width - _NAMES - 4) or [""]]
+    if len(name) > _NAMES - 2:
+        yield name
+        name = ""
+    for line in lines:
+        yield f"{name:{_NAMES}}{line}".replace(_TIED, " ")
+        name = ""
+
+
+def _name(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        return str(parameter.metavar).strip("[]")
+    name = ", ".join(spellings(parameter)[0])
+    if parameter.secondary_opts:
+        return f"{name} / {parameter.secondary_opts[0]}"
+    return name if parameter.is_flag or parameter.count else f"{name} {parameter.metavar}"
+
+
+def _text(parameter: Any) -> str:
+    """The help, and the default at the end of its first line."""
+    first, *rest = (parameter.help or "").split("\n")
+    if parameter.required and parameter.param_type_name == "option":
+        first += " [required]"
+    elif default := _default(parameter):
+        first += " " + f"[default: {default}]".replace(" ", _TIED)
+    return "\n".join([first, *rest])
+
+
+def _default(parameter: Any) -> str:
+    """What holds if the option is not given: a value, or words for where it comes from."""
+    value, words = parameter.default, parameter.show_default
+    if value is None or value == () or callable(value):
+        return words if isinstance(words, str) else ""
+    if isinstance(value, bool):
+        return "on" if value else ""
+    return f"{value:g}" if isinstance(value, float) else str(value)
