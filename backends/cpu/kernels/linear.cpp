@@ -81,7 +81,6 @@ struct Job {
     int row_pieces, first_piece;  // of its rows, for one block of tokens
 };
 
-constexpr int64_t few_tokens = 16;    // up to so many gemv is faster: it has no tile to make ready
 constexpr int64_t token_block = 512;  // of a gemm piece: its activations stay in the second-level cache
 constexpr int64_t least_tokens = 128;  // of one: fewer do not pay for unpacking its weights
 
@@ -124,7 +123,7 @@ const LinearKernels& linear_kernels() {
 void linears(const float* x, int64_t tokens, const Matrix* ws, int count, float* const* ys) {
     if (tokens == 0 || count == 0) return;
     const LinearKernels& kernels = linear_kernels();
-    const bool few = tokens <= few_tokens;
+    const bool few = tokens <= few_tokens;  // for these gemv is faster, too: it has no tile to make ready
     const Activations plain = {x, nullptr, nullptr, nullptr, nullptr, tokens, ws[0].in, 0, 0};
     const int64_t piece_nbytes = few ? gemv_piece_nbytes(ws, count) : 0;
 

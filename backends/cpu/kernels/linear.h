@@ -8,6 +8,11 @@
 
 namespace edgeq {
 
+// A call of up to so many tokens takes them one as the other: nothing about a token's result depends on how many there
+// are, so that a token which is verified with others gives the bits that it gives alone. More go through other kernels,
+// whose sums have another order (among themselves the tokens of such a call are equal, too).
+constexpr int64_t few_tokens = 16;
+
 size_t type_size(Type type);
 
 // Bytes of a row of codes or values.

@@ -247,6 +247,28 @@ void test_several(const char* isa) {
     }
 }
 
+// A row is the same whatever other rows are in the call, up to few_tokens of them and, apart from that, beyond.
+void test_company(const char* isa) {
+    std::mt19937 random(9);
+    const int64_t out = 37, in = 384;
+    for (int bits : {0, 2, 3, 4, 5, 6, 8}) {
+        TestMatrix m(out, in, bits, bits ? 32 : 0, Type::bf16, false, random);
+        const auto x = make_input(300, in, false, random);
+        auto rows = [&](int64_t first, int64_t count) {
+            return product(isa, m, {x.begin() + first * in, x.begin() + (first + count) * in}, count);
+        };
+        auto equal = [&](const std::vector<float>& all, const std::vector<float>& some, int64_t first) {
+            return std::equal(some.begin(), some.end(), all.begin() + first * out);
+        };
+        const auto few = rows(0, few_tokens), many = rows(0, 300);
+        for (int64_t count : {1, 2, 3, 4, 7}) check(equal(few, rows(5, count), 5), "few rows in company", isa, "");
+        for (int64_t count : {17, 50, 299}) check(equal(many, rows(1, count), 1), "many rows in company", isa, "");
+        set_thread_count(7);
+        check(few == rows(0, few_tokens) && many == rows(0, 300), "rows on more threads", isa, "");
+        set_thread_count(2);
+    }
+}
+
 void test_pool() {
     for (int threads : {1, 2, 3, 4, 7}) {
         set_thread_count(threads);
@@ -319,6 +341,7 @@ int main(int argc, char** argv) {
         test_matrices(isa_name(isa));
         test_gguf_matrices(isa_name(isa));
         test_several(isa_name(isa));
+        test_company(isa_name(isa));
         std::printf("%s: %s\n", isa_name(isa), failures == before ? "ok" : "FAILED");
     }
     return failures ? 1 : 0;

@@ -1,5 +1,8 @@
 // Gated attention between its projections: keys and values are normalised, rotated and appended first; then every
 // piece takes some queries that share a KV head through (a part of) that head's keys.
+//
+// A token's result depends on its keys alone: they are taken range by range, which begin at the same places for
+// everybody, and the sums of the ranges are merged in their order, whoever computed them and whenever.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -14,8 +17,10 @@ namespace edgeq {
 namespace {
 
 constexpr Index block_rows = 32;   // query rows of a piece: a page's keys are read once for all of them
-constexpr Index few_tokens = 4;    // appended by the calling thread alone
+constexpr Index append_alone = 4;  // tokens that the calling thread appends by itself
 constexpr Index append_tokens = 16;
+constexpr Index range_keys = 256;  // whose sums are merged with the others': the unit of work where keys are shared out
+constexpr size_t kept_nbytes = 1 << 20;  // of sums that wait to be merged, about
 
 // --- pages -----------------------------------------------------------------------------------------------------------
 
@@ -96,9 +101,8 @@ float read_entry(const uint8_t* page, KvType type, Index at, Index step, Index i
 // --- the pieces ------------------------------------------------------------------------------------------------------
 
 struct Scratch {
-    Floats q, value, scores, out, peak, total;
+    Floats q, value, scores, sums, all;
     std::vector<Index> visible;
-    std::vector<const uint8_t*> keys, values, key_scales, value_scales;
     std::vector<uint16_t> bits;
 };
 
@@ -155,16 +159,28 @@ void append_token(const Attention& a, const KvSequence& s, Index start, Index to
 
 Index padded_rows(Index rows) { return (rows + attend_rows - 1) / attend_rows * attend_rows; }
 
-// The block's queries through keys [begin, end); sums go to peak, total, out.
-void attend_block(const Attention& a, const KvSequence& s, const Block& b, Index begin, Index end, float* peak,
-                  float* total, float* out) {
+// Sums of `rows` rows in a piece of memory of sums_size floats.
+Index sums_size(Index rows, Index width) { return rows * (width + 2); }
+
+Sums sums_at(float* memory, Index rows) { return {memory, memory + rows, memory + 2 * rows}; }
+
+// Sums over no keys.
+Sums no_sums(float* memory, Index rows, Index width) {
+    std::fill(memory, memory + sums_size(rows, width), 0.0f);
+    std::fill(memory, memory + rows, no_peak);
+    return sums_at(memory, rows);
+}
+
+// A block's queries, made ready in the thread's scratch memory, on their way through ranges of keys.
+Attend queries_of(const Attention& a, const KvSequence& s, const Block& b) {
     const LayerKernels& kernels = layer_kernels();
     const Index share = a.Hq / a.Hkv, width = kv_width(a.type, a.D), rows = padded_rows(b.tokens * share);
+    const Index keys = s.past + b.first + b.tokens, size = kv_size(a.type);
     const float scale = 1.0f / std::sqrt(float(a.D));
     Scratch& scratch = scratch_of_thread;
     scratch.q.assign(rows * width, 0.0f);
     scratch.scores.resize(rows * attend_keys);
-    scratch.visible.assign(rows, end);
+    scratch.visible.assign(rows, keys);
     for (Index row = 0; row < b.tokens * share; row++) {
         const Index t = b.start + b.first + row / share, head = b.head * share + row % share;
         float* q = &scratch.q[row * width];
@@ -173,40 +189,30 @@ void attend_block(const Attention& a, const KvSequence& s, const Block& b, Index
         if (a.type == KvType::int4) kernels.rotate(q, a.D);
         scratch.visible[row] = s.past + b.first + row / share + 1;
     }
-    const Index pages = (end + kv_page - 1) / kv_page, size = kv_size(a.type);
     const Place at = place(a.Hkv, kv_row(a.type, width), b.head, 0);
-    scratch.keys.resize(pages);
-    scratch.values.resize(pages);
-    scratch.key_scales.resize(pages);
-    scratch.value_scales.resize(pages);
-    for (Index i = 0; i < pages; i++) {
-        scratch.keys[i] = s.pages[i] + at.keys * size;
-        scratch.values[i] = s.pages[i] + at.values * size;
-        scratch.key_scales[i] = scales_of(s.pages[i], a.type, a.Hkv, a.D, false, b.head);
-        scratch.value_scales[i] = scales_of(s.pages[i], a.type, a.Hkv, a.D, true, b.head);
-    }
-    kernels.attend({a.type, rows, width, scratch.q.data(), scratch.visible.data(), scratch.keys.data(),
-                    scratch.values.data(), scratch.key_scales.data(), scratch.value_scales.data(), begin, end, peak,
-                    total, out, scratch.scores.data()});
+    auto scales = [&](bool value) { return scales_of(s.pages[0], a.type, a.Hkv, a.D, value, b.head) - s.pages[0]; };
+    return {a.type, rows, width, scratch.q.data(), scratch.visible.data(), s.pages, at.keys * size, at.values * size,
+            scales(false), scales(true), 0, 0, keys, {}, scratch.scores.data()};
 }
 
-// Sums over several ranges of keys -> the layer's output.
-void finish_block(const Attention& a, const Block& b, Index ranges, Index range_rows, const float* peak,
-                  const float* total, float* out) {
+// The sums over one range.
+void attend_range(Attend& queries, Index range, const Sums& sums) {
+    queries.begin = range * range_keys;
+    queries.end = std::min(queries.begin + range_keys, queries.follow);
+    queries.sums = sums;
+    layer_kernels().attend(queries);
+}
+
+// Sums over all keys -> the layer's output.
+void finish_block(const Attention& a, const Block& b, const Sums& all) {
     const LayerKernels& kernels = layer_kernels();
     const Index share = a.Hq / a.Hkv, width = kv_width(a.type, a.D);
     for (Index row = 0; row < b.tokens * share; row++) {
-        float most = peak[row], all = 0.0f;
-        for (Index i = 1; i < ranges; i++) most = std::max(most, peak[i * range_rows + row]);
-        for (Index i = 0; i < ranges; i++)
-            all += total[i * range_rows + row] * std::exp(peak[i * range_rows + row] - most);
         const Index t = b.start + b.first + row / share, head = b.head * share + row % share;
+        const float weight = 1.0f / all.total[row];
+        const float* out = all.out + row * width;
         float* y = a.out + (t * a.Hq + head) * a.D;
-        for (Index i = 0; i < ranges; i++) {
-            const float weight = std::exp(peak[i * range_rows + row] - most) / all;
-            const float* part = out + (i * range_rows + row) * width;
-            for (Index j = 0; j < a.D; j++) y[j] = weight * part[j] + (i ? y[j] : 0.0f);
-        }
+        for (Index i = 0; i < a.D; i++) y[i] = weight * out[i];
         if (a.type == KvType::int4) kernels.rotate(y, a.D);
         if (a.gate.data) kernels.sigmoid_mul(y, y, a.gate.at(t, head), a.D);
     }
@@ -222,19 +228,67 @@ std::vector<Block> blocks_of(const Attention& a, const KvSequence* sequences, In
     return blocks;
 }
 
-// Keys that a piece takes: all of them where there are pieces enough, else whole units so that there are.
-Index keys_per_piece(const KvSequence* sequences, Index count, Index blocks) {
-    constexpr Index unit = 2 * attend_keys;
-    Index longest = 0;
-    for (Index i = 0; i < count; i++) longest = std::max(longest, sequences[i].past + sequences[i].tokens);
-    const Index wanted = (4 * thread_count() + blocks - 1) / blocks, units = (longest + unit - 1) / unit;
-    return std::max<Index>(1, (units + wanted - 1) / wanted) * unit;
+Index ranges_of(const KvSequence* sequences, const Block& b) {
+    return (sequences[b.sequence].past + b.first + b.tokens + range_keys - 1) / range_keys;
+}
+
+// A block through all of its keys, range after range.
+void run_block(const Attention& a, const KvSequence* sequences, const Block& b) {
+    Attend queries = queries_of(a, sequences[b.sequence], b);
+    const Index size = sums_size(queries.rows, queries.width);
+    Scratch& scratch = scratch_of_thread;
+    scratch.sums.resize(std::max<Index>(scratch.sums.size(), size));
+    scratch.all.resize(std::max<Index>(scratch.all.size(), size));
+    const Sums all = no_sums(scratch.all.data(), queries.rows, queries.width);
+    const Sums sums = sums_at(scratch.sums.data(), queries.rows);
+    for (Index range = 0; range < ranges_of(sequences, b); range++) {
+        attend_range(queries, range, sums);
+        layer_kernels().merge(all, sums, queries.rows, queries.width);
+    }
+    finish_block(a, b, all);
+}
+
+// Few blocks: `parts` pieces share out each one's ranges, as many ranges at a time as there is memory for.
+void share_out(const Attention& a, const KvSequence* sequences, const std::vector<Block>& blocks, Index parts) {
+    const Index share = a.Hq / a.Hkv, width = kv_width(a.type, a.D), count = Index(blocks.size());
+    Index most_rows = 0, most_ranges = 0;
+    for (const Block& b : blocks) {
+        most_rows = std::max(most_rows, padded_rows(b.tokens * share));
+        most_ranges = std::max(most_ranges, ranges_of(sequences, b));
+    }
+    const Index size = sums_size(most_rows, width), room = Index(kept_nbytes / sizeof(float)) / (size * count);
+    const Index wave = std::min(most_ranges, std::max(room, parts)), per_part = (wave + parts - 1) / parts;
+    thread_local Floats memory;
+    memory.resize(std::max<Index>(memory.size(), count * (wave + 1) * size));
+    float* all = memory.data();  // the calling thread's, for all threads
+    float* kept = all + count * size;
+    for (Index block = 0; block < count; block++) no_sums(all + block * size, most_rows, width);
+    auto sums = [&](Index block, Index i) { return sums_at(kept + (block * wave + i) * size, most_rows); };
+
+    for (Index first = 0; first < most_ranges; first += wave) {
+        auto end_of = [&](const Block& b) { return std::min(first + wave, ranges_of(sequences, b)); };
+        parallel_for(int(count * parts), [&](int piece) {
+            const Index block = piece / parts, begin = first + piece % parts * per_part;
+            const Block& b = blocks[block];
+            const Index end = std::min(begin + per_part, end_of(b));
+            if (begin >= end) return;
+            Attend queries = queries_of(a, sequences[b.sequence], b);
+            for (Index range = begin; range < end; range++) attend_range(queries, range, sums(block, range - first));
+        });
+        parallel_for(int(count), [&](int block) {
+            const Block& b = blocks[block];
+            const Sums sum = sums_at(all + block * size, most_rows);
+            for (Index range = first; range < end_of(b); range++)
+                layer_kernels().merge(sum, sums(block, range - first), padded_rows(b.tokens * share), width);
+            if (first < ranges_of(sequences, b) && end_of(b) == ranges_of(sequences, b)) finish_block(a, b, sum);
+        });
+    }
 }
 
 }  // namespace
 
 void append_kv(const Attention& a, const KvSequence& s, Index start) {
-    if (s.tokens <= few_tokens) {
+    if (s.tokens <= append_alone) {
         for (Index t = 0; t < s.tokens; t++) append_token(a, s, start, t);
         return;
     }
@@ -247,48 +301,12 @@ void append_kv(const Attention& a, const KvSequence& s, Index start) {
 void attention(const Attention& a, const KvSequence* sequences, Index count) {
     for (Index i = 0, start = 0; i < count; start += sequences[i++].tokens) append_kv(a, sequences[i], start);
     const std::vector<Block> blocks = blocks_of(a, sequences, count);
-    if (blocks.empty()) return;
-    const Index width = kv_width(a.type, a.D);
-    Index most_tokens = 0;
-    for (const Block& b : blocks) most_tokens = std::max(most_tokens, b.tokens);
-    const Index rows = padded_rows(most_tokens * (a.Hq / a.Hkv));
-    const Index span = keys_per_piece(sequences, count, Index(blocks.size()));
-    auto keys_of = [&](const Block& b) { return sequences[b.sequence].past + b.first + b.tokens; };
+    const Index threads = thread_count(), wanted = 4 * threads;  // pieces
     Index ranges = 1;
-    for (const Block& b : blocks) ranges = std::max(ranges, (keys_of(b) + span - 1) / span);
-
-    if (ranges == 1) {
-        parallel_for(int(blocks.size()), [&](int piece) {
-            const Block& b = blocks[piece];
-            Scratch& scratch = scratch_of_thread;
-            scratch.peak.resize(rows);
-            scratch.total.resize(rows);
-            scratch.out.resize(rows * width);
-            attend_block(a, sequences[b.sequence], b, 0, keys_of(b), scratch.peak.data(), scratch.total.data(),
-                         scratch.out.data());
-            finish_block(a, b, 1, rows, scratch.peak.data(), scratch.total.data(), scratch.out.data());
-        });
-        return;
-    }
-    // Peaks, totals and outputs of every range; there are few rows where keys are split, and the memory is kept.
-    thread_local Floats memory;
-    const Index block_size = ranges * rows * (width + 2);
-    memory.resize(std::max<Index>(memory.size(), blocks.size() * block_size));
-    float* sums = memory.data();  // the calling thread's, for all threads
-    auto peak = [&](Index block) { return sums + block * block_size; };
-    auto total = [&](Index block) { return peak(block) + ranges * rows; };
-    auto out = [&](Index block) { return peak(block) + 2 * ranges * rows; };
-    parallel_for(int(blocks.size() * ranges), [&](int piece) {
-        const Index block = piece / ranges, range = piece % ranges;
-        const Block& b = blocks[block];
-        const Index end = std::min(keys_of(b), (range + 1) * span);
-        if (range * span < end)
-            attend_block(a, sequences[b.sequence], b, range * span, end, peak(block) + range * rows,
-                         total(block) + range * rows, out(block) + range * rows * width);
-    });
-    for (Index block = 0; block < Index(blocks.size()); block++)
-        finish_block(a, blocks[block], (keys_of(blocks[block]) + span - 1) / span, rows, peak(block), total(block),
-                     out(block));
+    for (const Block& b : blocks) ranges = std::max(ranges, ranges_of(sequences, b));
+    if (threads == 1 || ranges == 1 || Index(blocks.size()) >= wanted)
+        return parallel_for(int(blocks.size()), [&](int i) { run_block(a, sequences, blocks[i]); });
+    share_out(a, sequences, blocks, std::min(ranges, (wanted + Index(blocks.size()) - 1) / Index(blocks.size())));
 }
 
 void read_page(const uint8_t* page, KvType type, Index heads, Index D, Index tokens, float* keys, float* values) {

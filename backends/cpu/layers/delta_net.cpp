@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/linear.h"
 #include "kernels/threads.h"
 #include "layers/aligned.h"
 #include "layers/layers.h"
@@ -67,15 +68,16 @@ void plan_steps(Chunk& c, Index tokens, Index K) {
 }
 
 // Calls run(first token, tokens, from, to) for the chunks of one head: whole chunks up to the first state that is
-// kept, then token by token, every one into its own state.
+// kept, then token by token, every one into its own state. A sequence of few tokens goes token by token from the start:
+// in pairs the sums have another order, and verifying must give the bits of decoding.
 template <class Run>
 void each_chunk(const DeltaSequence& s, Index keep, Index head, Index head_size, Run&& run) {
-    const Index whole = s.tokens - keep;
+    const Index before_kept = s.tokens - keep, whole = s.tokens <= few_tokens ? 0 : before_kept;
     const float* from = s.state + head * head_size;
-    if (whole == 0) std::memcpy(s.states_after[0] + head * head_size, from, head_size * sizeof(float));
+    if (before_kept == 0) std::memcpy(s.states_after[0] + head * head_size, from, head_size * sizeof(float));
     for (Index t = 0, tokens; t < s.tokens; t += tokens) {
         tokens = t < whole ? std::min(chunk_tokens, whole - t) : 1;
-        float* to = s.states_after[t < whole ? 0 : t - whole + 1] + head * head_size;
+        float* to = s.states_after[std::max<Index>(0, t + tokens - before_kept)] + head * head_size;
         run(t, tokens, from, to);
         from = to;
     }

@@ -59,26 +59,33 @@ static inline Index kv_page_nbytes(KvType type, Index heads, Index dim) {
     return kv_entries_nbytes(type, heads, dim) + 2 * heads * kv_scales_nbytes(type, dim);
 }
 
-// Some queries that share a KV head, over part of its keys.
+// What some rows have summed of their softmax over some keys.
+struct Sums {
+    float* peak;   // [rows], largest score
+    float* total;  // [rows], sum of exp(score - peak)
+    float* out;    // [rows, width], sum of exp(score - peak) * value
+};
+
+// Some queries that share a KV head, over part of its keys. Rows do not influence each other, and a key that a row does
+// not see adds nothing, not even a rounding.
 struct Attend {
     KvType type;
     Index rows, width;          // rows is a multiple of attend_rows, width one of kv_tile (int4: kv_group)
     const float* q;             // [rows, width], already scaled by D^-0.5 (int4: and rotated), zero beyond the head's
                                 // width
     const Index* visible;       // [rows], how many keys (from the first of the sequence) each row may see
-    const uint8_t* const* keys;    // of this head, one pointer per page of the sequence
-    const uint8_t* const* values;
-    const uint8_t* const* key_scales;  // likewise: float32 [kv_page] for int8, float16 [groups, kv_page] for int4
-    const uint8_t* const* value_scales;
+    const uint8_t* const* pages;  // of the sequence
+    Index keys, values;         // where this head's begin in a page, in bytes
+    Index key_scales, value_scales;  // likewise: float32 [kv_page] for int8, float16 [groups, kv_page] for int4
     Index begin, end;           // the keys to attend to; begin is a multiple of attend_keys
-    float* peak;                // [rows], out: largest score
-    float* total;               // [rows], out: sum of exp(score - peak)
-    float* out;                 // [rows, width], out: sum of exp(score - peak) * value
+    Index follow;               // up to here other calls go on after this one: end, or more
+    Sums sums;                  // the result; a row that sees none of the keys has the total 0
     float* scores;              // [rows, attend_keys] to work in
 };
 
 constexpr int attend_rows = 4;   // query rows at a time
 constexpr int attend_keys = 64;  // keys at a time; divides kv_page
+constexpr float no_peak = -1e30f;  // less than any score
 
 // Two tokens of the delta rule, or the last one. Unrolled, with decays e1, e2 and the state S before them:
 //
@@ -136,6 +143,9 @@ struct LayerKernels {
     // Move `rows` rows of a state [rows, K] on by the chunk: from -> to, which may be the same.
     void (*delta)(float* to, const float* from, Index rows, const DeltaChunk& chunk);
     void (*attend)(const Attend& a);
+    // Add the sums over more keys, `more`, to those over the keys before them, `all`. Before any keys the peak is
+    // no_peak and the rest zero. A row that saw none of the keys stays as it is.
+    void (*merge)(const Sums& all, const Sums& more, Index rows, Index width);
     // The orthonormal Walsh-Hadamard transform of x [n], in blocks of the largest power of two that divides n (Qwen3.5's
     // heads are one block of 256). It is its own inverse. A single large entry becomes many small ones, so that 4 bits
     // need not span what few channels reach (Ashkboos et al., "QuaRot", arXiv:2404.00456).

@@ -1,5 +1,6 @@
-// layers_test: every instruction set that this machine has against scalar, through the functions that the backend
-// calls, on vectors that end exactly where their memory ends. NMSE = sum of squared differences over sum of squares.
+// layers_test: every instruction set that this machine has against scalar, and each against itself in other company,
+// through the functions that the backend calls, on vectors that end exactly where their memory ends.
+// NMSE = sum of squared differences over sum of squares.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "kernels/isa.h"
+#include "kernels/threads.h"
 #include "layers/layers.h"
 
 using namespace edgeq;
@@ -68,51 +70,72 @@ void test_rows(Index n) {
     kernel("rope", [&](const LayerKernels& k) { k.rope(y.data(), x.data(), cosines.data(), sines.data(), pairs, n); });
 }
 
-void test_delta_net(Index tokens, Index keep, Index Hk, Index Hv, Index K, Index V, Index width) {
-    const Index C = 2 * Hk * K + Hv * V, size = Hv * V * K;
-    const Vector qkv = normal(tokens * C), z = normal(tokens * Hv * V);
-    const Vector b = normal(tokens * Hv), a = normal(tokens * Hv, 3);
-    const Vector conv = normal(C * width), dt_bias = normal(Hv), gain = normal(V);
-    const Vector tail = normal((width - 1) * C), state = normal(size);
-    Vector decay = normal(Hv);
-    for (float& d : decay) d = -std::exp(d);
-    compare("delta_net", recurrent_nmse, [&] {
+// A DeltaNet layer's input for some tokens of a sequence, and what comes of it when they are fed in calls of some
+// lengths: the outputs, then the last call's keep + 1 tails and states.
+struct DeltaCase {
+    Index tokens, Hk, Hv, K, V, width, C = 2 * Hk * K + Hv * V, size = Hv * V * K;
+    Vector qkv = normal(tokens * C), z = normal(tokens * Hv * V), b = normal(tokens * Hv), a = normal(tokens * Hv, 3);
+    Vector conv = normal(C * width), dt_bias = normal(Hv), gain = normal(V);
+    Vector tail = normal((width - 1) * C), state = normal(size), decay = normal(Hv);
+
+    Vector run(const std::vector<Index>& lengths, Index keep) const {
         std::vector<Vector> tails(keep + 1, Vector((width - 1) * C)), states(keep + 1, Vector(size));
         std::vector<float*> tail_pointers, state_pointers;
         for (Vector& t : tails) tail_pointers.push_back(t.data());
         for (Vector& s : states) state_pointers.push_back(s.data());
-        Vector out(tokens * Hv * V);
-        const DeltaNet net{Hk, Hv, K, V, width, keep, {qkv.data(), C}, {z.data(), Hv * V}, {b.data(), Hv},
-                           {a.data(), Hv}, conv.data(), decay.data(), dt_bias.data(), gain.data(), 1e-6f,
-                           {out.data(), Hv * V}};
-        const DeltaSequence sequence{tokens, tail.data(), state.data(), tail_pointers.data(), state_pointers.data()};
-        delta_net(net, &sequence, 1);
+        Vector out(tokens * Hv * V), negative = decay, old_tail = tail, old_state = state;
+        for (float& d : negative) d = -std::exp(d);
+        Index at = 0;
+        for (Index n : lengths) {
+            const Index kept = at + n == tokens ? keep : 0;
+            const DeltaNet net{Hk, Hv, K, V, width, kept, {qkv.data() + at * C, C}, {z.data() + at * Hv * V, Hv * V},
+                               {b.data() + at * Hv, Hv}, {a.data() + at * Hv, Hv}, conv.data(), negative.data(),
+                               dt_bias.data(), gain.data(), 1e-6f, {out.data() + at * Hv * V, Hv * V}};
+            const DeltaSequence sequence{n, old_tail.data(), old_state.data(), tail_pointers.data(),
+                                         state_pointers.data()};
+            delta_net(net, &sequence, 1);
+            at += n;
+            if (at < tokens) old_tail = tails[0], old_state = states[0];
+        }
         for (const auto* after : {&tails, &states})
             for (const Vector& v : *after) out.insert(out.end(), v.begin(), v.end());
         return out;
-    });
+    }
+};
+
+void test_delta_net(Index tokens, Index keep, Index Hk, Index Hv, Index K, Index V, Index width) {
+    const DeltaCase layer{tokens, Hk, Hv, K, V, width};
+    compare("delta_net", recurrent_nmse, [&] { return layer.run({tokens}, keep); });
 }
 
-void test_attention(KvType type, Index tokens, Index past, Index Hq, Index Hkv, Index D) {
-    const Index total = past + tokens, pairs = D / 4;
-    const Vector q = normal(tokens * 2 * Hq * D), k = normal(total * Hkv * D), v = normal(total * Hkv * D);
-    const Vector gain = normal(D), cosines = normal(total * pairs), sines = normal(total * pairs);
-    compare("attention", type == KvType::f32 ? sums_nmse : rounded_nmse, [&] {
+// An attention layer's input for `total` tokens of a sequence, and what comes of it when they are fed in calls of some
+// lengths: the outputs [total, Hq * D], then the keys and values that were kept.
+struct AttentionCase {
+    KvType type;
+    Index total, Hq, Hkv, D, pairs = D / 4;
+    Vector k = normal(total * Hkv * D), v = normal(total * Hkv * D), q = normal(total * 2 * Hq * D);
+    Vector gain = normal(D), cosines = normal(total * pairs), sines = normal(total * pairs);
+
+    Vector run(const std::vector<Index>& lengths) const {
         const Index nbytes = kv_page_nbytes(type, Hkv, D);
         std::vector<std::vector<uint8_t>> pages((total + kv_page - 1) / kv_page, std::vector<uint8_t>(nbytes, 0xff));
         std::vector<uint8_t*> pointers;
         for (auto& page : pages) pointers.push_back(page.data());
-        Vector out(tokens * Hq * D);
-        Attention a{};
-        a.Hq = Hq, a.Hkv = Hkv, a.D = D, a.type = type, a.eps = 1e-6f, a.pairs = pairs;
-        a.q_norm = a.k_norm = gain.data(), a.cos = cosines.data(), a.sin = sines.data();
-        a.k = {k.data(), Hkv * D, D}, a.v = {v.data(), Hkv * D, D};
-        if (past) append_kv(a, {past, 0, pointers.data()}, 0);
-        a.k.data += past * Hkv * D, a.v.data += past * Hkv * D, a.cos += past * pairs, a.sin += past * pairs;
-        a.q = {q.data(), 2 * Hq * D, 2 * D}, a.gate = {q.data() + D, 2 * Hq * D, 2 * D};
-        a.out = out.data();
-        const KvSequence sequence{tokens, past, pointers.data()};
-        attention(a, &sequence, 1);
+        Vector out(total * Hq * D);
+        Index past = 0;
+        for (Index tokens : lengths) {
+            Attention a{};
+            a.Hq = Hq, a.Hkv = Hkv, a.D = D, a.type = type, a.eps = 1e-6f, a.pairs = pairs;
+            a.q_norm = a.k_norm = gain.data();
+            a.cos = cosines.data() + past * pairs, a.sin = sines.data() + past * pairs;
+            a.k = {k.data() + past * Hkv * D, Hkv * D, D}, a.v = {v.data() + past * Hkv * D, Hkv * D, D};
+            a.q = {q.data() + past * 2 * Hq * D, 2 * Hq * D, 2 * D};
+            a.gate = {a.q.data + D, 2 * Hq * D, 2 * D};
+            a.out = out.data() + past * Hq * D;
+            const KvSequence sequence{tokens, past, pointers.data()};
+            attention(a, &sequence, 1);
+            past += tokens;
+        }
         for (Index i = 0; i < Index(pages.size()); i++) {
             const Index count = std::min<Index>(kv_page, total - i * kv_page);
             Vector keys(count * Hkv * D), values(count * Hkv * D);
@@ -121,7 +144,55 @@ void test_attention(KvType type, Index tokens, Index past, Index Hq, Index Hkv, 
             out.insert(out.end(), values.begin(), values.end());
         }
         return out;
-    });
+    }
+};
+
+void test_attention(KvType type, Index tokens, Index past, Index Hq, Index Hkv, Index D) {
+    const AttentionCase layer{type, past + tokens, Hq, Hkv, D};
+    std::vector<Index> lengths{tokens};
+    if (past) lengths.insert(lengths.begin(), past);
+    compare("attention", type == KvType::f32 ? sums_nmse : rounded_nmse, [&] { return layer.run(lengths); });
+}
+
+// --- in company ------------------------------------------------------------------------------------------------------
+
+template <class Run>
+void expect_equal(const char* what, const Vector& expected, Run&& run) {
+    for (int threads : {1, 2, 7}) {
+        set_thread_count(threads);
+        if (run() == expected) continue;
+        failures++;
+        std::printf("FAILED %s: %s, %d threads\n", isa_name(active_isa()), what, threads);
+    }
+    set_thread_count(2);
+}
+
+// A token's attention is the same whoever else is in its calls, and on any number of threads.
+void test_attention_in_company(KvType type) {
+    const AttentionCase layer{type, 600, 4, 2, 32};
+    const Vector expected = layer.run({600});
+    std::vector<Index> one_by_one{250};
+    one_by_one.resize(351, 1);
+    for (const auto& lengths : {std::vector<Index>{600}, {17, 239, 5, 300, 39}, one_by_one})
+        expect_equal("attention in company", expected, [&] { return layer.run(lengths); });
+}
+
+// Few tokens are the same in one call and in several, whatever is kept; a long call may end at any multiple of 32.
+void test_delta_net_in_company(Index K, Index V) {
+    const DeltaCase few{16, 2, 4, K, V, 4}, many{150, 2, 4, K, V, 4};
+    const Vector verified = few.run({16}, 16);
+    for (const auto& lengths : {std::vector<Index>{16}, {1, 15}, std::vector<Index>(16, 1)}) {
+        const Index keep = lengths.back();
+        const size_t kept = keep + 1, tail_size = few.tail.size(), state_size = few.state.size();
+        const size_t outputs = 16 * few.Hv * V, states = outputs + 17 * tail_size;
+        Vector expected(verified.begin(), verified.begin() + outputs);
+        expected.insert(expected.end(), verified.begin() + states - kept * tail_size, verified.begin() + states);
+        expected.insert(expected.end(), verified.end() - kept * state_size, verified.end());
+        expect_equal("few tokens in company", expected, [&] { return few.run(lengths, keep); });
+    }
+    const Vector whole = many.run({150}, 2);
+    for (const auto& lengths : {std::vector<Index>{150}, {32, 118}, {64, 64, 22}})
+        expect_equal("many tokens in company", whole, [&] { return many.run(lengths, 2); });
 }
 
 }  // namespace
@@ -136,6 +207,14 @@ int main() {
         test_attention(type, 1, 700, 8, 2, 256);
         test_attention(type, 40, 250, 4, 2, 64);
         test_attention(type, 5, 0, 3, 3, 40);
+    }
+    for (int i = 0; i < isa_count; i++) {
+        if (!isa_supported(static_cast<Isa>(i))) continue;
+        set_isa(isa_name(static_cast<Isa>(i)));
+        for (KvType type : {KvType::f16, KvType::bf16, KvType::f32, KvType::int8, KvType::int4})
+            test_attention_in_company(type);
+        test_delta_net_in_company(128, 128);
+        test_delta_net_in_company(40, 7);
     }
     std::printf("layers: every instruction set against scalar, %d failures\n", failures);
     return failures != 0;

@@ -280,7 +280,12 @@ constexpr int R = attend_rows;
 constexpr int SPAN = W < kv_tile ? kv_tile : 2 * kv_tile;  // keys whose scores are summed at a time
 constexpr int SPAN_V = SPAN / W;
 constexpr int WIDE = W == 4 ? 4 : 2;  // vectors of values summed at a time
-constexpr float HIDDEN = -1e30f;
+
+INLINE float first_of(V x) {
+    float all[W];
+    store(all, x);
+    return all[0];
+}
 
 INLINE V load_kv(const uint8_t* p, Index entry, const KvType type) {
     if (type == KvType::f32) return load(reinterpret_cast<const float*>(p) + entry);
@@ -358,41 +363,41 @@ INLINE void mul_rows(float* scores, const uint8_t* page_scales, Index first) {
     for (Index i = 0; i < attend_keys; i += W) store(scores + i, mul(load(scores + i), load(scales + i)));
 }
 
-// Turn a row's scores of `count` keys from `first` on into weights under the running maximum; rescale what was summed.
-// A row that sees no key of the whole range ends with the peak HIDDEN and counts for nothing when ranges are merged.
+// Turn a row's scores of the keys from `first` on into weights under the running maximum; rescale what was summed. Keys
+// that the row does not see weigh nothing at all, so that its sums are the same in whatever company it is.
 INLINE void weigh_row(const Attend& a, Index row, Index first, Index count, const KvType type) {
     float* scores = a.scores + row * attend_keys;
-    if (type == KvType::int8) mul_rows(scores, a.key_scales[first / kv_page], first);
-    for (Index i = a.visible[row] - first < 0 ? 0 : a.visible[row] - first; i < attend_keys; i++) scores[i] = HIDDEN;
-    for (Index i = count; i < attend_keys; i++) scores[i] = HIDDEN;
+    const Index seen = smaller(a.visible[row] - first, count);
+    if (seen <= 0) {
+        for (Index i = 0; i < attend_keys; i += W) store(scores + i, set1(0.0f));
+        return;
+    }
+    if (type == KvType::int8) mul_rows(scores, a.pages[first / kv_page] + a.key_scales, first);
+    for (Index i = seen; i < attend_keys; i++) scores[i] = no_peak;
     V most = load(scores);
     for (Index i = W; i < attend_keys; i += W) most = max_of(most, load(scores + i));
     const float peak = peak_of(most);
-    if (peak > a.peak[row]) {
-        float* out = a.out + row * a.width;
-        const V shrink = exp_(set1(a.peak[row] - peak));
+    if (peak > a.sums.peak[row]) {
+        float* out = a.sums.out + row * a.width;
+        const V shrink = exp_(set1(a.sums.peak[row] - peak));
         for (Index i = 0; i < a.width; i += W) store(out + i, mul(load(out + i), shrink));
-        float factor[W];
-        store(factor, shrink);
-        a.total[row] *= factor[0];
-        a.peak[row] = peak;
+        a.sums.total[row] *= first_of(shrink);
+        a.sums.peak[row] = peak;
     }
-    const V base = set1(a.peak[row]);
+    const V base = set1(a.sums.peak[row]);
+    for (Index i = 0; i < attend_keys; i += W) store(scores + i, exp_(sub(load(scores + i), base)));
+    for (Index i = seen; i < attend_keys; i++) scores[i] = 0.0f;
     V total = set1(0.0f);
-    for (Index i = 0; i < attend_keys; i += W) {
-        const V weight = exp_(sub(load(scores + i), base));
-        store(scores + i, weight);
-        total = add(total, weight);
-    }
-    a.total[row] += sum(total);
-    if (type == KvType::int8) mul_rows(scores, a.value_scales[first / kv_page], first);
+    for (Index i = 0; i < attend_keys; i += W) total = add(total, load(scores + i));
+    a.sums.total[row] += sum(total);
+    if (type == KvType::int8) mul_rows(scores, a.pages[first / kv_page] + a.value_scales, first);
 }
 
 // out += weights @ values for R rows and `wide` vectors of the width from entry i on.
 INLINE void sum_values_at(const Attend& a, Index row, Index i, const int wide, const uint8_t* values, Index entry,
                           Index count, const KvType type, Ahead& ahead) {
     const float* weights = a.scores + row * attend_keys;
-    float* out = a.out + row * a.width + i;
+    float* out = a.sums.out + row * a.width + i;
     V total[R][WIDE];
     for (int r = 0; r < R; r++)
         for (int j = 0; j < wide; j++) total[r][j] = load(out + r * a.width + j * W);
@@ -425,7 +430,7 @@ INLINE void sum_values_int4(const Attend& a, Index row, const uint8_t* values, c
         float factors[attend_keys];
         for (Index i = 0; i < attend_keys; i += W) store(factors + i, load_f16(scales + group * kv_page + i));
         for (Index i = 0; i < half; i += W) {
-            float* out = a.out + row * a.width + group * kv_group + i;
+            float* out = a.sums.out + row * a.width + group * kv_group + i;
             V low[R], high[R];
             for (int r = 0; r < R; r++) low[r] = load(out + r * a.width), high[r] = load(out + r * a.width + half);
             for (Index key = 0; key < count; key++) {
@@ -446,15 +451,15 @@ INLINE void sum_values_int4(const Attend& a, Index row, const uint8_t* values, c
 }
 
 INLINE void attend_as(const Attend& a, const KvType type) {
-    for (Index r = 0; r < a.rows; r++) a.peak[r] = HIDDEN, a.total[r] = 0.0f;
-    for (Index i = 0; i < a.rows * a.width; i += W) store(a.out + i, set1(0.0f));
+    for (Index r = 0; r < a.rows; r++) a.sums.peak[r] = no_peak, a.sums.total[r] = 0.0f;
+    for (Index i = 0; i < a.rows * a.width; i += W) store(a.sums.out + i, set1(0.0f));
     const Index key_row = kv_row(type, a.width), block_nbytes = attend_keys * key_row * kv_size(type);
     for (Index first = a.begin; first < a.end; first += attend_keys) {
         const Index count = smaller(attend_keys, a.end - first);
         const Index page = first / kv_page, entry = first % kv_page * key_row;  // of a tile of keys, and a row of values
-        const uint8_t *keys = a.keys[page], *values = a.values[page];
-        auto scales = [&](const uint8_t* const* of, Index span) {
-            return reinterpret_cast<const uint16_t*>(of[page]) + first % kv_page + span;
+        const uint8_t *keys = a.pages[page] + a.keys, *values = a.pages[page] + a.values;
+        auto scales = [&](Index of, Index span) {
+            return reinterpret_cast<const uint16_t*>(a.pages[page] + of) + first % kv_page + span;
         };
         const uint8_t* these = values + entry * kv_size(type);
         Ahead ahead{these, these + block_nbytes * count / attend_keys};
@@ -470,8 +475,8 @@ INLINE void attend_as(const Attend& a, const KvType type) {
             }
         for (Index row = 0; row < a.rows; row++) weigh_row(a, row, first, count, type);
         const Index next = first + attend_keys;
-        if (next < a.end) {
-            ahead.at = a.keys[next / kv_page] + next % kv_page * key_row * kv_size(type);
+        if (next < a.follow) {
+            ahead.at = a.pages[next / kv_page] + a.keys + next % kv_page * key_row * kv_size(type);
             ahead.end = ahead.at + block_nbytes;
         }
         for (Index row = 0; row < a.rows; row += R) {
@@ -490,6 +495,18 @@ void attend(const Attend& a) {
         case KvType::f32: return attend_as(a, KvType::f32);
         case KvType::int8: return attend_as(a, KvType::int8);
         case KvType::int4: return attend_as(a, KvType::int4);
+    }
+}
+
+void merge(const Sums& all, const Sums& more, Index rows, Index width) {
+    for (Index row = 0; row < rows; row++) {
+        if (more.total[row] == 0.0f) continue;  // sees none of these keys
+        const float peak = all.peak[row] > more.peak[row] ? all.peak[row] : more.peak[row];
+        const V before = exp_(set1(all.peak[row] - peak)), after = exp_(set1(more.peak[row] - peak));
+        float *out = all.out + row * width, *next = more.out + row * width;
+        for (Index i = 0; i < width; i += W) store(out + i, fma(load(next + i), after, mul(load(out + i), before)));
+        all.total[row] = all.total[row] * first_of(before) + more.total[row] * first_of(after);
+        all.peak[row] = peak;
     }
 }
 
@@ -518,6 +535,6 @@ void rotate(float* x, Index n) {
 
 extern const LayerKernels LAYERS;
 const LayerKernels LAYERS = {add_rows, silu_mul,  sigmoid_mul, rms_norm, l2_norm, dot,
-                             rope,     conv_silu, delta,       attend,   rotate,  to_f16};
+                             rope,     conv_silu, delta,       attend,   merge,   rotate, to_f16};
 
 }  // namespace edgeq
