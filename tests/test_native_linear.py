@@ -302,7 +302,7 @@ class TestBadInput:
         w, x = native.Matrix(*parts), np.zeros((1, 128), np.float32)
         out = np.empty((1, 8), np.float32)
         for ws, outs in (([], []), ([w], []), ([w, w], [out])):
-            with pytest.raises(ValueError, match="ws: expected at least one|outs: expected one array for each matrix"):
+            with pytest.raises(ValueError, match=r"ws: expected at least one|outs: expected one array for each matrix"):
                 native.linears(x, ws, outs)
         for ws, outs, name in ((["w"], [out], "ws"), ([None], [out], "ws"), (w, [out], "ws"), ([w], [out[0]], "outs")):
             with pytest.raises(TypeError, match=f"{name}: expected"):
