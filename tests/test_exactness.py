@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import config_values, write_checkpoint
 
 import edgeq
 from edgeq.engine import Feed
@@ -23,6 +22,7 @@ from edgeq.formats.affine import pack
 from edgeq.formats.bf16 import Array, from_float32
 from edgeq.quant import quantize
 from edgeq.state import DeltaState, State
+from edgeq.testing import config_values, write_checkpoint
 
 native = pytest.importorskip("edgeq.backends.cpu._native", reason="the native kernels are not built")
 

@@ -235,9 +235,9 @@ class TestBadInput:
             native.Matrix(codes, scales[:, :1].copy(), biases, bits, group)
         with pytest.raises(ValueError, match="biases: expected shape"):
             native.Matrix(codes, scales, biases[:4], bits, group)
-        with pytest.raises(ValueError, match="no whole number of groups"):
+        with pytest.raises(ValueError, match="codes: expected rows that are whole groups, found"):
             native.Matrix(codes[:, :12].copy(), scales, biases, bits, group)
-        with pytest.raises(ValueError, match="no whole number of groups"):
+        with pytest.raises(ValueError, match="codes: expected rows that are whole groups, found"):
             native.Matrix(codes[:0], scales[:0], biases[:0], bits, group)
 
     def test_dtypes(self, parts: tuple) -> None:
@@ -246,7 +246,7 @@ class TestBadInput:
             native.Matrix(codes.view(np.int32), scales, biases, bits, group)
         with pytest.raises(TypeError):
             native.Matrix(codes, scales.astype(np.int32), biases.astype(np.int32), bits, group)
-        with pytest.raises(ValueError, match="not the dtype"):
+        with pytest.raises(ValueError, match="biases: expected the dtype"):
             native.Matrix(codes, scales, biases.view(np.float16), bits, group)
         with pytest.raises(TypeError):
             native.Matrix(np.zeros((2, 2), np.float64))
@@ -262,9 +262,9 @@ class TestBadInput:
         }  # fmt: skip
         wrong = {
             "block_biases: expected with biases": {"block_biases": None},
-            "scales: not the dtype": {"scales": w.scales.steps.astype(np.float16)},
+            "scales: expected the dtype": {"scales": w.scales.steps.astype(np.float16)},
             "scales: expected float32, float16": {"block_scales": None, "block_biases": None},
-            "block_scales: not the dtype": {"block_scales": w.scales.units.astype(np.float32)},
+            "block_scales: expected the dtype": {"block_scales": w.scales.units.astype(np.float32)},
             "block_scales: expected one number for 4, 8 or 16": {"block_scales": np.ones((8, 16), np.float16)},
             "block_biases: expected shape": {"block_biases": np.ones((8, 4), np.float16)},
             "zero: expected 0 to 128": {"zero": 129},
@@ -285,7 +285,7 @@ class TestBadInput:
         codes, scales, biases, bits, group = parts
         raw = np.zeros(codes.nbytes + 1, np.uint8)
         shifted = raw[1:].view(np.uint32).reshape(codes.shape)
-        with pytest.raises(ValueError, match="misaligned"):
+        with pytest.raises(ValueError, match="codes: expected aligned data"):
             native.Matrix(shifted, scales, biases, bits, group)
 
     def test_product(self, parts: tuple) -> None:
@@ -306,16 +306,18 @@ class TestBadInput:
 
     def test_several(self, parts: tuple) -> None:
         w, x = native.Matrix(*parts), np.zeros((1, 128), np.float32)
-        for ws, outs in (([], []), ([w], []), ([w, w], [np.empty((1, 8), np.float32)])):
-            with pytest.raises(ValueError, match="one for each matrix"):
+        out = np.empty((1, 8), np.float32)
+        for ws, outs in (([], []), ([w], []), ([w, w], [out])):
+            with pytest.raises(ValueError, match=r"ws: expected at least one|outs: expected one array for each matrix"):
                 native.linears(x, ws, outs)
-        with pytest.raises((TypeError, RuntimeError)):
-            native.linears(x, ["w"], [np.empty((1, 8), np.float32)])
+        for ws, outs, name in ((["w"], [out], "ws"), ([None], [out], "ws"), (w, [out], "ws"), ([w], [out[0]], "outs")):
+            with pytest.raises(TypeError, match=f"{name}: expected"):
+                native.linears(x, ws, outs)
 
     def test_ids(self, parts: tuple) -> None:
         table, out = native.Matrix(*parts), np.empty((1, 128), np.float32)
         for bad in (-1, 8, 2**31 - 1):
-            with pytest.raises(ValueError, match="is no row"):
+            with pytest.raises(ValueError, match="ids: expected 0 to 7, found"):
                 native.embed(table, np.array([bad], np.int32), out)
 
     def test_no_tokens(self, parts: tuple) -> None:

@@ -17,9 +17,10 @@ constexpr Index piece_size = 1 << 15;  // entries; fewer are not worth waking a 
 
 template <class Function>
 void each_row(const Grid<float>& y, Function&& function) {
+    if (y.n == 0) return;
     nb::gil_scoped_release release;
-    const Index rows = std::max<Index>(1, piece_size / std::max<Index>(1, y.n));
-    parallel_for(int((y.rows + rows - 1) / rows), [&](int piece) {
+    const Index rows = std::max<Index>(1, piece_size / y.n);
+    parallel_for((y.rows + rows - 1) / rows, [&](int piece) {
         for (Index row = piece * rows, end = std::min(y.rows, row + rows); row < end; row++) function(row);
     });
 }
@@ -76,7 +77,7 @@ void causal_conv_silu(const In& x, const In& w, const In& tail, const Out& out) 
     nb::gil_scoped_release release;
     constexpr Index channels = 256, tokens = 64;
     const Index across = (C + channels - 1) / channels, along = (T + tokens - 1) / tokens;
-    parallel_for(int(across * along), [&](int piece) {
+    parallel_for(across * along, [&](int piece) {
         const Index c = piece % across * channels, t0 = piece / across * tokens;
         layer_kernels().conv_silu(y[t0] + c, C, from.data + c, from.inner_stride, tail.data() + c, C,
                                   w.data() + c * width, width, t0, std::min(T, t0 + tokens), std::min(channels, C - c));
@@ -84,11 +85,12 @@ void causal_conv_silu(const In& x, const In& w, const In& tail, const Out& out) 
 }
 
 void delta_rule_(const In& q, const In& k, const In& v, const In& g, const In& beta, const In& state,
-                 const nb::list& after, const Out& out) {
+                 nb::handle after, const Out& out) {
     require(q.ndim() == 3 && v.ndim() == 3, "q, v", "3 axes [T, H, width]");
     const Index T = q.shape(0), Hk = q.shape(1), K = q.shape(2), Hv = v.shape(1), V = v.shape(2);
     require(T > 0 && Hk > 0 && K > 0 && V > 0 && Hv > 0 && Hv % Hk == 0, "q, v", "value heads a multiple of key heads");
-    const Index keep = Index(nb::len(after)) - 1;
+    const nb::tuple kept = items_of(after, "after", "1 to T + 1 arrays");
+    const Index keep = Index(nb::len(kept)) - 1;
     require(0 <= keep && keep <= T, "after", "1 to T + 1 arrays");
     DeltaRule rule{Hk, Hv, K, V, keep, tokens_of(q, "q", {T, Hk, K}), tokens_of(k, "k", {T, Hk, K}),
                    tokens_of(v, "v", {T, Hv, V}), tokens_of(g, "g", {T, Hv}), tokens_of(beta, "beta", {T, Hv}), {}};
@@ -96,14 +98,14 @@ void delta_rule_(const In& q, const In& k, const In& v, const In& g, const In& b
     rule.out = {y.data, Hv * V};
     require_shape(state, "state", {Hv, V, K});
     require_contiguous(state, "state");
-    const auto states = outputs(after, "after", keep + 1, {Hv, V, K});
+    const Outputs states(kept, "after", keep + 1, {Hv, V, K});
     nb::gil_scoped_release release;
-    delta_rule(rule, {T, nullptr, state.data(), nullptr, states.data()});
+    delta_rule(rule, {T, nullptr, state.data(), nullptr, states.pointers.data()});
 }
 
 // --- attention -------------------------------------------------------------------------------------------------------
 
-void attention_(const In& q, const In& k, const In& v, const char* dtype, const nb::list& sequences, const Out& out) {
+void attention_(const In& q, const In& k, const In& v, const char* dtype, nb::handle sequences, const Out& out) {
     require(q.ndim() == 3 && k.ndim() == 3, "q, k", "3 axes [T, H, D]");
     const Index T = q.shape(0), Hq = q.shape(1), D = q.shape(2), Hkv = k.shape(1);
     require(Hkv > 0 && D > 0 && Hq > 0 && Hq % Hkv == 0, "q", "a multiple of the KV heads");
@@ -111,22 +113,18 @@ void attention_(const In& q, const In& k, const In& v, const char* dtype, const 
     a.Hq = Hq, a.Hkv = Hkv, a.D = D, a.type = kv_type(dtype);
     a.q = heads_of(q, "q", T, Hq, D), a.k = heads_of(k, "k", T, Hkv, D), a.v = heads_of(v, "v", T, Hkv, D);
     a.out = output(out, q).data;
-    const KvSequences all(sequences, page_nbytes(dtype, Hkv, D));
-    require(all.tokens == T, "sequences", "as many tokens as q has rows");
+    const KvSequences all(sequences, page_nbytes(dtype, Hkv, D), T);
     nb::gil_scoped_release release;
     attention(a, all.sequences.data(), Index(all.sequences.size()));
 }
 
-void append_(const In& k, const In& v, const char* dtype, const nb::tuple& sequence) {
+void append_(const In& k, const In& v, const char* dtype, nb::handle sequence) {
     require(k.ndim() == 3, "k", "3 axes [T, H, D]");
     const Index T = k.shape(0), H = k.shape(1), D = k.shape(2);
     Attention a{};
     a.Hkv = H, a.D = D, a.type = kv_type(dtype);
     a.k = heads_of(k, "k", T, H, D), a.v = heads_of(v, "v", T, H, D);
-    nb::list one;
-    one.append(sequence);
-    const KvSequences all(one, page_nbytes(dtype, H, D));
-    require(all.tokens == T, "sequence", "as many tokens as k has rows");
+    const KvSequences all(nb::make_tuple(sequence), page_nbytes(dtype, H, D), T);
     nb::gil_scoped_release release;
     append_kv(a, all.sequences[0], 0);
 }
@@ -139,17 +137,23 @@ void read_page_(const Bytes& page, const char* dtype, const Out& keys, const Out
     require_contiguous(keys, "keys");
     require_contiguous(values, "values");
     require(Index(page.size()) == page_nbytes(dtype, heads, D), "page", "a page of that dtype, heads and D");
+    const KvType type = kv_type(dtype);
     nb::gil_scoped_release release;
-    read_page(page.data(), kv_type(dtype), heads, D, tokens, keys.data(), values.data());
+    read_page(page.data(), type, heads, D, tokens, keys.data(), values.data());
 }
 
+// A block that goes back when it is let go.
+struct Owned {
+    Block block;
+    explicit Owned(size_t nbytes) : block(take_block(nbytes)) {}
+    Owned(const Owned&) = delete;
+    ~Owned() { give_back(block); }
+};
+
 nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> empty(size_t nbytes) {
-    auto block = std::make_unique<Block>(take_block(nbytes));
-    nb::capsule owner(block.get(), [](void* p) noexcept {
-        std::unique_ptr<Block> given(static_cast<Block*>(p));
-        give_back(*given);
-    });
-    return {block.release()->data, {nbytes}, owner};
+    auto owned = std::make_unique<Owned>(nbytes);
+    nb::capsule owner(owned.get(), [](void* p) noexcept { delete static_cast<Owned*>(p); });
+    return {owned.release()->block.data, {nbytes}, owner};
 }
 
 }  // namespace

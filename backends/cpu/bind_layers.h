@@ -1,11 +1,8 @@
-// What the bindings of layers/ check, before a kernel sees a pointer.
+// The arrays and sequences that the bindings of layers/ take.
 //
 // Inputs are float32 with a contiguous last axis and any strides before; outputs are contiguous and made by the caller.
-// A wrong dtype is a TypeError (of nanobind), everything else that is wrong a ValueError that names the argument.
 #pragma once
 
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 
 #include <algorithm>
@@ -13,58 +10,17 @@
 #include <utility>
 #include <vector>
 
+#include "bind_checks.h"
 #include "layers/layers.h"
 
 namespace edgeq {
-
-namespace nb = nanobind;
 
 using In = nb::ndarray<const float, nb::device::cpu>;
 using Out = nb::ndarray<float, nb::device::cpu>;
 using Bytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using MaybeIn = std::optional<In>;
 
-// --- checks ----------------------------------------------------------------------------------------------------------
-
-[[noreturn]] inline void refuse(const char* name, const std::string& expected) {
-    throw nb::value_error((std::string(name) + ": expected " + expected).c_str());
-}
-
-inline void require(bool condition, const char* name, const char* expected) {
-    if (!condition) refuse(name, expected);
-}
-
-inline std::string text(std::initializer_list<Index> shape) {
-    std::string all;
-    for (Index n : shape) all += (all.empty() ? "[" : ", ") + std::to_string(n);
-    return all + "]";
-}
-
-template <class A>
-void require_shape(const A& x, const char* name, std::initializer_list<Index> shape) {
-    bool same = x.ndim() == shape.size();
-    size_t i = 0;
-    for (Index n : shape) same = same && Index(x.shape(i++)) == n;
-    if (!same) refuse(name, "shape " + text(shape));
-}
-
-template <class A>
-void require_readable(const A& x, const char* name) {
-    require(reinterpret_cast<uintptr_t>(x.data()) % sizeof(float) == 0, name, "aligned data");
-    const size_t last = x.ndim() - 1;
-    require(x.ndim() >= 1 && (x.shape(last) <= 1 || x.stride(last) == 1), name, "a contiguous last axis");
-}
-
-// Axes `from` and later lie one after another.
-template <class A>
-void require_contiguous(const A& x, const char* name, size_t from = 0) {
-    require_readable(x, name);
-    Index size = 1;
-    for (size_t i = x.ndim(); i-- > from;) {
-        require(x.shape(i) <= 1 || x.stride(i) == size, name, "a contiguous array");
-        size *= x.shape(i);
-    }
-}
+// --- arrays ----------------------------------------------------------------------------------------------------------
 
 inline const float* vector_of(const In& x, const char* name, Index n) {
     require_shape(x, name, {n});
@@ -83,18 +39,12 @@ struct Grid {
 template <class T, class A>
 Grid<T> grid(const A& x, const char* name) {
     require_readable(x, name);
-    require(x.ndim() <= 3, name, "at most 3 axes");
+    require(1 <= x.ndim() && x.ndim() <= 3, name, "1 to 3 axes");
+    if (is_empty(x)) return {x.data(), 0, 0, 1, 0, 0};
     const size_t last = x.ndim() - 1;
     const Index inner = last == 0 ? 1 : x.shape(last - 1), outer = last == 2 ? x.shape(0) : 1;
-    return {x.data(), inner * outer, Index(x.shape(last)), inner < 1 ? 1 : inner, last == 2 ? x.stride(0) : 0,
+    return {x.data(), entries({inner, outer}), Index(x.shape(last)), inner < 1 ? 1 : inner, last == 2 ? x.stride(0) : 0,
             last == 0 ? 0 : x.stride(last - 1)};
-}
-
-template <class A, class B>
-void require_same_shape(const A& x, const char* name, const B& like) {
-    bool same = x.ndim() == like.ndim();
-    for (size_t i = 0; same && i < x.ndim(); i++) same = x.shape(i) == like.shape(i);
-    require(same, name, "the other arguments' shape");
 }
 
 inline Grid<float> output(const Out& y, const In& like) {
@@ -111,72 +61,74 @@ inline Rows<const float> tokens_of(const In& x, const char* name, std::initializ
 }
 
 // Output arrays of a shape, one for every kept state.
-inline std::vector<float*> outputs(const nb::list& arrays, const char* name, Index count,
-                                   std::initializer_list<Index> shape) {
-    if (Index(nb::len(arrays)) != count) refuse(name, std::to_string(count) + " arrays");
+struct Outputs {
+    std::vector<Out> arrays;
     std::vector<float*> pointers;
-    for (nb::handle item : arrays) {
-        Out array;
-        if (!nb::try_cast<Out>(item, array, false))
-            throw nb::type_error((std::string(name) + ": expected writable float32 arrays").c_str());
-        require_shape(array, name, shape);
-        require_contiguous(array, name);
-        pointers.push_back(array.data());
+
+    Outputs(nb::handle sequence, const char* name, Index count, std::initializer_list<Index> shape) {
+        const std::string expected = std::to_string(count) + " arrays";
+        for (nb::handle x : items_of(sequence, name, expected.c_str(), count)) {
+            arrays.push_back(item<Out>(x, name, "writable float32 arrays"));
+            require_shape(arrays.back(), name, shape);
+            require_contiguous(arrays.back(), name);
+            pointers.push_back(arrays.back().data());
+        }
     }
-    return pointers;
-}
+};
 
 // --- sequences --------------------------------------------------------------------------------------------------------
 
-// Items of a tuple that describes a sequence.
-template <class T>
-T item(const nb::handle& tuple, size_t i, const char* expected) {
-    T value;
-    if (!nb::try_cast<T>(tuple[i], value, false))
-        throw nb::type_error(("sequences: expected tuples " + std::string(expected)).c_str());
-    return value;
-}
+constexpr const char* delta_tuple = "tuples (tokens, state, (states after)), a state being (conv, matrix)";
 
-constexpr const char* delta_tuple = "(tokens, state, (states after)), a state being (conv, matrix)";
-
-// The arrays of a state, its convolution's tail and its matrix.
-template <class A>
-auto state_arrays(const nb::handle& state, const DeltaNet& net) {
-    require(nb::isinstance<nb::tuple>(state) && nb::len(state) == 2, "sequences", delta_tuple);
-    const A tail = item<A>(state, 0, "of float32 arrays"), matrix = item<A>(state, 1, "of float32 arrays");
-    require_shape(tail, "conv", {net.width - 1, 2 * net.Hk * net.K + net.Hv * net.V});
-    require_shape(matrix, "matrix", {net.Hv, net.V, net.K});
-    require_contiguous(tail, "conv");
-    require_contiguous(matrix, "matrix");
-    return std::pair(tail.data(), matrix.data());
-}
-
-// The sequences and their arrays; Python's tuples keep the memory.
+// The sequences of a call, and their arrays.
 struct DeltaSequences {
     std::vector<DeltaSequence> sequences;
     std::vector<std::vector<float*>> after;  // not moved once a sequence points into it
-    Index tokens = 0;
+    std::vector<In> inputs;
+    std::vector<Out> outputs;
 
-    DeltaSequences(const nb::list& tuples, const DeltaNet& net) {
-        after.reserve(2 * nb::len(tuples));
-        for (nb::handle tuple : tuples) {
-            require(nb::isinstance<nb::tuple>(tuple) && nb::len(tuple) == 3, "sequences", delta_tuple);
-            const Index n = item<Index>(tuple, 0, delta_tuple);
-            require(n > 0 && n >= net.keep, "sequences", "at least one token, and as many as states are kept");
-            const nb::tuple before = item<nb::tuple>(tuple, 1, delta_tuple);
-            const nb::tuple states = item<nb::tuple>(tuple, 2, delta_tuple);
-            if (Index(nb::len(states)) != net.keep + 1) refuse("states after", std::to_string(net.keep + 1) + " states");
-            after.emplace_back();
-            after.emplace_back();
-            for (nb::handle state : states) {
-                const auto [tail, matrix] = state_arrays<Out>(state, net);
-                after[after.size() - 2].push_back(tail);
-                after.back().push_back(matrix);
-            }
-            const auto [tail, matrix] = state_arrays<In>(before, net);
-            sequences.push_back({n, tail, matrix, after[after.size() - 2].data(), after.back().data()});
-            tokens += n;
+    // Together they have `tokens` tokens.
+    DeltaSequences(nb::handle tuples, const DeltaNet& net, Index tokens) {
+        const nb::tuple all = items_of(tuples, "sequences", delta_tuple);
+        after.reserve(2 * nb::len(all));
+        for (nb::handle tuple : all) {
+            const nb::tuple parts = items_of(tuple, "sequences", delta_tuple, 3);
+            const Index n = item<Index>(parts[0], "sequences", delta_tuple);
+            require(0 < n && n >= net.keep, "sequences", "at least one token, and as many as states are kept");
+            require(n <= tokens, "sequences", "as many tokens as x has rows");
+            add(n, parts[1], parts[2], net);
+            tokens -= n;
         }
+        require(tokens == 0, "sequences", "as many tokens as x has rows");
+    }
+
+private:
+    // The arrays of a state, its convolution's tail and its matrix, which `held` keeps.
+    template <class A>
+    static auto arrays(nb::handle state, const DeltaNet& net, std::vector<A>& held) {
+        const nb::tuple parts = items_of(state, "sequences", delta_tuple, 2);
+        const A tail = item<A>(parts[0], "conv", "a float32 array");
+        const A matrix = item<A>(parts[1], "matrix", "a float32 array");
+        require_shape(tail, "conv", {net.width - 1, 2 * net.Hk * net.K + net.Hv * net.V});
+        require_shape(matrix, "matrix", {net.Hv, net.V, net.K});
+        require_contiguous(tail, "conv");
+        require_contiguous(matrix, "matrix");
+        held.push_back(tail);
+        held.push_back(matrix);
+        return std::pair(tail.data(), matrix.data());
+    }
+
+    void add(Index n, nb::handle before, nb::handle states, const DeltaNet& net) {
+        const std::string count = std::to_string(net.keep + 1) + " states";
+        after.emplace_back();
+        after.emplace_back();
+        for (nb::handle state : items_of(states, "states after", count.c_str(), net.keep + 1)) {
+            const auto [tail, matrix] = arrays(state, net, outputs);
+            after[after.size() - 2].push_back(tail);
+            after.back().push_back(matrix);
+        }
+        const auto [tail, matrix] = arrays(before, net, inputs);
+        sequences.push_back({n, tail, matrix, after[after.size() - 2].data(), after.back().data()});
     }
 };
 
@@ -194,19 +146,18 @@ inline Index page_nbytes(const char* dtype, Index heads, Index D) {
     return kv_page_nbytes(kv_type(dtype), heads, D);
 }
 
-inline uint8_t* page_of(const nb::handle& item, Index nbytes) {
-    Bytes page;
-    if (!nb::try_cast<Bytes>(item, page, false)) throw nb::type_error("pages: expected writable uint8 arrays");
+inline Bytes page_of(nb::handle x, Index nbytes) {
+    Bytes page = item<Bytes>(x, "pages", "writable uint8 arrays");
     if (Index(page.size()) != nbytes) refuse("pages", std::to_string(nbytes) + " bytes each");
-    require(reinterpret_cast<uintptr_t>(page.data()) % sizeof(float) == 0, "pages", "aligned data");
-    return page.data();
+    require(reinterpret_cast<uintptr_t>(page.data()) % sizeof(float) == 0, "pages", "aligned data");  // of scales, too
+    return page;
 }
 
 // Cosines and sines [T, pairs]; returns the pairs.
 inline Index angles(const In& cos, const In& sin, Index T, Index D) {
     require(cos.ndim() == 2, "cos", "2 axes");
     const Index pairs = cos.shape(1);
-    require(2 * pairs <= D, "cos", "at most half the head's width of pairs");
+    require(pairs <= D / 2, "cos", "at most half the head's width of pairs");
     require_shape(cos, "cos", {T, pairs});
     require_shape(sin, "sin", {T, pairs});
     require_contiguous(cos, "cos");
@@ -221,26 +172,34 @@ inline Heads heads_of(const In& x, const char* name, Index T, Index H, Index D) 
     return {x.data(), x.stride(0), x.stride(1)};
 }
 
-constexpr const char* kv_tuple = "(tokens, past, [pages])";
+constexpr const char* kv_tuple = "tuples (tokens, past, [pages])";
 
-// The sequences and their pages; Python's tuples keep the memory.
+// The sequences of a call, and their pages.
 struct KvSequences {
     std::vector<KvSequence> sequences;
     std::vector<std::vector<uint8_t*>> pages;  // not moved once a sequence points into it
-    Index tokens = 0;
+    std::vector<Bytes> held;
 
-    KvSequences(const nb::list& tuples, Index nbytes) {
-        pages.reserve(nb::len(tuples));
-        for (nb::handle tuple : tuples) {
-            require(nb::isinstance<nb::tuple>(tuple) && nb::len(tuple) == 3, "sequences", kv_tuple);
-            const Index n = item<Index>(tuple, 0, kv_tuple), past = item<Index>(tuple, 1, kv_tuple);
-            require(n > 0 && past >= 0 && past < Index(1) << 40, "sequences", "at least one token");
+    // Together they have `tokens` tokens; a page has `nbytes`.
+    KvSequences(nb::handle tuples, Index nbytes, Index tokens) {
+        const nb::tuple all = items_of(tuples, "sequences", kv_tuple);
+        pages.reserve(nb::len(all));
+        for (nb::handle tuple : all) {
+            const nb::tuple parts = items_of(tuple, "sequences", kv_tuple, 3);
+            const Index n = item<Index>(parts[0], "sequences", kv_tuple);
+            const Index past = item<Index>(parts[1], "sequences", kv_tuple);
+            require(n > 0 && past >= 0 && past < Index(1) << 40, "sequences", "at least one token, and none before zero");
+            require(n <= tokens, "sequences", "as many tokens as rows");
             pages.emplace_back();
-            for (nb::handle page : item<nb::list>(tuple, 2, kv_tuple)) pages.back().push_back(page_of(page, nbytes));
+            for (nb::handle page : items_of(parts[2], "pages", "a list of them")) {
+                held.push_back(page_of(page, nbytes));
+                pages.back().push_back(held.back().data());
+            }
             require(Index(pages.back().size()) * kv_page >= past + n, "pages", "room for all tokens");
             sequences.push_back({n, past, pages.back().data()});
-            tokens += n;
+            tokens -= n;
         }
+        require(tokens == 0, "sequences", "as many tokens as rows");
     }
 };
 

@@ -1,6 +1,4 @@
-// Matrices, instruction sets and threads. A wrong dtype or a writable array wanted is a TypeError (of nanobind), a
-// wrong shape, alignment or number a ValueError that names the argument. Arrays are never converted (noconvert): a
-// copy of `out` would swallow the result.
+// Matrices, instruction sets and threads.
 #include "bind_linear.h"
 
 #include <nanobind/stl/optional.h>
@@ -13,8 +11,7 @@
 #include "kernels/linear.h"
 #include "kernels/threads.h"
 
-namespace nb = nanobind;
-using namespace nb::literals;
+using namespace nanobind::literals;
 using namespace edgeq;
 
 namespace {
@@ -25,67 +22,46 @@ using Input = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cp
 using Output = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Ids = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-// --- checks ----------------------------------------------------------------------------------------------------------
-
-void require(bool condition, const std::string& message) {
-    if (!condition) throw nb::value_error(message.c_str());
-}
-
-std::string shape_text(size_t rows, size_t columns) {
-    return "[" + std::to_string(rows) + ", " + std::to_string(columns) + "]";
-}
-
-template <class Array>
-void require_shape(const Array& x, const char* name, size_t rows, size_t columns) {
-    require(x.shape(0) == rows && x.shape(1) == columns,
-            std::string(name) + ": expected shape " + shape_text(rows, columns) + ", found " +
-                shape_text(x.shape(0), x.shape(1)));
-}
-
-template <class Array>
-void require_aligned(const Array& x, const char* name) {
-    require(reinterpret_cast<uintptr_t>(x.data()) % x.itemsize() == 0, std::string(name) + ": misaligned");
-}
+// --- the matrix ------------------------------------------------------------------------------------------------------
 
 // The number type of an array; uint16 is bfloat16, as everywhere in edgeq.
 Type type_of(const AnyArray& x, const char* name) {
     if (x.dtype() == nb::dtype<float>()) return Type::f32;
     if (x.dtype() == nb::dtype<uint16_t>()) return Type::bf16;
     if (x.dtype() == nb::dlpack::dtype{uint8_t(nb::dlpack::dtype_code::Float), 16, 1}) return Type::f16;
-    throw nb::type_error((std::string(name) + ": expected float32, float16 or uint16 (bfloat16)").c_str());
+    refuse_type(name, "float32, float16 or uint16 (bfloat16)");
 }
 
-// --- the matrix ------------------------------------------------------------------------------------------------------
-
 // How many groups share one of `blocks` float16 units, as a shift.
-int block_shift(size_t groups, size_t blocks) {
+int block_shift(Index groups, Index blocks) {
     for (int shift : {2, 3, 4})
-        if (blocks << shift == groups) return shift;
-    throw nb::value_error("block_scales: expected one number for 4, 8 or 16 groups");
+        if (groups >> shift == blocks && groups % (1 << shift) == 0) return shift;
+    refuse("block_scales", "one number for 4, 8 or 16 groups");
 }
 
 BoundMatrix quantized(const Codes& codes, const AnyArray& scales, const std::optional<AnyArray>& biases, int bits,
                       int group_size, const std::optional<AnyArray>& block_scales,
                       const std::optional<AnyArray>& block_biases, int zero, bool iq4) {
-    require(bits == 2 || bits == 3 || bits == 4 || bits == 5 || bits == 6 || bits == 8,
-            "bits: expected 2, 3, 4, 5, 6 or 8, found " + std::to_string(bits));
-    require(group_size == 32 || group_size == 64 || group_size == 128 || (group_size == 16 && bits == 6),
-            "group_size: expected 32, 64 or 128, or 16 with 6 bits, found " + std::to_string(group_size));
-    const size_t out = codes.shape(0), words = codes.shape(1), in = words * 32 / bits;
-    require(out > 0 && words > 0 && words * 32 % bits == 0 && in % group_size == 0,
-            "codes: " + shape_text(out, words) + " is no whole number of groups");
-    require(!iq4 || (bits == 4 && group_size == 32), "iq4: expected 4 bits in groups of 32");
-    require(zero >= 0 && zero <= 128, "zero: expected 0 to 128, found " + std::to_string(zero));
-    const size_t groups = in / group_size;
+    require(bits == 2 || bits == 3 || bits == 4 || bits == 5 || bits == 6 || bits == 8, "bits", "2, 3, 4, 5, 6 or 8",
+            bits);
+    require(group_size == 32 || group_size == 64 || group_size == 128 || (group_size == 16 && bits == 6), "group_size",
+            "32, 64 or 128, or 16 with 6 bits", group_size);
+    const Index out = codes.shape(0), words = codes.shape(1);
+    const bool whole = entries({out, words, 32}) > 0 && words * 32 % bits == 0 && words * 32 / bits % group_size == 0;
+    if (!whole) refuse("codes", "rows that are whole groups, found " + text({out, words}));
+    require(!iq4 || (bits == 4 && group_size == 32), "iq4", "4 bits in groups of 32");
+    require(zero >= 0 && zero <= 128, "zero", "0 to 128", zero);
+    const Index in = words * 32 / bits;
+    const Index groups = in / group_size;
     const Type type = block_scales ? Type::i8 : type_of(scales, "scales");
-    Matrix m = {codes.data(), scales.data(), nullptr, int64_t(out), int64_t(in), bits, group_size, type};
+    Matrix m = {codes.data(), scales.data(), nullptr, out, in, bits, group_size, type};
     m.zero = zero, m.iq4 = iq4;
     BoundMatrix bound = {m, {nb::ndarray<nb::ro>(codes)}};
     // Points the matrix to numbers [out, columns] of a type, and keeps them.
-    auto take = [&](const AnyArray& x, const char* name, Type expected, size_t columns) {
+    auto take = [&](const AnyArray& x, const char* name, Type expected, Index columns) {
         bool right = expected == Type::i8 ? x.dtype() == nb::dtype<int8_t>() : type_of(x, name) == expected;
-        require(right, std::string(name) + ": not the dtype that goes with the other arrays'");
-        require_shape(x, name, out, columns);
+        require(right, name, "the dtype that goes with the other arrays'");
+        require_shape(x, name, {out, columns});
         require_aligned(x, name);
         bound.arrays.push_back(nb::ndarray<nb::ro>(x));
         return x.data();
@@ -93,9 +69,9 @@ BoundMatrix quantized(const Codes& codes, const AnyArray& scales, const std::opt
     require_aligned(codes, "codes");
     bound.matrix.scales = take(scales, "scales", type, groups);
     if (biases) bound.matrix.biases = take(*biases, "biases", type, groups);
-    require(bool(block_biases) == (block_scales && biases), "block_biases: expected with biases and block_scales");
+    require(bool(block_biases) == (block_scales && biases), "block_biases", "with biases and block_scales");
     if (block_scales) {
-        const size_t blocks = block_scales->shape(1);
+        const Index blocks = block_scales->shape(1);
         bound.matrix.block_shift = block_shift(groups, blocks);
         bound.matrix.block_scales =
             static_cast<const uint16_t*>(take(*block_scales, "block_scales", Type::f16, blocks));
@@ -107,7 +83,7 @@ BoundMatrix quantized(const Codes& codes, const AnyArray& scales, const std::opt
 }
 
 BoundMatrix plain(const AnyArray& values) {
-    require(values.size() > 0, "values: empty");
+    require(entries({Index(values.shape(0)), Index(values.shape(1))}) > 0, "values", "at least one number");
     require_aligned(values, "values");
     Matrix m = {values.data(), nullptr, nullptr, int64_t(values.shape(0)), int64_t(values.shape(1)), 0, 0,
                 type_of(values, "values")};
@@ -123,9 +99,9 @@ size_t nbytes(const BoundMatrix& m) {
 // --- operations ------------------------------------------------------------------------------------------------------
 
 void check_product(const Input& x, const Matrix& w, const Output& y) {
-    require(x.shape(1) == size_t(w.in), "x: expected " + std::to_string(w.in) + " columns for a matrix " +
-                                            shape_text(w.out, w.in) + ", found " + std::to_string(x.shape(1)));
-    require_shape(y, "out", x.shape(0), w.out);
+    if (Index(x.shape(1)) != w.in)
+        refuse("x", std::to_string(w.in) + " columns for a matrix " + text({w.out, w.in}) + ", found " + shape_of(x));
+    require_shape(y, "out", {Index(x.shape(0)), w.out});
     require_aligned(y, "out");
 }
 
@@ -137,32 +113,38 @@ void linear_one(const Input& x, const BoundMatrix& w, const Output& y) {
     linears(x.data(), x.shape(0), &w.matrix, 1, &out);
 }
 
-void linear_several(const Input& x, const nb::sequence& ws, const nb::sequence& outs) {
-    const size_t count = nb::len(ws);
-    require(count > 0 && nb::len(outs) == count, "outs: expected one for each matrix");
+void linear_several(const Input& x, nb::handle ws, nb::handle outs) {
+    const nb::tuple weights = items_of(ws, "ws", "a list of matrices");
+    const Index count = nb::len(weights);
+    require(count > 0, "ws", "at least one matrix");
+    const nb::tuple results = items_of(outs, "outs", "one array for each matrix", count);
     require_aligned(x, "x");
+    std::vector<BoundMatrix> held;
     std::vector<Matrix> matrices;
+    std::vector<Output> outputs;
     std::vector<float*> pointers;
-    std::vector<Output> outputs;  // hold them while the GIL is released
-    for (size_t i = 0; i < count; i++) {
-        matrices.push_back(nb::cast<const BoundMatrix&>(ws[i]).matrix);
-        outputs.push_back(nb::cast<Output>(outs[i], false));
-        check_product(x, matrices[i], outputs[i]);
-        pointers.push_back(outputs[i].data());
+    for (Index i = 0; i < count; i++) {
+        held.push_back(matrix_of(weights[i], "ws"));
+        matrices.push_back(held.back().matrix);
+        outputs.push_back(item<Output>(results[i], "outs", "writable contiguous float32 arrays [T, out]"));
+        check_product(x, matrices.back(), outputs.back());
+        pointers.push_back(outputs.back().data());
     }
     nb::gil_scoped_release release;
     linears(x.data(), x.shape(0), matrices.data(), int(count), pointers.data());
 }
 
 void embed_checked(const BoundMatrix& table, const Ids& ids, const Output& y) {
-    require_shape(y, "out", ids.shape(0), table.matrix.in);
+    const Index count = ids.shape(0);
+    require_shape(y, "out", {count, table.matrix.in});
     require_aligned(y, "out");
     require_aligned(ids, "ids");
-    for (size_t i = 0; i < ids.shape(0); i++)
-        require(ids.data()[i] >= 0 && ids.data()[i] < table.matrix.out,
-                "ids: " + std::to_string(ids.data()[i]) + " is no row of " + std::to_string(table.matrix.out));
+    const std::vector<int32_t> rows(ids.data(), ids.data() + count);  // which nobody changes once they are checked
+    for (int32_t row : rows)
+        if (row < 0 || row >= table.matrix.out)
+            refuse("ids", "0 to " + std::to_string(table.matrix.out - 1) + ", found " + std::to_string(row));
     nb::gil_scoped_release release;
-    embed(table.matrix, ids.data(), ids.shape(0), y.data());
+    embed(table.matrix, rows.data(), count, y.data());
 }
 
 nb::list isas() {
@@ -173,7 +155,7 @@ nb::list isas() {
 }
 
 void set_threads(int threads) {
-    require(threads >= 1 && threads <= 1024, "threads: expected 1 to 1024, found " + std::to_string(threads));
+    require(threads >= 1 && threads <= 1024, "threads", "1 to 1024", threads);
     set_thread_count(threads);
 }
 

@@ -1,11 +1,9 @@
 // A matrix that Python has handed over: checked once, then used by any binding that multiplies.
 #pragma once
 
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-
 #include <vector>
 
+#include "bind_checks.h"
 #include "kernels/kernels.h"
 
 namespace edgeq {
@@ -13,7 +11,14 @@ namespace edgeq {
 // Keeps the arrays alive whose memory `matrix` points into.
 struct BoundMatrix {
     Matrix matrix;
-    std::vector<nanobind::ndarray<nanobind::ro>> arrays;
+    std::vector<nb::ndarray<nb::ro>> arrays;
 };
+
+// The matrix that a Python object is.
+inline const BoundMatrix& matrix_of(nb::handle x, const char* name) {
+    const BoundMatrix* w = nullptr;
+    if (!nb::try_cast<const BoundMatrix*>(x, w, false) || !w) refuse_type(name, "a Matrix");
+    return *w;
+}
 
 }  // namespace edgeq

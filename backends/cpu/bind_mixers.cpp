@@ -13,8 +13,9 @@ using namespace edgeq;
 namespace {
 
 // Memory for what lies between the projections, of the calling thread and kept from call to call.
-float* room(Index floats) {
+float* room(Index tokens, Index each) {
     thread_local Floats memory;
+    const Index floats = entries({tokens, each});
     if (Index(memory.size()) < floats) memory.resize(floats);
     return memory.data();
 }
@@ -49,11 +50,12 @@ struct Mlp {
     void run(const In& x, const Out& out) const {
         const Index T = tokens_in(x, out, gate, down), n = gate.matrix.out;
         nb::gil_scoped_release release;
-        float* ys[] = {room(2 * T * n), room(2 * T * n) + T * n};
+        float* memory = room(T, 2 * n);
+        float* ys[] = {memory, memory + T * n};
         const Matrix ws[] = {gate.matrix, up.matrix};
         linears(x.data(), T, ws, 2, ys);
         constexpr Index piece = 1 << 14;  // entries
-        parallel_for(int((T * n + piece - 1) / piece), [&](int i) {
+        parallel_for((T * n + piece - 1) / piece, [&](int i) {
             const Index at = i * piece;
             layer_kernels().silu_mul(ys[0] + at, ys[0] + at, ys[1] + at, std::min(piece, T * n - at));
         });
@@ -82,13 +84,13 @@ struct DeltaNetMixer {
         vector_of(norm, "norm", V);
         require(Hv > 0 && V > 0, "decay, norm", "at least one head");
         const Index hidden = qkv.matrix.in;
-        require_matrix(z, "in_proj_z", Hv * V, hidden);
+        require_matrix(z, "in_proj_z", entries({Hv, V}), hidden);
         require_matrix(b, "in_proj_b", Hv, hidden);
         require_matrix(a, "in_proj_a", Hv, hidden);
         if (out_proj.matrix.in != Hv * V) refuse("out_proj", std::to_string(Hv * V) + " columns");
     }
 
-    void run(const In& x, Index key_heads, float eps, Index keep, const nb::list& sequences, const Out& out) const {
+    void run(const In& x, Index key_heads, float eps, Index keep, nb::handle sequences, const Out& out) const {
         const Index T = tokens_in(x, out, qkv, out_proj);
         require(key_heads > 0 && Hv % key_heads == 0, "key_heads", "a divisor of the value heads");
         const Index K = (C - Hv * V) / (2 * key_heads);
@@ -96,10 +98,9 @@ struct DeltaNetMixer {
         require(keep >= 0, "keep", "0 or more");
         DeltaNet net{key_heads, Hv, K, V, width, keep, {}, {}, {}, {}, conv.data(), decay.data(), dt_bias.data(),
                      norm.data(), eps, {}};
-        const DeltaSequences all(sequences, net);
-        require(all.tokens == T, "sequences", "as many tokens as x has rows");
+        const DeltaSequences all(sequences, net, T);
         nb::gil_scoped_release release;
-        float* memory = room(T * (C + 2 * Hv * V + 2 * Hv));
+        float* memory = room(T, C + 2 * Hv * V + 2 * Hv);
         float* ys[] = {memory, memory + T * C, memory + T * (C + 2 * Hv * V), memory + T * (C + 2 * Hv * V + Hv)};
         float* mixed = ys[1] + T * Hv * V;
         const Matrix ws[] = {qkv.matrix, z.matrix, b.matrix, a.matrix};
@@ -132,17 +133,16 @@ struct AttentionMixer {
         if (o.matrix.in != Hq * D) refuse("o_proj", std::to_string(Hq * D) + " columns");
     }
 
-    void run(const In& x, float eps, const In& cos, const In& sin, const char* dtype, const nb::list& sequences,
+    void run(const In& x, float eps, const In& cos, const In& sin, const char* dtype, nb::handle sequences,
              const Out& out) const {
         const Index T = tokens_in(x, out, q, o), q_size = 2 * Hq * D, kv_size = Hkv * D;
         Attention a{};
         a.Hq = Hq, a.Hkv = Hkv, a.D = D, a.type = kv_type(dtype), a.eps = eps;
         a.q_norm = q_norm.data(), a.k_norm = k_norm.data();
         a.pairs = angles(cos, sin, T, D), a.cos = cos.data(), a.sin = sin.data();
-        const KvSequences all(sequences, page_nbytes(dtype, Hkv, D));
-        require(all.tokens == T, "sequences", "as many tokens as x has rows");
+        const KvSequences all(sequences, page_nbytes(dtype, Hkv, D), T);
         nb::gil_scoped_release release;
-        float* memory = room(T * (q_size + 2 * kv_size + Hq * D));
+        float* memory = room(T, q_size + 2 * kv_size + Hq * D);
         float* ys[] = {memory, memory + T * q_size, memory + T * (q_size + kv_size)};
         a.out = ys[2] + T * kv_size;
         const Matrix ws[] = {q.matrix, k.matrix, v.matrix};

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -13,37 +14,39 @@ namespace edgeq {
 
 constexpr std::size_t line = 64, huge_page = 2 << 20;
 constexpr std::size_t region_blocks = 16;
+constexpr std::size_t most_nbytes = PTRDIFF_MAX / (2 * region_blocks);  // of a block
 
 // A mapping cut into blocks of one size.
 struct Region {
     char *mapping, *first;
-    std::size_t mapped, block_nbytes;
+    const std::size_t mapped, block_nbytes, count;
     std::vector<char*> free;
 
-    explicit Region(std::size_t block_nbytes) : block_nbytes(block_nbytes) {
-        const std::size_t needed = region_blocks * block_nbytes;
-        const bool huge = needed >= huge_page;
-        mapped = needed + (huge ? huge_page : line);
+    Region(std::size_t block_nbytes, std::size_t count)
+        : mapped(count * block_nbytes + alignment(count * block_nbytes)), block_nbytes(block_nbytes), count(count) {
+        free.reserve(count);  // giving back never fails
         void* p = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (p == MAP_FAILED) throw std::bad_alloc();
         mapping = static_cast<char*>(p);
-        first = mapping + -reinterpret_cast<uintptr_t>(mapping) % (huge ? huge_page : line);
+        first = mapping + -reinterpret_cast<uintptr_t>(mapping) % alignment(count * block_nbytes);
 #ifdef MADV_HUGEPAGE
-        if (huge) madvise(first, needed, MADV_HUGEPAGE);  // a refusal costs speed only
+        if (count * block_nbytes >= huge_page) madvise(first, count * block_nbytes, MADV_HUGEPAGE);  // refused: slower
 #endif
-        for (std::size_t i = region_blocks; i-- > 0;) free.push_back(first + i * block_nbytes);
+        for (std::size_t i = count; i-- > 0;) free.push_back(first + i * block_nbytes);
     }
     ~Region() { munmap(mapping, mapped); }
     Region(const Region&) = delete;
 
-    bool unused() const { return free.size() == region_blocks; }
+    static std::size_t alignment(std::size_t nbytes) { return nbytes >= huge_page ? huge_page : line; }
+
+    bool unused() const { return free.size() == count; }
 };
 
 namespace {
 
 struct Regions {
     std::mutex mutex;
-    std::map<std::size_t, std::vector<Region*>> of_size;
+    std::map<std::size_t, std::vector<std::unique_ptr<Region>>> of_size;
 };
 
 // Never destroyed: arrays may outlive every static object.
@@ -52,17 +55,27 @@ Regions& regions() {
     return *all;
 }
 
-bool has_room(const Region* r) { return !r->free.empty(); }
+bool has_room(const std::unique_ptr<Region>& r) { return !r->free.empty(); }
+
+// Where there is no room for a whole region, one of a single block.
+std::unique_ptr<Region> new_region(std::size_t block_nbytes) {
+    try {
+        return std::make_unique<Region>(block_nbytes, region_blocks);
+    } catch (const std::bad_alloc&) {
+        return std::make_unique<Region>(block_nbytes, 1);
+    }
+}
 
 }  // namespace
 
 Block take_block(std::size_t nbytes) {
+    if (nbytes > most_nbytes) throw std::bad_alloc();
     const std::size_t size = std::max(line, (nbytes + line - 1) / line * line);
     std::lock_guard lock(regions().mutex);
     auto& some = regions().of_size[size];
     auto found = std::find_if(some.begin(), some.end(), has_room);
-    if (found == some.end()) found = some.insert(some.end(), new Region(size));
-    Region* region = *found;
+    if (found == some.end()) found = some.insert(some.end(), new_region(size));
+    Region* region = found->get();
     char* data = region->free.back();
     region->free.pop_back();
     return {data, region};
@@ -75,8 +88,7 @@ void give_back(Block block) {
     if (!region->unused()) return;
     auto& some = regions().of_size[region->block_nbytes];
     if (std::count_if(some.begin(), some.end(), has_room) < 2) return;
-    some.erase(std::find(some.begin(), some.end(), region));
-    delete region;
+    some.erase(std::find_if(some.begin(), some.end(), [&](auto& r) { return r.get() == region; }));
 }
 
 }  // namespace edgeq

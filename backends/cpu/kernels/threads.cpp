@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -188,10 +189,11 @@ int thread_count() {
 
 void set_thread_count(int threads) { here().threads = std::max(1, threads); }
 
-void detail::run(int pieces, void (*function)(void*, int), void* context) {
+void detail::run(long long pieces, void (*function)(void*, int), void* context) {
+    if (pieces > INT32_MAX) throw std::length_error("a loop of more than 2^31 pieces");
     int threads = thread_count();
     if (pieces <= 1 || threads == 1 || inside_piece) {
-        for (int i = 0; i < pieces; i++) function(context, i);
+        for (int i = 0; i < int(pieces); i++) function(context, i);
         return;
     }
     Process& p = here();
@@ -201,7 +203,7 @@ void detail::run(int pieces, void (*function)(void*, int), void* context) {
         p.pool = nullptr;
     }
     if (!p.pool) p.pool = new Pool(threads);
-    p.pool->run(pieces, function, context);
+    p.pool->run(int(pieces), function, context);
 }
 
 }  // namespace edgeq

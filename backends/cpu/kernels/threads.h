@@ -20,11 +20,11 @@ int thread_count();
 void set_thread_count(int threads);
 
 namespace detail {
-void run(int pieces, void (*function)(void* context, int piece), void* context);
+void run(long long pieces, void (*function)(void* context, int piece), void* context);
 }
 
 template <class Function>
-void parallel_for(int pieces, Function&& function) {
+void parallel_for(long long pieces, Function&& function) {
     detail::run(
         pieces, [](void* context, int piece) { (*static_cast<Function*>(context))(piece); },
         const_cast<void*>(static_cast<const void*>(&function)));
