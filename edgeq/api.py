@@ -107,18 +107,22 @@ class Model:
         multiples of `engine.chunk` exactly the same. Raises UsageError for ids outside of the vocabulary and for a
         state of another model, MemoryBudgetError where the context is full.
         """
-        context = Context(self.engine, state)
+        context = self._context(state)
         return context.feed(ids)[-1], context.state
 
     def advance(self, ids: Sequence[int], state: State[Any]) -> State[Any]:
         """The state after `ids`; skips the LM head."""
-        context = Context(self.engine, state)
+        context = self._context(state)
         context.feed(ids, rows=0)
         return context.state
 
     def logits(self, ids: Sequence[int]) -> Float32:
         """Logits after each of `ids` from an empty state: float32 [len(ids), vocab_size]."""
         return Context(self.engine).feed(ids, rows=len(ids))
+
+    def _context(self, state: State[Any]) -> Context:
+        self.engine.check_state(state)  # None would stand for an empty one
+        return Context(self.engine, state)
 
     # --- text --------------------------------------------------------------------------------------------------------
 

@@ -43,7 +43,6 @@ class Context:
 
         They are run a chunk at a time, so that an interruption loses one chunk at most.
         """
-        self.engine.check_state(self.state)
         tokens = self.engine.checked_ids(ids, self.state)
         total, logits = len(tokens), list[Float32]()
         pieces = list(self.engine.cut(self.state.length, total))
