@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
@@ -72,20 +72,22 @@ class Checkpoint(ABC):
         """Let the system forget the pages read so far (they count as this process's memory until it does)."""
 
     @abstractmethod
-    def mapped_files(self) -> Iterable[memoryview]:
-        """The files that hold the tensors, as they are mapped."""
+    def weight_files(self) -> list[Path]:
+        """The files that hold the tensors."""
 
     def fingerprint(self) -> str:
         """What tells this model from another: the hash of its configuration and of pages all over its files.
 
-        A file is not read for it: its length, its first page, where the header begins, and 64 others are taken.
+        A file is not read for it: its length, its first page, where the header begins, and 63 others are taken.
         """
         digest = sha256(repr(self.config).encode())
-        for data in self.mapped_files():
-            digest.update(len(data).to_bytes(8, "little"))
-            step = max(_PAGE, len(data) // _SAMPLES)
-            for start in range(0, len(data), step):
-                digest.update(data[start : start + _PAGE])
+        for path in self.weight_files():
+            size = path.stat().st_size
+            digest.update(size.to_bytes(8, "little"))
+            with path.open("rb", buffering=0) as file:  # not mapped: what is mapped counts as this process's memory
+                for start in range(0, size, max(_PAGE, size // _SAMPLES)):
+                    file.seek(start)
+                    digest.update(file.read(_PAGE))
         return digest.hexdigest()[:32]
 
     def find_non_finite(self) -> str | None:

@@ -142,8 +142,8 @@ class FolderCheckpoint(Checkpoint):
             return None
         return read_json(self.path / "tokenizer.json"), read_json(self.path / "tokenizer_config.json")
 
-    def mapped_files(self) -> Iterator[memoryview]:
-        return (memoryview(file.mapped) for file in self.files)
+    def weight_files(self) -> list[Path]:
+        return [file.path for file in self.files]
 
     def drop_pages(self) -> None:
         for file in self.files:

@@ -138,8 +138,8 @@ class GGUFCheckpoint(Checkpoint):
     def tokenizer_files(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         return tokenizer_spec(self.file)
 
-    def mapped_files(self) -> Iterator[memoryview]:
-        return (memoryview(file.mapped) for file in (self.file, self.mmproj) if file is not None)
+    def weight_files(self) -> list[Path]:
+        return [file.path for file in (self.file, self.mmproj) if file is not None]
 
     def drop_pages(self) -> None:
         for file in filter(None, (self.file, self.mmproj)):
