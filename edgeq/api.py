@@ -45,7 +45,7 @@ def load(
     backend: "auto", "numpy", "cpu", "mlx", or the name of an installed plug-in.
     threads: for backends that have their own; None lets the backend choose.
     context: the context window in tokens; None is the model's maximum.
-    kv_bits: 16, 8 or 4, the precision of the KV cache; None lets the backend choose (docs/backends.md).
+    kv_bits: 16, 8 or 4, the precision of the KV cache; None lets the backend choose (docs/concepts/backends.md).
     """
     if kv_bits not in (None, *KV_DTYPES):
         raise UsageError(f"keys and values cannot be kept in {kv_bits} bits", hint="choose 16, 8 or 4 bits")

@@ -3,7 +3,7 @@
 The output keeps the source's names and conventions (the hub's: zero-centred norms, convolution [C, 1, width]), only
 the quantized matrices are replaced by MLX's weight, scales and biases. Stock mlx-lm and mlx-vlm sanitize hub files
 when they load them, so they run the output unchanged, while nothing is lost for others: norms stay exact, the MTP head
-and the vision tower ride along. docs/format.md has the layout.
+and the vision tower ride along. docs/reference/format.md has the layout.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ are always those nearest to the weights for the stored pair. Starting from sever
 extremes, we alternate between codes and the least-squares fit of scale and bias to them (as in Lloyd's algorithm;
 the start grid follows `make_qkx2_quants` of ggml), then try the neighbouring 16-bit values. MLX's min-max rule is
 the first candidate, so the result is never worse than it. Measured against min-max at 4 bits, group 64: error 0.79 on
-Gaussian, 0.80 on Student-t (4 degrees of freedom) weights, within 0.5% of an exhaustive search (docs/format.md).
+Gaussian, 0.80 on Student-t (4 degrees of freedom) weights, within 0.5% of an exhaustive search
+(docs/concepts/quantization.md).
 
 All weights of a group count alike: with nothing known about activations, the plain error is the expected error of
 the layer's output.

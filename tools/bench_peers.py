@@ -8,6 +8,7 @@ are missing: q4 and q8 (edgeq's default recipes), and by llama.cpp's own quantiz
 Q4_0.gguf, Q4_K_M.gguf and Q8_0.gguf. Every engine and file is a process of its own that waits while another is
 measured. The rounds go through all of them in turn (A B C A B C ...); figures are medians.
 
+--figures writes the results to docs/figures.json, from which tools/make_readme_figures.py fills in README and docs.
 --busy starts other processes that do nothing but compute, to see what is left of the speed then.
 """
 
@@ -28,6 +29,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import figures
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +39,10 @@ if __name__ == "__main__":
 
 FILE_TYPES = {"Q4_0": 2, "Q4_K_M": 15, "Q8_0": 7}  # llama_ftype
 FORMS = {4: ("edgeq q4", "llama Q4_0", "llama Q4_K_M"), 8: ("edgeq q8", "llama Q8_0")}
+CONDITIONS = (
+    "random weights of the real shapes, default recipes; llama.cpp as llama-cpp-python 0.3.36 compiled for the "
+    "machine, the better of Q4_0 and Q4_K_M against 4 bits, Q8_0 against 8; engines take turns, medians"
+)
 PROMPT = "The weather in the mountains was clear and cold today,"  # ten tokens or so
 CONTEXT = 4096  # of the memory measurement: all of it is used
 DEPTH = 4096  # of the deepest speed test
@@ -67,7 +73,7 @@ def random_ids(count: int, vocab_size: int) -> list[int]:
 
 
 class Edgeq:
-    """A model in edgeq, with the settings that everybody gets."""
+    """A model in edgeq, with its default settings."""
 
     def __init__(self, path: str, threads: int) -> None:
         from edgeq.api import load
@@ -315,7 +321,7 @@ def compare_memory(bits: int, paths: dict[str, Path], threads: int) -> dict[str,
     shown = "  ".join(f"{form} {peak / 1e6:,.0f} MB" for form, peak in peaks.items())
     print(f"{bits}-bit  peak memory, {CONTEXT} tokens:  {shown}")
     print(f"       {peaks[ours] / default:.2f}x of the peer's default, {peaks[ours] / smallest:.2f}x of its smallest")
-    return {"bits": bits, "peak_nbytes": peaks}
+    return {"bits": bits, "threads": threads, "context": CONTEXT, "peak_nbytes": peaks}
 
 
 def compare_start(bits: int, paths: dict[str, Path], threads: int, rounds: int) -> dict[str, Any]:
@@ -332,7 +338,26 @@ def compare_start(bits: int, paths: dict[str, Path], threads: int, rounds: int) 
     ratio = times[ours] / min(times[peer] for peer in peers)
     shown = "  ".join(f"{form} {seconds:.2f} s" for form, seconds in times.items())
     print(f"{bits}-bit  start to first token:  {shown}  {ratio:.2f}x")
-    return {"bits": bits, "seconds": seconds, "ratio": ratio}
+    return {"bits": bits, "threads": threads, "seconds": seconds, "ratio": ratio}
+
+
+def measure_quantize(checkpoint: str, bits: int, work: Path) -> dict[str, Any]:
+    """Time and peak memory of `edgeq quantize` with its default recipe, and what came out."""
+    report, out = work / "report.json", work / "quantized"
+    arguments = ["quantize", checkpoint, "-o", str(out), "--bits", str(bits), "--report", str(report), "--force"]
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-c", "from edgeq.cli import main; main()", *arguments])
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    if status:
+        raise SystemExit("edgeq quantize failed")
+    peak = usage.ru_maxrss if sys.platform == "darwin" else usage.ru_maxrss * 1024
+    text = json.loads(report.read_text())["parts"]["text"]
+    print(f"{bits}-bit  quantize:  {seconds:.1f} s  {peak / 1e6:.0f} MB")
+    return {
+        "bits": bits, "threads": os.cpu_count() or 1, "seconds": seconds, "peak_nbytes": peak,
+        "nbytes": text["nbytes"], "bits_per_weight": text["bits_per_weight"],
+    }  # fmt: skip
 
 
 # --- preparation -----------------------------------------------------------------------------------------------------
@@ -398,16 +423,19 @@ def main() -> None:
     parser.add_argument("--bits", default="4,8")
     parser.add_argument("-t", "--threads", default="4")
     parser.add_argument("-r", "--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=("speed", "memory", "start"))
+    parser.add_argument("--only", choices=("speed", "memory", "start", "quantize"))
     parser.add_argument("--tests", help="numbers of speed tests, from 0: " + ", ".join(test.name for test in SPEEDS))
     parser.add_argument("--busy", type=int, default=0, help="other programs that compute meanwhile")
     parser.add_argument("--json", type=Path, help="write every sample to this file")
+    parser.add_argument("--figures", metavar="RUN", help="write the results to docs/figures.json, as the run RUN")
+    parser.add_argument("--model", default="0.8B", help="the model's name in docs/figures.json")
+    parser.add_argument("--machine", help="the machine in docs/figures.json, such as '4 vCPUs of a Zen 4 server'")
     options = parser.parse_args()
     bits = [int(b) for b in options.bits.split(",")]
     threads = [int(t) for t in options.threads.split(",")]
     tests = [SPEEDS[int(i)] for i in options.tests.split(",")] if options.tests else SPEEDS
     paths = prepare(options.checkpoint, options.work, bits)
-    report: dict[str, list[Any]] = {"speed": [], "memory": [], "start": []}
+    report: dict[str, list[Any]] = {"speed": [], "memory": [], "start": [], "quantize": []}
     print(f"{options.checkpoint} on {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     with busy(options.busy):
         for b in bits:
@@ -418,9 +446,17 @@ def main() -> None:
                 report["memory"].append(compare_memory(b, paths, max(threads)))
             if options.only in (None, "start"):
                 report["start"].append(compare_start(b, paths, max(threads), options.rounds))
+            if options.only in (None, "quantize"):
+                report["quantize"].append(measure_quantize(options.checkpoint, b, options.work))
     print(f"load {os.getloadavg()[0]:.1f} at the end")
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
+    for row in report["speed"]:
+        row["busy"] = options.busy
+    if options.figures:
+        figures.add(
+            options.figures, options.machine or platform.machine(), CONDITIONS, figures.rows_of(report, options.model)
+        )
 
 
 if __name__ == "__main__":

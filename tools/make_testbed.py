@@ -4,7 +4,7 @@
     tools/make_testbed.py --work /tmp/testbed --out /tmp/testbed-model
 
 Writes OUT and OUT-outliers: the same function, with 1 % of the channels rescaled by 8 or 16, as real checkpoints have.
-Not shipped. See docs/demo-model.md for the training time.
+Not shipped. See docs/development/demo-model.md for the training time.
 """
 
 from __future__ import annotations

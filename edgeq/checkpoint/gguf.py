@@ -2,7 +2,7 @@
 
 Plain floats are views of the mapped file. Quantized matrices become `QMatrix` when they are fetched, exactly (see
 `edgeq.formats.ggml`): their codes are put in order in blocks of rows, and only the result stays in memory. What that
-costs over the file is in docs/gguf.md.
+costs over the file is in docs/reference/gguf.md.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Three steps: `embed` turns token ids into vectors, `run_layers` takes vectors (a token's, or an image's) through the
 layers and moves the sequences' states on, `logits` reads the result out through the head. `forward` is the first two
-for text. See docs/model.md for the arithmetic.
+for text. See docs/concepts/model.md for the arithmetic.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ IMAGE_PROCESSOR = {
 README = """# The edgeq demo model
 
 A Qwen3.5-architecture model of {parameters:.1f} million parameters, trained from generated text and pictures by
-`tools/train_demo.py` of the edgeq repository; `docs/demo-model.md` there says what it can do and how well.
+`tools/train_demo.py` of the edgeq repository; `docs/development/demo-model.md` there says what it can do and how well.
 
 Weights and tokenizer vocabulary: Apache-2.0, as edgeq itself. `chat_template.jinja`, the control tokens and the
 pre-tokenizer's pattern are those of Qwen/Qwen3.5-0.8B (Apache-2.0, Alibaba Cloud). The training data was made by the
