@@ -10,20 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeq.formats.affine import BITS, GROUP_SIZES, dequantize, pack, unpack
-from edgeq.formats.bf16 import Float32, from_float32, round_to, to_float32
+from edgeq.formats.bf16 import Array, Float32, from_float32, round_to, to_float32
 from edgeq.quant import matrix
 from edgeq.quant.matrix import QuantizedRows, quantize_rows, quantize_rows_numpy
 from edgeq.quant.search import min_max, search
 from edgeq.weights import QMatrix
 
 BF16, F16, F32 = np.dtype(np.uint16), np.dtype(np.float16), np.dtype(np.float32)
-native = pytest.mark.skipif(matrix._native is None, reason="the native extension is not built")
+_native: Any = vars(matrix)["_native"]  # None without a C++ compiler
+native = pytest.mark.skipif(_native is None, reason="the native extension is not built")
 
 
 def weights(kind: str, rows: int = 64, columns: int = 256, seed: int = 0) -> Float32:
     """Weights as they occur, and as they should not."""
     rng = np.random.default_rng(seed)
-    x = rng.standard_normal((rows, columns))
+    x: Array = rng.standard_normal((rows, columns))
     match kind:
         case "heavy-tailed":
             x = rng.standard_t(3, x.shape)
@@ -205,9 +206,9 @@ class TestNative:
     def test_refuses_what_does_not_fit(self) -> None:
         x = weights("gaussian", rows=2, columns=64)
         codes, factors = np.empty((2, 8), np.uint32), [np.empty((2, 1), np.float32) for _ in range(3)]
-        matrix._native.quantize(x, 4, 64, "bfloat16", codes, *factors)
+        _native.quantize(x, 4, 64, "bfloat16", codes, *factors)
         for arguments in ((x, 7, 64, "bfloat16"), (x, 4, 48, "bfloat16"), (x, 4, 128, "bfloat16"), (x, 4, 64, "half")):
             with pytest.raises(ValueError, match=r": expected"):
-                matrix._native.quantize(*arguments, codes, *factors)
+                _native.quantize(*arguments, codes, *factors)
         with pytest.raises(ValueError, match="words: expected shape"):
-            matrix._native.quantize(x, 8, 64, "bfloat16", codes, *factors)
+            _native.quantize(x, 8, 64, "bfloat16", codes, *factors)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from edgeq.checkpoint import FolderCheckpoint, open_checkpoint
 from edgeq.errors import ModelError
-from edgeq.formats.bf16 import from_float32, to_float32
+from edgeq.formats.bf16 import Array, from_float32, to_float32
 from edgeq.formats.names import hub_name
 from edgeq.formats.safetensors import SafetensorsFile, SafetensorsWriter
 from edgeq.testing import config_values, file_weights, write_checkpoint
@@ -50,7 +50,7 @@ def save(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = 
 class TestSafetensors:
     def test_agrees_with_the_reference_library(self, tmp_path: Path) -> None:
         rng = np.random.default_rng(0)
-        tensors = {
+        tensors: dict[str, Array] = {
             "a": rng.standard_normal((3, 5)).astype(np.float32),
             "b": rng.standard_normal((2, 2, 2)).astype(np.float16),
             "c": rng.integers(0, 2**32, (4, 8), dtype=np.uint32),
@@ -207,7 +207,7 @@ class TestFolder:
         whole = file_weights(read(tmp_path))
         file = SafetensorsFile(tmp_path / "model.safetensors")
         names = sorted(file.tensors)
-        weight_map = {}
+        weight_map = dict[str, str]()
         for i, part in enumerate((names[::2], names[1::2])):
             shard = f"model.safetensors-0000{i + 1}-of-00002.safetensors"
             save(tmp_path / shard, {name: np.array(file.array(name)) for name in part})

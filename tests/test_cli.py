@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import pytest
 from process import run_python
@@ -37,8 +37,14 @@ def quiet_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", None)
 
 
+class Run(Protocol):
+    """`edgeq` with these arguments."""
+
+    def __call__(self, *arguments: str | Path, stdin: str | None = None) -> Result: ...
+
+
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     def run(*arguments: str | Path, stdin: str | None = None) -> Result:
         if stdin is not None:
             monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
@@ -54,7 +60,7 @@ FIXED = ("--seed", "0", "--max-tokens", "6")
 
 
 class TestStreams:
-    def test_the_answer_is_all_of_stdout(self, run, chat_folder: Path) -> None:
+    def test_the_answer_is_all_of_stdout(self, run: Run, chat_folder: Path) -> None:
         result = run("chat", chat_folder, "-p", "hello", *FIXED)
         assert result.code == 0
         expected = edgeq.load(chat_folder, backend="numpy").chat(seed=0, max_tokens=6).send("hello")
@@ -65,20 +71,20 @@ class TestStreams:
         assert "tokens/s" in figures[0]
         assert "peak memory" in figures[0]
 
-    def test_thinking_goes_to_stderr(self, run, chat_folder: Path) -> None:
+    def test_thinking_goes_to_stderr(self, run: Run, chat_folder: Path) -> None:
         result = run("chat", chat_folder, "-p", "hello", "--think", "--thinking-budget", "8", "--seed", "1", "--json")
         reply = json.loads(result.out)
         again = run("chat", chat_folder, "-p", "hello", "--think", "--thinking-budget", "8", "--seed", "1")
         assert again.out == reply["text"] + "\n"
         assert reply["thinking"][:10] in again.err
 
-    def test_json(self, run, chat_folder: Path) -> None:
+    def test_json(self, run: Run, chat_folder: Path) -> None:
         reply = json.loads(run("generate", chat_folder, "-p", "abc", "--json", *FIXED).out)
         assert reply.keys() == {"text", "thinking", "ids", "finish_reason", "thinking_cut", "usage"}
         assert len(reply["ids"]) == reply["usage"]["answer_tokens"] == 6
         assert reply["finish_reason"] == "length"
 
-    def test_stdin_joins_the_prompt(self, run, chat_folder: Path) -> None:
+    def test_stdin_joins_the_prompt(self, run: Run, chat_folder: Path) -> None:
         both = run("chat", chat_folder, "-p", "why?", *FIXED, stdin="the log\n")
         once = run("chat", chat_folder, "-p", "why?\n\nthe log", *FIXED)
         assert both.out == once.out
@@ -86,7 +92,7 @@ class TestStreams:
         dash = run("chat", chat_folder, "-p", "-", *FIXED, stdin="hello")
         assert piped.out == dash.out == run("chat", chat_folder, "-p", "hello", *FIXED, stdin="").out
 
-    def test_aliases(self, run, chat_folder: Path) -> None:
+    def test_aliases(self, run: Run, chat_folder: Path) -> None:
         one = run("chat", chat_folder, "-p", "x", "-n", "5", "-s", "0", "--temperature", "0.5", "-sys", "y", "-c", "99")
         two = run(
             "chat", chat_folder, "-p", "x", *("--max-tokens 5 --seed 0 --temp 0.5 --system y --context 99".split())
@@ -103,14 +109,16 @@ class TestStreams:
             "{model} --prompt-file={file} --max-tokens=5 --seed 0 --temp .5 --reasoning-budget 4",
         ],
     )
-    def test_what_fingers_know_from_other_engines(self, run, chat_folder: Path, tmp_path: Path, arguments: str) -> None:
+    def test_what_fingers_know_from_other_engines(
+        self, run: Run, chat_folder: Path, tmp_path: Path, arguments: str
+    ) -> None:
         (tmp_path / "prompt.txt").write_text("x\n")
         given = [part.format(model=chat_folder, file=tmp_path / "prompt.txt") for part in arguments.split()]
         plain = run("chat", chat_folder, "-p", "x", "--max-tokens", "5", "--seed", "0", "--temp", "0.5")
         assert plain.code == 0
         assert run("chat", *given).out == plain.out
 
-    def test_a_prompt_that_looks_like_an_option(self, run, chat_folder: Path) -> None:
+    def test_a_prompt_that_looks_like_an_option(self, run: Run, chat_folder: Path) -> None:
         """The other engines' names are replaced nowhere but where an option is expected."""
         reply = json.loads(run("chat", chat_folder, "--prompt=-n", "--json", *FIXED).out)
         assert reply["usage"]["prompt_tokens"] == len(edgeq_ids(chat_folder, "-n"))
@@ -133,26 +141,26 @@ class TestExitCodes:
         assert lines[0].startswith("error: ")
         assert all(line.startswith(("hint: ", "  ")) for line in lines[1:])
 
-    def test_a_model_that_is_nothing(self, run) -> None:
+    def test_a_model_that_is_nothing(self, run: Run) -> None:
         self.check(run("chat", "nothing here", "-p", "x"), 2, "model not found: nothing here (not a local path")
 
-    def test_no_prompt(self, run, chat_folder: Path) -> None:
+    def test_no_prompt(self, run: Run, chat_folder: Path) -> None:
         self.check(run("generate", chat_folder), 2, "no prompt given")
         self.check(run("chat", chat_folder, stdin=""), 2, "no prompt given")
 
-    def test_a_setting_out_of_range(self, run, chat_folder: Path) -> None:
+    def test_a_setting_out_of_range(self, run: Run, chat_folder: Path) -> None:
         self.check(run("chat", chat_folder, "-p", "x", "--temp", "-1"), 2, "temperature must be from 0 to 10, got -1")
 
-    def test_bits_that_no_cache_has(self, run, chat_folder: Path) -> None:
+    def test_bits_that_no_cache_has(self, run: Run, chat_folder: Path) -> None:
         for command in ("chat", "generate"):
             self.check(run(command, chat_folder, "-p", "x", "--kv-bits", "3"), 2, "cannot be kept in 3 bits")
 
-    def test_a_prompt_that_does_not_fit(self, run, chat_folder: Path) -> None:
+    def test_a_prompt_that_does_not_fit(self, run: Run, chat_folder: Path) -> None:
         self.check(
             run("chat", chat_folder, "-p", "x" * 99, "--context", "30"), 3, "leaves no room for a reply: 30 tokens"
         )
 
-    def test_a_damaged_model(self, run, chat_folder: Path, tmp_path: Path) -> None:
+    def test_a_damaged_model(self, run: Run, chat_folder: Path, tmp_path: Path) -> None:
         folder = tmp_path / "model"
         shutil.copytree(chat_folder, folder)
         data = (folder / "model.safetensors").read_bytes()
@@ -161,7 +169,7 @@ class TestExitCodes:
         (folder / "config.json").write_text("{")
         self.check(run("info", folder), 4, "config.json cannot be read as JSON")
 
-    def test_a_model_without_template(self, run, chat_folder: Path, tmp_path: Path) -> None:
+    def test_a_model_without_template(self, run: Run, chat_folder: Path, tmp_path: Path) -> None:
         folder = tmp_path / "model"
         shutil.copytree(chat_folder, folder)
         (folder / "chat_template.jinja").unlink()
@@ -171,7 +179,7 @@ class TestExitCodes:
         self.check(run("chat", folder, "-p", "x"), 4, "has no chat template")
         assert run("generate", folder, "-p", "x", *FIXED).code == 0
 
-    def test_offline(self, run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_offline(self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         self.check(run("chat", "Qwen/Not-Here", "-p", "x"), 5, "Qwen/Not-Here is not in the local cache")
@@ -190,10 +198,10 @@ class TestExitCodes:
             ("chat demo -m other -p x", "two models given: demo and other"),
         ],
     )
-    def test_a_line_that_makes_no_sense(self, run, arguments: str, message: str) -> None:
+    def test_a_line_that_makes_no_sense(self, run: Run, arguments: str, message: str) -> None:
         self.check(run(*arguments.split()), 2, message)
 
-    def test_ctrl_c(self, run, chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_ctrl_c(self, run: Run, chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def interrupted(self: Reply) -> None:
             raise KeyboardInterrupt
 
@@ -222,20 +230,20 @@ class TestExitCodes:
 
 
 class TestInfo:
-    def test_a_model(self, run, chat_folder: Path) -> None:
+    def test_a_model(self, run: Run, chat_folder: Path) -> None:
         facts = json.loads(run("info", chat_folder, "--json").out)
         assert facts["layers"] == "3 Gated DeltaNet, 1 gated attention"
         assert facts["MTP head"] == facts["vision tower"] == "yes"
         assert facts["chat template"] == "thinking is off by default"
         assert any("mlp.up_proj" in name for name in facts["tensors"])
 
-    def test_the_installation(self, run) -> None:
+    def test_the_installation(self, run: Run) -> None:
         result = run("info")
         assert result.code == 0
         assert "numpy" in result.out
         assert edgeq.__version__ in result.out
 
-    def test_version_and_help(self, run) -> None:
+    def test_version_and_help(self, run: Run) -> None:
         assert run("--version").out == f"edgeq {edgeq.__version__}\n"
         for command in ("chat", "generate", "info", "quantize"):
             assert run(command, "--help").code == 0
@@ -243,7 +251,7 @@ class TestInfo:
 
 class TestConfiguration:
     def test_line_over_environment_over_file_over_default(
-        self, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         file = tmp_path / "config.toml"
         monkeypatch.setenv("EDGEQ_CONFIG", str(file))
@@ -255,7 +263,9 @@ class TestConfiguration:
         assert facts["chat.top_k"] == "3 (configuration file)"
         assert facts["generate.top_k"] == "20 (default)"
 
-    def test_the_file_counts(self, run, chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_file_counts(
+        self, run: Run, chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         file = tmp_path / "config.toml"
         monkeypatch.setenv("EDGEQ_CONFIG", str(file))
         file.write_text("max-tokens = 3\n")
@@ -263,7 +273,7 @@ class TestConfiguration:
         assert len(reply["ids"]) == 3
 
     @pytest.mark.parametrize("content", ["nope = 1", "[chat]\nnope = 1", "[chatt]\ntemp = 1", "temp = ", "\xff"])
-    def test_a_bad_file(self, run, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_bad_file(self, run: Run, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         file = tmp_path / "config.toml"
         monkeypatch.setenv("EDGEQ_CONFIG", str(file))
         file.write_bytes(content.encode("latin-1"))
@@ -286,18 +296,18 @@ class TestRepl:
         captured = capsys.readouterr()
         return Result(0, captured.out, captured.err)
 
-    def test_a_conversation(self, chat_folder: Path, keyboard: PipeInput, capsys) -> None:
+    def test_a_conversation(self, chat_folder: Path, keyboard: PipeInput, capsys: pytest.CaptureFixture[str]) -> None:
         result = self.talk(chat_folder, keyboard, capsys, "hello", "again", "/stats", "/exit")
         assert result.out.count("\n") >= 2
         assert "cached" in result.err
         assert "context:" in result.err
 
-    def test_several_lines(self, chat_folder: Path, keyboard: PipeInput, capsys) -> None:
+    def test_several_lines(self, chat_folder: Path, keyboard: PipeInput, capsys: pytest.CaptureFixture[str]) -> None:
         several = self.talk(chat_folder, keyboard, capsys, '"""one', 'two"""', "/bye").out
         chat = edgeq.load(chat_folder, backend="numpy").chat(seed=0, max_tokens=4, temperature=0.0)
         assert several == "".join(piece.text for piece in chat.send("one\ntwo")) + "\n"
 
-    def test_commands(self, chat_folder: Path, keyboard: PipeInput, capsys) -> None:
+    def test_commands(self, chat_folder: Path, keyboard: PipeInput, capsys: pytest.CaptureFixture[str]) -> None:
         result = self.talk(
             chat_folder, keyboard, capsys, "/help", "/set max_tokens 2", "/set top_k many", "/set nope 1", "/show",
             "/think", "/nothink", "/undo", "/nope", "hi", "/regen", "/undo", "/system be brief", "/clear", "/quit",
@@ -309,7 +319,9 @@ class TestRepl:
         ):  # fmt: skip
             assert expected in result.err, expected
 
-    def test_ctrl_c_twice_leaves(self, chat_folder: Path, keyboard: PipeInput, capsys) -> None:
+    def test_ctrl_c_twice_leaves(
+        self, chat_folder: Path, keyboard: PipeInput, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         keyboard.send_text("half a line\x03\x03")
         Repl(edgeq.load(chat_folder, backend="numpy").chat(), "x").run()
         assert "Ctrl-C again" in capsys.readouterr().err
@@ -318,7 +330,9 @@ class TestRepl:
         keyboard.send_text("\x04")
         Repl(edgeq.load(chat_folder, backend="numpy").chat(), "x").run()
 
-    def test_an_error_does_not_end_the_conversation(self, chat_folder: Path, keyboard: PipeInput, capsys) -> None:
+    def test_an_error_does_not_end_the_conversation(
+        self, chat_folder: Path, keyboard: PipeInput, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         chat = edgeq.load(chat_folder, backend="numpy", context=60).chat(max_tokens=2)
         keyboard.send_text("x" * 200 + "\rok\r/exit\r")
         Repl(chat, "x").run()

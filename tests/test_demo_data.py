@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("jinja2")
@@ -22,12 +24,12 @@ TINY = Shape(vocab=640, base_vocab=600, hidden=64, intermediate=128, heads=2, kv
 
 
 @pytest.fixture(scope="module")
-def tok():
+def tok() -> Tokenizer:
     return text.train_tokenizer(batches.sample_texts(0, 300), TINY)
 
 
 @pytest.mark.parametrize("name", skills.SKILLS)
-def test_reference_answers_are_right_and_problems_are_split(name):
+def test_reference_answers_are_right_and_problems_are_split(name: str) -> None:
     rng = Random(name)
     for evaluation in (False, True):
         for _ in range(30):
@@ -36,7 +38,7 @@ def test_reference_answers_are_right_and_problems_are_split(name):
             assert skills.held_out(turn.key) == evaluation
 
 
-def test_sums_are_true():
+def test_sums_are_true() -> None:
     rng = Random(0)
     for _ in range(200):
         turn = skills.sum_of_two(rng)
@@ -47,7 +49,7 @@ def test_sums_are_true():
             assert eval(left) == int(right), turn
 
 
-def test_chains_think_to_their_answer():
+def test_chains_think_to_their_answer() -> None:
     rng = Random(0)
     for _ in range(200):
         turn = skills.sum_of_many(rng)
@@ -57,7 +59,7 @@ def test_chains_think_to_their_answer():
             assert eval(left) == int(right)
 
 
-def test_sorting_reversing_and_counting():
+def test_sorting_reversing_and_counting() -> None:
     rng = Random(0)
     for _ in range(100):
         turn = skills.reverse(rng)
@@ -67,7 +69,7 @@ def test_sorting_reversing_and_counting():
         assert answer == sorted(items, key=lambda x: (int(x), "") if x.isdigit() else (0, x))
 
 
-def test_control_tokens_keep_the_family_order(tok):
+def test_control_tokens_keep_the_family_order(tok: Tokenizer) -> None:
     names = [t["content"] for t in text.family_tokens()]
     assert [tok.token_to_id(n) for n in names] == list(range(TINY.base_vocab, TINY.base_vocab + 33))
     assert tok.token_to_id("<|im_end|>") == TINY.end_of_turn
@@ -76,7 +78,7 @@ def test_control_tokens_keep_the_family_order(tok):
 
 
 @pytest.mark.parametrize("kind", [k.name for k in batches.KINDS if k.name != "longer"])
-def test_only_answers_are_targets(kind, tok):
+def test_only_answers_are_targets(kind: str, tok: Tokenizer) -> None:
     rng = Random(kind)
     c = batches.converse(kind, rng, 600, lambda t: len(tok.encode(t).ids))
     ids, weights, positions = batches.encode(c, tok, TINY)
@@ -88,19 +90,19 @@ def test_only_answers_are_targets(kind, tok):
         np.testing.assert_array_equal(positions, np.broadcast_to(np.arange(len(ids)), positions.shape))
 
 
-def test_batches_depend_on_seed_and_step_only(tok):
+def test_batches_depend_on_seed_and_step_only(tok: Tokenizer) -> None:
     first, again, other = (batches.make_batch(0, step, tok, TINY) for step in (5, 5, 6))
     np.testing.assert_array_equal(first.ids, again.ids)
     np.testing.assert_array_equal(first.images, again.images)
     assert first.ids.shape != other.ids.shape or (first.ids != other.ids).any()
 
 
-def test_batches_of_the_other_process_are_the_same(tok):
+def test_batches_of_the_other_process_are_the_same(tok: Tokenizer) -> None:
     for step, batch in enumerate(training.prepared(0, 3, 5, tok, TINY), 3):
         np.testing.assert_array_equal(batch.ids, batches.make_batch(0, step, tok, TINY).ids)
 
 
-def test_thinned_prompts_weigh_the_same_on_average():
+def test_thinned_prompts_weigh_the_same_on_average() -> None:
     weights = np.full((2, 64), batches.PROMPT_WEIGHT, np.float32)
     weights[:, 5:9] = 1
     weights[1, 40:] = 0
@@ -113,7 +115,7 @@ def test_thinned_prompts_weigh_the_same_on_average():
     np.testing.assert_allclose(total / batches.THIN, weights, rtol=1e-6)
 
 
-def test_counting_numbers_each_item():
+def test_counting_numbers_each_item() -> None:
     rng = Random(0)
     for _ in range(100):
         turn = skills.count(rng)
@@ -123,7 +125,7 @@ def test_counting_numbers_each_item():
         assert len(turn.thought.split()) == turn.key.count(",") + 1
 
 
-def test_tool_calls_are_printed_as_the_template_prints_them():
+def test_tool_calls_are_printed_as_the_template_prints_them() -> None:
     rng = Random(0)
     for _ in range(20):
         call, answer = conversations.tool_cases(rng, thinking=False)
@@ -132,7 +134,7 @@ def test_tool_calls_are_printed_as_the_template_prints_them():
         assert answer.right(str(answer.messages[-1]["content"]))
 
 
-def test_patches_are_in_block_order():
+def test_patches_are_in_block_order() -> None:
     pixels = np.zeros((1, 96, 96, 3), np.uint8)
     pixels[0, 2, 17] = 255  # patch row 0, column 1: second of the first block
     pixels[0, 17, 1] = 255  # patch row 1, column 0: third of the first block
@@ -141,7 +143,7 @@ def test_patches_are_in_block_order():
     assert patches.reshape(-1, 3, 2, 16, 16)[1, :, :, 2, 1].min() == 1
 
 
-def test_targets_of_the_tower_are_in_the_picture():
+def test_targets_of_the_tower_are_in_the_picture() -> None:
     """The pixel in the middle of each named token has the colour that the target says."""
     patches, targets = seeing.lesson(Random(0), 64)
     middle = (patches.reshape(64, 9, 4, 3, 2, 16, 16)[:, 4] + 1) / 2  # [N, 4 patches of the block, 3, 2, 16, 16]
@@ -156,7 +158,7 @@ def test_targets_of_the_tower_are_in_the_picture():
     assert ((targets["count"] == 0) == (targets["ones"] != seeing.NONE)).all()
 
 
-def test_a_tower_learns_from_its_lesson():
+def test_a_tower_learns_from_its_lesson() -> None:
     tower = Model(TINY).tower.requires_grad_(False)
     before = tower.pos_embed.weight.clone()
     right = seeing.teach(tower, 0, 25, "cpu")
@@ -168,7 +170,7 @@ def test_a_tower_learns_from_its_lesson():
     assert abs(features.square().mean().sqrt().item() / seeing.FEATURE_SCALE - 1) < 0.2
 
 
-def test_unit_triangular_inverse_equals_substitution():
+def test_unit_triangular_inverse_equals_substitution() -> None:
     torch.manual_seed(0)
     system = torch.randn(3, 5, 32, 32).tril(-1).requires_grad_()
     ours = UnitTriangularInverse.apply(system)
@@ -180,7 +182,7 @@ def test_unit_triangular_inverse_equals_substitution():
         assert ((a - b).square().sum() / b.square().sum()) < 1e-10  # same order of operations up to rounding
 
 
-def test_chunked_delta_rule_equals_the_recurrence():
+def test_chunked_delta_rule_equals_the_recurrence() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, 75, 8) for _ in range(3))
     k = torch.nn.functional.normalize(k, dim=-1)
@@ -195,14 +197,14 @@ def test_chunked_delta_rule_equals_the_recurrence():
 
 
 @torch.no_grad()
-def test_outlier_twin_computes_the_same():
+def test_outlier_twin_computes_the_same() -> None:
     """As stored: both twins rounded to bfloat16."""
     model = Model(TINY)
     for p in model.parameters():
         p.copy_(torch.randn_like(p) * 0.1 + p if p.ndim == 1 else p)
     ids = torch.randint(0, 600, (2, 40), generator=torch.Generator().manual_seed(0))
 
-    def logits():
+    def logits() -> tuple[Any, Any]:
         for p in model.parameters():
             p.copy_(p.bfloat16())
         hidden, x = model(ids)
@@ -217,7 +219,7 @@ def test_outlier_twin_computes_the_same():
         assert nmse < 1e-5  # one column in a hundred is rounded once more, by 2^-9 at most
 
 
-def test_training_model_equals_transformers(tmp_path, tok):
+def test_training_model_equals_transformers(tmp_path: Path, tok: Tokenizer) -> None:
     """The exported folder gives the same logits in transformers, text and images: float32 against float32."""
     transformers = pytest.importorskip("transformers")
     from demo.export import export
@@ -250,7 +252,7 @@ def test_training_model_equals_transformers(tmp_path, tok):
 SHIPPED = Path(__file__).parents[1] / "edgeq" / "demo"
 
 
-def test_shipped_folder_is_small_and_ordinary():
+def test_shipped_folder_is_small_and_ordinary() -> None:
     transformers = pytest.importorskip("transformers")
     assert sum(f.stat().st_size for f in SHIPPED.iterdir()) <= 10_000_000
     _, info = transformers.Qwen3_5ForConditionalGeneration.from_pretrained(SHIPPED, output_loading_info=True)
@@ -261,11 +263,10 @@ def test_shipped_folder_is_small_and_ordinary():
     ("name", "thinking"),
     [("small sum", False), ("copy", False), ("tool call", False), ("word problem", True), ("count", True)],
 )
-def test_shipped_model_is_right_on_held_out_problems(name, thinking):
+def test_shipped_model_is_right_on_held_out_problems(name: str, thinking: bool) -> None:
     """The meaning, through edgeq: 95 to 100 of 100 were right when it was trained, so 8 of 10 is far from luck."""
     from demo.evaluation import score, tasks
     from demo.runners import EdgeqRunner
-    from tokenizers import Tokenizer
 
     shipped = Tokenizer.from_file(str(SHIPPED / "tokenizer.json"))
     task = next(t for t in tasks(len) if (t.name, t.thinking) == (name, thinking))
@@ -274,12 +275,11 @@ def test_shipped_model_is_right_on_held_out_problems(name, thinking):
 
 
 @pytest.mark.parametrize("kind", ["number", "difference"])
-def test_shipped_model_sees(kind):
+def test_shipped_model_sees(kind: str) -> None:
     """Through transformers: 100 of 100 were right when it was trained."""
     pytest.importorskip("transformers")
     from demo.evaluation import score, tasks
     from demo.runners import TransformersRunner
-    from tokenizers import Tokenizer
 
     shipped = Tokenizer.from_file(str(SHIPPED / "tokenizer.json"))
     task = next(t for t in tasks(len) if t.name == f"see {kind}")

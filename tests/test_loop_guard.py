@@ -1,8 +1,11 @@
 """The loop guard: every cycle is caught, and nothing that people ask for is."""
 
+from __future__ import annotations
+
 import inspect
 import re
 import textwrap
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -13,13 +16,13 @@ from edgeq.generate import LoopGuard
 from edgeq.generate.loop_guard import MAX_PERIOD, MIN_COPIES, MIN_TOKENS, MIN_TOKENS_MONOTONOUS, VARIED
 
 
-def first_alarm(ids):
+def first_alarm(ids: Sequence[int]) -> int | None:
     """How many tokens the guard saw when it gave its first alarm; None if it never did."""
     guard = LoopGuard()
     return next((n for n, token in enumerate(ids, 1) if guard.observe(token)), None)
 
 
-def is_loop(ids):
+def is_loop(ids: Sequence[int]) -> bool:
     """The definition: `ids` ends in a cycle repeated often and long enough. The shortest period decides."""
     for period in range(1, min(MAX_PERIOD, len(ids)) + 1):
         length = period
@@ -31,18 +34,18 @@ def is_loop(ids):
 
 
 @pytest.mark.parametrize("period", [1, 2, 3, 11, 12, 16, 17, 40, 85, 86, 100, 127, 128])
-def test_every_cycle_is_caught_as_soon_as_it_is_long_enough(period):
+def test_every_cycle_is_caught_as_soon_as_it_is_long_enough(period: int) -> None:
     text = list(range(1000, 1300))
     cycle = list(range(period))
     needed = max(MIN_COPIES * period, MIN_TOKENS if period >= VARIED else MIN_TOKENS_MONOTONOUS)
     assert first_alarm(text + cycle * 1100) == len(text) + needed
 
 
-def test_a_longer_period_than_looked_for_is_let_through():
+def test_a_longer_period_than_looked_for_is_let_through() -> None:
     assert first_alarm(list(range(MAX_PERIOD + 1)) * 20) is None
 
 
-def test_two_copies_are_fine_whatever_their_length():
+def test_two_copies_are_fine_whatever_their_length() -> None:
     paragraph = list(range(MAX_PERIOD))
     assert first_alarm([*paragraph, *paragraph, 999, *paragraph, *paragraph]) is None
 
@@ -54,7 +57,7 @@ def test_two_copies_are_fine_whatever_their_length():
     distinct=st.integers(1, 40),
     length=st.integers(200, 1200),
 )
-def test_the_vectors_do_what_the_definition_says(seed, period, distinct, length):
+def test_the_vectors_do_what_the_definition_says(seed: int, period: int, distinct: int, length: int) -> None:
     random = np.random.default_rng(seed)
     cycle = random.integers(0, distinct, period).tolist()
     ids = [*random.integers(0, distinct, 30).tolist(), *(cycle * (length // period + 1))[:length], 77, 78]
@@ -109,29 +112,29 @@ HONEST = {
 }
 
 
-def by_characters(text):
+def by_characters(text: str) -> list[int]:
     return [ord(character) for character in text]
 
 
-def by_bytes(text):
+def by_bytes(text: str) -> list[int]:
     return list(text.encode())
 
 
-def by_words(text):
+def by_words(text: str) -> list[int]:
     """Roughly as a tokenizer cuts: words with the space before, single digits, runs of punctuation and of blanks."""
     words = re.findall(r" ?[^\W\d_]+|\d| ?[^\w\s]+|_+|\s+", text)
-    numbers = {}
+    numbers = dict[str, int]()
     return [numbers.setdefault(word, len(numbers)) for word in words]
 
 
 @pytest.mark.parametrize("cut", [by_characters, by_words])
 @pytest.mark.parametrize("name", LOOPS)
-def test_loops_of_text_are_caught(name, cut):
+def test_loops_of_text_are_caught(name: str, cut: Callable[[str], list[int]]) -> None:
     assert first_alarm(cut("Some text before it, which is different." + LOOPS[name])) is not None
 
 
 @pytest.mark.parametrize("cut", [by_characters, by_bytes, by_words])
 @pytest.mark.parametrize("name", HONEST)
-def test_no_false_alarm(name, cut):
+def test_no_false_alarm(name: str, cut: Callable[[str], list[int]]) -> None:
     ids = cut(HONEST[name])[:60_000]
     assert first_alarm(ids) is None

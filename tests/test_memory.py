@@ -51,7 +51,7 @@ for end in steps:
 
 def run(
     path: Path, *steps: int, backend: str = "cpu", limit: int = 1 << 40, chunk: int = 4096, kv_bits: int | None = None
-) -> list[dict]:
+) -> list[dict[str, int]]:
     """The figures after each number of tokens."""
     request = json.dumps([str(path), backend, limit, chunk, kv_bits, *steps])
     done = run_python(RUN, request, timeout=1200)
@@ -70,7 +70,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class TestGrowth:
     """Peak memory after many tokens is that after 1,000 and the keys and values since, within 1 MB."""
 
-    def check(self, after: list[dict]) -> None:
+    def check(self, after: list[dict[str, int]]) -> None:
         first, last = after
         assert first["length"] >= 1000
         assert last["length"] >= 20 * first["length"]

@@ -1,5 +1,9 @@
 """Stop strings in a streamed text: the same result however the text is cut."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +11,7 @@ from hypothesis import strategies as st
 from edgeq.generate import StopStrings
 
 
-def stream(stops, pieces):
+def stream(stops: Sequence[str], pieces: Sequence[str]) -> tuple[list[str], str, str | None]:
     """What is shown of `pieces`, piece by piece, what the end flushes, and the stop string found."""
     matcher = StopStrings(stops)
     shown = [matcher.push(piece) for piece in pieces]
@@ -32,7 +36,9 @@ def stream(stops, pieces):
         (("é",), ["e", "\u0301", "é"], ["e", "\u0301", ""], "", "é"),
     ],
 )
-def test_examples(stops, pieces, shown, flushed, matched):
+def test_examples(
+    stops: tuple[str, ...], pieces: list[str], shown: list[str], flushed: str, matched: str | None
+) -> None:
     assert stream(stops, pieces) == (shown, flushed, matched)
 
 
@@ -40,8 +46,10 @@ letters = st.text(alphabet="abé", max_size=30)
 
 
 @given(text=letters, stops=st.lists(st.text(alphabet="abé", min_size=1, max_size=4), max_size=3), data=st.data())
-def test_the_cut_does_not_matter_and_nothing_is_shown_too_early(text, stops, data):
-    pieces = []
+def test_the_cut_does_not_matter_and_nothing_is_shown_too_early(
+    text: str, stops: list[str], data: st.DataObject
+) -> None:
+    pieces = list[str]()
     while (done := len("".join(pieces))) < len(text):
         pieces.append(text[done : done + data.draw(st.integers(1, 5))])
 
@@ -58,7 +66,7 @@ def test_the_cut_does_not_matter_and_nothing_is_shown_too_early(text, stops, dat
             assert any(stop.startswith(held) for stop in stops)
 
 
-def test_nothing_comes_after_the_stop_string():
+def test_nothing_comes_after_the_stop_string() -> None:
     matcher = StopStrings(["."])
     assert matcher.push("a.b") == "a"
     assert matcher.push("c") == ""

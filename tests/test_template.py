@@ -39,7 +39,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Kit:
 
 @pytest.fixture(params=["tiny", pytest.param("real", marks=pytest.mark.shared)])
 def kit(request: pytest.FixtureRequest) -> Kit:
-    return request.getfixturevalue(request.param)
+    chosen: Kit = request.getfixturevalue(request.param)
+    return chosen
 
 
 # Rendering

@@ -22,8 +22,8 @@ native = pytest.importorskip("edgeq.backends.cpu._native", reason="the native ke
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Model]:
     """Two models of different shapes in one process, sharing the pool."""
     root, found = tmp_path_factory.mktemp("threads"), []
-    for i, changes in enumerate(({}, {"intermediate_size": 96})):
-        write_checkpoint(root / str(i), config_values(**changes))
+    for i, width in enumerate((128, 96)):
+        write_checkpoint(root / str(i), config_values(intermediate_size=width))
         found.append(edgeq.load(root / str(i), backend="cpu"))
     return found
 

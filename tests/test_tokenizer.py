@@ -6,6 +6,7 @@ import gzip
 import json
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_tokenizer
@@ -36,7 +37,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(params=["tiny", "real"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    return request.getfixturevalue(request.param)
+    chosen: Tokenizer = request.getfixturevalue(request.param)
+    return chosen
 
 
 # Agreement with Hugging Face
@@ -222,7 +224,7 @@ def test_broken_json(tmp_path: Path, name: str, content: bytes) -> None:
         ({"added_tokens_decoder": {str(10**12): {"content": "<a>"}}}, "expected less than"),
     ],
 )
-def test_config_that_makes_no_sense(change: dict, message: str) -> None:
+def test_config_that_makes_no_sense(change: dict[str, Any], message: str) -> None:
     config = tiny_tokenizer.tokenizer_config() | change
     with pytest.raises(ModelError) as error:
         Tokenizer.from_spec(json.dumps(tiny_tokenizer.tokenizer_spec()), config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,7 +127,7 @@ def link_real_tokenizer(folder: Path, size: str = "0.8b") -> None:
         (folder / name).symlink_to(shared / "qwen3.5" / size / name)
 
 
-def tokenizer_spec() -> dict:
+def tokenizer_spec() -> dict[str, Any]:
     """The contents of tokenizer.json."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
@@ -145,7 +146,7 @@ def tokenizer_spec() -> dict:
     }
 
 
-def tokenizer_config() -> dict:
+def tokenizer_config() -> dict[str, Any]:
     """The contents of tokenizer_config.json."""
     added = [_added(text, special=text not in NOT_SPECIAL) for text in SPECIAL + NOT_SPECIAL + CONFIG_ONLY]
     return {
@@ -157,7 +158,7 @@ def tokenizer_config() -> dict:
     }
 
 
-def _added(text: str, *, special: bool) -> dict:
+def _added(text: str, *, special: bool) -> dict[str, Any]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {"content": text, **flags, "special": special}
 

@@ -30,7 +30,7 @@ def normal(*shape: int) -> Array:
 
 def best(run: Callable[[], object]) -> float:
     """Shortest time in seconds of one call."""
-    times, end = [], time.perf_counter() + SECONDS
+    times, end = list[float](), time.perf_counter() + SECONDS
     while not times or time.perf_counter() < end:
         start = time.perf_counter()
         run()
@@ -39,7 +39,7 @@ def best(run: Callable[[], object]) -> float:
 
 
 def state() -> Array:
-    matrix = _native.empty(4 * HEADS * V * K).view(np.float32).reshape(HEADS, V, K)
+    matrix: Array = _native.empty(4 * HEADS * V * K).view(np.float32).reshape(HEADS, V, K)
     matrix[:] = 1
     return matrix
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
+from mlx.nn.layers.quantized import quantize
 from mlx_lm.generate import generate_step
 from mlx_lm.models import gated_delta, qwen3_5
 from mlx_lm.models.cache import make_prompt_cache
@@ -104,7 +105,7 @@ def edgeq_weights(c: TextConfig, arrays: dict[str, mx.array]) -> TextWeights[mx.
 def peer_model(values: dict[str, Any], arrays: dict[str, mx.array]) -> Any:
     """mlx-lm's model of the same arrays."""
     model = qwen3_5.Model(qwen3_5.ModelArgs.from_dict(values))
-    nn.quantize(model, GROUP, BITS)
+    quantize(model, GROUP, BITS)
     model.load_weights([(f"language_model.model.{name}", x) for name, x in arrays.items()])
     return model.eval()
 
@@ -151,7 +152,8 @@ def bench_delta_rule(tokens: int) -> None:
     def peer() -> mx.array:
         o, after = peer_rule(*peer_inputs)
         mx.eval(o, after)
-        return o[0]
+        first: mx.array = o[0]
+        return first
 
     def one_core() -> None:
         o, states = delta_products(q, k, v, g, beta, state, 0, 16)
@@ -205,7 +207,7 @@ def bench_agreement(c: TextConfig, weights: TextWeights[mx.array], model: Any) -
 def bench_speed(c: TextConfig, weights: TextWeights[mx.array], model: Any, prompt: int, tokens: int) -> None:
     """Prefill and greedy decode, tokens per second."""
     ops, ids = MlxOps(), np.random.default_rng(0).integers(2, c.vocab_size, prompt).astype(np.int32)
-    times: dict[str, list[float]] = {"edgeq": [], "mlx-lm": []}
+    times: dict[str, list[tuple[float, float]]] = {"edgeq": [], "mlx-lm": []}
     for _ in range(3):
         for name, run in (("edgeq", ours_decode(ops, c, weights, ids)), ("mlx-lm", peer_decode(model, ids, tokens))):
             stamps = [time.perf_counter()]
@@ -246,7 +248,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of the prompt for --speed")
     parser.add_argument("--tokens", type=int, default=128, help="tokens to decode for --speed")
     options = parser.parse_args()
-    print(f"mlx {mx.__version__} on {mx.default_device()}")
+    print(f"mlx {version('mlx')} on {mx.default_device()}")
     bench_delta_rule(512)
     bench_agreement(*both_models(4, 4096, mx.float32))
     models = both_models(options.layers, 248320, mx.bfloat16)

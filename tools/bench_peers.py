@@ -105,7 +105,8 @@ class Llama:
     def __init__(self, path: str, threads: int, *, context: int = DEPTH + 2048 + 64, small: bool = False) -> None:
         import llama_cpp as L
 
-        self._L, self._behind = L, {}
+        self._L = L
+        self._behind: dict[int, Any] = {}
         L.llama_log_set(_silent(L), ctypes.c_void_p(0))
         L.llama_backend_init()
         model = L.llama_model_default_params()

@@ -29,7 +29,8 @@ from edgeq.testing import nmse  # noqa: E402
 
 def log_softmax(logits: Float32) -> Array:
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    out: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return out
 
 
 def divergence(reference: Float32, logits: Float32) -> tuple[Array, Array]:

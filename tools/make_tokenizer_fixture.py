@@ -15,6 +15,7 @@ import gzip
 import json
 import random
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -83,11 +84,15 @@ def make_texts(control: list[str], count: int = 2600, seed: int = 0) -> list[str
     rng = random.Random(seed)
     sources = [*SENTENCES.values(), *CODE, *SYMBOLS]
     texts = dict.fromkeys(["", *sources, *SPACES, *PUNCTUATION, *control])
-    texts |= dict.fromkeys(unicodedata.normalize("NFD", text) for text in sources)
+    texts |= dict.fromkeys(map(_decomposed, sources))
     while len(texts) < count:
         pieces = [_piece(rng, sources, control) for _ in range(rng.randint(1, 5))]
         texts[rng.choice(["", "", " ", "\n"]).join(pieces)] = None
     return list(texts)
+
+
+def _decomposed(text: str) -> str:
+    return unicodedata.normalize("NFD", text)
 
 
 def _piece(rng: random.Random, sources: list[str], control: list[str]) -> str:
@@ -96,7 +101,8 @@ def _piece(rng: random.Random, sources: list[str], control: list[str]) -> str:
         text = rng.choice(sources)
         start = rng.randrange(len(text))
         text = text[start : start + rng.randint(1, 24)]
-        return rng.choice([str, str, str.upper, str.title, lambda s: unicodedata.normalize("NFD", s)])(text)
+        changes: list[Callable[[str], str]] = [str, str, str.upper, str.title, _decomposed]
+        return rng.choice(changes)(text)
     if kind < 0.7:
         return rng.choice(SPACES)
     if kind < 0.8:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 CONTROL_TOKENS = 33  # the family's added tokens, <|endoftext|> .. <|audio_pad|>
 
@@ -57,7 +58,7 @@ TESTBED = Shape(
 )  # fmt: skip
 
 
-def config_json(s: Shape) -> dict:
+def config_json(s: Shape) -> dict[str, Any]:
     """`config.json` with the family's fields in the family's order."""
     text = {
         "attention_bias": False,

@@ -42,7 +42,7 @@ KINDS = (
 DRILLS = {name: Kind(name, 16, 256, 0.0) for name in ("copying", "small sums", "sums", "lists", "counting")}
 THOUGHT = {name: Kind(name, 32, 128, 0.0) for name in ("thought lists", "thought counts")}
 EXTRA = {**DRILLS, **THOUGHT, "middle": Kind("middle", 8, 512, 0.0), **{k.name: k for k in KINDS}}
-PHASES = (  # (first step, shares of extra batches)
+PHASES: tuple[tuple[int, dict[str, float]], ...] = (  # (first step, shares of extra batches)
     (0, {}),
     (400, {"copying": 0.4}),
     (800, {"copying": 0.04, "lists": 0.12, "small sums": 0.12, "sums": 0.14}),

@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 from PIL import Image
 
 from . import facts, pictures
 from .skills import DRILL_ONLY, Turn, draw, held_out, invented, vary
 
-Message = dict[str, object]
+Message = dict[str, Any]
 
 
 @dataclass
@@ -20,7 +21,7 @@ class Conversation:
     """Messages in the chat template's form. `right` judges the last assistant message, which evaluation generates."""
 
     messages: list[Message]
-    tools: list[dict] = field(default_factory=list)
+    tools: list[dict[str, Any]] = field(default_factory=list)
     thinking: bool = False
     images: list[Image.Image] = field(default_factory=list)
     right: Callable[[str], bool] = lambda _: False
@@ -292,7 +293,7 @@ class Tool:
     about: str
     parameters: tuple[tuple[tuple[str, ...], str, Callable[[Random], str]], ...]  # (names, type, value)
     asks: tuple[str, ...]
-    result: Callable[[Random], dict]
+    result: Callable[[Random], dict[str, Any]]
     answer: str
 
 
@@ -364,7 +365,7 @@ class BoundTool:
     name: str
     parameters: list[str]
 
-    def schema(self) -> dict:
+    def schema(self) -> dict[str, Any]:
         properties = {p: {"type": kind} for p, (_, kind, _) in zip(self.parameters, self.tool.parameters, strict=True)}
         parameters = {"type": "object", "properties": properties, "required": self.parameters}
         function = {"name": self.name, "description": self.tool.about, "parameters": parameters}

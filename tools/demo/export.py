@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -38,7 +39,7 @@ generators in `tools/demo`; no other text was used.
 """
 
 
-def generation_config(s: Shape) -> dict:
+def generation_config(s: Shape) -> dict[str, Any]:
     """Stop tokens, and calm sampling: the presence penalty of the family's cards would forbid "2 + 2 = 4"."""
     return {
         "bos_token_id": s.end_of_text,

@@ -8,6 +8,7 @@ is chunked (Yang et al. 2024, "Gated Delta Networks", the WY form) and images of
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class UnitTriangularInverse(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, system: Tensor) -> Tensor:
+    def forward(ctx: Any, system: Tensor) -> Tensor:
         size = system.shape[-1]
         inverse = torch.eye(size, device=system.device).expand_as(system).clone()
         half = 1
@@ -63,7 +64,7 @@ class UnitTriangularInverse(torch.autograd.Function):
         return inverse
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (inverse,) = ctx.saved_tensors
         t = inverse.transpose(-1, -2)
         return -(t @ gradient @ t).tril(-1)
@@ -350,11 +351,13 @@ class Model(nn.Module):
 
     @property
     def text(self) -> Text:
-        return self.model["language_model"]
+        part: Text = self.model["language_model"]
+        return part
 
     @property
     def tower(self) -> Vision:
-        return self.model["visual"]
+        part: Vision = self.model["visual"]
+        return part
 
     def embed(self, ids: Tensor, patches: Tensor | None = None, grid: tuple[int, int] = (6, 6)) -> Tensor:
         """Token embeddings [B, T, hidden], image tokens replaced by the tower's output in reading order."""

@@ -96,7 +96,8 @@ def teach(tower: Vision, seed: int, steps: int, device: str) -> dict[str, float]
             spent = time.monotonic() - begun
             print(f"tower {step + 1}/{steps} {spent:.0f} s  {sum(losses).item():.3f}", file=sys.stderr, flush=True)
     tower.requires_grad_(False)
-    return settle(tower, heads, seed, device)
+    shares: dict[str, float] = settle(tower, heads, seed, device)
+    return shares
 
 
 @torch.no_grad()

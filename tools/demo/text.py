@@ -6,7 +6,9 @@ import json
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -24,7 +26,8 @@ def train_tokenizer(texts: list[str], s: Shape) -> Tokenizer:
     tok.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    tok.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    # Not in the stubs, but in the file that it writes.
+    tok.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)  # type: ignore[call-arg]
     tok.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tok.train_from_iterator(
@@ -38,7 +41,7 @@ def train_tokenizer(texts: list[str], s: Shape) -> Tokenizer:
     return tok
 
 
-def family_tokens() -> list[dict]:
+def family_tokens() -> list[dict[str, Any]]:
     """The control tokens in order of id, as tokenizer_config.json describes them."""
     added = json.loads((FAMILY / "tokenizer_config.json").read_text())["added_tokens_decoder"]
     assert len(added) == CONTROL_TOKENS
@@ -56,7 +59,7 @@ def write_tokenizer(tok: Tokenizer, s: Shape, out: Path) -> None:
 
 
 @cache
-def _template():
+def _template() -> Template:
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     env.filters["tojson"] = lambda x: json.dumps(x, ensure_ascii=False)
     env.globals["raise_exception"] = _refuse
@@ -67,7 +70,7 @@ def _refuse(message: str) -> None:
     raise ValueError(message)
 
 
-def render(messages: list[dict], tools: list[dict], thinking: bool, prompt: bool = False) -> str:
+def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]], thinking: bool, prompt: bool = False) -> str:
     """The conversation as the family's template prints it; with `prompt`, ready for the next assistant turn."""
     return _template().render(
         messages=messages, tools=tools or None, enable_thinking=thinking, add_generation_prompt=prompt

@@ -69,7 +69,7 @@ def weighted(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> 
 
 def optimizers(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
     """Muon (Jordan 2024) for the matrices inside layers, AdamW for embeddings, norms, convolutions and vectors."""
-    matrices, gains, rest = [], [], []
+    matrices, gains, rest = list[Tensor](), list[Tensor](), list[Tensor]()
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
@@ -165,7 +165,7 @@ class Trainer:
     def run(self, save_every: float = 180, report_every: float = 15) -> None:
         """Train to the end of the plan; progress to stderr, a line per `report_every` seconds."""
         saved = reported = time.monotonic()
-        tokens, seen = 0, {}
+        tokens, seen = 0, dict[str, list[tuple[float, float]]]()
         for batch in prepared(self.plan.seed, self.step, self.plan.steps, self.tok, self.s):
             kind, count, loss, draft = self.advance(batch)
             tokens += count
