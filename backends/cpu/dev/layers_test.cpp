@@ -203,6 +203,7 @@ int main() {
     test_delta_net(4, 4, 1, 4, 128, 128, 4);
     test_delta_net(40, 3, 2, 2, 40, 7, 3);
     test_delta_net(5, 1, 1, 1, 300, 9, 8);
+    for (Index width : {1, 2, 5, 9, 16, 33, 64}) test_delta_net(20, 2, 2, 2, 40, 136, width);
     for (KvType type : {KvType::f16, KvType::bf16, KvType::f32, KvType::int8, KvType::int4}) {
         test_attention(type, 1, 700, 8, 2, 256);
         test_attention(type, 40, 250, 4, 2, 64);
