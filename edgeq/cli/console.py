@@ -17,7 +17,16 @@ from edgeq.errors import EdgeqError
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
-__all__ = ["dim", "error_line", "new_bar", "peak_memory", "peak_memory_text", "prefill_bar", "report_error", "show_warning"]
+__all__ = [
+    "dim",
+    "error_line",
+    "new_bar",
+    "peak_memory",
+    "peak_memory_text",
+    "prefill_bar",
+    "report_error",
+    "show_warning",
+]
 
 
 def dim(text: str) -> str:
