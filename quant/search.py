@@ -12,8 +12,8 @@ Gaussian, 0.80 on Student-t (4 degrees of freedom) weights, within 0.5% of an ex
 All weights of a group count alike: with nothing known about activations, the plain error is the expected error of
 the layer's output.
 
-This is the specification; `backends/cpu/quantize.cpp` does the same float32 operations in the same order and gives
-the same bits.
+This is the specification; `backends/cpu/kernels/quantize.cpp` does the same float32 operations in the same order and
+gives the same bits.
 """
 
 from __future__ import annotations

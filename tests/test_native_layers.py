@@ -84,6 +84,61 @@ def test_convolution(isa: str, rng: np.random.Generator, T: int, channels: int, 
     compare(isa, lambda: CpuOps().causal_conv_silu(x, w, tail, keep=1), SUMS)
 
 
+@pytest.mark.parametrize("isa", native.isas())
+def test_convolutions_of_any_width(isa: str, rng: np.random.Generator) -> None:
+    """Against NumPy, whose sums of up to 64 products run in the same order, without fused multiply-adds."""
+    native.set_isa(isa)
+    for width in range(1, 65):
+        for T, channels in ((1, 130), (70, 137)):
+            x, w, tail = normal(rng, T, channels), normal(rng, channels, width), normal(rng, width - 1, channels)
+            expected, _ = NumpyOps().causal_conv_silu(x, w, tail)
+            native.causal_conv_silu(x, w, tail, found := np.empty_like(x))
+            assert nmse(expected, found) <= SUMS, width
+
+
+@pytest.mark.parametrize("isa", native.isas())
+def test_mixers_with_convolutions_of_any_width(isa: str, rng: np.random.Generator) -> None:
+    """The DeltaNet mixer against NumPy's operations, with the states before its last two tokens."""
+    native.set_isa(isa)
+    for width in range(1, 65):
+        mixer, before = Mixer(rng, width), (normal(rng, width - 1, Mixer.C), normal(rng, Mixer.Hv, Mixer.V, Mixer.K))
+        x = normal(rng, 9, Mixer.hidden)
+        expected, states = mixer.numpy(x, before, keep=2)
+        after = [tuple(np.empty_like(part) for part in before) for _ in states]
+        mixer.native(x, Mixer.Hk, 1e-6, 2, [(len(x), before, after)], found := np.empty_like(x))
+        assert nmse(expected, found) <= RECURRENT, width
+        for (tail, matrix), (found_tail, found_matrix) in zip(states, after, strict=True):
+            assert nmse(tail, found_tail) <= SUMS, width  # of the projection
+            assert nmse(matrix, found_matrix) <= RECURRENT, width
+
+
+class Mixer:
+    """A DeltaNet mixer with random weights, native and as NumPy's operations one after another."""
+
+    hidden, Hk, Hv, K, V = 12, 2, 4, 20, 17
+    C = 2 * Hk * K + Hv * V
+
+    def __init__(self, rng: np.random.Generator, width: int) -> None:
+        rows = (self.C, self.Hv * self.V, self.Hv, self.Hv)
+        self.projections = [normal(rng, n, self.hidden) / 4 for n in rows]
+        self.out_proj = normal(rng, self.hidden, self.Hv * self.V)
+        self.conv, self.decay = normal(rng, self.C, width) / width**0.5, -np.exp(normal(rng, self.Hv))
+        self.bias, self.norm = normal(rng, self.Hv), normal(rng, self.V)
+        matrices = [native.Matrix(w) for w in (*self.projections, self.out_proj)]
+        self.native = native.DeltaNet(*matrices[:4], self.conv, self.decay, self.bias, self.norm, matrices[4])
+
+    def numpy(self, x: Array, before: tuple[Array, Array], keep: int) -> tuple[Array, list[tuple[Array, Array]]]:
+        ops, T = NumpyOps(), len(x)
+        qkv, z, b, a = (x @ w.T for w in self.projections)
+        convolved, tails = ops.causal_conv_silu(qkv, self.conv, before[0], keep)
+        q, k, v = np.split(convolved, [self.Hk * self.K, 2 * self.Hk * self.K], axis=1)
+        q, k = (ops.l2_norm(part.reshape(T, self.Hk, self.K), 1e-6) for part in (q, k))
+        g, beta = ops.delta_gates(a, b, self.decay, self.bias)
+        o, matrices = ops.delta_rule(q, k, v.reshape(T, self.Hv, self.V), g, beta, before[1], keep)
+        o = ops.gated_rms_norm(o, self.norm, z.reshape(o.shape), 1e-6)
+        return o.reshape(T, -1) @ self.out_proj.T, list(zip(tails, matrices, strict=True))
+
+
 @pytest.mark.parametrize("isa", FAST)
 @pytest.mark.parametrize(("T", "K", "V"), [(1, 128, 128), (2, 128, 128), (97, 128, 128), (33, 40, 7), (5, 300, 9)])
 def test_delta_rule(isa: str, rng: np.random.Generator, T: int, K: int, V: int) -> None:
@@ -266,7 +321,7 @@ def test_norms_and_rope_check_their_vectors() -> None:
         lambda: native.rms_norm(ROW, np.zeros(8, np.float32), np.zeros((2, 7), np.float32), 1e-6, ROW.copy()),
         lambda: native.rope(heads, angles[:1], angles[:1], heads.copy()),  # too few tokens
         lambda: native.rope(heads, np.zeros((2, 5), np.float32), np.zeros((2, 5), np.float32), heads.copy()),
-        lambda: native.causal_conv_silu(ROW, np.zeros((8, 9), np.float32), np.zeros((8, 8), np.float32), ROW.copy()),
+        lambda: native.causal_conv_silu(ROW, np.zeros((8, 0), np.float32), np.zeros((0, 8), np.float32), ROW.copy()),
         lambda: native.causal_conv_silu(ROW, np.zeros((8, 4), np.float32), np.zeros((2, 8), np.float32), ROW.copy()),
     ):
         with pytest.raises(ValueError, match="expected"):

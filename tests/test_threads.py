@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from process import run_python
 
 import edgeq
 from edgeq.api import Model
@@ -75,3 +76,79 @@ def test_idle_threads_take_no_time(models: list[Model]) -> None:
     before = time.process_time()
     time.sleep(0.5)
     assert time.process_time() - before < 0.02
+
+
+# --- little memory ---------------------------------------------------------------------------------------------------
+
+LIMITED = """
+import resource
+import warnings
+import numpy as np
+from edgeq.backends.cpu import CpuOps, _native as native
+
+def limit(more):
+    '''Room for `more` bytes beyond what the process has.'''
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + more, resource.RLIM_INFINITY))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit is set by what /proc tells")
+def test_fewer_threads_where_the_system_gives_no_more() -> None:
+    done = run_python(f"""{LIMITED}
+CpuOps(threads=2)
+w = native.Matrix(np.ones((300, 256), np.float32))
+x, y = np.ones((40, 256), np.float32), np.empty((40, 300), np.float32)
+limit(200 << 20)
+with warnings.catch_warnings(record=True) as caught:
+    ops = CpuOps(threads=1024)
+assert 1 <= ops.threads < 1024, ops.threads
+assert str(caught[0].message) == f"the system does not give 1024 threads: using {{ops.threads}}", caught
+native.linear(x, w, y)
+assert (y == 256).all()
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert CpuOps(threads=3).threads == 3
+native.linear(x, w, y)
+assert (y == 256).all()
+""")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit is set by what /proc tells")
+def test_no_memory_for_scratch_is_a_memory_error_and_the_next_call_works() -> None:
+    """The scratch of a product is an int8 copy of its input, 16 MB; the mixers' lies between their projections."""
+    done = run_python(f"""{LIMITED}
+native.set_thread_count(2)
+native.start_threads()
+x, y = np.ones((64_000, 256), np.float32), np.empty((64_000, 32), np.float32)
+codes, numbers = np.zeros((32, 32), np.uint32), np.ones((32, 4), np.float32)
+w = native.Matrix(codes, numbers, numbers, 4, 64)
+mlp = native.Mlp(*(native.Matrix(np.ones((256, 256), np.float32)) for _ in range(3)))
+out = np.empty_like(x)
+limit(8 << 20)
+for call in (lambda: native.linear(x, w, y), lambda: mlp(x, out), lambda: native.empty(100 << 20)):
+    try:
+        call()
+    except MemoryError:
+        continue
+    raise AssertionError("there was memory")
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+native.linear(x, w, y)
+assert (y == 256).all()
+native.empty(100 << 20)[:] = 1
+""")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit is set by what /proc tells")
+def test_chat_with_more_threads_than_the_system_gives() -> None:
+    """An answer and one line, or out of memory and exit code 3: never an abort."""
+    done = run_python(
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (1_500_000_000, resource.RLIM_INFINITY))\n"
+        "from edgeq.cli import main; main(['chat', 'demo', '--threads', '1024', '-p', 'hi', '-n', '2'])"
+    )
+    assert done.returncode in (0, 3), done.stderr
+    if done.returncode == 0:
+        warning, *_ = done.stderr.splitlines()
+        assert warning.startswith("warning: the system does not give 1024 threads: using ")

@@ -183,5 +183,7 @@ void bind_linear(nb::module_& m) {
     m.def("isas", &isas, "The instruction sets that this build and machine have, slowest first.");
     m.def("set_isa", &set_isa, "name"_a, "Force an instruction set; RuntimeError where it is not to be had.");
     m.def("thread_count", &thread_count, "Threads that an operation may use.");
+    m.def("start_threads", &start_threads, nb::call_guard<nb::gil_scoped_release>(),
+          "Start them; how many there are, which is fewer than asked for where the system gives no more.");
     m.def("set_thread_count", &set_threads, "threads"_a, "Set how many threads operations use, from the next one on.");
 }

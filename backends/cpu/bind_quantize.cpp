@@ -2,7 +2,7 @@
 #include <string>
 
 #include "bind_checks.h"
-#include "quantize.h"
+#include "kernels/quantize.h"
 
 using namespace nanobind::literals;
 using namespace edgeq;

@@ -6,6 +6,7 @@ mixer. Everything that a token or a prompt spends time in is native, and each la
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,6 +34,13 @@ def plain(x: Array) -> Array:
 def like(x: Array) -> Array:
     """Room for a result of x's shape."""
     return np.empty(x.shape, np.float32)
+
+
+def start_threads() -> None:
+    """Start the pool's threads. Where the system gives fewer, the work is done by those, and a warning says so."""
+    wanted, found = _native.thread_count(), _native.start_threads()
+    if found < wanted:
+        warnings.warn(f"the system does not give {wanted} threads: using {found}", RuntimeWarning, stacklevel=4)
 
 
 def delta_room(state: DeltaState[Array]) -> DeltaState[Array]:
@@ -63,6 +71,7 @@ class CpuOps(ArrayOps[_native.Matrix]):
             if not 1 <= threads <= 1024:
                 raise UsageError(f"threads must be 1 to 1024, got {threads}")
             _native.set_thread_count(threads)
+        start_threads()
 
     @property
     def threads(self) -> int:

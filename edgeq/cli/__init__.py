@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections import UserDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ from typer.core import TyperGroup
 
 import edgeq
 from edgeq.cli.config_file import read_config_file
-from edgeq.cli.console import report_error
+from edgeq.cli.console import report_error, show_warning
 from edgeq.cli.help import Command
 from edgeq.errors import EdgeqError, MemoryBudgetError, UsageError
 
@@ -122,4 +123,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits the process."""
     with suppress(ValueError):  # outside the main thread Python allows no signal handlers
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that half-written files are removed
+    warnings.showwarning = show_warning
     app(None if arguments is None else list(arguments), prog_name="edgeq")

@@ -17,7 +17,16 @@ from edgeq.errors import EdgeqError
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
-__all__ = ["dim", "error_line", "new_bar", "peak_memory", "peak_memory_text", "prefill_bar", "report_error"]
+__all__ = [
+    "dim",
+    "error_line",
+    "new_bar",
+    "peak_memory",
+    "peak_memory_text",
+    "prefill_bar",
+    "report_error",
+    "show_warning",
+]
 
 
 def dim(text: str) -> str:
@@ -29,6 +38,11 @@ def error_line(error: EdgeqError) -> str:
     """An error for the person at the prompt."""
     hint = f"\nhint: {error.hint}" if error.hint else ""
     return f"error: {error.message}{hint}"
+
+
+def show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning to stderr as one line; in the place of `warnings.showwarning`."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def report_error(error: EdgeqError) -> None:

@@ -7,10 +7,12 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "kernels/cores.h"
@@ -49,6 +51,17 @@ bool spin_until(Condition ready) {
 
 thread_local bool inside_piece = false;
 
+// While it lives, this thread is inside a piece.
+class Inside {
+public:
+    Inside() { inside_piece = true; }
+    ~Inside() { inside_piece = before_; }
+    Inside(const Inside&) = delete;
+
+private:
+    const bool before_ = inside_piece;
+};
+
 // Pieces still to be taken from one thread's share: the end in the upper half, the next one in the lower, so that one
 // atomic addition takes a piece and tells whether there was one.
 struct alignas(64) Share {
@@ -68,8 +81,14 @@ struct alignas(64) Share {
 
 class Pool {
 public:
-    explicit Pool(int threads) : threads_(threads), shares_(new Share[threads]) {
-        for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
+    // Of `threads`, the caller's included, as many as the system gives.
+    explicit Pool(int threads) : shares_(new Share[threads]) {
+        workers_.reserve(threads - 1);  // beyond this line only the start of a thread can fail
+        try {
+            for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
+        } catch (const std::exception&) {  // std::system_error, or std::bad_alloc
+        }
+        threads_ = int(workers_.size()) + 1;
     }
 
     ~Pool() {
@@ -81,14 +100,15 @@ public:
         for (auto& worker : workers_) worker.join();
     }
 
-    int threads() const { return threads_; }
+    int threads() const { return threads_.load(std::memory_order_relaxed); }
 
     void run(int pieces, void (*function)(void*, int), void* context) {
         // A worker reads these only while it holds a piece, and no piece is left when the last run returned.
         function_ = function;
         context_ = context;
+        failed_.store(false, std::memory_order_relaxed);
         unfinished_.store(pieces, std::memory_order_relaxed);
-        int sharers = std::min(threads_, pieces);
+        int sharers = std::min(threads(), pieces);
         for (int i = 0; i < sharers; i++)
             shares_[i].set(int(int64_t(pieces) * i / sharers), int(int64_t(pieces) * (i + 1) / sharers));
         job_.fetch_add(1);
@@ -104,6 +124,7 @@ public:
             }
             caller_sleeps_ = false;
         }
+        if (failed_) std::rethrow_exception(std::exchange(error_, nullptr));
     }
 
 private:
@@ -111,18 +132,29 @@ private:
 
     // Everything of the thread's own share, then of the others'.
     void take_pieces(int thread) {
-        inside_piece = true;
-        for (int i = 0; i < threads_; i++) {
-            Share& share = shares_[(thread + i) % threads_];
+        const Inside inside;
+        const int count = threads();
+        for (int i = 0; i < count; i++) {
+            Share& share = shares_[(thread + i) % count];
             for (int piece; (piece = share.take()) >= 0;) {
-                function_(context_, piece);
+                run_piece(piece);
                 if (unfinished_.fetch_sub(1) == 1 && caller_sleeps_.load()) {
                     { std::lock_guard lock(sleep_); }
                     done_.notify_one();
                 }
             }
         }
-        inside_piece = false;
+    }
+
+    // Keeps the first exception for the caller, who must not leave while another thread works with what it points to.
+    // The pieces that are still to come are only counted.
+    void run_piece(int piece) {
+        if (failed_.load(std::memory_order_relaxed)) return;
+        try {
+            function_(context_, piece);
+        } catch (...) {
+            if (!failed_.exchange(true)) error_ = std::current_exception();
+        }
     }
 
     void work(int thread) {
@@ -139,7 +171,7 @@ private:
         }
     }
 
-    const int threads_;
+    std::atomic<int> threads_{1};  // a worker that starts early sees 1, and takes part a moment later
     std::unique_ptr<Share[]> shares_;
     void (*function_)(void*, int) = nullptr;
     void* context_ = nullptr;
@@ -147,7 +179,8 @@ private:
     std::atomic<int> sleepers_{0};
     std::atomic<bool> stop_{false};
     alignas(64) std::atomic<int> unfinished_{0};
-    std::atomic<bool> caller_sleeps_{false};
+    std::atomic<bool> caller_sleeps_{false}, failed_{false};
+    std::exception_ptr error_;  // written by who sets failed_, read when no piece is left
     std::mutex sleep_;
     std::condition_variable wake_, done_;
     std::vector<std::thread> workers_;
@@ -179,6 +212,23 @@ Process& here() {
     return *process;
 }
 
+// The pool, which has `threads` threads where the system gives so many. Where it does not, what each of them takes of the
+// address space (a stack, an arena of the allocator) is wanted for the work: at most half of what it gave, and no more
+// than there are cores. The caller holds p.callers.
+Pool& pool_of(Process& p, int threads) {
+    if (p.pool && p.pool->threads() == threads) return *p.pool;
+    delete p.pool;
+    p.pool = nullptr;
+    p.pool = new Pool(threads);
+    if (const int found = p.pool->threads(); found < threads) {
+        delete p.pool;
+        p.pool = nullptr;
+        p.pool = new Pool(std::max(1, std::min(found / 2, default_thread_count())));
+        p.threads.compare_exchange_strong(threads, p.pool->threads());
+    }
+    return *p.pool;
+}
+
 }  // namespace
 
 int thread_count() {
@@ -189,21 +239,27 @@ int thread_count() {
 
 void set_thread_count(int threads) { here().threads = std::max(1, threads); }
 
+int start_threads() {
+    const int threads = thread_count();
+    if (threads > 1 && !inside_piece) {
+        Process& p = here();
+        std::lock_guard lock(p.callers);
+        pool_of(p, threads);
+    }
+    return thread_count();
+}
+
 void detail::run(long long pieces, void (*function)(void*, int), void* context) {
     if (pieces > INT32_MAX) throw std::length_error("a loop of more than 2^31 pieces");
-    int threads = thread_count();
+    const int threads = thread_count();
     if (pieces <= 1 || threads == 1 || inside_piece) {
+        const Inside inside;
         for (int i = 0; i < int(pieces); i++) function(context, i);
         return;
     }
     Process& p = here();
     std::lock_guard lock(p.callers);
-    if (p.pool && p.pool->threads() != threads) {
-        delete p.pool;
-        p.pool = nullptr;
-    }
-    if (!p.pool) p.pool = new Pool(threads);
-    p.pool->run(int(pieces), function, context);
+    pool_of(p, threads).run(int(pieces), function, context);
 }
 
 }  // namespace edgeq

@@ -120,7 +120,7 @@ struct DeltaChunk {
 // Entries of a state that `delta` asks memory for in advance when only one token comes; the caller asks for the first.
 constexpr Index delta_ahead = 4096;
 
-constexpr Index conv_widest = 8;  // taps of the causal convolution; Qwen3.5 has 4
+constexpr Index conv_widest = 8;  // taps of the causal convolution in one pass; Qwen3.5 has 4
 
 struct LayerKernels {
     // y = x + z

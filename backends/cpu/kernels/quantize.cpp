@@ -3,7 +3,7 @@
 // Sixteen groups are searched side by side, one in each lane: x is transposed to [group_size][LANES] and every
 // sum runs over the elements one after the other. Floating-point contraction must be off (see CMakeLists.txt).
 
-#include "quantize.h"
+#include "kernels/quantize.h"
 
 #include <algorithm>
 #include <cmath>

@@ -216,6 +216,7 @@ int main() {
         test_delta_net_in_company(128, 128);
         test_delta_net_in_company(40, 7);
     }
+    for (Index width : {1, 2, 5, 9, 16, 33, 64}) test_delta_net(20, 2, 2, 2, 40, 136, width);
     std::printf("layers: every instruction set against scalar, %d failures\n", failures);
     return failures != 0;
 }

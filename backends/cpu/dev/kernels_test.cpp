@@ -1,18 +1,13 @@
-// kernels_test [--no-fork]: every instruction set that this machine has against scalar, and the thread pool.
+// kernels_test: every instruction set that this machine has against scalar.
 //
 // Integer parts must be equal: with scales that are powers of two and biases that are small multiples of them, every
 // float on the way is exact, so equal integers give equal results and nothing else does. Float parts: NMSE = sum of
 // squared differences over sum of squares, at most 1e-12: sums of up to 72 terms in another order, float32.
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "kernels/isa.h"
@@ -269,52 +264,6 @@ void test_company(const char* isa) {
     }
 }
 
-void test_pool() {
-    for (int threads : {1, 2, 3, 4, 7}) {
-        set_thread_count(threads);
-        for (int pieces : {0, 1, 2, 3, 5, 64, 1000}) {
-            for (int repeat = 0; repeat < 50; repeat++) {
-                std::vector<std::atomic<int>> done(pieces);
-                parallel_for(pieces, [&](int i) { done[i]++; });
-                bool once = true;
-                for (auto& d : done) once = once && d == 1;
-                check(once, "every piece once", "pool", "");
-            }
-        }
-    }
-    std::atomic<int> sum{0};
-    parallel_for(8, [&](int) { parallel_for(10, [&](int i) { sum += i; }); });
-    check(sum == 8 * 45, "nested", "pool", "");
-
-    std::atomic<int> total{0};
-    std::vector<std::thread> callers;
-    for (int i = 0; i < 3; i++)
-        callers.emplace_back([&] {
-            for (int j = 0; j < 200; j++) parallel_for(20, [&](int) { total++; });
-        });
-    for (auto& caller : callers) caller.join();
-    check(total == 3 * 200 * 20, "several callers", "pool", "");
-
-    for (int i = 0; i < 3; i++) {  // with a pause the threads sleep
-        std::this_thread::sleep_for(std::chrono::milliseconds(2));
-        std::atomic<int> n{0};
-        parallel_for(16, [&](int) { n++; });
-        check(n == 16, "after sleep", "pool", "");
-    }
-}
-
-void test_fork() {
-    pid_t child = fork();
-    if (child == 0) {
-        std::atomic<int> n{0};
-        parallel_for(100, [&](int) { n++; });
-        _exit(n == 100 ? 0 : 1);
-    }
-    int status = -1;
-    waitpid(child, &status, 0);
-    check(status == 0, "fork", "pool", "");
-}
-
 void test_forcing() {
     bool unknown = false;
     try {
@@ -327,10 +276,8 @@ void test_forcing() {
 
 }  // namespace
 
-int main(int argc, char** argv) {
+int main() {
     std::printf("dispatch chooses %s\n", isa_name(active_isa()));
-    test_pool();
-    if (argc < 2 || std::strcmp(argv[1], "--no-fork") != 0) test_fork();
     test_forcing();
     set_thread_count(2);
     for (int i = 0; i < isa_count; i++) {

@@ -1,0 +1,296 @@
+// memory_test: every allocation of representative calls fails once, alone or with all that come after it, on several
+// threads. The call then throws std::bad_alloc, or does without and is right (a pool with fewer threads); it never
+// ends the process, and the next call is right.
+//
+// Every attempt begins cold: a new calling thread and a new pool, so that no scratch of an earlier one is left.
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <new>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "blocks.h"
+#include "kernels/isa.h"
+#include "kernels/linear.h"
+#include "kernels/quantize.h"
+#include "kernels/threads.h"
+#include "layers/layers.h"
+
+// --- the counter hook ------------------------------------------------------------------------------------------------
+
+namespace {
+
+constexpr long long never = 1LL << 60;
+std::atomic<long long> left{never};  // allocations before the one that fails
+std::atomic<bool> lasting{false};    // whether the ones after it fail as well
+
+void* allocate(std::size_t size, std::size_t alignment) {
+    const long long before = left.load() >= never ? never : left.fetch_sub(1);
+    if (before == 0 || (before < 0 && lasting)) throw std::bad_alloc();
+    void* p = nullptr;
+    if (posix_memalign(&p, alignment, size ? size : 1) != 0) throw std::bad_alloc();
+    return p;
+}
+
+}  // namespace
+
+void* operator new(std::size_t size) { return allocate(size, alignof(std::max_align_t)); }
+void* operator new[](std::size_t size) { return allocate(size, alignof(std::max_align_t)); }
+void* operator new(std::size_t size, std::align_val_t alignment) { return allocate(size, std::size_t(alignment)); }
+void* operator new[](std::size_t size, std::align_val_t alignment) { return allocate(size, std::size_t(alignment)); }
+void operator delete(void* p) noexcept { std::free(p); }
+void operator delete[](void* p) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+void operator delete[](void* p, std::size_t) noexcept { std::free(p); }
+void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
+void operator delete[](void* p, std::align_val_t) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+void operator delete[](void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+
+using namespace edgeq;
+
+namespace {
+
+// --- calls -----------------------------------------------------------------------------------------------------------
+
+using Vector = std::vector<float>;
+
+std::mt19937 generator(3);
+
+Vector normal(Index n, float scale = 1.0f) {
+    std::normal_distribution<float> distribution(0.0f, scale);
+    Vector x(n);
+    for (float& v : x) v = distribution(generator);
+    return x;
+}
+
+// Two quantized matrices (of two group sizes: two copies of the input) and a plain one.
+struct Linears {
+    static constexpr Index out = 300, in = 512;
+    std::vector<uint8_t> codes = std::vector<uint8_t>(out * in / 2, 0x5a);
+    Vector scales = normal(out * in / 32), biases = normal(out * in / 32), plain = normal(out * in), x, ys[3];
+    Matrix ws[3];
+
+    explicit Linears(Index tokens) : x(normal(tokens * in)) {
+        ws[0] = {codes.data(), scales.data(), biases.data(), out, in, 4, 64, Type::f32};
+        ws[1] = {codes.data(), scales.data(), biases.data(), out, in, 4, 32, Type::f32};
+        ws[2] = {plain.data(), nullptr, nullptr, out, in, 0, 0, Type::f32};
+        for (Vector& y : ys) y.resize(tokens * out);
+    }
+
+    void run() {
+        float* to[] = {ys[0].data(), ys[1].data(), ys[2].data()};
+        linears(x.data(), Index(x.size()) / in, ws, 3, to);
+    }
+
+    Vector result() const {
+        Vector all;
+        for (const Vector& y : ys) all.insert(all.end(), y.begin(), y.end());
+        return all;
+    }
+};
+
+struct Embed {
+    Linears table{1};
+    std::vector<int32_t> ids = std::vector<int32_t>(100, 7);
+    Vector y = Vector(100 * Linears::in);
+
+    void run() { embed(table.ws[0], ids.data(), Index(ids.size()), y.data()); }
+    Vector result() const { return y; }
+};
+
+struct Delta {
+    static constexpr Index Hk = 2, Hv = 8, K = 64, V = 32, width = 4, C = 2 * Hk * K + Hv * V;
+    Index tokens;
+    Vector qkv = normal(tokens * C), z = normal(tokens * Hv * V), b = normal(tokens * Hv), a = normal(tokens * Hv);
+    Vector conv = normal(C * width), decay = Vector(Hv, -1.0f), bias = normal(Hv), gain = normal(V);
+    Vector tail = normal((width - 1) * C), state = normal(Hv * V * K), tail_after = tail, state_after = state;
+    Vector out = Vector(tokens * Hv * V);
+
+    explicit Delta(Index tokens) : tokens(tokens) {}
+
+    void run() {
+        float *tails[] = {tail_after.data()}, *states[] = {state_after.data()};
+        const DeltaNet net{Hk, Hv, K, V, width, 0, {qkv.data(), C}, {z.data(), Hv * V}, {b.data(), Hv}, {a.data(), Hv},
+                           conv.data(), decay.data(), bias.data(), gain.data(), 1e-6f, {out.data(), Hv * V}};
+        const DeltaSequence sequence{tokens, tail.data(), state.data(), tails, states};
+        delta_net(net, &sequence, 1);
+    }
+
+    Vector result() const {
+        Vector all = out;
+        all.insert(all.end(), state_after.begin(), state_after.end());
+        return all;
+    }
+};
+
+struct Attend_ {
+    static constexpr Index Hq = 8, Hkv = 2, D = 64;
+    KvType type;
+    Index tokens, past;
+    Vector q = normal(tokens * Hq * D), k = normal((past + tokens) * Hkv * D), v = normal((past + tokens) * Hkv * D);
+    Vector gain = normal(D), out = Vector(tokens * Hq * D);
+    std::vector<Block> blocks;
+    std::vector<uint8_t*> pages;
+
+    Attend_(KvType type, Index tokens, Index past) : type(type), tokens(tokens), past(past) {
+        for (Index i = 0; i < past + tokens; i += kv_page) {
+            blocks.push_back(take_block(kv_page_nbytes(type, Hkv, D)));
+            pages.push_back(reinterpret_cast<uint8_t*>(blocks.back().data));
+        }
+        if (past) append_kv(shape(0), {past, 0, pages.data()}, 0);
+    }
+    Attend_(const Attend_&) = delete;
+    ~Attend_() {
+        for (const Block& block : blocks) give_back(block);
+    }
+
+    Attention shape(Index from) {
+        Attention a{};
+        a.Hq = Hq, a.Hkv = Hkv, a.D = D, a.type = type, a.eps = 1e-6f;
+        a.q_norm = a.k_norm = gain.data();
+        a.q = {q.data(), Hq * D, D};
+        a.k = {k.data() + from * Hkv * D, Hkv * D, D}, a.v = {v.data() + from * Hkv * D, Hkv * D, D};
+        a.out = out.data();
+        return a;
+    }
+
+    void run() {
+        const KvSequence sequence{tokens, past, pages.data()};
+        attention(shape(past), &sequence, 1);
+    }
+
+    Vector result() const { return out; }
+};
+
+struct Quantize {
+    static constexpr Index rows = 40, columns = 128;
+    Vector x = normal(rows * columns), scales = Vector(rows * 2), biases = scales, errors = scales;
+    std::vector<uint32_t> words = std::vector<uint32_t>(rows * columns / 8);
+
+    void run() {
+        parallel_for(rows / 8, [&](int i) {
+            const QuantizeShape shape{8, columns, 4, 64, Stored::bfloat16};
+            edgeq::quantize(shape, &x[i * 8 * columns], &words[i * columns], &scales[i * 16], &biases[i * 16],
+                            &errors[i * 16]);
+        });
+    }
+
+    Vector result() const { return scales; }
+};
+
+// Blocks that come and go, small ones and such as fill huge pages.
+struct Blocks {
+    bool right = false;
+
+    void run() {
+        std::vector<Block> taken;
+        struct Return {
+            std::vector<Block>& taken;
+            ~Return() {
+                for (Block block : taken) give_back(block);
+            }
+        } back{taken};
+        taken.reserve(40);
+        for (int i = 0; i < 40; i++) {
+            taken.push_back(take_block(i % 2 ? 100'000 : 300'000));
+            taken.back().data[99'999] = char(i);
+        }
+        right = true;
+        for (int i = 0; i < 40; i++) right = right && taken[i].data[99'999] == char(i);
+    }
+
+    Vector result() const { return {float(right)}; }
+};
+
+// --- the attempts ----------------------------------------------------------------------------------------------------
+
+int failures = 0;
+constexpr double largest_nmse = 1e-10;  // fewer threads may split the keys of attention at other places
+
+bool equal(const Vector& expected, const Vector& found) {
+    double error = 0, power = 0;
+    for (size_t i = 0; i < expected.size(); i++) {
+        error += std::pow(double(expected[i]) - found[i], 2);
+        power += std::pow(double(expected[i]), 2);
+    }
+    return expected.size() == found.size() && error <= largest_nmse * power;
+}
+
+enum class Outcome { right, wrong, no_memory, other };
+
+// The call on a new thread, with a pool that is new for it; allocation number `failing` fails.
+template <class Call>
+Outcome attempt(Call& call, const Vector& expected, long long failing, bool all_after, bool* reached) {
+    Outcome outcome = Outcome::wrong, again = Outcome::wrong;
+    std::thread([&] {
+        static int threads = 3;
+        set_thread_count(threads = 7 - threads);  // another number: another pool
+        lasting = all_after;
+        left = failing;
+        try {
+            call.run();
+            outcome = Outcome::right;
+        } catch (const std::bad_alloc&) {
+            outcome = Outcome::no_memory;
+        } catch (...) {
+            outcome = Outcome::other;
+        }
+        *reached = left.load() < 0;
+        left = never;
+        if (outcome == Outcome::right && !equal(expected, call.result())) outcome = Outcome::wrong;
+        call.run();
+        if (equal(expected, call.result())) again = Outcome::right;
+    }).join();
+    return again == Outcome::right ? outcome : Outcome::wrong;
+}
+
+template <class Call>
+void test(const char* what, Call& call) {
+    call.run();
+    const Vector expected = call.result();
+    int attempts = 0, thrown = 0;
+    for (bool all_after : {false, true}) {
+        bool reached = true;
+        for (long long failing = 0; reached; failing++) {
+            const Outcome outcome = attempt(call, expected, failing, all_after, &reached);
+            attempts++;
+            thrown += outcome == Outcome::no_memory;
+            if (outcome == Outcome::right || outcome == Outcome::no_memory) continue;
+            failures++;
+            std::printf("FAILED %s: allocation %lld%s: %s\n", what, failing, all_after ? " and all after" : "",
+                        outcome == Outcome::other ? "another exception" : "wrong result");
+        }
+    }
+    std::printf("%s: %d attempts, %d without memory\n", what, attempts, thrown);
+    if (!thrown && attempts > 2) failures++, std::printf("FAILED %s: nothing was thrown\n", what);
+}
+
+}  // namespace
+
+int main() {
+    Linears one(1), few(7), many(200);
+    test("linears, 1 token", one);
+    test("linears, 7 tokens", few);
+    test("linears, 200 tokens", many);
+    Embed rows;
+    test("embed", rows);
+    Delta decoded(1), prompt(100);
+    test("delta_net, 1 token", decoded);
+    test("delta_net, 100 tokens", prompt);
+    for (KvType type : {KvType::f16, KvType::int8, KvType::int4}) {
+        Attend_ next(type, 1, 1500), cold(type, 100, 0);
+        test("attention, 1 token", next);
+        test("attention, 100 tokens", cold);
+    }
+    Quantize weights;
+    test("quantize", weights);
+    Blocks blocks;
+    test("blocks", blocks);
+    std::printf("memory: %d failures\n", failures);
+    return failures ? 1 : 0;
+}
