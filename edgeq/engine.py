@@ -22,6 +22,7 @@ from edgeq.config import TextConfig
 from edgeq.errors import MemoryBudgetError, ModelError, UsageError
 from edgeq.formats.bf16 import Float32
 from edgeq.loading import LoadedWeights
+from edgeq.memory.ledger import Ledger
 from edgeq.memory.plan import prefill_chunk
 from edgeq.model import text
 from edgeq.model.layers import spans
@@ -73,6 +74,7 @@ class Engine(Generic[A, M]):
 
     chunk: prompts are cut at multiples of it, counted from the beginning of the sequence.
     context_limit: most tokens of a sequence.
+    ledger: what the weights and the backend hold now.
     """
 
     def __init__(self, checkpoint: Checkpoint, ops: Ops[A, M], *, context: int | None = None) -> None:
@@ -84,6 +86,11 @@ class Engine(Generic[A, M]):
         ops.limit_memory()
         self.weights = LoadedWeights(checkpoint, ops)
         self._text = self.weights.text
+        self.ledger = Ledger()
+        self.ledger.open("weights, mapped", lambda: self.weights.nbytes(mapped=True), mapped=True)
+        if ops.maps_files:
+            self.ledger.open("weights", lambda: self.weights.nbytes(mapped=False))
+        self.ledger.open_all(ops.held)
         self._attention = [i for i, kind in enumerate(self.config.layer_types) if kind == "full_attention"]
 
     def state(self) -> State[A]:

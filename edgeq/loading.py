@@ -9,6 +9,7 @@ from edgeq.backends.ops import ArrayLike, Ops
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import ModelError
 from edgeq.formats.bf16 import Array, all_finite
+from edgeq.formats.safetensors import is_mapped
 from edgeq.weights import (
     Matrix,
     MTPWeights,
@@ -28,6 +29,7 @@ __all__ = ["LoadedWeights"]
 
 A = TypeVar("A", bound=ArrayLike)
 M = TypeVar("M")
+W = TypeVar("W", bound=Matrix[Any])
 
 
 class LoadedWeights(Generic[A, M]):
@@ -40,6 +42,11 @@ class LoadedWeights(Generic[A, M]):
         self.checkpoint, self.ops = checkpoint, ops
         self.parts = frozenset(spec.part for spec, _ in checkpoint.storage())
         self._trees: dict[Part, Any] = {}
+        self._nbytes: dict[Part, dict[bool, int]] = {}  # of every part, mapped and not
+
+    def nbytes(self, *, mapped: bool) -> int:
+        """Bytes of the weights loaded: those used where the file is mapped, or those that are copies."""
+        return sum(nbytes[mapped] for nbytes in self._nbytes.values())
 
     @property
     def text(self) -> TextWeights[A, M]:
@@ -65,20 +72,27 @@ class LoadedWeights(Generic[A, M]):
     def release(self, part: Part) -> None:
         """Let a part go: its memory is free once nobody else holds its weights. It is loaded again when asked for."""
         self._trees.pop(part, None)
+        self._nbytes.pop(part, None)
 
     def _tree(self, part: Part, declare: Callable[[], Any]) -> Any:
         if part not in self._trees and part in self.parts:
+            self._nbytes[part] = {True: 0, False: 0}
             self._trees[part] = map_tree(self._leaf, declare())
             self.checkpoint.drop_pages()  # where the backend has copies of its own, the file's pages need not stay
         return self._trees.get(part)
 
     def _leaf(self, spec: TensorSpec) -> A | M:
+        if not spec.is_matrix:
+            return self.ops.vector(self._counted(spec, self.checkpoint.dense(spec.name)))
         if spec.role is Role.PATCH:
             patches = self.checkpoint.dense(spec.name)
-            return self.ops.matrix(patches.reshape(len(patches), -1))
-        if spec.is_matrix:
-            return self.ops.matrix(self._checked(spec))
-        return self.ops.vector(self.checkpoint.dense(spec.name))
+            return self.ops.matrix(self._counted(spec, patches.reshape(len(patches), -1)))
+        return self.ops.matrix(self._counted(spec, self._checked(spec)))
+
+    def _counted(self, spec: TensorSpec, weight: W) -> W:
+        for x in weight.arrays if isinstance(weight, QMatrix) else [weight]:
+            self._nbytes[spec.part][self.ops.maps_files and is_mapped(x)] += x.nbytes
+        return weight
 
     def _checked(self, spec: TensorSpec) -> Matrix[Array]:
         """A matrix, if nothing in it is NaN or infinite that would not show in the logits.

@@ -11,7 +11,7 @@ inside, norms, softmax, exponentials and everything of the delta rule are float3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from importlib.metadata import version
 from itertools import count
@@ -70,6 +70,7 @@ class MlxOps(Ops[mx.array, MlxMatrix]):
     """
 
     name = "mlx"
+    maps_files = False
 
     def __init__(self, dtype: Dtype | None = None, compiled: bool | None = None, kv_dtype: str | None = None) -> None:
         if kv_dtype not in (None, "f16"):
@@ -96,6 +97,9 @@ class MlxOps(Ops[mx.array, MlxMatrix]):
 
     def limit_memory(self, nbytes: int | None = None) -> None:
         limit_memory(nbytes)
+
+    def held(self) -> Mapping[str, int]:
+        return {"MLX, weights included": used_memory().active}
 
     def peak_memory(self) -> int:
         return used_memory().peak

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Self
+from typing import ClassVar, Self
+from weakref import WeakSet
 
 import numpy as np
 
@@ -19,12 +20,18 @@ PAGE = 256  # tokens
 class Page:
     """Room for PAGE tokens: keys and values [Hkv, PAGE, D], of which the first `written` are in use by somebody."""
 
-    __slots__ = ("keys", "values", "written")
+    __slots__ = ("__weakref__", "keys", "values", "written")
+    alive: ClassVar[WeakSet[Page]] = WeakSet()
 
     def __init__(self, heads: int, dim: int) -> None:
         self.keys: Float32 = np.empty((heads, PAGE, dim), np.float32)
         self.values: Float32 = np.empty((heads, PAGE, dim), np.float32)
         self.written = 0
+        self.alive.add(self)
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
 
     def copy(self, length: int) -> Page:
         """A page of its own with the first `length` tokens of this one."""
@@ -91,4 +98,4 @@ class PagedKV(KVCache[Array]):
         return keys, values
 
     def memory(self) -> Iterator[tuple[int, int]]:
-        return ((id(page), page.keys.nbytes + page.values.nbytes) for page in self.pages)
+        return ((id(page), page.nbytes) for page in self.pages)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
+from weakref import finalize
 
 import numpy as np
 
 from edgeq.backends.numpy.delta import delta_chunk, delta_step
-from edgeq.backends.numpy.kv import PagedKV
+from edgeq.backends.numpy.kv import Page, PagedKV
 from edgeq.backends.numpy.kv_types import check_kv_dtype
 from edgeq.backends.ops import Angles, Ops
-from edgeq.config import RopeConfig
+from edgeq.config import RopeConfig, TextConfig
 from edgeq.formats.affine import dequantize
 from edgeq.formats.bf16 import Array, Float32, to_float32
-from edgeq.state import KVCache
-from edgeq.weights import Matrix, QMatrix
+from edgeq.model import layers
+from edgeq.state import DeltaState, KVCache
+from edgeq.weights import DeltaNetWeights, Matrix, QMatrix
 
 __all__ = ["ArrayOps", "NumpyOps"]
 
@@ -53,6 +55,20 @@ def tiles(w: Matrix[Array], width: int) -> Iterator[slice]:
     out = w.codes.shape[0] if isinstance(w, QMatrix) else w.shape[0]
     step = max(1, TILE // width)
     return (slice(row, row + step) for row in range(0, out, step))
+
+
+class Tally:
+    """Bytes of the arrays that were added and are still alive."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+    def add(self, x: Array) -> None:
+        self.nbytes += x.nbytes
+        finalize(x, self._gone, x.nbytes)
+
+    def _gone(self, nbytes: int) -> None:
+        self.nbytes -= nbytes
 
 
 class ArrayOps(Ops[Array, M]):
@@ -179,6 +195,22 @@ class NumpyOps(ArrayOps[Matrix[Array]]):
     @classmethod
     def describe(cls) -> str:
         return f"NumPy {np.__version__}, float32: the reference"
+
+    def __init__(self, kv_dtype: str = "f32") -> None:
+        super().__init__(kv_dtype)
+        self._states = Tally()
+
+    def held(self) -> Mapping[str, int]:
+        return {"KV cache": sum(page.nbytes for page in Page.alive), "DeltaNet states": self._states.nbytes}
+
+    def delta_net(
+        self, x: Array, w: DeltaNetWeights[Array, Matrix[Array]], c: TextConfig, states: Sequence[DeltaState[Array]],
+        lengths: Sequence[int], keep: Sequence[int],
+    ) -> tuple[Array, list[tuple[DeltaState[Array], ...]]]:  # fmt: skip
+        y, after = layers.delta_net(self, x, w, c, states, lengths, keep)
+        for array in (array for kept in after for state in kept for array in state):
+            self._states.add(array)
+        return y, after
 
     def matrix(self, w: Matrix[Array]) -> Matrix[Array]:
         return w

@@ -21,7 +21,7 @@ import numpy as np
 from edgeq.errors import ModelError
 from edgeq.formats.bf16 import Array
 
-__all__ = ["DTYPES", "SafetensorsFile", "SafetensorsWriter", "TensorInfo", "dtype_name", "map_file"]
+__all__ = ["DTYPES", "SafetensorsFile", "SafetensorsWriter", "TensorInfo", "dtype_name", "is_mapped", "map_file"]
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -126,6 +126,14 @@ class SafetensorsFile:
         have = len(self.mapped) - self._data_start
         if end != have:
             raise self._error(f"the tensors need {end:,} bytes, the file holds {have:,}")
+
+
+def is_mapped(x: Array) -> bool:
+    """Whether an array lies in a mapped file."""
+    base: object = x
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return isinstance(base, mmap.mmap) or (isinstance(base, memoryview) and isinstance(base.obj, mmap.mmap))
 
 
 def map_file(path: Path) -> mmap.mmap:
