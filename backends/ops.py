@@ -90,8 +90,8 @@ class Ops(ABC, Generic[A, M]):
         memory is its own to manage. Called before a model is loaded."""
 
     def held(self) -> Mapping[str, int]:
-        """Bytes that it holds now, by what they are for ("KV cache", "DeltaNet states", "scratch"): each piece of memory
-        once, however many states share it. The weights are not among them."""
+        """Bytes that it holds now beside the weights, by what they are for ("KV cache", "DeltaNet states", "scratch"):
+        each piece of memory once, however many states share it."""
         return {}
 
     def release_scratch(self) -> None:
