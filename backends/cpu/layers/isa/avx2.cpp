@@ -90,4 +90,4 @@ inline void store_f16(uint16_t* p, V x) {
 }  // namespace edgeq
 
 #define LAYERS layers_avx2
-#include "layers/isa/body.h"
+#include "layers/layers-inl.h"

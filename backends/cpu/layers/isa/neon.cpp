@@ -66,4 +66,4 @@ inline void store_f16(uint16_t* p, V x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_
 }  // namespace edgeq
 
 #define LAYERS layers_neon
-#include "layers/isa/body.h"
+#include "layers/layers-inl.h"

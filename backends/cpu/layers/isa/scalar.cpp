@@ -42,4 +42,4 @@ inline void store_f16(uint16_t* p, V x) { *p = edgeq::to_f16_bits(x); }
 }  // namespace edgeq
 
 #define LAYERS layers_scalar
-#include "layers/isa/body.h"
+#include "layers/layers-inl.h"

@@ -1,0 +1,193 @@
+// Products with few tokens: the rows of the matrix are read once for every four tokens.
+#pragma once
+
+#include "kernels/scales-inl.h"
+
+namespace edgeq {
+namespace {
+
+constexpr int gemv_tokens = 4;  // that share one reading of the weights
+constexpr int prefetch_nbytes = 4096;
+
+// The codes that gemv takes at a time.
+template <int bits>
+constexpr int unit = bits == 4 ? 8 * lanes : 4 * lanes;
+
+// d[t] += codes of one unit at `src` times those of every token at `q`, from code `c`.
+template <int bits, bool iq4, int tokens>
+EDGEQ_INLINE void dot_unit(const uint8_t* src, const int8_t* q, int64_t stride, int64_t c, I* d) {
+    if constexpr (bits == 4) {
+        B low, high;
+        nibbles(src, &low, &high);
+        if constexpr (iq4) low = look_up(low), high = look_up(high);
+        const int8_t* even = q + (c & -order_block) + (c & (order_block - 1)) / 2;
+        for (int t = 0; t < tokens; t++) {
+            B a = b_load(even + t * stride), b = b_load(even + t * stride + order_block / 2);
+            d[t] = iq4 ? dot8(d[t], low, a) : dot(d[t], low, a);
+            d[t] = iq4 ? dot8(d[t], high, b) : dot(d[t], high, b);
+        }
+    } else {
+        B w = unpack<bits>(src);
+        for (int t = 0; t < tokens; t++) {
+            B a = b_load(q + t * stride + c);
+            d[t] = bits == 8 ? dot8(d[t], w, a) : dot(d[t], w, a);
+        }
+    }
+}
+
+// How far ahead of a block of rows to prefetch: whole blocks, at least prefetch_nbytes. The order is that of memory, not
+// that in which the rows are used in turns: the hardware prefetches along with it, and only with it ("Matrices" in
+// docs/speed.md).
+EDGEQ_INLINE int64_t prefetch_distance(int64_t block_nbytes) {
+    return (prefetch_nbytes + block_nbytes - 1) / block_nbytes * block_nbytes;
+}
+
+// A block of rows: they share the loads of the activations, and one's sums do not wait for the other's.
+template <int bits, bool iq4, int group, int tokens, int rows>
+EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row, float* y, int64_t stride) {
+    constexpr int codes = unit<bits>;
+    constexpr int step = group > codes ? group : codes;  // codes for one floating-point multiply-add
+    const int64_t groups = w.in / group, row_bytes = w.in * bits / 8;
+    const uint8_t* src = static_cast<const uint8_t*>(w.data) + row * row_bytes;
+    const uint8_t* next = src + prefetch_distance(rows * row_bytes);
+    F acc[rows][tokens], bias[rows][tokens];
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tokens; t++) acc[r][t] = bias[r][t] = f_zero();
+    for (int64_t g0 = 0; g0 < groups; g0 += sixteen) {
+        const int some = groups - g0 < sixteen ? int(groups - g0) : sixteen;
+        alignas(64) float products[rows][tokens][sixteen];  // scale of the weight times scale of the activation
+        for (int r = 0; r < rows; r++) {
+            alignas(64) float scales[sixteen], biases[sixteen];
+            scales_and_biases(w, row + r, g0, some, scales, biases);
+            for (int i = 0; i < sixteen; i += lanes) {
+                for (int t = 0; t < tokens; t++) {
+                    int64_t at = t * a.groups + g0 + i;
+                    f_store(products[r][t] + i, f_mul(f_load(scales + i), f_load(a.scales + at)));
+                    bias[r][t] = f_fma(f_load(biases + i), f_load(a.sums + at), bias[r][t]);
+                }
+            }
+        }
+        // One floating-point step: the codes from c, those of row r from `from + r * distance`.
+        auto take = [&](const uint8_t* from, int64_t distance, int64_t c) __attribute__((always_inline)) {
+            const int g = int(c / group - g0);
+            for (int r = 0; r < rows; r++) {
+                I d[tokens];
+                for (int t = 0; t < tokens; t++) d[t] = i_zero();
+                if constexpr (signed_bytes && (bits == 8 || iq4))
+                    for (int t = 0; t < tokens; t++) d[t] = i_start<step / group>(a.totals + t * a.groups + g0 + g);
+                for (int u = 0; u < step; u += codes)
+                    dot_unit<bits, iq4, tokens>(from + r * distance + u * bits / 8, a.codes, a.stride, c + u, d);
+                for (int t = 0; t < tokens; t++)
+                    acc[r][t] = f_fma(i_float(d[t]), f_spread<step / group>(products[r][t] + g), acc[r][t]);
+            }
+        };
+        int64_t c = g0 * group;
+        const int64_t last = (g0 + some) * group;
+        for (; c + step <= last; c += step, src += step * bits / 8) {
+            for (int i = 0; i < rows * step * bits / 8; i += 64) __builtin_prefetch(next + i);
+            next += rows * step * bits / 8;
+            take(src, row_bytes, c);
+        }
+        if (c < last) {  // a row that is no whole number of units
+            uint8_t rest[rows][step * bits / 8] = {};
+            for (int r = 0; r < rows; r++) memcpy(rest[r], src + r * row_bytes, (last - c) * bits / 8);
+            take(rest[0], sizeof rest[0], c);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tokens; t++) y[t * stride + row + r] = f_sum(f_add(acc[r][t], bias[r][t]));
+}
+
+template <int bits, bool iq4, int group, int tokens>
+void gemv_rows(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
+    constexpr int rows = tokens == 1 ? 4 : tokens == 2 ? 2 : 1;
+    int64_t row = row0;
+    for (; row + rows <= row1; row += rows) gemv_block<bits, iq4, group, tokens, rows>(w, a, row, y, stride);
+    for (; row < row1; row++) gemv_block<bits, iq4, group, tokens, 1>(w, a, row, y, stride);
+}
+
+template <int tokens>
+void gemv_plain(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
+    const int size = w.type == Type::f32 ? 4 : 2;
+    for (int64_t row = row0; row < row1; row++) {
+        F even[tokens], odd[tokens];  // two sums, since one would wait for itself
+        for (int t = 0; t < tokens; t++) even[t] = odd[t] = f_zero();
+        int64_t i = 0, at = row * w.in;
+        for (; i + 2 * lanes <= w.in; i += 2 * lanes) {
+            __builtin_prefetch(static_cast<const char*>(w.data) + (at + i) * size + prefetch_nbytes);
+            F w0 = f_widen(w.data, w.type, at + i), w1 = f_widen(w.data, w.type, at + i + lanes);
+            for (int t = 0; t < tokens; t++) {
+                const float* x = a.values + t * w.in + i;
+                even[t] = f_fma(w0, f_load(x), even[t]);
+                odd[t] = f_fma(w1, f_load(x + lanes), odd[t]);
+            }
+        }
+        for (; i < w.in; i += lanes) {
+            int some = w.in - i < lanes ? int(w.in - i) : lanes;
+            F w0 = f_widen_some(w.data, w.type, at + i, some);
+            for (int t = 0; t < tokens; t++)
+                even[t] = f_fma(w0, f_widen_some(a.values + t * w.in, Type::f32, i, some), even[t]);
+        }
+        for (int t = 0; t < tokens; t++) y[t * stride + row] = f_sum(f_add(even[t], odd[t]));
+    }
+}
+
+template <int bits, int group, bool iq4 = false>
+void gemv_group(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
+    switch (a.tokens) {
+        case 1: return gemv_rows<bits, iq4, group, 1>(w, a, row0, row1, y, stride);
+        case 2: return gemv_rows<bits, iq4, group, 2>(w, a, row0, row1, y, stride);
+        case 3: return gemv_rows<bits, iq4, group, 3>(w, a, row0, row1, y, stride);
+        default: return gemv_rows<bits, iq4, group, 4>(w, a, row0, row1, y, stride);
+    }
+}
+
+template <int bits>
+void gemv_bits(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
+    if constexpr (bits == 6)
+        if (w.group == 16) return gemv_group<6, 16>(w, a, row0, row1, y, stride);
+    if constexpr (bits == 4)
+        if (w.iq4) return gemv_group<4, 32, true>(w, a, row0, row1, y, stride);
+    switch (w.group) {
+        case 32: return gemv_group<bits, 32>(w, a, row0, row1, y, stride);
+        case 64: return gemv_group<bits, 64>(w, a, row0, row1, y, stride);
+        default: return gemv_group<bits, 128>(w, a, row0, row1, y, stride);
+    }
+}
+
+// `a` are the tokens of one pass, at most gemv_tokens.
+void gemv_pass(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
+    switch (w.bits) {
+        case 2: return gemv_bits<2>(w, a, row0, row1, y, stride);
+        case 3: return gemv_bits<3>(w, a, row0, row1, y, stride);
+        case 4: return gemv_bits<4>(w, a, row0, row1, y, stride);
+        case 5: return gemv_bits<5>(w, a, row0, row1, y, stride);
+        case 6: return gemv_bits<6>(w, a, row0, row1, y, stride);
+        case 8: return gemv_bits<8>(w, a, row0, row1, y, stride);
+    }
+    switch (a.tokens) {
+        case 1: return gemv_plain<1>(w, a, row0, row1, y, stride);
+        case 2: return gemv_plain<2>(w, a, row0, row1, y, stride);
+        case 3: return gemv_plain<3>(w, a, row0, row1, y, stride);
+        default: return gemv_plain<4>(w, a, row0, row1, y, stride);
+    }
+}
+
+void gemv(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, int64_t t0, int64_t t1, float* y,
+          int64_t stride) {
+    for (int64_t t = t0; t < t1; t += gemv_tokens) {
+        Activations pass = a;
+        pass.tokens = t1 - t < gemv_tokens ? t1 - t : gemv_tokens;
+        pass.values += t * a.in;
+        if (w.bits) {
+            pass.codes += t * a.stride;
+            pass.scales += t * a.groups;
+            pass.sums += t * a.groups;
+            pass.totals += t * a.groups;
+        }
+        gemv_pass(w, pass, row0, row1, y + t * stride, stride);
+    }
+}
+
+}  // namespace
+}  // namespace edgeq
