@@ -1,6 +1,6 @@
 """The model that a user holds.
 
-model = load("Qwen/Qwen3.5-2B")                   # a folder, a .gguf file, a hub id, or "demo"
+model = load("Qwen/Qwen3.5-2B")                   # a folder, a .gguf file, a Hugging Face ID, or "demo"
 logits, state = model.forward(ids, model.state())
 for piece in model.generate("Once upon a time", max_tokens=64): ...
 chat = model.chat(thinking=True)                  # see edgeq.session.chat
@@ -41,7 +41,8 @@ def load(
 ) -> Model:  # fmt: skip
     """Load a model.
 
-    model: a checkpoint folder, a .gguf file, a hub id ("Qwen/Qwen3.5-2B"), or "demo".
+    model: a checkpoint folder, a .gguf file, a Hugging Face ID ("Qwen/Qwen3.5-2B"), a short name ("qwen3.5:2b") or
+    "demo".
     backend: "auto", "numpy", "cpu", "mlx", or the name of an installed plug-in.
     threads: for backends that have their own; None lets the backend choose.
     context: the context window in tokens; None is the model's maximum.

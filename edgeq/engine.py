@@ -135,7 +135,7 @@ class Engine(Generic[A, M]):
         if tokens.ndim != 1 or (tokens.dtype.kind not in "iu" and tokens.size):
             raise UsageError("token ids must be a sequence of integers", hint="encode text with model.tokenizer first")
         if not tokens.size:
-            raise UsageError("there are no tokens to run", hint="give at least one token id")
+            raise UsageError("no tokens to run", hint="give at least one token id")
         size = self.config.vocab_size
         if tokens.min() < 0 or tokens.max() >= size:
             wrong = next(i for i in tokens.tolist() if not 0 <= i < size)
@@ -212,7 +212,7 @@ class Engine(Generic[A, M]):
             raise ModelError(
                 f"{self.checkpoint.path}: the model produced NaN or infinite logits"
                 + (f", because {culprit} holds NaN or infinity" if culprit else ""),
-                hint="the checkpoint is damaged; download or quantize it again",
+                hint="download the checkpoint, or quantize it, again",
             )
         return logits
 

@@ -1,7 +1,7 @@
 """From what a user calls a model to a path on this machine.
 
-A model is a folder, a .gguf file, `demo`, a hub id ("Qwen/Qwen3.5-2B", "Qwen/Qwen3.5-2B@revision") or one of a few
-short names ("qwen3.5:2b"). Hub files go through `huggingface_hub`: the standard cache, so nothing is stored twice,
+A model is a folder, a .gguf file, `demo`, a Hugging Face ID ("Qwen/Qwen3.5-2B", "Qwen/Qwen3.5-2B@revision") or one of a
+few short names ("qwen3.5:2b"). Hub files go through `huggingface_hub`: the standard cache, so nothing is stored twice,
 with its resume, its progress bars and its environment (HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT,
 HF_HUB_OFFLINE, HF_HUB_DISABLE_PROGRESS_BARS).
 """

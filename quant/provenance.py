@@ -23,7 +23,7 @@ Hashes = dict[str, dict[str, Any]]
 
 
 class Source:
-    """What a source folder is called: hub id and revision if it lies in the hub's cache, else its own name."""
+    """What a source folder is called: Hugging Face ID and revision if it is in the hub's cache, else its own name."""
 
     def __init__(self, folder: Path, revision: str | None = None) -> None:
         cached = _CACHED.search(str(folder.absolute()))

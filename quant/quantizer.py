@@ -3,7 +3,7 @@
 The output keeps the source's names and conventions (the hub's: zero-centred norms, convolution [C, 1, width]), only
 the quantized matrices are replaced by MLX's weight, scales and biases. Stock mlx-lm and mlx-vlm sanitize hub files
 when they load them, so they run the output unchanged, while nothing is lost for others: norms stay exact, the MTP head
-and the vision tower ride along. docs/reference/format.md has the layout.
+and the vision tower are kept. docs/reference/format.md has the layout.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def quantize(
     revision: str | None = None,
     threads: int | None = None,
 ) -> Report:
-    """Quantize `src`, a folder or hub id of an unquantized checkpoint, into the new folder `out`.
+    """Quantize `src`, a folder or Hugging Face ID of an unquantized checkpoint, into the new folder `out`.
 
     `recipe` is q4 (the default), q4+, q5, q6, q8 or none; `bits` and `group_size` replace its base's; `types` are
     PATTERN=SPEC overrides, e.g. "*.down_proj=6g64". With `dry_run` nothing is written and `out` may be None. With

@@ -48,7 +48,7 @@ def text(node: ast.expr) -> str:
             return "{}"
 
 
-SAID = sorted(said for said in errors_in_source() if not said.place.startswith("edgeq/engine"))
+SAID = sorted(errors_in_source())
 LIBRARY = [said for said in SAID if "/cli/" not in said.place]
 each = pytest.mark.parametrize("said", SAID, ids=lambda said: said.place)
 

@@ -5,7 +5,7 @@
 
 Each chunk of --context tokens is run from an empty state; the second half of its positions counts (as in llama.cpp's
 perplexity tool, but in float32 throughout). Prints mean, 99 and 99.9 percentile, maximum, how often both agree on the
-likeliest token, and the normalised mean squared error of the logits. A MODEL may name its backend and the bits of its
+most likely token, and the normalised mean squared error of the logits. A MODEL may name its backend and the bits of its
 KV cache: `q4@cpu`, `q4@cpu/4`. The reference runs on --backend (NumPy).
 """
 

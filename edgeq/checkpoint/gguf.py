@@ -291,7 +291,7 @@ def _open_model(path: Path) -> GGUFFile:
 
 
 def _find_mmproj(model: GGUFFile) -> tuple[GGUFFile, dict[str, Any]] | None:
-    """The vision tower: the first mmproj file in the model's folder that fits its width."""
+    """The vision tower: the first mmproj file in the model's folder whose width matches."""
     for path in sorted(model.path.parent.glob("*mmproj*.gguf")):
         file = GGUFFile(path)
         values = vision_values(file) if file.get("general.architecture", str) == VISION_ARCH else None

@@ -19,7 +19,7 @@ __all__ = ["Array", "Bits", "Float32", "all_finite", "from_float32", "round_to",
 
 
 def to_float32(x: Array) -> Float32:
-    """Widen bfloat16 bits, float16 or float32 to float32; exact, and no copy when `x` is float32 already."""
+    """Convert bfloat16 bits, float16 or float32 to float32; exact, and no copy when `x` is float32 already."""
     if x.dtype == np.uint16:
         return (x.astype(np.uint32) << 16).view(np.float32)
     return x.astype(np.float32, copy=False)
@@ -38,7 +38,7 @@ def round_to(x: Float32, dtype: np.dtype[Any] | type) -> Array:
 
 
 def all_finite(x: Array) -> bool:
-    """Whether no entry is NaN or infinite; widens nothing, and holds a few thousand rows at a time."""
+    """Whether no entry is NaN or infinite; converts nothing, and holds a few thousand rows at a time."""
     for start in range(0, len(x), 4096):
         block = x[start : start + 4096]
         if block.dtype == np.uint16:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 __all__ = ["hub_name", "mlx_module", "neutral_module", "neutral_name"]
 
-_PREFIXES = (  # of names in files, and what stands for them in neutral names; the first that fits counts
+_PREFIXES = (  # of names in files, and what stands for them in neutral names; the first that matches counts
     ("model.language_model.", ""),
     ("model.visual.", "visual."),
     ("language_model.model.", ""),

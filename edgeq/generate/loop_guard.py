@@ -1,4 +1,4 @@
-"""Notices that the model goes round in circles: exactly the same tokens, again and again.
+"""Notices that the output repeats itself: exactly the same tokens, again and again.
 
 Small models fall into such loops while thinking, whatever the sampler does. Only exact repetition is looked for, and a
 lot of it, since what people ask for repeats too: rulers, indentation, tables, arrays of zeros, refrains.

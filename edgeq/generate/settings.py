@@ -16,34 +16,34 @@ class GenerationSettings:
     """How the next token is chosen, and when to stop.
 
     The defaults are those of a raw completion: livelier than greedy, calmer than the distribution itself, and no
-    penalty, because a text that is to be continued (code, a list, a table) repeats itself for good reason. Chats start
-    from `preset`.
+    penalty, because a prompt to complete (code, a list, a table) repeats itself for good reason. Chats start from
+    `preset`.
     """
 
     temperature: float = 0.7
-    """Divides the logits; 0 takes the most likely token always (greedy), the lowest id of equals."""
+    """Divides the logits; 0 is greedy: the most likely token, the lowest id of equals."""
     top_k: int = 20
-    """Only the k most likely tokens stay (and those that tie with the last of them); 0 is off."""
+    """Sample from the k most likely tokens (and those that tie with the last of them); 0 disables."""
     top_p: float = 0.95
-    """Only the most likely tokens that together reach this probability stay; 1 is off."""
+    """Sample from the most likely tokens that together reach this probability; 1 disables."""
     min_p: float = 0.0
-    """Only tokens at least this likely, relative to the most likely one, stay; 0 is off."""
+    """Drop tokens less likely than this times the most likely one; 0 disables."""
     presence_penalty: float = 0.0
-    """Subtracted from the logit of a token that was already generated in this reply; the prompt does not count."""
+    """Subtracted from the logit of a token that is already in this reply; ignores the prompt."""
     frequency_penalty: float = 0.0
-    """Subtracted once for every time that the token was generated in this reply; the prompt does not count."""
+    """Subtracted once per occurrence of the token in this reply; ignores the prompt."""
     repetition_penalty: float = 1.0
-    """Logits of tokens seen in prompt or reply are divided by it if positive, multiplied if negative; 1 is off."""
+    """Logits of tokens in the prompt or the reply are divided by it if positive, multiplied if negative; 1 disables."""
     seed: int | None = None
     """The same seed, settings and logits give the same tokens; None draws a fresh one."""
     stop: tuple[str, ...] = ()
-    """Texts that end the answer; they are not part of it."""
+    """Strings that end the answer; they are not part of it."""
     max_tokens: int | None = None
-    """Longest answer, in sampled tokens, thinking apart; None is up to the end of the context."""
+    """Maximum tokens to generate, excluding thinking; None is until the context is full."""
     thinking_budget: int | None = None
-    """Longest thinking, in sampled tokens, before it is closed and the answer begins; None is unlimited."""
+    """Maximum thinking tokens; then the answer starts; None is no limit."""
     loop_guard: bool = True
-    """End thinking, or else the reply, when the same tokens come round again and again."""
+    """End thinking, or else the reply, when the output repeats itself."""
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, 0, 10)
