@@ -7,10 +7,11 @@ from typing import TypeVar
 
 import numpy as np
 
+from edgeq.backends.base import BaseOps
 from edgeq.backends.numpy.delta import delta_chunk, delta_step
 from edgeq.backends.numpy.kv import PagedKV
 from edgeq.backends.numpy.kv_types import check_kv_dtype
-from edgeq.backends.ops import Angles, Ops
+from edgeq.backends.ops import Angles
 from edgeq.config import RopeConfig
 from edgeq.formats.affine import dequantize
 from edgeq.formats.bf16 import Array, Float32, to_float32
@@ -55,7 +56,7 @@ def tiles(w: Matrix[Array], width: int) -> Iterator[slice]:
     return (slice(row, row + step) for row in range(0, out, step))
 
 
-class ArrayOps(Ops[Array, M]):
+class ArrayOps(BaseOps[Array, M]):
     """Every operation but those on matrices, on NumPy's arrays.
 
     kv_dtype: what the KV cache keeps of its entries, "f32", "f16", "bf16", "int8" or "int4".
