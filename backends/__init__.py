@@ -1,7 +1,7 @@
 """The backends, and which one runs.
 
-A backend is a class derived from `edgeq.backends.ops.Ops`. Three are built in; a distribution adds one by naming its
-class in the entry-point group `edgeq.backends`:
+A backend is a class derived from `edgeq.backends.base.BaseOps`. Three are built in; a distribution adds one by naming
+its class in the entry-point group `edgeq.backends`:
 
     [project.entry-points."edgeq.backends"]
     mine = "my_package:MyOps"

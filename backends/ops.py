@@ -9,9 +9,9 @@ Shapes: T tokens; Hq, Hkv attention heads of width D; Hk, Hv DeltaNet heads of w
 T may hold the tokens of several sequences one after another (`Batch.lengths`); only `delta_net` and
 `gated_attention` care, and hand each sequence to the stateful operations by itself.
 
-The small operations are abstract. The larger pieces (`linears`, `mlp`, `delta_net`, `gated_attention`,
-`decoder_layers`) have a body in terms of the small ones; a backend overrides one only where it has something fused, and
-must agree with the body.
+The larger pieces (`linears`, `mlp`, `delta_net`, `gated_attention`, `decoder_layers`) have a body in terms of the small
+ones, which backends inherit (`edgeq.backends.base`); they override one only where they have something fused, and must
+agree with the body.
 
 **Exactness.** On every backend: an operation is a function of its arguments; the same call gives the same bits; a state
 that was given is left as it was; prompts are cut at absolute multiples of the chunk (`Engine.cut`), so that going on
@@ -41,7 +41,6 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from edgeq.config import RopeConfig, TextConfig
 from edgeq.formats.bf16 import Array, Float32
-from edgeq.model import layers
 from edgeq.state import DeltaState, KVCache, LayerState, State
 from edgeq.weights import AttentionWeights, DeltaNetWeights, LayerWeights, Matrix, MLPWeights
 
@@ -220,24 +219,25 @@ class Ops(ABC, Generic[A, M]):
 
     # --- larger pieces -----------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def mlp(self, x: A, w: MLPWeights[M]) -> A:
         """Feed-forward of a layer: x [T, hidden] -> [T, hidden]."""
-        return layers.mlp(self, x, w)
 
+    @abstractmethod
     def delta_net(
         self, x: A, w: DeltaNetWeights[A, M], c: TextConfig, states: Sequence[DeltaState[A]], lengths: Sequence[int],
         keep: Sequence[int],
     ) -> tuple[A, list[tuple[DeltaState[A], ...]]]:  # fmt: skip
         """Gated DeltaNet mixer: x [T, hidden] -> [T, hidden] and keep[i] + 1 states for sequence i."""
-        return layers.delta_net(self, x, w, c, states, lengths, keep)
 
+    @abstractmethod
     def gated_attention(
         self, x: A, w: AttentionWeights[A, M], c: TextConfig, angles: Angles[A], caches: Sequence[KVCache[A]],
         lengths: Sequence[int],
     ) -> tuple[A, list[KVCache[A]]]:  # fmt: skip
         """Gated attention mixer: x [T, hidden] -> [T, hidden] and the longer cache of each sequence."""
-        return layers.gated_attention(self, x, w, c, angles, caches, lengths)
 
+    @abstractmethod
     def decoder_layers(
         self, x: A, ws: Sequence[LayerWeights[A, M]], c: TextConfig, angles: Angles[A],
         states: Sequence[Sequence[LayerState[A]]], lengths: Sequence[int], keep: Sequence[int],
@@ -247,4 +247,3 @@ class Ops(ABC, Generic[A, M]):
         states[l][i] is the state of sequence i before layer l of `ws`; the result has keep[i] + 1 states in its place,
         the last of them after all of the sequence's tokens.
         """
-        return layers.decoder_layers(self, x, ws, c, angles, states, lengths, keep)

@@ -23,7 +23,8 @@ def options_of(name: str) -> dict[str, Any]:
 
 def help_of(name: str) -> str:
     command = GROUP.commands[name]
-    return command.get_help(typer.Context(command, info_name=name, max_content_width=100, terminal_width=100))
+    text: str = command.get_help(typer.Context(command, info_name=name, max_content_width=100, terminal_width=100))
+    return text
 
 
 @pytest.mark.parametrize("name", COMMANDS)

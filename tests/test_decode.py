@@ -1,6 +1,10 @@
 """The decode loop, driven with a model that says what the test wrote down."""
 
+from __future__ import annotations
+
 import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeq.errors import MemoryBudgetError, ModelError, UsageError
+from edgeq.formats.bf16 import Float32
 from edgeq.generate import Decoding, GenerationSettings, Sampler, StopReason, ThinkTokens, Token
 
 VOCAB = 64
@@ -23,18 +28,24 @@ class FakeEngine:
     feed takes in only its first `chunk` tokens and is interrupted.
     """
 
-    def __init__(self, script=(), context_limit=10_000, interrupt_after=None, chunk=0):
+    def __init__(
+        self,
+        script: Iterable[int] = (),
+        context_limit: int = 10_000,
+        interrupt_after: int | None = None,
+        chunk: int = 0,
+    ) -> None:
         self.script = list(script)
         self.context_limit = context_limit
-        self.context = []
-        self.feeds = []
+        self.context: list[int] = []
+        self.feeds: list[tuple[int, ...]] = []
         self.interrupt_after, self.chunk = interrupt_after, chunk
 
     @property
-    def position(self):
+    def position(self) -> int:
         return len(self.context)
 
-    def feed(self, ids):
+    def feed(self, ids: Sequence[int]) -> Float32:
         assert len(ids) > 0
         assert self.position + len(ids) <= self.context_limit
         self.feeds.append(tuple(ids))
@@ -51,17 +62,17 @@ class FakeEngine:
 class Driven:
     """A reply and what drives it: feed what is unseen, hand in the logits."""
 
-    def __init__(self, engine, decoding):
+    def __init__(self, engine: FakeEngine, decoding: Decoding) -> None:
         self.engine, self.decoding, self.start = engine, decoding, engine.position
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.decoding, name)
 
     @property
-    def pending(self):
+    def pending(self) -> tuple[int, ...]:
         return self.decoding.unseen(self.engine.position - self.start)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Token]:
         while not self.decoding.finished:
             token = self.decoding.forced()
             if token is None:
@@ -70,23 +81,25 @@ class Driven:
                 yield token
 
 
-def decode(engine, prompt=(1, 2, 3), options=GREEDY, **more):
+def decode(
+    engine: FakeEngine, prompt: Sequence[int] = (1, 2, 3), options: GenerationSettings = GREEDY, **more: Any
+) -> Driven:
     room = engine.context_limit - engine.position
     return Driven(engine, Decoding(prompt, Sampler(options, vocab_size=VOCAB), room=room, eos_ids={EOS, EOT}, **more))
 
 
-def ids_of(tokens):
+def ids_of(tokens: Iterable[Token]) -> list[int]:
     return [token.id for token in tokens]
 
 
-def assert_consistent(reply, engine, prompt, tokens):
+def assert_consistent(reply: Driven, engine: FakeEngine, prompt: Sequence[int], tokens: list[Token]) -> None:
     """The context is prompt and reply, in order, once each, less what is pending."""
     assert engine.context + list(reply.pending) == [*prompt, *ids_of(tokens)]
     assert list(reply.reply_ids) == ids_of(tokens)
 
 
 @pytest.mark.parametrize("stop", [EOS, EOT])
-def test_every_stop_id_ends_the_answer(stop):
+def test_every_stop_id_ends_the_answer(stop: int) -> None:
     engine = FakeEngine([7, 8, 9, stop])
     reply = decode(engine)
     assert list(reply) == [Token(7), Token(8), Token(9), Token(stop)]
@@ -95,7 +108,7 @@ def test_every_stop_id_ends_the_answer(stop):
     assert reply.pending == (stop,)
 
 
-def test_max_tokens_of_the_answer():
+def test_max_tokens_of_the_answer() -> None:
     engine = FakeEngine([7, 8, 9, 10])
     reply = decode(engine, options=GREEDY.replace(max_tokens=3))
     assert ids_of(reply) == [7, 8, 9]
@@ -103,13 +116,13 @@ def test_max_tokens_of_the_answer():
     assert reply.pending == (9,)
 
 
-def test_a_stop_token_that_is_the_last_allowed_is_a_stop():
+def test_a_stop_token_that_is_the_last_allowed_is_a_stop() -> None:
     reply = decode(FakeEngine([7, EOS]), options=GREEDY.replace(max_tokens=2))
     assert ids_of(reply) == [7, EOS]
     assert reply.finish.reason is StopReason.STOP_TOKEN
 
 
-def test_the_next_turn_starts_with_what_is_pending():
+def test_the_next_turn_starts_with_what_is_pending() -> None:
     engine = FakeEngine([7, EOS, 8, EOS])
     first = decode(engine)
     assert ids_of(first) == [7, EOS]
@@ -119,7 +132,7 @@ def test_the_next_turn_starts_with_what_is_pending():
     assert engine.feeds == [(1, 2, 3), (7,), (EOS, 20, 21), (8,)]
 
 
-def test_thinking_that_ends_by_itself():
+def test_thinking_that_ends_by_itself() -> None:
     engine = FakeEngine([10, 11, CLOSE, BLANK, 12, EOS])
     reply = decode(engine, think=THINK, starts_in_thinking=True, options=GREEDY.replace(max_tokens=3))
     thinking = [Token(id, thinking=True) for id in (10, 11, CLOSE)]
@@ -127,20 +140,20 @@ def test_thinking_that_ends_by_itself():
     assert reply.finish == (StopReason.STOP_TOKEN, 3, 3, None, False)
 
 
-def test_the_model_may_open_the_block_itself_but_once():
+def test_the_model_may_open_the_block_itself_but_once() -> None:
     engine = FakeEngine([OPEN, 10, CLOSE, 12, OPEN, 13, EOS])
     reply = decode(engine, think=THINK)
     assert [token.thinking for token in reply] == [True, True, True, False, False, False, False]
     assert reply.finish == (StopReason.STOP_TOKEN, 3, 4, None, False)
 
 
-def test_without_thinking_its_tokens_mean_nothing():
+def test_without_thinking_its_tokens_mean_nothing() -> None:
     reply = decode(FakeEngine([OPEN, 10, EOS]))
     assert list(reply) == [Token(OPEN), Token(10), Token(EOS)]
 
 
 @pytest.mark.parametrize("stop", [EOS, EOT])
-def test_a_stop_token_inside_thinking_closes_it(stop):
+def test_a_stop_token_inside_thinking_closes_it(stop: int) -> None:
     engine = FakeEngine([10, stop, 12, EOS])
     reply = decode(engine, think=THINK, starts_in_thinking=True)
     tokens = list(reply)
@@ -156,14 +169,14 @@ def test_a_stop_token_inside_thinking_closes_it(stop):
     assert_consistent(reply, engine, (1, 2, 3), tokens)
 
 
-def test_a_stop_token_that_was_dropped_is_not_penalised():
+def test_a_stop_token_that_was_dropped_is_not_penalised() -> None:
     engine = FakeEngine([EOS, EOS])
     options = GREEDY.replace(presence_penalty=2.0)
     assert ids_of(decode(engine, options=options, think=THINK, starts_in_thinking=True)) == [CLOSE, BLANK, EOS]
 
 
 @pytest.mark.parametrize("budget", [0, 1, 3])
-def test_the_thinking_budget_closes_thinking_and_the_answer_follows(budget):
+def test_the_thinking_budget_closes_thinking_and_the_answer_follows(budget: int) -> None:
     thoughts = [10, 11, 12, 13, 14][:budget]
     engine = FakeEngine([*thoughts, 30, 31, 32, 33])
     options = GREEDY.replace(thinking_budget=budget, max_tokens=2)
@@ -180,7 +193,7 @@ def test_the_thinking_budget_closes_thinking_and_the_answer_follows(budget):
     assert_consistent(reply, engine, (1, 2, 3), tokens)
 
 
-def test_thinking_that_ends_within_its_budget_is_left_alone():
+def test_thinking_that_ends_within_its_budget_is_left_alone() -> None:
     reply = decode(
         FakeEngine([10, CLOSE, 30, EOS]),
         options=GREEDY.replace(thinking_budget=2),
@@ -194,7 +207,7 @@ def test_thinking_that_ends_within_its_budget_is_left_alone():
 CYCLE = list(range(10, 26))  # varied enough for an alarm after 256 tokens
 
 
-def test_a_loop_in_thinking_closes_thinking():
+def test_a_loop_in_thinking_closes_thinking() -> None:
     engine = FakeEngine([*(CYCLE * 16)[:256], 30, EOS])
     reply = decode(engine, think=THINK, starts_in_thinking=True)
     tokens = list(reply)
@@ -204,27 +217,27 @@ def test_a_loop_in_thinking_closes_thinking():
     assert_consistent(reply, engine, (1, 2, 3), tokens)
 
 
-def test_an_answer_that_goes_on_where_the_loop_was_cut_is_no_loop():
+def test_an_answer_that_goes_on_where_the_loop_was_cut_is_no_loop() -> None:
     engine = FakeEngine([*(CYCLE * 16)[:256], *(CYCLE * 17)[256:264], EOS])
     reply = decode(engine, think=THINK, starts_in_thinking=True)
     assert sum(1 for _ in reply) == 256 + 5 + 9
     assert reply.finish.reason is StopReason.STOP_TOKEN
 
 
-def test_a_loop_in_the_answer_ends_it():
+def test_a_loop_in_the_answer_ends_it() -> None:
     engine = FakeEngine(CYCLE * 100)
     reply = decode(engine)
     assert len(list(reply)) == 256
     assert reply.finish == (StopReason.LOOP, 0, 256, None, False)
 
 
-def test_the_loop_guard_can_be_switched_off():
+def test_the_loop_guard_can_be_switched_off() -> None:
     reply = decode(FakeEngine(CYCLE * 100), options=GREEDY.replace(loop_guard=False, max_tokens=900))
     assert len(list(reply)) == 900
     assert reply.finish.reason is StopReason.LENGTH
 
 
-def test_the_context_is_filled_and_not_a_token_more():
+def test_the_context_is_filled_and_not_a_token_more() -> None:
     engine = FakeEngine(context_limit=10)
     reply = decode(engine)
     assert len(list(reply)) == 7
@@ -233,7 +246,7 @@ def test_the_context_is_filled_and_not_a_token_more():
 
 
 @pytest.mark.parametrize(("limit", "answered"), [(3 + 4 + 5, 0), (3 + 4 + 5 + 1, 1)])
-def test_thinking_is_closed_only_if_an_answer_fits_behind_it(limit, answered):
+def test_thinking_is_closed_only_if_an_answer_fits_behind_it(limit: int, answered: int) -> None:
     engine = FakeEngine([10, 11, 12, 13, 30], context_limit=limit)
     options = GREEDY.replace(thinking_budget=4)
     reply = decode(engine, options=options, think=THINK, starts_in_thinking=True)
@@ -244,14 +257,14 @@ def test_thinking_is_closed_only_if_an_answer_fits_behind_it(limit, answered):
     assert_consistent(reply, engine, (1, 2, 3), tokens)
 
 
-def test_thinking_may_fill_the_context_too():
+def test_thinking_may_fill_the_context_too() -> None:
     reply = decode(FakeEngine(context_limit=9), think=THINK, starts_in_thinking=True)
     assert len(list(reply)) == 6
     assert reply.finish == (StopReason.CONTEXT_FULL, 6, 0, None, True)
 
 
 @pytest.mark.parametrize("length", [10, 11, 500])
-def test_a_prompt_that_leaves_no_room_is_refused_before_any_work(length):
+def test_a_prompt_that_leaves_no_room_is_refused_before_any_work(length: int) -> None:
     engine = FakeEngine(context_limit=12)
     engine.context = [5, 5]
     with pytest.raises(MemoryBudgetError, match=rf"prompt \({length} tokens\) leaves no room.*: 10 tokens"):
@@ -259,16 +272,16 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_any_work(length):
     assert engine.feeds == []
 
 
-def test_an_empty_prompt_is_refused():
+def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(UsageError, match="empty"):
         decode(FakeEngine(), prompt=())
 
 
 @pytest.mark.parametrize("leave_after", range(1, 9))
-def test_leaving_at_any_token_leaves_a_consistent_state(leave_after):
+def test_leaving_at_any_token_leaves_a_consistent_state(leave_after: int) -> None:
     engine = FakeEngine([10, 11, EOS, 12, 13, 14])
     reply = decode(engine, think=THINK, starts_in_thinking=True)
-    tokens = []
+    tokens = list[Token]()
     for token in reply:
         tokens.append(token)
         if len(tokens) == leave_after:
@@ -283,20 +296,20 @@ def test_leaving_at_any_token_leaves_a_consistent_state(leave_after):
 
 
 @pytest.mark.parametrize(("interrupt_after", "chunk"), [(1, 0), (1, 2), (3, 0)])
-def test_ctrl_c_while_the_model_works(interrupt_after, chunk):
+def test_ctrl_c_while_the_model_works(interrupt_after: int, chunk: int) -> None:
     engine = FakeEngine([10, 11, 12], interrupt_after=interrupt_after, chunk=chunk)
     reply = decode(engine)
-    tokens = []
+    tokens = list[Token]()
     with pytest.raises(KeyboardInterrupt):
         tokens.extend(reply)  # keeps what came before the interruption
     assert reply.finish.reason is StopReason.INTERRUPTED
     assert_consistent(reply, engine, (1, 2, 3), tokens)
 
 
-def test_a_stop_string_ends_the_reply_from_outside():
+def test_a_stop_string_ends_the_reply_from_outside() -> None:
     engine = FakeEngine([10, 11, 12])
     reply = decode(engine)
-    tokens = []
+    tokens = list[Token]()
     for token in reply:
         tokens.append(token)
         if token.id == 11:
@@ -306,17 +319,17 @@ def test_a_stop_string_ends_the_reply_from_outside():
     assert reply.pending == (11,)
 
 
-def test_broken_logits_come_through_as_an_error():
+def test_broken_logits_come_through_as_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FakeEngine([10])
-    engine.feed = lambda ids: np.full(VOCAB, np.nan, dtype=np.float32)
+    monkeypatch.setattr(engine, "feed", lambda ids: np.full(VOCAB, np.nan, np.float32))
     with pytest.raises(ModelError, match="not finite"):
         list(decode(engine))
 
 
-def test_the_prompt_counts_for_repetition_only():
+def test_the_prompt_counts_for_repetition_only(monkeypatch: pytest.MonkeyPatch) -> None:
     options = GREEDY.replace(repetition_penalty=2.0, presence_penalty=2.0, max_tokens=1)
     engine = FakeEngine()
-    engine.feed = lambda ids: np.arange(VOCAB, dtype=np.float32) / 10
+    monkeypatch.setattr(engine, "feed", lambda ids: np.arange(VOCAB, dtype=np.float32) / 10)
     assert ids_of(decode(engine, prompt=[VOCAB - 1, 3], options=options)) == [VOCAB - 2]
 
 
@@ -330,11 +343,14 @@ def test_the_prompt_counts_for_repetition_only():
     starts_in_thinking=st.booleans(),
     leave_after=st.integers(0, 60),
 )
-def test_invariants_of_any_reply(script, prompt, context_limit, max_tokens, budget, starts_in_thinking, leave_after):
+def test_invariants_of_any_reply(
+    script: list[int], prompt: list[int], context_limit: int, max_tokens: int | None, budget: int | None,
+    starts_in_thinking: bool, leave_after: int,
+) -> None:  # fmt: skip
     engine = FakeEngine(script, context_limit)
     options = GREEDY.replace(max_tokens=max_tokens, thinking_budget=budget)
     reply = decode(engine, prompt, options, think=THINK, starts_in_thinking=starts_in_thinking)
-    tokens = []
+    tokens = list[Token]()
     for token in itertools.islice(reply, leave_after):
         tokens.append(token)
         assert_consistent(reply, engine, prompt, tokens)

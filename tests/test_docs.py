@@ -35,7 +35,7 @@ def place(item: Block | Path) -> str:
     return f"{page.relative_to(ROOT)}{line}"
 
 
-def blocks_in(language: str) -> Any:
+def blocks_in(language: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == language], ids=place)
 
 
@@ -199,5 +199,5 @@ def test_python_runs(page: Path, desk: Path, work: Path) -> None:
     code = "\n".join(block.code for block in blocks(page) if block.language == "python" and not block.reason)
     if page.name == "README.md":
         shutil.copytree(DEMO, work / "q2b")
-    done = run_python(f"import os\nos.chdir({str(work)!r})\n{code}", **environment(desk), timeout=120)
+    done = run_python(f"import os\nos.chdir({str(work)!r})\n{code}", without=(), timeout=120, **environment(desk))
     assert done.returncode == 0, done.stderr[-2000:]

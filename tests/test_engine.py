@@ -15,7 +15,7 @@ from edgeq.engine import Engine, Feed
 from edgeq.errors import MemoryBudgetError, UsageError
 from edgeq.model import text
 from edgeq.session.context import Context
-from edgeq.state import State, held_nbytes
+from edgeq.state import DeltaState, KVCache, State, held_nbytes
 from edgeq.testing import config_values, nmse, write_checkpoint
 from edgeq.weights import Part, declare_mtp, declare_text, declare_vision, leaves, map_tree
 
@@ -156,10 +156,12 @@ class TestStates:
 
     def test_taken_apart(self, model: Model) -> None:
         state = model.advance([1, 2, 3], model.state())
+        first = state.layers[0]
+        assert isinstance(first, DeltaState)
         for broken in (
             state._replace(layers=state.layers[:-1]), state._replace(layers=(*state.layers, state.layers[0])),
             state._replace(layers=()), state._replace(length=2), state._replace(layers=state.layers[::-1]),
-            state._replace(origin="", layers=(state.layers[0]._replace(matrix=np.zeros((1, 2, 3))), *state.layers[1:])),
+            state._replace(origin="", layers=(first._replace(matrix=np.zeros((1, 2, 3))), *state.layers[1:])),
         ):  # fmt: skip
             self.refused(model, broken, "does not fit the model")
         for nothing in (None, 3, (state.layers, 3, 3), "state"):
@@ -236,6 +238,6 @@ def test_shared_memory_is_counted_once(model: Model) -> None:
     held = held_nbytes([state, one, branch])
     assert held < held_nbytes([state]) + held_nbytes([one]) + held_nbytes([branch])
     assert held_nbytes([state, state]) == held_nbytes([state]) <= held
-    kv = [layer for layer in state.layers if hasattr(layer, "memory")]
+    kv = [layer for layer in state.layers if isinstance(layer, KVCache)]
     assert all(layer.nbytes == sum(nbytes for _, nbytes in layer.memory()) for layer in kv)
     assert isinstance(state, State)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from documents import ROOT
@@ -73,7 +74,7 @@ def test_readme_follows_the_figures(tools: tuple[ModuleType, ModuleType]) -> Non
     runs = figures.read()
     name, run = next((name, run) for name, run in runs.items() if run is make.latest(runs, "llama.cpp"))
 
-    def faster(row):
+    def faster(row: Any) -> Any:
         return row._replace(values={**row.values, "edgeq": 1234}) if row.test == "decode 64" and not row.busy else row
 
     changed = {**runs, name: run._replace(rows=[faster(row) for row in run.rows if not row.busy])}

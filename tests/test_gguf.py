@@ -436,9 +436,10 @@ class TestQuantize:
         for name, tensor in a.tensors.items():
             assert tensor.quantization == b.tensors[name].quantization
             if tensor.quantization is not None:
-                both = a.matrix(name), b.matrix(name)
-                assert all(isinstance(matrix, QMatrix) for matrix in both)
-                for ours, theirs in zip(*(matrix.arrays for matrix in both), strict=True):
+                one, other = a.matrix(name), b.matrix(name)
+                assert isinstance(one, QMatrix)
+                assert isinstance(other, QMatrix)
+                for ours, theirs in zip(one.arrays, other.arrays, strict=True):
                     np.testing.assert_array_equal(ours, theirs)
             elif name.endswith("A_log"):
                 np.testing.assert_allclose(a.raw(name), b.raw(name), rtol=2e-7, atol=2e-7)  # log of exp

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,9 +30,9 @@ def normal(*shape: int, seed: int = 3) -> Array:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-def cpu_ops(kv_dtype: str) -> Ops[Array]:
+def cpu_ops(kv_dtype: str) -> Ops[Array, Any]:
     cpu = pytest.importorskip("edgeq.backends.cpu", reason="the native backend is not built")
-    ops: Ops[Array] = cpu.CpuOps(kv_dtype=kv_dtype)
+    ops: Ops[Array, Any] = cpu.CpuOps(kv_dtype=kv_dtype)
     return ops
 
 

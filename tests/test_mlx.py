@@ -9,7 +9,7 @@ import gc
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from edgeq.formats.bf16 import Array, round_to, to_float32
 from edgeq.hub import DEMO
 from edgeq.model import layers
 from edgeq.model.text import forward, initial_state, logits, text_batch
-from edgeq.state import KVCache, State
+from edgeq.state import DeltaState, KVCache, State
 from edgeq.state_io import state_arrays, state_from_arrays
 from edgeq.testing import config_values, file_weights, nmse, on_backend, write_checkpoint
 from edgeq.weights import QMatrix, TextWeights, leaves, map_tree
@@ -111,7 +111,7 @@ def bound(c: TextConfig, weights: Any, ids: Array, dtype: str) -> float:
     table = weights.embed_tokens
     table = dequantize(table) if isinstance(table, QMatrix) else to_float32(table)
     stored = weights.layers[0].mlp.gate_proj
-    stored = stored.scales if isinstance(stored, QMatrix) else stored
+    stored = stored.factors[0] if isinstance(stored, QMatrix) else stored
     unit = UNIT["bfloat16" if stored.dtype == np.uint16 else dtype]  # activations take the type of what they meet
     rounded = table * (1 + unit * np.random.default_rng(0).uniform(-1, 1, table.shape).astype(np.float32))
     expected, _ = Tiny(NumpyOps(), c, weights).run(ids)
@@ -288,8 +288,9 @@ def test_operations_in_16_bits(dtype: Any, compiled: bool) -> None:
     T, H, D = 70, 2, 64
     x, gain, z = pair(T, 128), exact(1 + rng.standard_normal(128) / 5), pair(T, 128)
     codes, *affine = (np.array(a) for a in mx.quantize(mx.array(x[0]), 32, 4))
-    stored = [codes, *(round_to(a, short) for a in affine)]
-    check("linear", z, Pair(QMatrix(*stored, 4, 32), ops.matrix(QMatrix(*stored, 4, 32))))
+    scales, biases = (round_to(a, short) for a in affine)
+    stored = QMatrix(codes, scales, biases, 4, 32)
+    check("linear", z, Pair(stored, ops.matrix(stored)))
     check("linear", z, x)
     check("rms_norm", x, gain, 1e-6)
     check("gated_rms_norm", x, gain, z, 1e-6)
@@ -353,10 +354,17 @@ def test_decoding_is_traced_once(model: Any, monkeypatch: pytest.MonkeyPatch) ->
     c, weights = model
     tiny = Tiny(Lazy("float32", compiled=True), c, weights)
     state = initial_state(tiny.ops, c)
-    traced = []
+    traced: list[str] = []
+
+    def spied(piece: str, body: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            traced.append(piece)
+            return body(*arguments)
+
+        return run
+
     for piece in ("mlp", "delta_net", "gated_attention"):
-        body = getattr(layers, piece)
-        monkeypatch.setattr(layers, piece, lambda *a, _body=body, _piece=piece: traced.append(_piece) or _body(*a))
+        monkeypatch.setattr(layers, piece, spied(piece, getattr(layers, piece)))
     for _ in range(50):
         batch = text_batch([np.array([1], np.int32)], [state])
         _, ((state,),) = forward(tiny.ops, c, tiny.weights, batch, [state])
@@ -489,7 +497,8 @@ def soak(tiny: Tiny, tokens: int, *, compiled: bool) -> None:
 
     The compiled step is traced for every capacity of the cache, of which there are few; a trace has its constants.
     """
-    token, state = [1], None
+    token = [1]
+    state: Any = None
     held, capacities = [], set()
     for n in range(tokens):
         scores, (state,) = tiny.run(token, state if n % 5000 else None)
@@ -545,7 +554,11 @@ def test_a_call_starts_its_results(model: Any, monkeypatch: pytest.MonkeyPatch) 
     results = [hidden]
     for state in kept:
         for layer in state.layers:
-            results += [layer.buffer.keys, layer.buffer.values] if isinstance(layer, BufferedKV) else layer
+            if isinstance(layer, DeltaState):
+                results += layer
+            else:
+                assert isinstance(layer, BufferedKV)
+                results += [layer.buffer.keys, layer.buffer.values]
     assert {id(x) for x in results} == set(started)
 
 

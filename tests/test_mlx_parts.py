@@ -5,6 +5,9 @@ NMSE is sum((a - b)^2) / sum(a^2). What only a Metal device can show is skipped 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -35,12 +38,17 @@ def delta_inputs(T: int, heads: int, K: int, V: int, share: int) -> list[Array]:
     return [q, k, v, g, beta, rng.standard_normal((heads * share, V, K)).astype(np.float32)]
 
 
+def products(inputs: Sequence[Array], keep: int, chunk: int, streams: Sequence[Any] = ()) -> Any:
+    q, k, v, g, beta, state = map(mx.array, inputs)
+    return delta_products(q, k, v, g, beta, state, keep, chunk, streams)
+
+
 @pytest.mark.parametrize("C", [4, 16, 64])
 def test_delta_rule_with_keys_that_repeat(C: int) -> None:
     """A text that goes in circles: equal keys, full strength, hardly any decay. Powers of the system would overflow."""
     q, k, v, g, beta, state = delta_inputs(256, 2, 32, 16, 1)
     k[:], g[:], beta[:] = k[:1], -1e-4, 1
-    o, (after,) = delta_products(*map(mx.array, (q, k, v, g, beta, state)), 0, C)
+    o, (after,) = products([q, k, v, g, beta, state], 0, C)
     outputs = []
     for t in range(len(q)):
         out, state = delta_step(q[t], k[t], v[t], g[t], beta[t], state)
@@ -52,10 +60,10 @@ def test_delta_rule_with_keys_that_repeat(C: int) -> None:
 @pytest.mark.parametrize("heads", [1, 2, 5])
 def test_heads_shared_out_among_streams(heads: int) -> None:
     streams = [*cpu_streams(), *cpu_streams(), *cpu_streams()][:3]  # on a machine of one core, three times the same
-    inputs = [mx.array(x) for x in delta_inputs(75, heads, 32, 16, 2)]
+    inputs = delta_inputs(75, heads, 32, 16, 2)
     with mx.stream(mx.cpu):
-        expected, after = delta_products(*inputs, 2, 16)
-        o, states = delta_products(*inputs, 2, 16, streams)
+        expected, after = products(inputs, 2, 16)
+        o, states = products(inputs, 2, 16, streams)
         for one, shared in zip((expected, *after), (o, *states), strict=True):
             assert nmse(np.array(one), np.array(shared)) <= 1e-12  # the same products, head by head
 
@@ -81,11 +89,11 @@ def test_metal_kernel(T: int, dtype: str) -> None:
 def test_attention_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A long context: the scores of a chunk are spelled out a few rows at a time."""
     rng, ops = np.random.default_rng(0), MlxOps("float32")
-    q, k, v = (rng.standard_normal((50, heads, 16)).astype(np.float32) for heads in (4, 2, 2))
+    q, k, v = (mx.array(rng.standard_normal((50, heads, 16)).astype(np.float32)) for heads in (4, 2, 2))
     answers = []
     for scores in (1 << 24, 7 * 4 * 70, 1):  # all rows, seven, and one at a time
         monkeypatch.setattr("edgeq.backends.mlx.ops._SCORES", scores)
-        answers.append(np.array(ops.attention(*map(mx.array, (q, k, v)), ops.kv_cache(k[:20], v[:20]))[0]))
+        answers.append(np.array(ops.attention(q, k, v, ops.kv_cache(np.array(k[:20]), np.array(v[:20])))[0]))
     assert nmse(answers[0], answers[1]) <= 1e-12  # the same sums in another order
     assert nmse(answers[0], answers[2]) <= 1e-12
 

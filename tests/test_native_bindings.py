@@ -208,7 +208,7 @@ def test_what_is_no_sequence_is_refused_by_name(rng: np.random.Generator, bad: A
     q, k = normal(rng, 1, 4, 32), normal(rng, 1, 2, 32)
     state = normal(rng, 4, 32, 32)
     gate = np.zeros((1, 4), np.float32)
-    for name, call in {
+    calls: dict[str, Callable[[], object]] = {
         "ws": lambda: native.linears(q[0], bad, []),
         "outs": lambda: native.linears(q[0], [native.Matrix(q[0])], bad),
         "after": lambda: native.delta_rule(q, q, q, gate, gate, state, bad, q.copy()),
@@ -216,7 +216,8 @@ def test_what_is_no_sequence_is_refused_by_name(rng: np.random.Generator, bad: A
         "sequences: expected tuples": lambda: native.attention(q, k, k, "f32", [bad], q.copy()),
         "pages": lambda: native.attention(q, k, k, "f32", [(1, 0, bad)], q.copy()),
         "states after": lambda: delta_net(rng)(q[0, :1, :4], 1, 1e-6, 0, [(1, (), bad)], q[0, :1, :4].copy()),
-    }.items():
+    }
+    for name, call in calls.items():
         with pytest.raises(TypeError, match=name):
             call()
 

@@ -242,8 +242,8 @@ def test_weights_that_differ_in_one_array_are_others(rng: np.random.Generator) -
     codes = pack(rng.integers(0, 16, (8, 64)), 4)
     one, two = (np.full((8, 1), value, np.float32) for value in (1, 2))
     x = normal(rng, 1, 64)
-    y = [ops.linear(x, ops.matrix(QMatrix(codes, scales, one, 4, 64))) for scales in (one, two)]
-    assert not np.array_equal(*y)
+    a, b = (ops.linear(x, ops.matrix(QMatrix(codes, scales, one, 4, 64))) for scales in (one, two))
+    assert not np.array_equal(a, b)
 
 
 def test_two_threads_of_python_at_once(rng: np.random.Generator) -> None:
@@ -316,14 +316,15 @@ def test_bad_rows_are_refused(x: Array, out: Array, error: type[Exception]) -> N
 def test_norms_and_rope_check_their_vectors() -> None:
     angles = np.zeros((2, 3), np.float32)
     heads = np.zeros((2, 1, 8), np.float32)
-    for call in (
+    calls: list[Callable[[], object]] = [
         lambda: native.rms_norm(ROW, np.zeros(7, np.float32), None, 1e-6, ROW.copy()),
         lambda: native.rms_norm(ROW, np.zeros(8, np.float32), np.zeros((2, 7), np.float32), 1e-6, ROW.copy()),
         lambda: native.rope(heads, angles[:1], angles[:1], heads.copy()),  # too few tokens
         lambda: native.rope(heads, np.zeros((2, 5), np.float32), np.zeros((2, 5), np.float32), heads.copy()),
         lambda: native.causal_conv_silu(ROW, np.zeros((8, 0), np.float32), np.zeros((0, 8), np.float32), ROW.copy()),
         lambda: native.causal_conv_silu(ROW, np.zeros((8, 4), np.float32), np.zeros((2, 8), np.float32), ROW.copy()),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(ValueError, match="expected"):
             call()
 

@@ -27,6 +27,9 @@ Array = NDArray[Any]
 DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}
 
 
+Parts = tuple[Array, Array, Array, int, int]  # codes, scales, biases, bits, group size
+
+
 @pytest.fixture(params=native.isas(), autouse=True)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every test runs on every instruction set that is here."""
@@ -36,7 +39,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     native.set_isa(before)
 
 
-def quantized(rng: np.random.Generator, out: int, width: int, bits: int, group: int, dtype: Any = np.uint16) -> tuple:
+def quantized(rng: np.random.Generator, out: int, width: int, bits: int, group: int, dtype: Any = np.uint16) -> Parts:
     """Codes, scales, biases as random weights of about unit variance would have them."""
     codes = pack(rng.integers(0, 1 << bits, (out, width)), bits)
     scales = (rng.uniform(0.5, 1.5, (out, width // group)) * 4 / (1 << bits)).astype(np.float32)
@@ -56,11 +59,13 @@ def emulate(x: Array, w: QMatrix[Array]) -> Array:
     amax = np.abs(groups).max(-1, keepdims=True)
     q = np.rint(groups * (np.float32(127) / amax)).astype(np.int64)
     a = (amax / np.float32(127)).astype(np.float64)[..., 0]
-    c = unpack(w.codes, w.bits)
+    c: Array = unpack(w.codes, w.bits)
     c = (IQ4[c] if w.iq4 else c).astype(np.int64).reshape(len(c), -1, w.group_size)
     dots = np.einsum("tgi,ogi->tog", q, c).astype(np.float64)
     s, b = (v.astype(np.float64) for v in group_numbers(w))
-    return np.einsum("tog,og,tg->to", dots, s, a) + np.einsum("tg,og,tg->to", q.sum(-1).astype(np.float64), b, a)
+    products: Array = np.einsum("tog,og,tg->to", dots, s, a)
+    offsets: Array = np.einsum("tg,og,tg->to", q.sum(-1).astype(np.float64), b, a)
+    return products + offsets
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 4, 6, 19])
@@ -216,20 +221,20 @@ class TestBadInput:
     """Nothing wrong reaches a kernel."""
 
     @pytest.fixture
-    def parts(self) -> tuple:
+    def parts(self) -> Parts:
         return quantized(np.random.default_rng(0), 8, 128, 4, 64)
 
-    def test_bits(self, parts: tuple) -> None:
+    def test_bits(self, parts: Parts) -> None:
         for bits in (0, 1, 7, 9, 16):
             with pytest.raises(ValueError, match="bits"):
                 native.Matrix(*parts[:3], bits, 64)
 
-    def test_group(self, parts: tuple) -> None:
+    def test_group(self, parts: Parts) -> None:
         for group in (0, 16, 48, 256):
             with pytest.raises(ValueError, match="group_size"):
                 native.Matrix(*parts[:4], group)
 
-    def test_shapes(self, parts: tuple) -> None:
+    def test_shapes(self, parts: Parts) -> None:
         codes, scales, biases, bits, group = parts
         with pytest.raises(ValueError, match="scales: expected shape"):
             native.Matrix(codes, scales[:, :1].copy(), biases, bits, group)
@@ -240,7 +245,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match="codes: expected rows that are whole groups, found"):
             native.Matrix(codes[:0], scales[:0], biases[:0], bits, group)
 
-    def test_dtypes(self, parts: tuple) -> None:
+    def test_dtypes(self, parts: Parts) -> None:
         codes, scales, biases, bits, group = parts
         with pytest.raises(TypeError):
             native.Matrix(codes.view(np.int32), scales, biases, bits, group)
@@ -274,21 +279,21 @@ class TestBadInput:
             with pytest.raises((ValueError, TypeError), match=message):
                 native.Matrix(**(right | change))
 
-    def test_strides(self, parts: tuple) -> None:
+    def test_strides(self, parts: Parts) -> None:
         codes, scales, biases, bits, group = parts
         with pytest.raises(TypeError):
             native.Matrix(np.asfortranarray(codes), scales, biases, bits, group)
         with pytest.raises(TypeError):
             multiply_into(parts, np.zeros((2, 256), np.float32)[:, ::2], np.empty((2, 8), np.float32))
 
-    def test_misaligned(self, parts: tuple) -> None:
+    def test_misaligned(self, parts: Parts) -> None:
         codes, scales, biases, bits, group = parts
         raw = np.zeros(codes.nbytes + 1, np.uint8)
         shifted = raw[1:].view(np.uint32).reshape(codes.shape)
         with pytest.raises(ValueError, match="codes: expected aligned data"):
             native.Matrix(shifted, scales, biases, bits, group)
 
-    def test_product(self, parts: tuple) -> None:
+    def test_product(self, parts: Parts) -> None:
         x, out = np.zeros((2, 128), np.float32), np.empty((2, 8), np.float32)
         with pytest.raises(ValueError, match="x: expected 128 columns"):
             multiply_into(parts, np.zeros((2, 64), np.float32), out)
@@ -304,7 +309,7 @@ class TestBadInput:
         with pytest.raises(TypeError):
             multiply_into(parts, x, out)
 
-    def test_several(self, parts: tuple) -> None:
+    def test_several(self, parts: Parts) -> None:
         w, x = native.Matrix(*parts), np.zeros((1, 128), np.float32)
         out = np.empty((1, 8), np.float32)
         for ws, outs in (([], []), ([w], []), ([w, w], [out])):
@@ -314,13 +319,13 @@ class TestBadInput:
             with pytest.raises(TypeError, match=f"{name}: expected"):
                 native.linears(x, ws, outs)
 
-    def test_ids(self, parts: tuple) -> None:
+    def test_ids(self, parts: Parts) -> None:
         table, out = native.Matrix(*parts), np.empty((1, 128), np.float32)
         for bad in (-1, 8, 2**31 - 1):
             with pytest.raises(ValueError, match="ids: expected 0 to 7, found"):
                 native.embed(table, np.array([bad], np.int32), out)
 
-    def test_no_tokens(self, parts: tuple) -> None:
+    def test_no_tokens(self, parts: Parts) -> None:
         multiply_into(parts, np.zeros((0, 128), np.float32), np.empty((0, 8), np.float32))
 
     def test_threads(self) -> None:
@@ -333,7 +338,7 @@ class TestBadInput:
             native.set_isa("mmx")
 
 
-def multiply_into(parts: tuple, x: Array, out: Array) -> None:
+def multiply_into(parts: Parts, x: Array, out: Array) -> None:
     native.linear(x, native.Matrix(*parts), out)
 
 

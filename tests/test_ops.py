@@ -74,7 +74,7 @@ def normal(rng: np.random.Generator, *shape: int) -> Array:
 def quantized(rng: np.random.Generator, out: int, width: int, bits: int, group: int, dtype: type) -> QMatrix[Array]:
     codes = pack(rng.integers(0, 1 << bits, (out, width)), bits)
     scales = rng.uniform(0.01, 0.02, (out, width // group)).astype(np.float32)
-    biases = -scales * (1 << (bits - 1)) + 0.01 * normal(rng, *scales.shape)
+    biases = (-scales * (1 << (bits - 1)) + 0.01 * normal(rng, *scales.shape)).astype(np.float32)
     return QMatrix(codes, round_to(scales, dtype), round_to(biases, dtype), bits, group)
 
 
@@ -155,7 +155,11 @@ def test_gguf_s_types(ops: Ops[Any, Any], rng: np.random.Generator, form: Form) 
 @pytest.mark.parametrize("T", [1, 5])
 def test_linears(ops: Ops[Any, Any], rng: np.random.Generator, T: int) -> None:
     x = normal(rng, T, 128)
-    ws = [quantized(rng, 48, 128, 4, 64, np.uint16), quantized(rng, 7, 128, 8, 32, np.float16), normal(rng, 5, 128)]
+    ws: list[Matrix[Array]] = [
+        quantized(rng, 48, 128, 4, 64, np.uint16),
+        quantized(rng, 7, 128, 8, 32, np.float16),
+        normal(rng, 5, 128),
+    ]
     together = ops.linears(ops.array(x), [ops.matrix(w) for w in ws])
     for y, w in zip(together, ws, strict=True):
         assert nmse(ops.numpy(ops.linear(ops.array(x), ops.matrix(w))), ops.numpy(y)) <= SUMS
@@ -331,8 +335,9 @@ class DeltaInputs:
         self.state = normal(rng, value_heads, V, K)
 
     def run(self, ops: Ops[Any, Any], keep: int = 0, rows: slice = slice(None), state: Any = None) -> Any:
-        tokens = [ops.array(np.ascontiguousarray(x[rows])) for x in (self.q, self.k, self.v, self.g, self.beta)]
-        return ops.delta_rule(*tokens, ops.array(self.state) if state is None else state, keep)
+        tokens = (self.q, self.k, self.v, self.g, self.beta)
+        q, k, v, g, beta = (ops.array(np.ascontiguousarray(x[rows])) for x in tokens)
+        return ops.delta_rule(q, k, v, g, beta, ops.array(self.state) if state is None else state, keep)
 
     def slow(self) -> tuple[Array, list[Array]]:
         """Outputs [T, Hv, V] and the state after each token, in float64."""
@@ -394,7 +399,7 @@ def config(ratio: int) -> TextConfig:
 
 def matrix(ops: Ops[Any, Any], rng: np.random.Generator, out: int, width: int, bits: int | None) -> Any:
     if bits is None:
-        return ops.matrix(from_float32(0.1 * normal(rng, out, width)))
+        return ops.matrix(from_float32(np.float32(0.1) * normal(rng, out, width)))
     return ops.matrix(quantized(rng, out, width, bits, 32, np.uint16))
 
 

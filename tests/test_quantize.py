@@ -220,7 +220,7 @@ class TestMLX:
 
 
 def _round_to_128ths(norm: Array) -> None:
-    norm[:] = from_float32(np.round(to_float32(norm) * 128) / 128)
+    norm[:] = from_float32((np.round(to_float32(norm) * 128) / 128).astype(np.float32))
 
 
 class TestRefusals:
@@ -234,7 +234,8 @@ class TestRefusals:
 
     def test_float16_that_overflows(self, source: Path, tmp_path: Path) -> None:
         shutil.copytree(source, tmp_path / "in")
-        overwrite(tmp_path / "in", "norm.weight", lambda x: x.__setitem__(0, from_float32(np.float32([1e6]))[0]))
+        (million,) = from_float32(np.array([1e6], np.float32))
+        overwrite(tmp_path / "in", "norm.weight", lambda x: x.__setitem__(0, million))
         with pytest.raises(ModelError, match=r"norm.weight has values beyond the range of F16"):
             quantize(tmp_path / "in", tmp_path / "out", types=["norm=f16"])
 

@@ -56,7 +56,10 @@ def config_values(layers: int, vocab: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def both_models(layers: int, vocab: int, dtype: mx.Dtype) -> tuple[TextConfig, TextWeights[mx.array], Any]:
+Weights = TextWeights[mx.array, mx.array | MlxQMatrix]
+
+
+def both_models(layers: int, vocab: int, dtype: mx.Dtype) -> tuple[TextConfig, Weights, Any]:
     """The configuration, edgeq's weights and mlx-lm's model, of the same arrays."""
     values = config_values(layers, vocab)
     c = parse_config(values).text
@@ -88,7 +91,7 @@ def random_weights(c: TextConfig, dtype: mx.Dtype) -> dict[str, mx.array]:
     return arrays
 
 
-def edgeq_weights(c: TextConfig, arrays: dict[str, mx.array]) -> TextWeights[mx.array, MlxQMatrix]:
+def edgeq_weights(c: TextConfig, arrays: dict[str, mx.array]) -> Weights:
     """The tree of the same arrays; the few vectors in float32, as edgeq has them."""
 
     def leaf(spec: TensorSpec) -> mx.array | MlxQMatrix:
@@ -98,7 +101,7 @@ def edgeq_weights(c: TextConfig, arrays: dict[str, mx.array]) -> TextWeights[mx.
         x = arrays[spec.name].astype(mx.float32)
         return -mx.exp(x) if spec.role is Role.DECAY else x.squeeze(-1) if spec.role is Role.CONV else x
 
-    weights: TextWeights[mx.array, MlxQMatrix] = map_tree(leaf, declare_text(c))
+    weights: Weights = map_tree(leaf, declare_text(c))
     return weights
 
 
@@ -165,7 +168,7 @@ def bench_delta_rule(tokens: int) -> None:
     print(f"  NMSE of the outputs: {nmse(*(np.array(x().astype(mx.float32)) for x in (peer, ours))):.1e}")
 
 
-def bench_graph(c: TextConfig, weights: TextWeights[mx.array], model: Any) -> None:
+def bench_graph(c: TextConfig, weights: Weights, model: Any) -> None:
     """Time of Python to build the graph of one token after 1000 as on a GPU, nothing computed."""
     ops = BuildOnly("bfloat16", compiled=True)
     past = np.zeros((1000, c.num_key_value_heads, c.head_dim), np.float32)
@@ -193,7 +196,7 @@ def bench_graph(c: TextConfig, weights: TextWeights[mx.array], model: Any) -> No
     report(f"graph of one token, {len(c.layer_types)} layers", "ms", *(1e3 * s for s in seconds(30, ours, peer)))
 
 
-def bench_agreement(c: TextConfig, weights: TextWeights[mx.array], model: Any) -> None:
+def bench_agreement(c: TextConfig, weights: Weights, model: Any) -> None:
     """The same tokens through both models, in float32."""
     ops, ids = MlxOps("float32"), np.arange(3, 12, dtype=np.int32)
     state = initial_state(ops, c)
@@ -204,7 +207,7 @@ def bench_agreement(c: TextConfig, weights: TextWeights[mx.array], model: Any) -
     print(f"  NMSE of the logits in float32, {len(c.layer_types)} layers: {error:.1e}")
 
 
-def bench_speed(c: TextConfig, weights: TextWeights[mx.array], model: Any, prompt: int, tokens: int) -> None:
+def bench_speed(c: TextConfig, weights: Weights, model: Any, prompt: int, tokens: int) -> None:
     """Prefill and greedy decode, tokens per second."""
     ops, ids = MlxOps(), np.random.default_rng(0).integers(2, c.vocab_size, prompt).astype(np.int32)
     times: dict[str, list[tuple[float, float]]] = {"edgeq": [], "mlx-lm": []}
@@ -219,7 +222,7 @@ def bench_speed(c: TextConfig, weights: TextWeights[mx.array], model: Any, promp
     print(f"  peak memory of the run: {used_memory().peak / 1e6:.0f} MB")
 
 
-def ours_decode(ops: MlxOps, c: TextConfig, weights: TextWeights[mx.array], ids: np.ndarray) -> Iterator[int]:
+def ours_decode(ops: MlxOps, c: TextConfig, weights: Weights, ids: np.ndarray) -> Iterator[int]:
     """As the runtime does it: 512 tokens of the prompt at a time, and every token's logits come to NumPy."""
     state = initial_state(ops, c)
     while True:

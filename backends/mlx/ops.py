@@ -20,10 +20,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 import mlx.core as mx
 import numpy as np
 
+from edgeq.backends.base import BaseOps
 from edgeq.backends.mlx.delta import cpu_streams, delta_metal, delta_products
 from edgeq.backends.mlx.kv import Buffer, BufferedKV, StepKV, capacity_for
 from edgeq.backends.mlx.memory import limit_memory, used_memory
-from edgeq.backends.ops import Angles, Ops
+from edgeq.backends.ops import Angles
 from edgeq.config import RopeConfig, TextConfig
 from edgeq.errors import UsageError
 from edgeq.formats.affine import mlx_layout
@@ -55,7 +56,7 @@ _SCORES = 1 << 24  # attention scores at a time: 64 MB, where MLX has no fused k
 _NUMBERS = count()  # of compiled functions
 
 
-class MlxOps(Ops[mx.array, MlxMatrix]):
+class MlxOps(BaseOps[mx.array, MlxMatrix]):
     """MLX on its default device.
 
     `dtype` is the type of activations and of the KV cache. On a GPU it is bfloat16 unless said otherwise: the type the

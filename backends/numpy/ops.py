@@ -8,10 +8,11 @@ from weakref import finalize
 
 import numpy as np
 
+from edgeq.backends.base import BaseOps
 from edgeq.backends.numpy.delta import delta_chunk, delta_step
 from edgeq.backends.numpy.kv import Page, PagedKV
 from edgeq.backends.numpy.kv_types import check_kv_dtype
-from edgeq.backends.ops import Angles, Ops
+from edgeq.backends.ops import Angles
 from edgeq.config import RopeConfig, TextConfig
 from edgeq.formats.affine import dequantize
 from edgeq.formats.bf16 import Array, Float32, to_float32
@@ -71,7 +72,7 @@ class Tally:
         self.nbytes -= nbytes
 
 
-class ArrayOps(Ops[Array, M]):
+class ArrayOps(BaseOps[Array, M]):
     """Every operation but those on matrices, on NumPy's arrays.
 
     kv_dtype: what the KV cache keeps of its entries, "f32", "f16", "bf16", "int8" or "int4".

@@ -6,18 +6,14 @@ T tokens of one or more sequences; `lengths` says where one sequence ends and th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
+from edgeq.backends.ops import Angles, ArrayLike, Ops
 from edgeq.config import TextConfig
 from edgeq.state import DeltaState, KVCache, LayerState
 from edgeq.weights import AttentionWeights, DeltaNetWeights, LayerWeights, MLPWeights
 
-if TYPE_CHECKING:
-    from edgeq.backends.ops import Angles, ArrayLike, Ops
-
-    A = TypeVar("A", bound=ArrayLike)
-else:
-    A = TypeVar("A")
+A = TypeVar("A", bound=ArrayLike)
 M = TypeVar("M")
 
 __all__ = ["decoder_layer", "decoder_layers", "delta_net", "gated_attention", "mlp", "spans"]

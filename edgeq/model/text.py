@@ -8,22 +8,18 @@ for text. See docs/concepts/model.md for the arithmetic.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeq.backends.ops import ArrayLike, Ops
 from edgeq.config import TextConfig
 from edgeq.model.layers import spans
 from edgeq.state import DeltaState, LayerState, State
 from edgeq.weights import TextWeights
 
-if TYPE_CHECKING:
-    from edgeq.backends.ops import ArrayLike, Ops
-
-    A = TypeVar("A", bound=ArrayLike)
-else:
-    A = TypeVar("A")
+A = TypeVar("A", bound=ArrayLike)
 M = TypeVar("M")
 
 __all__ = ["Batch", "embed", "forward", "initial_state", "logits", "next_positions", "run_layers", "text_batch"]

@@ -1,0 +1,22 @@
+"""What a backend starts from: the larger pieces in terms of the small operations, as the model's layers spell them."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from edgeq.backends.ops import ArrayLike, Ops
+from edgeq.model import layers
+
+__all__ = ["BaseOps"]
+
+A = TypeVar("A", bound=ArrayLike)
+M = TypeVar("M")
+
+
+class BaseOps(Ops[A, M]):
+    """Operations of which only the small ones are left to define. What is overridden must agree with what is here."""
+
+    mlp = layers.mlp
+    delta_net = layers.delta_net
+    gated_attention = layers.gated_attention
+    decoder_layers = layers.decoder_layers
