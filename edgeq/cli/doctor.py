@@ -40,7 +40,7 @@ def doctor(
     edgeq doctor
     edgeq doctor ~/models --json
 
-    Versions, backends and instruction set, memory and its limits, places and environment; then the unfinished results in
+    Versions, backends and instruction set, memory and its limits, places and environment; then unfinished results in
     each FOLDER (not below it), and in the tokenizer cache.
     """
     facts = {
