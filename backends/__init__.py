@@ -20,6 +20,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgeq.errors import EdgeqError, UsageError
+from edgeq.shortage import is_shortage
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -117,6 +118,8 @@ def _probe(entry: _BuiltIn | EntryPoint) -> Backend:
     try:
         return Backend(entry.name, entry.load(), f"{entry.value} imports")
     except (ImportError, AttributeError) as error:
+        if is_shortage(error):
+            raise
         return Backend(entry.name, None, str(error))
 
 

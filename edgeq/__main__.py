@@ -1,5 +1,29 @@
-"""`python -m edgeq`: the same as the command `edgeq`."""
+"""`python -m edgeq`, and the command `edgeq` itself."""
 
-from edgeq.cli import main
+from __future__ import annotations
 
-main()
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line; exits the process. What it needs is imported where a failure is told."""
+    try:
+        from edgeq.shortage import exit_on_shortage
+    except (MemoryError, OSError, ImportError) as error:
+        raise SystemExit(_no_memory(error)) from None
+    with exit_on_shortage():
+        from edgeq.cli import main as run
+
+        run()
+
+
+def _no_memory(error: BaseException) -> int:
+    """The exit code where there is not even room for the module that tells such things well."""
+    import sys
+
+    sys.stderr.write(f"error: not enough memory to start ({error})\nhint: raise the limit (ulimit)\n")
+    return 3
+
+
+if __name__ == "__main__":
+    main()

@@ -2,12 +2,12 @@
 
     EdgeqError                  1  anything that failed while running
     ├── UsageError              2  the request itself makes no sense
-    ├── MemoryBudgetError       3  it does not fit
+    ├── MemoryBudgetError       3  it does not fit: memory, address space or the disk
     ├── ModelError              4  a model file is damaged, incomplete or of an unknown kind
     ├── NetworkError            5  a download failed, or is not allowed offline
     └── QualityError            6  a quantized result fails its check
 
-The number is the exit code of the command line; 130 means interrupted (Ctrl-C).
+The number is the exit code of the command line; 129, 130 and 143 mean hung up, interrupted (Ctrl-C) and terminated.
 A message names the thing, what was found and what was expected; `hint` is the next step.
 """
 

@@ -9,7 +9,7 @@ from edgeq.backends.ops import ArrayLike, Ops
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import ModelError
 from edgeq.formats.bf16 import Array, all_finite
-from edgeq.formats.safetensors import is_mapped
+from edgeq.formats.mapped import is_mapped
 from edgeq.weights import (
     Matrix,
     MTPWeights,

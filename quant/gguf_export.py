@@ -7,9 +7,7 @@ weights are quantized, by the `gguf` package.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -30,10 +28,12 @@ from edgeq.checkpoint.gguf_layout import (
     vision_metadata,
 )
 from edgeq.checkpoint.gguf_tokenizer import tokenizer_metadata
-from edgeq.errors import EdgeqError, ModelError, UsageError
+from edgeq.errors import ModelError, UsageError
+from edgeq.files import new_file
 from edgeq.formats.bf16 import Array, Float32, from_float32
 from edgeq.formats.ggml import TYPES, GGMLType
-from edgeq.quant.folder import check_room
+from edgeq.formats.mapped import reading_on
+from edgeq.quant.target import FileTarget, files_of
 from edgeq.weights import Part, Role, TensorSpec
 
 __all__ = ["EXPORT_TYPES", "ExportReport", "check_target", "export_gguf", "export_mmproj"]
@@ -55,6 +55,7 @@ _ALIGNMENT = 32
 _TINY = 1e-30  # no type but F32 and BF16 can tell less from 0, and the reciprocal of a scale would overflow
 _DROP_EVERY = 1 << 25  # weights after which the source's pages are let go
 _BLOCK = 1 << 20  # weights that are float32 at a time
+_HEADER = 32 << 20  # bytes of vocabulary and names, or a little more
 _MATRICES = (Role.LINEAR, Role.EMBEDDING, Role.GATE)
 
 Progress = Callable[[int, int, str], None]
@@ -87,14 +88,14 @@ class _Tensor(NamedTuple):
         return prod(self.shape[:-1]) * self.row_nbytes
 
 
-def check_target(checkpoint: Checkpoint, out: Path, force: bool) -> None:
-    """UsageError where writing `out` would destroy something without being asked to."""
-    if out.exists() and (out.samefile(checkpoint.path) or out.is_dir()):
-        raise UsageError(f"{out} is {'a folder' if out.is_dir() else 'the source'}", hint="choose another name")
-    if out.exists() and not force:
-        raise UsageError(
-            f"{out} exists", hint="choose another name, or overwrite it with --force (force=True in Python)"
-        )
+def check_target(checkpoint: Checkpoint, out: Path, force: bool, others: Iterable[Path] = ()) -> None:
+    """UsageError where writing `out` would destroy something that nobody asked to replace."""
+    _target(checkpoint, out, force, others).check()
+
+
+def _target(checkpoint: Checkpoint, out: Path, force: bool, others: Iterable[Path] = ()) -> FileTarget:
+    inputs = [*checkpoint.weight_files(), *files_of(checkpoint.path)]
+    return FileTarget(out, checkpoint.path, inputs, others, force=force)
 
 
 def export_gguf(
@@ -236,60 +237,51 @@ def _write(
     out: Path, checkpoint: Checkpoint, arch: str, metadata: Mapping[str, Any], tensors: Sequence[_Tensor],
     notes: tuple[str, ...], force: bool, progress: Progress | None,
 ) -> ExportReport:  # fmt: skip
-    check_target(checkpoint, out, force)
-    check_room(out, sum(t.nbytes + _ALIGNMENT for t in tensors) + (32 << 20))
-    total, done = sum(prod(t.shape) for t in tensors), 0
-    try:
-        with _new_file(out) as path:
-            _write_header(path, arch, metadata, tensors)
-            with path.open("ab") as file:
-                for tensor in tensors:
-                    file.write(bytes(-file.tell() % _ALIGNMENT))
-                    end = file.tell() + tensor.nbytes
-                    for block in tensor.blocks():
-                        file.write(_encode(block, tensor).data)
-                        before, done = done, done + block.size
-                        if before // _DROP_EVERY != done // _DROP_EVERY:
-                            checkpoint.drop_pages()
-                        if progress:
-                            progress(done, total, tensor.name)
-                    assert file.tell() == end, f"{tensor.name}: not as long as declared"
-                file.write(bytes(-file.tell() % _ALIGNMENT))
-                file.flush()
-                os.fsync(file.fileno())
-    except OSError as error:
-        raise EdgeqError(
-            f"{out} could not be written: {error.strerror or error}",
-            hint="partial output was removed; check free disk space",
-        ) from None
+    target = _target(checkpoint, out, force)
+    target.check()
+    room = sum(t.nbytes + _ALIGNMENT for t in tensors) + _HEADER
+    with reading_on(), new_file(out, room=room, may_replace=target.may_replace) as path:
+        _write_header(path, arch, metadata, tensors)
+        _write_data(path, checkpoint, tensors, progress)
+        nbytes = path.stat().st_size
     names = [t.type.name for t in tensors]
-    return ExportReport(out, out.stat().st_size, {name: names.count(name) for name in dict.fromkeys(names)}, notes)
+    return ExportReport(out, nbytes, {name: names.count(name) for name in dict.fromkeys(names)}, notes)
 
 
-@contextmanager
-def _new_file(out: Path) -> Iterator[Path]:
-    """Yield a name beside `out` to write to. It becomes `out` when the block ends well, else it is removed."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    path = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        yield path
-        path.replace(out)
-    finally:
-        path.unlink(missing_ok=True)
+def _write_data(path: Path, checkpoint: Checkpoint, tensors: Sequence[_Tensor], progress: Progress | None) -> None:
+    """Append the tensors, block by block."""
+    total, done = sum(prod(t.shape) for t in tensors), 0
+    with path.open("ab") as file:
+        for tensor in tensors:
+            file.write(bytes(-file.tell() % _ALIGNMENT))
+            end = file.tell() + tensor.nbytes
+            for block in tensor.blocks():
+                data = _encode(block, tensor).data
+                checkpoint.check_whole()
+                file.write(data)
+                before, done = done, done + block.size
+                if before // _DROP_EVERY != done // _DROP_EVERY:
+                    checkpoint.drop_pages()
+                if progress:
+                    progress(done, total, tensor.name)
+            assert file.tell() == end, f"{tensor.name}: not as long as declared"
+        file.write(bytes(-file.tell() % _ALIGNMENT))
 
 
 def _write_header(path: Path, arch: str, metadata: Mapping[str, Any], tensors: Sequence[_Tensor]) -> None:
     writer = GGUFWriter(path, arch)
-    for key, value in metadata.items():
-        writer.add_key_value(key, value, _value_type(value))
-    for t in tensors:
-        shape = t.shape if t.type.coding is None else (*t.shape[:-1], t.row_nbytes)
-        writer.add_tensor_info(t.name, shape, np.dtype(np.uint8) if t.type.coding else np.dtype(np.float32), t.nbytes,
-                               GGMLQuantizationType[t.type.name])  # fmt: skip
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
+    try:
+        for key, value in metadata.items():
+            writer.add_key_value(key, value, _value_type(value))
+        for t in tensors:
+            shape = t.shape if t.type.coding is None else (*t.shape[:-1], t.row_nbytes)
+            dtype = np.dtype(np.uint8) if t.type.coding else np.dtype(np.float32)
+            writer.add_tensor_info(t.name, shape, dtype, t.nbytes, GGMLQuantizationType[t.type.name])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
 
 
 def _value_type(value: object) -> GGUFValueType:

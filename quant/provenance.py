@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from edgeq.config import read_json
-from edgeq.errors import EdgeqError, ModelError
+from edgeq.errors import ModelError
 from edgeq.version import __version__
 
 __all__ = ["RECORD", "Source", "hash_files", "provenance", "verify"]
@@ -32,18 +32,29 @@ class Source:
 
 
 def hash_files(files: Iterable[Path], stop: Callable[[], bool] = lambda: False) -> Hashes:
-    """Size and sha256 of every file by name; gives up (and returns what it has) once `stop` says so."""
+    """Size and sha256 of every file by name; gives up (and returns what it has) once `stop` says so.
+
+    ModelError for a file that cannot be read.
+    """
     hashes: Hashes = {}
     for path in files:
         digest, nbytes = hashlib.sha256(), 0
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                if stop():
-                    return hashes
-                digest.update(chunk)
-                nbytes += len(chunk)
+        for chunk in _chunks(path):
+            if stop():
+                return hashes
+            digest.update(chunk)
+            nbytes += len(chunk)
         hashes[path.name] = {"bytes": nbytes, "sha256": digest.hexdigest()}
     return hashes
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def provenance(source: Source, inputs: Hashes, outputs: Hashes, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -82,8 +93,5 @@ def _difference(path: Path, entry: dict[str, Any]) -> str | None:
     nbytes = path.stat().st_size
     if nbytes != entry["bytes"]:
         return f"{path.name} has {nbytes:,} bytes, expected {entry['bytes']:,}"
-    try:
-        found = hash_files([path])[path.name]["sha256"]
-    except OSError as error:
-        raise EdgeqError(f"{path} cannot be read: {error.strerror}") from None
+    found = hash_files([path])[path.name]["sha256"]
     return None if found == entry["sha256"] else f"{path.name} has other contents"

@@ -22,17 +22,19 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from edgeq.errors import EdgeqError, ModelError, UsageError
+from edgeq.errors import ModelError, UsageError
+from edgeq.files import new_file, new_folder
 from edgeq.formats.bf16 import Array, Float32, round_to, to_float32
+from edgeq.formats.mapped import reading_on
 from edgeq.formats.names import mlx_module
 from edgeq.formats.safetensors import DTYPES, SafetensorsWriter
 from edgeq.hub import find_model
-from edgeq.quant.folder import check_room, new_folder, refuse_existing
 from edgeq.quant.matrix import QuantizedRows, quantize_rows
 from edgeq.quant.provenance import RECORD, Source, hash_files, provenance
 from edgeq.quant.recipe import KEEP, Assignment, QuantSpec, Recipe, TypeRule, assign, choose_recipe
 from edgeq.quant.report import Report, TensorReport
 from edgeq.quant.source import open_source
+from edgeq.quant.target import FileTarget, FolderTarget, files_of
 
 __all__ = ["Progress", "quantize"]
 
@@ -58,6 +60,7 @@ def quantize(
     recipe: str | None = None,
     types: Sequence[str] = (),
     dry_run: bool = False,
+    report: Path | str | None = None,
     force: bool = False,
     progress: Progress | None = None,
     revision: str | None = None,
@@ -66,30 +69,48 @@ def quantize(
     """Quantize `src`, a folder or Hugging Face ID of an unquantized checkpoint, into the new folder `out`.
 
     `recipe` is q4 (the default), q4+, q5, q6, q8 or none; `bits` and `group_size` replace its base's; `types` are
-    PATTERN=SPEC overrides, e.g. "*.down_proj=6g64". With `dry_run` nothing is written and `out` may be None. With
-    `force` an existing model folder is replaced, once the new one is complete. `revision` goes on record; it is known
-    for folders in the hub's cache. Memory stays below about 300 MB, whatever the model's size.
+    PATTERN=SPEC overrides, e.g. "*.down_proj=6g64". With `dry_run` nothing is quantized and `out` may be None.
+    `report` is a file for the sizes and errors of all tensors, as JSON. With `force` an existing model folder, or
+    report, is replaced once the new one is complete. `revision` goes on record; it is known for folders in the hub's
+    cache. Memory stays below about 300 MB, whatever the model's size.
     """
     start = time.perf_counter()
     plan = _Plan(find_model(src), choose_recipe(recipe, bits, group_size), [TypeRule.parse(t) for t in types])
-    report = plan.report(str(src), str(out or ""))
-    if dry_run:
-        return report
-    if out is None:
-        raise UsageError("no output folder given", hint="give one with -o FOLDER, or as `out` in Python")
-    out = Path(out)
-    refuse_existing(out, plan.source.path, force)
-    check_room(out, plan.nbytes())
-    try:
-        with new_folder(out) as folder:
-            errors = _write_folder(plan, folder, Source(plan.source.path, revision), threads or _cores(), progress)
-    except OSError as error:
-        raise EdgeqError(
-            f"{out} could not be written: {error.strerror or error}",
-            hint="partial output was removed; check free disk space",
-        ) from None
-    tensors = tuple(replace(t, nmse=errors.get(t.name)) for t in report.tensors)
-    return replace(report, tensors=tensors, seconds=time.perf_counter() - start)
+    targets = _Targets(plan, out, report, dry_run, force)
+    planned = plan.report(str(src), str(out or ""))
+    if targets.folder is None:
+        targets.write_report(planned)
+        return planned
+    target = targets.folder
+    with reading_on(), new_folder(target.out, room=plan.nbytes(), may_replace=target.may_replace) as folder:
+        errors = _write_folder(plan, folder, Source(plan.source.path, revision), threads or _cores(), progress)
+    tensors = tuple(replace(t, nmse=errors.get(t.name)) for t in planned.tensors)
+    done = replace(planned, tensors=tensors, seconds=time.perf_counter() - start)
+    targets.write_report(done)
+    return done
+
+
+class _Targets:
+    """Where the results go: checked before the work, and whether they may replace what is there."""
+
+    def __init__(self, plan: _Plan, out: Path | str | None, report: Path | str | None, dry: bool, force: bool) -> None:
+        source, inputs = plan.source.path, [*plan.source.files, *files_of(plan.source.path)]
+        if out is None and not dry:
+            raise UsageError("no output folder given", hint="give one with -o FOLDER, or as `out` in Python")
+        self.folder = None if out is None or dry else FolderTarget(Path(out), source, inputs, force=force)
+        outputs = [self.folder.out] if self.folder else []
+        self.report = None if report is None else FileTarget(Path(report), source, inputs, outputs, force=force)
+        for target in (self.folder, self.report):
+            if target is not None:
+                target.check()
+        if self.report is not None and not self.report.out.absolute().parent.is_dir():
+            raise UsageError(f"{report}: folder not found: {self.report.out.parent}", hint="make the folder first")
+
+    def write_report(self, report: Report) -> None:
+        if self.report is None:
+            return
+        with new_file(self.report.out, may_replace=self.report.may_replace) as path:
+            _write_json(path, report.as_json())
 
 
 # --- planning --------------------------------------------------------------------------------------------------------
@@ -213,7 +234,9 @@ def _write_folder(
             plan.source.write_side_files(folder)
             _write_json(folder / "config.json", plan.config())
             outputs = hash_files(sorted(folder.iterdir()))
-            _write_json(folder / RECORD, provenance(source, inputs.result(), outputs, plan.recipe_record()))
+            record = provenance(source, inputs.result(), outputs, plan.recipe_record())
+            plan.source.check_whole()  # or what was hashed is not what was read
+            _write_json(folder / RECORD, record)
         finally:
             stop.set()
     return errors
@@ -282,7 +305,10 @@ class _WeightWriter:
         step = max(1, _BLOCK // width)
 
         def read(start: int) -> B:
-            return job(self._checked(a, source.rows(a.spec.name, slice(start, start + step))))
+            block = self._checked(a, source.rows(a.spec.name, slice(start, start + step)))
+            result = job(block)
+            source.check_whole()
+            return result
 
         for start, result in _in_order(self.pool, read, range(0, count, step), self.ahead):
             before, self.done = self.done, self.done + min(step, count - start) * width
@@ -326,7 +352,4 @@ def _in_order(pool: ThreadPoolExecutor, job: Callable[[A], B], items: Sequence[A
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from abc import ABC, abstractmethod
 from functools import cache
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from edgeq.checkpoint import FolderCheckpoint, open_checkpoint
 from edgeq.checkpoint.gguf import GGUFCheckpoint
 from edgeq.config import ModelConfig, read_json
-from edgeq.errors import UsageError
+from edgeq.errors import ModelError, UsageError
 from edgeq.formats.bf16 import Array, Float32, from_float32, to_float32
 from edgeq.formats.names import hub_name
 from edgeq.formats.safetensors import DTYPES, dtype_name
@@ -67,6 +66,10 @@ class WeightSource(ABC):
         """Write what belongs to a model besides weights and config.json."""
 
     @abstractmethod
+    def check_whole(self) -> None:
+        """ModelError if a file has been cut short since it was opened, or could not be read."""
+
+    @abstractmethod
     def drop_pages(self) -> None:
         """Let the system forget the pages read so far."""
 
@@ -104,7 +107,10 @@ class _FolderSource(WeightSource):
 
     def write_side_files(self, folder: Path) -> None:
         for path in self._side_files:
-            shutil.copyfile(path, folder / path.name)
+            (folder / path.name).write_bytes(_read(path))
+
+    def check_whole(self) -> None:
+        self._checkpoint.check_whole()
 
     def drop_pages(self) -> None:
         self._checkpoint.drop_pages()
@@ -149,6 +155,9 @@ class _GGUFSource(WeightSource):
             if name != "config.json":
                 (folder / name).write_text(text, encoding="utf-8")
 
+    def check_whole(self) -> None:
+        self._checkpoint.check_whole()
+
     def drop_pages(self) -> None:
         self._checkpoint.drop_pages()
 
@@ -173,6 +182,13 @@ class _GGUFSource(WeightSource):
         with np.errstate(over="ignore"):
             short: Array = x.astype(np.float16) if self.scale_type == "F16" else from_float32(x)
         return short if exact(short) else x
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _coarse_warning(path: Path, types: dict[str, str]) -> tuple[str, ...]:

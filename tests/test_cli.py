@@ -326,6 +326,12 @@ class TestRepl:
         Repl(edgeq.load(chat_folder, backend="numpy").chat(), "x").run()
         assert "Ctrl-C again" in capsys.readouterr().err
 
+    def test_a_history_that_cannot_be_kept(
+        self, chat_folder: Path, keyboard: PipeInput, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "XDG_STATE_HOME/edgeq/history").mkdir(parents=True)  # reading and writing it fails, for root too
+        assert "cached" in self.talk(chat_folder, keyboard, capsys, "hello", "again", "/exit").err
+
     def test_ctrl_d_leaves(self, chat_folder: Path, keyboard: PipeInput) -> None:
         keyboard.send_text("\x04")
         Repl(edgeq.load(chat_folder, backend="numpy").chat(), "x").run()

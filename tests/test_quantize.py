@@ -18,6 +18,7 @@ import edgeq
 from edgeq.checkpoint import FolderCheckpoint
 from edgeq.cli.quantize import quantize as quantize_command
 from edgeq.errors import EdgeqError, MemoryBudgetError, ModelError, UsageError
+from edgeq.files import publish
 from edgeq.formats.affine import dequantize
 from edgeq.formats.bf16 import Array, from_float32, to_float32
 from edgeq.formats.names import hub_name
@@ -328,15 +329,13 @@ class TestAtomicity:
     def test_replacing_that_fails_at_the_last_moment(
         self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        out, rename = tmp_path / "out", Path.rename
+        out = tmp_path / "out"
         quantize(source, out, recipe="q8")
 
-        def fail_for_the_new(self: Path, target: Path) -> Path:
-            if "partial" in self.name:
-                raise OSError(errno.EIO, "Input/output error")
-            return rename(self, target)
+        def fail(*_: Path) -> bool:
+            raise OSError(errno.EIO, "Input/output error")
 
-        monkeypatch.setattr(Path, "rename", fail_for_the_new)
+        monkeypatch.setattr(publish, "exchange", fail)
         with pytest.raises(EdgeqError, match="Input/output error"):
             quantize(source, out, force=True)
         assert [path.name for path in tmp_path.iterdir()] == ["out"]

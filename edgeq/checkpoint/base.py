@@ -75,6 +75,9 @@ class Checkpoint(ABC):
     def weight_files(self) -> list[Path]:
         """The files that hold the tensors."""
 
+    def check_whole(self) -> None:  # noqa: B027  a checkpoint without mapped files is whole
+        """ModelError if a mapped file has been cut short since it was opened, or could not be read."""
+
     def fingerprint(self) -> str:
         """What tells this model from another: the hash of its configuration and of pages all over its files.
 

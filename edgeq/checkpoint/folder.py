@@ -145,6 +145,10 @@ class FolderCheckpoint(Checkpoint):
     def weight_files(self) -> list[Path]:
         return [file.path for file in self.files]
 
+    def check_whole(self) -> None:
+        for file in self.files:
+            file.check_whole()
+
     def drop_pages(self) -> None:
         for file in self.files:
             file.drop_pages()

@@ -141,6 +141,10 @@ class GGUFCheckpoint(Checkpoint):
     def weight_files(self) -> list[Path]:
         return [file.path for file in (self.file, self.mmproj) if file is not None]
 
+    def check_whole(self) -> None:
+        for file in filter(None, (self.file, self.mmproj)):
+            file.check_whole()
+
     def drop_pages(self) -> None:
         for file in filter(None, (self.file, self.mmproj)):
             file.drop_pages()

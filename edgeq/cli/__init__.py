@@ -1,7 +1,7 @@
 """The command line. Each command parses and calls; the work is in the library.
 
 Exit codes: 0 done, 1 failed while running, 2 usage, 3 does not fit, 4 bad model, 5 network, 6 quality check failed,
-130 interrupted, 143 terminated (see `edgeq.errors`).
+129 hung up, 130 interrupted, 143 terminated (see `edgeq.errors`).
 """
 
 from __future__ import annotations
@@ -23,11 +23,23 @@ import edgeq
 from edgeq.cli.config_file import read_config_file
 from edgeq.cli.console import report_error, show_warning
 from edgeq.cli.help import Command
-from edgeq.errors import EdgeqError, MemoryBudgetError, UsageError
+from edgeq.errors import EdgeqError, UsageError
+from edgeq.formats.mapped import guard_when_mapped
+from edgeq.guard import guard_mapped_files
+from edgeq.shortage import exit_on_shortage, is_shortage, prepare
 
 __all__ = ["COMMANDS", "app", "main"]
 
-COMMANDS = ("quantize", "export", "chat", "generate", "bench", "info")  # each a function in a module of its name
+COMMANDS = (
+    "quantize",
+    "export",
+    "chat",
+    "generate",
+    "bench",
+    "info",
+    "doctor",
+    "clean",
+)  # each a function in a module of its name
 
 
 class _CommandTable(UserDict[str, Any]):
@@ -72,8 +84,8 @@ def _reported(ctx: Any, *, debug: bool) -> Iterator[None]:
     except BrokenPipeError:  # the reader of our output has left: nothing more to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
-    except (EdgeqError, MemoryError, OSError, _Misuse) as error:
-        if debug:
+    except (EdgeqError, OSError, _Misuse) as error:
+        if debug or is_shortage(error):  # the latter is `main`'s, whatever it is called
             raise
         told = _as_edgeq_error(error, ctx)
         report_error(told)
@@ -84,8 +96,6 @@ _Misuse: Any = typer.BadParameter.__mro__[1]  # click's UsageError, wherever typ
 
 
 def _as_edgeq_error(error: BaseException, ctx: Any) -> EdgeqError:
-    if isinstance(error, MemoryError):
-        return MemoryBudgetError("out of memory", hint="use a smaller model, fewer bits or a smaller context")
     if isinstance(error, _Misuse):
         command = " ".join(filter(None, (ctx.command_path, ctx.invoked_subcommand)))
         message = error.format_message().rstrip(".")
@@ -122,6 +132,16 @@ def edgeq_command(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits the process."""
     with suppress(ValueError):  # outside the main thread Python allows no signal handlers
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that half-written files are removed
+        for name in ("SIGTERM", "SIGHUP"):  # an exception, so that half-written files are removed
+            _exit_on(getattr(signal, name, None))
     warnings.showwarning = show_warning
-    app(None if arguments is None else list(arguments), prog_name="edgeq")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    with exit_on_shortage(debug="--debug" in given or bool(os.environ.get("EDGEQ_DEBUG"))):
+        prepare()
+        guard_when_mapped(guard_mapped_files)
+        app(given, prog_name="edgeq")
+
+
+def _exit_on(number: signal.Signals | None) -> None:
+    if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+        signal.signal(number, lambda received, _: sys.exit(128 + received))

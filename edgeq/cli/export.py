@@ -49,7 +49,7 @@ def export(
         raise UsageError(f"unknown type {kind!r}", hint=f"use one of {', '.join(EXPORT_TYPES)}")
     checkpoint = open_checkpoint(find_model(source))
     reports = []
-    check_target(checkpoint, out, force)
+    check_target(checkpoint, out, force, [] if mmproj is None else [mmproj])
     with progress_bar() as progress:
         if mmproj is not None:  # first, because it is the quicker of the two to fail
             reports.append(export_mmproj(checkpoint, mmproj, kind, force=force, progress=progress))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 
 from edgeq.cli.console import new_bar, peak_memory_text
 from edgeq.cli.options import option
-from edgeq.errors import EdgeqError, UsageError
 from edgeq.quant.quantizer import Progress
 from edgeq.quant.quantizer import quantize as quantize_checkpoint
 from edgeq.quant.recipe import RECIPES
@@ -90,8 +88,6 @@ def quantize(
     warning if it is below Q8_0.
     """
     del quantize_flag
-    if report is not None and not report.absolute().parent.is_dir():
-        raise UsageError(f"--report {report}: folder not found: {report.parent}")
     with progress_bar() as progress:
         result = quantize_checkpoint(
             source,
@@ -101,24 +97,16 @@ def quantize(
             recipe=recipe,
             types=types or (),
             dry_run=dry_run,
+            report=report,
             force=force,
             progress=progress,
         )
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    if report is not None:
-        _write_report(report, result)
     if dry_run:
         typer.echo(format_table(result))
     else:
         print(_summary(result), file=sys.stderr)
-
-
-def _write_report(path: Path, report: Report) -> None:
-    try:
-        path.write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise EdgeqError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _summary(report: Report) -> str:

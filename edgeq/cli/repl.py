@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -190,4 +191,17 @@ def _history() -> History:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError:
         return InMemoryHistory()
-    return FileHistory(str(folder / "history"))
+    return _LenientHistory(str(folder / "history"))
+
+
+class _LenientHistory(FileHistory):
+    """A history that a full or broken disk takes lines from, but no conversation."""
+
+    def load_history_strings(self) -> Iterable[str]:
+        with suppress(OSError):
+            return list(super().load_history_strings())
+        return []
+
+    def store_string(self, string: str) -> None:
+        with suppress(OSError):
+            super().store_string(string)

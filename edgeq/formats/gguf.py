@@ -23,7 +23,7 @@ import numpy as np
 from edgeq.errors import ModelError
 from edgeq.formats.bf16 import Array
 from edgeq.formats.ggml import TYPES, GGMLType, type_name
-from edgeq.formats.safetensors import map_file
+from edgeq.formats.mapped import check_whole, map_file
 
 __all__ = ["GGUFFile", "TensorInfo"]
 
@@ -128,9 +128,14 @@ class GGUFFile:
     # --- tensors -----------------------------------------------------------------------------------------------------
 
     def data(self, name: str) -> Array:
-        """A tensor's bytes: a read-only uint8 view of the mapped file."""
+        """A tensor's bytes: a read-only uint8 view of the mapped file. ModelError if it has been cut short."""
+        self.check_whole()
         info = self.tensors[name]
         return np.frombuffer(self.mapped, np.uint8, count=info.nbytes, offset=info.start)
+
+    def check_whole(self) -> None:
+        """ModelError if the file has been cut short since it was opened, or could not be read."""
+        check_whole(self.mapped, self.path)
 
     def drop_pages(self) -> None:
         """Tell the system that the pages read so far are not needed in memory; they stay readable."""

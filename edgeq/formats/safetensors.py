@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Self
@@ -20,8 +21,9 @@ import numpy as np
 
 from edgeq.errors import ModelError
 from edgeq.formats.bf16 import Array
+from edgeq.formats.mapped import check_whole, map_file
 
-__all__ = ["DTYPES", "SafetensorsFile", "SafetensorsWriter", "TensorInfo", "dtype_name", "is_mapped", "map_file"]
+__all__ = ["DTYPES", "SafetensorsFile", "SafetensorsWriter", "TensorInfo", "dtype_name"]
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -65,11 +67,16 @@ class SafetensorsFile:
         self._check_layout()
 
     def array(self, name: str) -> Array:
-        """A read-only view of a tensor; bfloat16 comes as uint16."""
+        """A read-only view of a tensor; bfloat16 comes as uint16. ModelError if the file has been cut short."""
+        self.check_whole()
         info = self.tensors[name]
         begin = self._data_start + info.start
         data = np.frombuffer(self.mapped, np.uint8, count=info.end - info.start, offset=begin)
         return data.view(DTYPES[info.dtype]).reshape(info.shape)
+
+    def check_whole(self) -> None:
+        """ModelError if the file has been cut short since it was opened, or could not be read."""
+        check_whole(self.mapped, self.path)
 
     def drop_pages(self) -> None:
         """Tell the system that the pages read so far are not needed in memory; they stay readable."""
@@ -128,26 +135,6 @@ class SafetensorsFile:
             raise self._error(f"the tensors need {end:,} bytes, the file holds {have:,}")
 
 
-def is_mapped(x: Array) -> bool:
-    """Whether an array lies in a mapped file."""
-    base: object = x
-    while isinstance(base, np.ndarray):
-        base = base.base
-    return isinstance(base, mmap.mmap) or (isinstance(base, memoryview) and isinstance(base.obj, mmap.mmap))
-
-
-def map_file(path: Path) -> mmap.mmap:
-    try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise ModelError(f"{path} does not exist", hint="download the missing file") from None
-    except ValueError:
-        raise ModelError(f"{path} is empty", hint="download or copy the file again") from None
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
-
-
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
@@ -183,7 +170,11 @@ class SafetensorsWriter:
         blob += b" " * (-(len(blob) + 8) % 64)
         self._written = 0
         self._file: IO[bytes] = path.open("wb")
-        self._file.write(len(blob).to_bytes(8, "little") + blob)
+        try:
+            self._file.write(len(blob).to_bytes(8, "little") + blob)
+        except BaseException:
+            self._abandon()
+            raise
 
     def write(self, name: str, block: Array) -> None:
         """Append the next rows of tensor `name`."""
@@ -196,10 +187,16 @@ class SafetensorsWriter:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None:
+            self._abandon()
+            return
         try:
-            if error is None:
-                assert self._written == max(self._ends.values(), default=0), "less data than declared"
-                self._file.flush()
-                os.fsync(self._file.fileno())
+            assert self._written == max(self._ends.values(), default=0), "less data than declared"
+            self._file.flush()
+            os.fsync(self._file.fileno())
         finally:
+            self._abandon()
+
+    def _abandon(self) -> None:
+        with suppress(OSError):  # of what was not written yet, after an error that says more
             self._file.close()

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from pathlib import Path
@@ -25,12 +25,14 @@ from numpy.typing import NDArray
 
 from edgeq.config import read_json
 from edgeq.errors import ModelError
-from edgeq.formats.safetensors import SafetensorsFile, SafetensorsWriter, dtype_name
+from edgeq.formats.safetensors import SafetensorsFile
+from edgeq.shortage import require
+from edgeq.text.table_cache import cache_problem, open_table, save_table, table_path
 
 __all__ = ["BYTE_OF", "AddedToken", "Bpe", "LibraryBpe", "TableBpe", "bpe_of", "load_bpe", "write_table"]
 
 WORTH_A_TABLE = 1 << 20  # bytes of a tokenizer.json; smaller ones load at once anyway
-_VERSION = 1  # of the table's layout, part of its name
+_LIBRARY_TAKES = 10  # bytes of memory for one of tokenizer.json
 _WORDS = 1 << 14  # whose ids are remembered: most of a text is few words
 _LONG = 64  # characters of a word that is not remembered
 _NOT_PLAIN = (
@@ -70,8 +72,11 @@ class LibraryBpe:
     """The `tokenizers` library's. `description` is the text of a tokenizer.json; ModelError if it is not one."""
 
     def __init__(self, description: str, name: str = "the tokenizer description") -> None:
+        require(_LIBRARY_TAKES * len(description), "the tokenizer")  # where Rust gets no memory, the process is gone
         try:
             self._bpe = tokenizers.Tokenizer.from_str(description)
+        except MemoryError:
+            raise
         except Exception as error:  # the library raises nothing more precise
             raise ModelError(f"{name} is not a tokenizer: {error}") from None
         self._bpe.no_truncation()
@@ -125,11 +130,12 @@ class TableBpe:
         None if it is no plain BPE, or there is no place for tables.
         """
         try:
-            path = _cache() / f"{digest[:32]}-{_VERSION}.safetensors"
-            try:
-                return cls(SafetensorsFile(path))
-            except ModelError:  # not there yet, or damaged
-                return cls(SafetensorsFile(path)) if write_table(spec(), path) else None
+            if cache_problem():
+                return None
+            path = table_path(digest)
+            with suppress(Exception):  # not there yet, or odd in some way
+                return cls(open_table(path, digest))
+            return cls(open_table(path, digest)) if write_table(spec(), path, digest) else None
         except Exception:  # a cache that cannot be used, or an odd file: the library works, or says what is wrong
             return None
 
@@ -206,15 +212,11 @@ def bpe_of(description: str) -> Bpe:
     return LibraryBpe(description)
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "edgeq" / "tokenizers"
-
-
 # --- making a table --------------------------------------------------------------------------------------------------
 
 
-def write_table(spec: Mapping[str, Any], path: Path) -> bool:
-    """Write the table of a tokenizer.json's contents; False if it is not a plain byte-level BPE.
+def write_table(spec: Mapping[str, Any], path: Path, source: str = "") -> bool:
+    """Write the table of a tokenizer.json's contents, of sha256 `source`; False if it is not a plain byte-level BPE.
 
     pairs: int64 [merges], left id << 32 | right id, sorted; ranks, products: uint32 [merges], which merge it is and
     the id it makes. ends: uint32 [tokens], where each token's UTF-8 spelling ends in spellings, uint8. The metadata
@@ -236,7 +238,8 @@ def write_table(spec: Mapping[str, Any], path: Path) -> bool:
         "spellings": np.frombuffer(b"".join(spellings), np.uint8),
     }
     rest = {**spec, "model": {**spec["model"], "vocab": {}, "merges": []}}
-    _write(path, arrays, {"rest": json.dumps(rest), "bytes": json.dumps({char: vocab[char] for char in BYTE_OF})})
+    byte_ids = {char: vocab[char] for char in BYTE_OF}
+    save_table(path, arrays, {"rest": json.dumps(rest), "bytes": json.dumps(byte_ids), "source": source})
     return True
 
 
@@ -264,20 +267,6 @@ def _merges(vocab: Mapping[str, int], merges: Sequence[str | Sequence[str]]) -> 
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         pairs[i], products[i] = vocab[left] << 32 | vocab[right], vocab[left + right]
     return pairs, products
-
-
-def _write(path: Path, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
-    """Write the table under another name first, so that no process opens half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    entries = {name: (dtype_name(array.dtype), array.shape) for name, array in arrays.items()}
-    try:
-        with SafetensorsWriter(partial, entries, metadata) as file:
-            for name, array in arrays.items():
-                file.write(name, array)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _byte_alphabet() -> dict[str, int]:

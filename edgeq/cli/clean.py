@@ -1,0 +1,91 @@
+"""`edgeq clean`: remove what killed runs have left behind."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+
+from edgeq.errors import EdgeqError, UsageError
+from edgeq.files import find_leftovers
+from edgeq.text.table_cache import cache_folder, stale_tables
+
+__all__ = ["clean"]
+
+
+class _Item(NamedTuple):
+    """Something to remove; `remove` says whether it is gone."""
+
+    path: Path
+    nbytes: int
+    what: str
+    remove: Callable[[], bool]
+
+
+def clean(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="FOLDER", help="Folders with results.", show_default="the current one"),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
+) -> None:
+    """Remove what killed runs left behind.
+
+    \b
+    edgeq clean
+    edgeq clean ~/models --yes
+
+    Lists unfinished results in each FOLDER (not below it) and tokenizer tables that are not used any more, and asks.
+    What a living run is writing stays.
+    """
+    for folder in folders or []:
+        if not folder.is_dir():
+            raise UsageError(f"{folder} is not a folder", hint="name the folder that the result was to appear in")
+    items = _items(folders or [Path()])
+    for item in items:
+        print(f"{item.path}  {item.nbytes / 1e6:,.1f} MB, {item.what}")
+    if not items:
+        print("nothing to remove", file=sys.stderr)
+    elif yes or _agreed(items):
+        _remove(items)
+
+
+def _items(folders: list[Path]) -> list[_Item]:
+    dead = [
+        _Item(leftover.path, leftover.nbytes, "unfinished result", leftover.remove)
+        for folder in dict.fromkeys([*folders, cache_folder()])
+        for leftover in find_leftovers(folder)
+        if leftover.state == "dead"
+    ]
+    return dead + [
+        _Item(path, path.lstat().st_size, "unused tokenizer table", _unlink(path)) for path in stale_tables()
+    ]
+
+
+def _unlink(path: Path) -> Callable[[], bool]:
+    def unlink() -> bool:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        return not path.exists()
+
+    return unlink
+
+
+def _agreed(items: list[_Item]) -> bool:
+    if not sys.stdin.isatty():
+        print("nothing was removed: add --yes to remove", file=sys.stderr)
+        return False
+    total = sum(item.nbytes for item in items)
+    return typer.confirm(f"Remove these {len(items)} ({total / 1e6:,.1f} MB)?", err=True)
+
+
+def _remove(items: list[_Item]) -> None:
+    kept = [item.path for item in items if not item.remove()]
+    total = sum(item.nbytes for item in items if item.path not in kept)
+    print(f"removed {len(items) - len(kept)}: {total / 1e6:,.1f} MB", file=sys.stderr)
+    if kept:
+        raise EdgeqError(f"{kept[0]} could not be removed", hint="check its permissions, or whether a run has it")

@@ -1,0 +1,162 @@
+"""`edgeq doctor`: what this installation runs on, and what killed runs have left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import edgeq
+from edgeq.backends import available, choose
+from edgeq.cli.config_file import config_file
+from edgeq.errors import EdgeqError
+from edgeq.files import Leftover, find_leftovers
+from edgeq.shortage import limits
+from edgeq.text.table_cache import cache_folder, cache_problem, stale_tables
+
+__all__ = ["doctor"]
+
+_PACKAGES = ("numpy", "tokenizers", "safetensors", "gguf", "huggingface_hub", "mlx")
+_VARIABLES = ("EDGEQ_", "HF_", "XDG_CACHE_HOME", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+_SECRET = ("TOKEN", "KEY", "SECRET")
+
+
+def doctor(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="FOLDER", help="Folders with results.", show_default="the current one"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the installation, and what killed runs left behind.
+
+    \b
+    edgeq doctor
+    edgeq doctor ~/models --json
+
+    Versions, backends and instruction set, memory and its limits, places and environment; then unfinished results in
+    each FOLDER (not below it), and in the tokenizer cache.
+    """
+    facts = {
+        "edgeq": edgeq.__version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "packages": _packages(),
+        "backends": _backends(),
+        "memory": _memory(),
+        "places": _places(),
+        "environment": _environment(),
+        "left behind": _left_behind(folders or [Path()]),
+    }
+    print(json.dumps(facts, ensure_ascii=False, indent=2) if as_json else "\n".join(_lines(facts)))
+
+
+def _packages() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _backends() -> dict[str, str]:
+    """Every backend with its instruction set or device, or why it cannot run."""
+    found = {b.name: b.ops.describe() if b.ops is not None else f"not available: {b.reason}" for b in available()}
+    try:
+        chosen = choose()
+        found["chosen"] = f"{chosen.name} ({chosen.reason})"
+    except EdgeqError as error:
+        found["chosen"] = f"none: {error.message}"
+    return found
+
+
+def _memory() -> dict[str, str]:
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = page * os.sysconf("SC_PHYS_PAGES")
+    memory = {"RAM": f"{total / 1e9:.1f} GB"}
+    if available := _meminfo("MemAvailable"):
+        memory["available"] = f"{available / 1e9:.1f} GB"
+    if limit := _container_limit():
+        memory["container limit"] = f"{limit / 1e9:.1f} GB"
+    return memory | {f"{name} limit": f"{limit / 1e9:.1f} GB" for name, limit in limits().items()}
+
+
+def _meminfo(field: str) -> int | None:
+    """A figure of Linux's /proc/meminfo, bytes."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)
+
+
+def _container_limit() -> int | None:
+    """Linux's cgroup limit, bytes."""
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit() and int(text) < 1 << 60:
+            return int(text)
+    return None
+
+
+def _places() -> dict[str, str]:
+    config, cache = config_file(), cache_folder()
+    problem = cache_problem()
+    here = shutil.disk_usage(Path())
+    return {
+        "configuration": f"{config}{'' if config.exists() else ' (none)'}",
+        "tokenizer cache": f"{cache}" + (f" (not used: {problem})" if problem else ""),
+        "disk here": f"{here.free / 1e9:.1f} of {here.total / 1e9:.1f} GB free",
+    }
+
+
+def _environment() -> dict[str, str]:
+    """The variables that change what edgeq does; secrets only by name."""
+    found = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)}
+    return {name: "(set)" if any(word in name for word in _SECRET) else value for name, value in found.items()}
+
+
+def _left_behind(folders: list[Path]) -> dict[str, str]:
+    """What killed runs left near these folders, and in the cache; `edgeq clean` removes it."""
+    found: dict[str, str] = {}
+    for folder in dict.fromkeys([*folders, cache_folder()]):
+        for leftover in find_leftovers(folder):
+            found[str(leftover.path)] = _describe(leftover)
+    for path in stale_tables():
+        found[str(path)] = "tokenizer table that is not used any more"
+    return found
+
+
+def _describe(leftover: Leftover) -> str:
+    state = {
+        "dead": "unfinished result of a run that was killed; edgeq clean removes it",
+        "alive": "a run is writing it",
+        "unknown": "unfinished result; this file system cannot say whether a run is writing it",
+    }
+    return f"{leftover.nbytes / 1e6:,.1f} MB, {state[leftover.state]}"
+
+
+def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
+    lines = []
+    width = max((len(key) for key, value in facts.items() if not isinstance(value, dict)), default=0)
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{key}" + ("" if value else ": nothing"), *_lines(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{_plain(key):{width}}  {_plain(str(value))}")
+    return lines
+
+
+def _plain(text: str) -> str:
+    """Text with what a terminal would obey made visible."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

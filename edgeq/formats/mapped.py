@@ -1,0 +1,150 @@
+"""Files mapped into memory, and what can happen to them while they are.
+
+Reading from a file that has been cut short since it was mapped, or whose disk fails, is a signal, not an error.
+`check_whole` finds out beforehand, as well as one can: between the check and the reading there is time. A guard
+(`edgeq.guard`) catches the signal itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from edgeq.errors import MemoryBudgetError, ModelError
+
+__all__ = ["Guard", "check_whole", "guard_when_mapped", "is_mapped", "map_file", "reading_on", "set_guard"]
+
+
+class Guard(Protocol):
+    """Catches the signal. Mapped files are announced to it, and have numbers there."""
+
+    def add(self, begin: int, size: int, path: str) -> int: ...
+
+    def forget(self, number: int) -> None: ...
+
+    def hit(self, number: int) -> bool:
+        """Whether pages of the file were replaced by zeros, because they could not be read."""
+
+    def zeros(self, wanted: bool) -> bool:
+        """Whether to replace such pages by zeros from now on, instead of ending the process; what held before."""
+
+
+class _Guarded:
+    """The guard, if there is one, and the numbers of mapped files with it."""
+
+    def __init__(self) -> None:
+        self.guard: Guard | None = None
+        self.install: Callable[[], object] | None = None
+        self.paths: weakref.WeakKeyDictionary[mmap.mmap, Path] = weakref.WeakKeyDictionary()
+        self.numbers: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()
+
+    def announce(self, mapping: mmap.mmap, path: Path) -> None:
+        self.paths[mapping] = path
+        if self.install is not None:
+            install, self.install = self.install, None
+            install()
+        if self.guard is not None and mapping not in self.numbers:
+            import numpy as np  # nothing else here needs it
+
+            begin = np.frombuffer(mapping, np.uint8, 1).__array_interface__["data"][0]
+            self.numbers[mapping] = number = self.guard.add(begin, len(mapping), str(path))
+            weakref.finalize(mapping, self.guard.forget, number).atexit = False
+
+
+_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
+_guarded = _Guarded()
+
+
+def set_guard(guard: Guard) -> None:
+    """From now on `guard` knows of every mapped file, of those that are mapped already too."""
+    _guarded.guard = guard
+    for mapping, path in list(_guarded.paths.items()):
+        _guarded.announce(mapping, path)
+
+
+def guard_when_mapped(install: Callable[[], object]) -> None:
+    """Call `install`, which sets the guard, when the next file is mapped: it may have to load native code."""
+    _guarded.install = install
+
+
+@contextmanager
+def reading_on() -> Iterator[None]:
+    """While it lasts, pages that cannot be read are zeros, if there is a guard; call `check_whole` after reading."""
+    guard = _guarded.guard
+    before = guard.zeros(True) if guard else False
+    try:
+        yield
+    finally:
+        if guard:
+            guard.zeros(before)
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """Map a file for reading; ModelError if it cannot be read, MemoryBudgetError if it does not fit."""
+    nbytes = 0
+    try:
+        descriptor = os.open(path, _READ)  # a pipe would wait for its writer
+        try:
+            status = os.fstat(descriptor)
+            nbytes = status.st_size
+            if not stat.S_ISREG(status.st_mode):
+                raise ModelError(f"{path} cannot be read: it is no regular file", hint="give a folder or a file")
+            mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError:
+        raise ModelError(f"{path} does not exist", hint="download the missing file") from None
+    except ValueError:
+        raise ModelError(f"{path} is empty", hint="download or copy the file again") from None
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise _does_not_fit(path, nbytes) from None
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
+    _guarded.announce(mapping, path)
+    return mapping
+
+
+def is_mapped(x: object) -> bool:
+    """Whether a NumPy array lies in a mapped file."""
+    while (base := getattr(x, "base", None)) is not None:
+        x = base
+    return isinstance(x, mmap.mmap) or (isinstance(x, memoryview) and isinstance(x.obj, mmap.mmap))
+
+
+def check_whole(mapping: mmap.mmap, path: Path) -> None:
+    """ModelError if a file is shorter than when it was mapped, or could not be read."""
+    nbytes, number, guard = mapping.size(), _guarded.numbers.get(mapping), _guarded.guard
+    if nbytes < len(mapping):
+        problem = f"was cut short while it was in use: it has {nbytes:,} bytes, and had {len(mapping):,}"
+    elif guard is not None and number is not None and guard.hit(number):
+        problem = "could not be read while it was in use"
+    else:
+        return
+    raise ModelError(f"{path} {problem}", hint="copy or download it again, then repeat the command")
+
+
+def _does_not_fit(path: Path, nbytes: int) -> MemoryBudgetError:
+    limit = _address_space()
+    bound = "" if limit is None else f"; ulimit -v allows {limit / 1e9:.2f} GB in all"
+    return MemoryBudgetError(
+        f"{path} does not fit: mapping it takes {nbytes / 1e9:.2f} GB of address space{bound}",
+        hint="raise the limit, or use a smaller model",
+    )
+
+
+def _address_space() -> int | None:
+    """This process's limit, bytes; None if there is none."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such module
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
