@@ -3,7 +3,7 @@
 // in a file that was announced; then it says which one and leaves with exit code 4, or, while a caller has promised to
 // look (`zeros`), puts a page of zeros there and takes note. Any other SIGBUS goes where it would have gone.
 //
-// Everything that the handler touches is static and atomic; it calls write, mmap, sigaction and _exit only.
+// Everything that the handler touches is static and atomic; it calls write, pause, mmap, sigaction, raise and _exit only.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
@@ -34,6 +34,7 @@ constexpr int kMappings = 4096;
 Mapping mappings[kMappings];
 std::atomic<int> used{0};  // mappings from there on are free
 std::atomic<bool> zeros{false};
+std::atomic_flag leaving = ATOMIC_FLAG_INIT;
 std::mutex changing;
 struct sigaction before;
 std::uintptr_t page_size = 0;
@@ -49,6 +50,15 @@ Mapping* find(std::uintptr_t address) {
 void say(const char* text) {
     ssize_t ignored = write(STDERR_FILENO, text, std::strlen(text));
     (void)ignored;
+}
+
+// The first thread to come here speaks; others wait for its end.
+[[noreturn]] void leave(const char* path) {
+    while (leaving.test_and_set()) pause();
+    say("error: ");
+    say(path);
+    say(" was cut short, or could not be read, while it was in use\nhint: copy or download it again\n");
+    _exit(4);
 }
 
 bool put_zeros(std::uintptr_t address) {
@@ -75,10 +85,7 @@ void handle(int signal, siginfo_t* info, void* context) {
     } else if (zeros.load() && put_zeros(reinterpret_cast<std::uintptr_t>(info->si_addr))) {
         mapping->hit.store(true);
     } else {
-        say("error: ");
-        say(mapping->path);
-        say(" was cut short, or could not be read, while it was in use\nhint: copy or download it again\n");
-        _exit(4);
+        leave(mapping->path);
     }
     errno = error;
 }
