@@ -1,4 +1,4 @@
-"""edgeq: Qwen3.5 0.8B, 2B and 4B on laptops, Apple Silicon and Raspberry Pi-class boards.
+"""edgeq: quantize and run Qwen3.5 0.8B, 2B and 4B on laptops, Macs and Raspberry Pi.
 
     import edgeq
 
