@@ -12,6 +12,7 @@ import pytest
 from process import run_python
 
 from edgeq.backends.numpy import NumpyOps
+from edgeq.config import RopeConfig
 from edgeq.formats.affine import pack
 from edgeq.formats.bf16 import Array, to_float32
 from edgeq.testing import nmse
@@ -351,53 +352,150 @@ def test_delta_rule_checks_its_arrays(rng: np.random.Generator) -> None:
 
 def test_attention_checks_its_pages(rng: np.random.Generator) -> None:
     q, k = normal(rng, 1, 4, 32), normal(rng, 1, 2, 32)
-    page = np.zeros(native.page_nbytes("f16", 2, 32), np.uint8)
+    page, another = native.Page("f16", 2, 32), native.Page("f16", 2, 32)
 
-    def run(*sequences: Any, dtype: str = "f16") -> None:
-        native.attention(q, k, k, dtype, list(sequences), np.empty_like(q))
+    def run(past: Any, *pages: Any) -> None:
+        native.attention(q, k, k, past, pages, np.empty_like(q))
 
-    run((1, 0, [page]))
-    run((1, PAGE, [page, page.copy()]))
-    for bad in ([(1, PAGE, [page])], [(1, -1, [page])], [(2, 0, [page])], [], [(1, 0, [page[:-1]])], [(1, 0)]):
+    run(0, page)
+    run(PAGE, page, another)
+    for bad in (
+        (PAGE, page), (-1, page), (0,), (0, native.Page("f16", 4, 32)), (0, native.Page("f16", 2, 16)),
+        (0, page, native.Page("f32", 2, 32)),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="expected"):
             run(*bad)
-    with pytest.raises(ValueError, match="dtype"):
-        run((1, 0, [page]), dtype="f8")
-    with pytest.raises(ValueError, match="bytes each"):
-        run((1, 0, [page]), dtype="f32")
-    for bad_page in (page.view(np.uint16), read_only(page), "page"):
-        with pytest.raises(TypeError):
-            run((1, 0, [bad_page]))
+    for bad_page in (np.zeros(page.nbytes, np.uint8), "page", None):
+        with pytest.raises(TypeError, match="expected Page objects"):
+            run(0, bad_page)
     with pytest.raises(TypeError):
-        run(("1", 0, [page]))
+        run("0", page)
+    with pytest.raises(ValueError, match="expected f16, bf16"):
+        native.Page("f8", 2, 32)
+    for heads, dim in ((0, 32), (2, -1), (2, 1 << 20)):
+        with pytest.raises(ValueError, match="1 to a million"):
+            native.Page("f16", heads, dim)
+
+
+def test_a_page_is_read_and_copied(rng: np.random.Generator) -> None:
+    k, v = normal(rng, 5, 2, 32), normal(rng, 5, 2, 32)
+    page = native.Page("f32", 2, 32)
+    native.append(k, v, 0, (page,))
+    copy = page.copy()
+    native.append(v, k, 0, (page,))
+    for one, keys, values in ((page, v, k), (copy, k, v)):
+        found = np.empty_like(k), np.empty_like(v)
+        one.read(*found)
+        assert np.array_equal(found, (keys, values))
+    for wrong in (np.empty((PAGE + 1, 2, 32), np.float32), np.empty((5, 2, 31), np.float32), k[0]):
+        with pytest.raises(ValueError, match="expected"):
+            page.read(wrong, wrong)
+
+
+def test_rope_angles_of_any_view_of_positions(rng: np.random.Generator) -> None:
+    rope = RopeConfig(dim=20, theta=1e4, sections=(4, 3, 3))
+    text = np.broadcast_to(np.arange(70_000, 70_009, dtype=np.int32), (3, 9))
+    image = rng.integers(0, 500, (3, 18)).astype(np.int32)[:, ::2]
+    for positions in (text, image, np.asfortranarray(image)):
+        expected, found = NumpyOps().rope_angles(positions, rope), CpuOps().rope_angles(positions, rope)
+        for a, b in zip(expected, found, strict=True):
+            assert nmse(a, b) <= SUMS
+    for bad in (text[:2], text[:, 1:]):
+        with pytest.raises(ValueError, match="positions: expected shape"):
+            native.rope_angles(bad, 1e4, (4, 3, 3), *(np.empty((9, 10), np.float32) for _ in range(2)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_all_finite(bad: float) -> None:
+    x = np.full((3, 100_001), np.finfo(np.float32).max, np.float32)
+    x[1, :2] = -x[0, 0], 1e-45
+    assert native.all_finite(x)
+    for at in ((0, 0), (1, 70_000), (2, 100_000)):
+        x[at], before = bad, x[at]
+        assert not native.all_finite(x)
+        x[at] = before
 
 
 def test_mixers_check_their_weights(rng: np.random.Generator) -> None:
     def matrix(out: int, width: int) -> Any:
         return native.Matrix(normal(rng, out, width))
 
-    with pytest.raises(ValueError, match="up_proj"):
-        native.Mlp(matrix(6, 4), matrix(5, 4), matrix(4, 6))
-    with pytest.raises(ValueError, match="down_proj"):
-        native.Mlp(matrix(6, 4), matrix(6, 4), matrix(4, 5))
-    mlp = native.Mlp(matrix(6, 4), matrix(6, 4), matrix(4, 6))
-    with pytest.raises(ValueError, match="x: expected"):
-        mlp(normal(rng, 2, 5), normal(rng, 2, 4))
-    with pytest.raises(ValueError, match="out: expected"):
-        mlp(normal(rng, 2, 4), normal(rng, 1, 4))
-    norm = normal(rng, 8)
-    with pytest.raises(ValueError, match="v_proj"):
-        native.GatedAttention(matrix(32, 4), matrix(8, 4), matrix(9, 4), matrix(4, 16), norm, norm)
-    vectors = normal(rng, 16, 4), normal(rng, 2), normal(rng, 2), normal(rng, 4)
-    with pytest.raises(ValueError, match="in_proj_z"):
-        native.DeltaNet(matrix(16, 4), matrix(7, 4), matrix(2, 4), matrix(2, 4), *vectors, matrix(4, 8))
-    net = native.DeltaNet(matrix(16, 4), matrix(8, 4), matrix(2, 4), matrix(2, 4), *vectors, matrix(4, 8))
-    x, state = normal(rng, 1, 4), (normal(rng, 3, 16), normal(rng, 2, 4, 4))
-    with pytest.raises(ValueError, match="key_heads"):
-        net(x, 3, 1e-6, 0, [(1, state, (state,))], x.copy())
-    with pytest.raises(ValueError, match="sequences"):
-        net(x, 1, 1e-6, 0, [(2, state, (state,))], x.copy())
-    with pytest.raises(ValueError, match="matrix"):
-        net(x, 1, 1e-6, 0, [(1, (state[0], state[1][:1]), (state,))], x.copy())
-    with pytest.raises(ValueError, match="states after"):
-        net(x, 1, 1e-6, 1, [(1, state, (state,))], x.copy())
+    x = normal(rng, 2, 4)
+    mlp = (matrix(6, 4), matrix(6, 4), matrix(4, 6))
+    native.mlp(x, mlp, x.copy())
+    for name, wrong in {
+        "up_proj": (mlp[0], matrix(5, 4), mlp[2]), "down_proj": (*mlp[:2], matrix(4, 5)), "gate_proj": (x, *mlp[1:]),
+    }.items():  # fmt: skip
+        with pytest.raises((ValueError, TypeError), match=f"{name}: expected"):
+            native.mlp(x, wrong, x.copy())
+    for wrong_x, wrong_out, match in ((normal(rng, 2, 5), normal(rng, 2, 5), "gate_proj"), (x, x[:1].copy(), "out")):
+        with pytest.raises(ValueError, match=f"{match}: expected"):
+            native.mlp(wrong_x, mlp, wrong_out)
+    with pytest.raises(TypeError, match="expected MLPWeights"):
+        native.mlp(x, mlp[:2], x.copy())
+
+
+def delta_weights(rng: np.random.Generator, **changes: Any) -> tuple[Any, ...]:
+    """Of 2 value heads and 1 key head of 4, for 4 numbers a token."""
+    shapes = {
+        "in_proj_qkv": (16, 4), "in_proj_z": (8, 4), "in_proj_b": (2, 4), "in_proj_a": (2, 4), "conv": (16, 4),
+        "decay": (2,), "dt_bias": (2,), "norm": (4,), "out_proj": (4, 8),
+    } | changes  # fmt: skip
+    arrays = {name: normal(rng, *shape) for name, shape in shapes.items()}
+    return tuple(native.Matrix(x) if "proj" in name else x for name, x in arrays.items())
+
+
+def test_delta_net_checks_its_weights_and_states(rng: np.random.Generator) -> None:
+    x, state = normal(rng, 2, 4), (normal(rng, 3, 16), normal(rng, 2, 4, 4))
+
+    def run(w: Any, key_heads: int = 1, state: Any = state, lengths: Any = (2,), keep: Any = (0,)) -> Any:
+        return native.delta_net(x, w, key_heads, 1e-6, [state], lengths, keep, x.copy())
+
+    good = delta_weights(rng)
+    ((after,),) = run(good)
+    assert [a.shape for a in after] == [a.shape for a in state]
+    assert len(run(good, keep=(2,))[0]) == 3
+    for name, shape in {
+        "in_proj_z": (7, 4), "in_proj_a": (3, 4), "conv": (16, 9), "decay": (3,), "dt_bias": (1,), "norm": (5,),
+        "out_proj": (4, 7), "in_proj_qkv": (15, 4),
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match="expected"):
+            run(delta_weights(rng, **{name: shape}))
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"key_heads": 3}, "key_heads"), ({"lengths": (1,)}, "lengths"), ({"lengths": (1, 1)}, "states, keep"),
+        ({"keep": (3,)}, "keep"), ({"keep": (-1,)}, "keep"), ({"state": (state[0], state[1][:1])}, "matrix"),
+        ({"state": (state[0][:2], state[1])}, "conv"),
+    ]  # fmt: skip
+    for arguments, name in wrong:
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            run(good, **arguments)
+    with pytest.raises(TypeError, match="DeltaState"):
+        run(good, state=state[0])
+
+
+def test_gated_attention_checks_its_weights_and_caches(rng: np.random.Generator) -> None:
+    x, angles = normal(rng, 2, 4), normal(rng, 2, 4)
+    shapes = {"q_proj": (32, 4), "k_proj": (8, 4), "v_proj": (8, 4), "o_proj": (4, 16), "q_norm": (8,), "k_norm": (8,)}
+
+    def run(lengths: Any = (2,), caches: Any = None, **changes: Any) -> None:
+        arrays = {name: normal(rng, *shape) for name, shape in (shapes | changes).items()}
+        w = tuple(native.Matrix(a) if "proj" in name else a for name, a in arrays.items())
+        caches = [(0, (native.Page("f16", 1, 8),))] * len(lengths) if caches is None else caches
+        native.gated_attention(x, w, 1e-6, angles, angles, caches, lengths, x.copy())
+
+    run()
+    for name, shape in {
+        "v_proj": (9, 4),
+        "o_proj": (4, 15),
+        "k_norm": (7,),
+        "q_proj": (30, 4),
+        "k_proj": (24, 4),
+    }.items():
+        with pytest.raises(ValueError, match="expected"):
+            run(**{name: shape})
+    two_types = [(0, (native.Page(dtype, 1, 8),)) for dtype in ("f16", "f32")]
+    for arguments in ({"lengths": (3,)}, {"lengths": (2, 0)}, {"caches": []}, {"lengths": (1, 1), "caches": two_types}):
+        with pytest.raises(ValueError, match="expected"):
+            run(**arguments)
+    with pytest.raises(TypeError, match="pages"):
+        run(caches=[(0, (normal(rng, 4),))])

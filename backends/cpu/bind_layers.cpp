@@ -1,10 +1,12 @@
 // The small operations of the seam that are no matrix product; the mixers are in bind_mixers.cpp.
 #include "bind_layers.h"
 
-#include <memory>
+#include <nanobind/stl/tuple.h>
 
-#include "blocks.h"
+#include <tuple>
+
 #include "kernels/threads.h"
+#include "layers/rows.h"
 
 using namespace nanobind::literals;
 using namespace edgeq;
@@ -13,16 +15,10 @@ namespace {
 
 // --- norms and pointwise ---------------------------------------------------------------------------------------------
 
-constexpr Index piece_size = 1 << 15;  // entries; fewer are not worth waking a thread
-
 template <class Function>
 void each_row(const Grid<float>& y, Function&& function) {
-    if (y.n == 0) return;
     nb::gil_scoped_release release;
-    const Index rows = std::max<Index>(1, piece_size / y.n);
-    parallel_for((y.rows + rows - 1) / rows, [&](int piece) {
-        for (Index row = piece * rows, end = std::min(y.rows, row + rows); row < end; row++) function(row);
-    });
+    edgeq::each_row(y.rows, y.n, function);
 }
 
 using Pointwise = void (*)(float*, const float*, const float*, Index);
@@ -92,7 +88,7 @@ void delta_rule_(const In& q, const In& k, const In& v, const In& g, const In& b
     const nb::tuple kept = items_of(after, "after", "1 to T + 1 arrays");
     const Index keep = Index(nb::len(kept)) - 1;
     require(0 <= keep && keep <= T, "after", "1 to T + 1 arrays");
-    DeltaRule rule{Hk, Hv, K, V, keep, tokens_of(q, "q", {T, Hk, K}), tokens_of(k, "k", {T, Hk, K}),
+    DeltaRule rule{Hk, Hv, K, V, tokens_of(q, "q", {T, Hk, K}), tokens_of(k, "k", {T, Hk, K}),
                    tokens_of(v, "v", {T, Hv, V}), tokens_of(g, "g", {T, Hv}), tokens_of(beta, "beta", {T, Hv}), {}};
     const auto y = output(out, v);
     rule.out = {y.data, Hv * V};
@@ -100,60 +96,93 @@ void delta_rule_(const In& q, const In& k, const In& v, const In& g, const In& b
     require_contiguous(state, "state");
     const Outputs states(kept, "after", keep + 1, {Hv, V, K});
     nb::gil_scoped_release release;
-    delta_rule(rule, {T, nullptr, state.data(), nullptr, states.pointers.data()});
+    delta_rule(rule, {T, keep, nullptr, state.data(), {}, states.pointers});
 }
 
 // --- attention -------------------------------------------------------------------------------------------------------
 
-void attention_(const In& q, const In& k, const In& v, const char* dtype, nb::handle sequences, const Out& out) {
+void attention_(const In& q, const In& k, const In& v, Index past, nb::handle pages, const Out& out) {
     require(q.ndim() == 3 && k.ndim() == 3, "q, k", "3 axes [T, H, D]");
     const Index T = q.shape(0), Hq = q.shape(1), D = q.shape(2), Hkv = k.shape(1);
     require(Hkv > 0 && D > 0 && Hq > 0 && Hq % Hkv == 0, "q", "a multiple of the KV heads");
     Attention a{};
-    a.Hq = Hq, a.Hkv = Hkv, a.D = D, a.type = kv_type(dtype);
+    a.Hq = Hq, a.Hkv = Hkv, a.D = D;
     a.q = heads_of(q, "q", T, Hq, D), a.k = heads_of(k, "k", T, Hkv, D), a.v = heads_of(v, "v", T, Hkv, D);
     a.out = output(out, q).data;
-    const KvSequences all(sequences, page_nbytes(dtype, Hkv, D), T);
+    const nb::tuple held = items_of(pages, "pages", "a sequence of them");
+    const std::vector<KvSequence> sequences{kv_sequence(T, past, held, Hkv, D, a.type)};
     nb::gil_scoped_release release;
-    attention(a, all.sequences.data(), Index(all.sequences.size()));
+    attention(a, sequences);
 }
 
-void append_(const In& k, const In& v, const char* dtype, nb::handle sequence) {
+void append_(const In& k, const In& v, Index past, nb::handle pages) {
     require(k.ndim() == 3, "k", "3 axes [T, H, D]");
     const Index T = k.shape(0), H = k.shape(1), D = k.shape(2);
     Attention a{};
-    a.Hkv = H, a.D = D, a.type = kv_type(dtype);
+    a.Hkv = H, a.D = D;
     a.k = heads_of(k, "k", T, H, D), a.v = heads_of(v, "v", T, H, D);
-    const KvSequences all(nb::make_tuple(sequence), page_nbytes(dtype, H, D), T);
+    const nb::tuple held = items_of(pages, "pages", "a sequence of them");
+    const KvSequence sequence = kv_sequence(T, past, held, H, D, a.type);
     nb::gil_scoped_release release;
-    append_kv(a, all.sequences[0], 0);
+    append_kv(a, sequence, 0);
 }
 
-void read_page_(const Bytes& page, const char* dtype, const Out& keys, const Out& values) {
+void read_page_(const Page& page, const Out& keys, const Out& values) {
     require(keys.ndim() == 3, "keys", "3 axes [tokens, heads, D]");
-    const Index tokens = keys.shape(0), heads = keys.shape(1), D = keys.shape(2);
+    const Index tokens = keys.shape(0);
     require(tokens <= kv_page, "keys", "at most a page of tokens");
-    require_shape(values, "values", {tokens, heads, D});
-    require_contiguous(keys, "keys");
-    require_contiguous(values, "values");
-    require(Index(page.size()) == page_nbytes(dtype, heads, D), "page", "a page of that dtype, heads and D");
-    const KvType type = kv_type(dtype);
+    for (const auto& [array, name] : {std::pair(keys, "keys"), std::pair(values, "values")}) {
+        require_shape(array, name, {tokens, page.heads, page.D});
+        require_contiguous(array, name);
+    }
     nb::gil_scoped_release release;
-    read_page(page.data(), type, heads, D, tokens, keys.data(), values.data());
+    read_page(page.data(), page.type, page.heads, page.D, tokens, keys.data(), values.data());
 }
 
-// A block that goes back when it is let go.
-struct Owned {
-    Block block;
-    explicit Owned(size_t nbytes) : block(take_block(nbytes)) {}
-    Owned(const Owned&) = delete;
-    ~Owned() { give_back(block); }
-};
+using Positions = nb::ndarray<const int32_t, nb::ndim<2>, nb::device::cpu>;
+
+void rope_angles_(const Positions& positions, double theta, const std::tuple<int, int, int>& sections, const Out& cos,
+                  const Out& sin) {
+    require(cos.ndim() == 2, "cos", "2 axes");
+    const Index T = cos.shape(0), pairs = cos.shape(1);
+    require_shape(positions, "positions", {3, T});
+    require_aligned(positions, "positions");
+    for (const auto& [array, name] : {std::pair(cos, "cos"), std::pair(sin, "sin")}) {
+        require_shape(array, name, {T, pairs});
+        require_contiguous(array, name);
+    }
+    const int parts[] = {std::get<0>(sections), std::get<1>(sections), std::get<2>(sections)};
+    nb::gil_scoped_release release;
+    rope_angles(positions.data(), positions.stride(0), positions.stride(1), T, theta, parts, pairs, cos.data(),
+                sin.data());
+}
 
 nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> empty(size_t nbytes) {
-    auto owned = std::make_unique<Owned>(nbytes);
-    nb::capsule owner(owned.get(), [](void* p) noexcept { delete static_cast<Owned*>(p); });
-    return {owned.release()->block.data, {nbytes}, owner};
+    const auto [data, owner] = owned_block(nbytes);
+    return {data, {nbytes}, owner};
+}
+
+bool all_finite_(const In& x) {
+    const auto rows = grid<const float>(x, "x");
+    nb::gil_scoped_release release;
+    for (Index row = 0; row < rows.rows; row++)
+        if (!all_finite(rows[row], rows.n)) return false;
+    return true;
+}
+
+void bind_pages(nb::module_& m) {
+    m.attr("KV_PAGE") = kv_page;
+    nb::class_<Page>(m, "Page", "Room for KV_PAGE tokens' keys and values of a layer, laid out as layers/layers.h says.")
+        .def("__init__", [](Page* self, const char* dtype, Index heads, Index dim) {
+            new (self) Page(kv_type(dtype), heads, dim);
+        }, "dtype"_a, "heads"_a, "dim"_a)
+        .def("copy", [](const Page& page) { return new Page(page); }, "Another page of the same content.")
+        .def("read", &read_page_, "keys"_a.noconvert(), "values"_a.noconvert(),
+             "The first tokens' keys and values, each float32 [tokens, heads, dim].")
+        .def_ro("nbytes", &Page::nbytes)
+        .def_rw("written", &Page::written, "Tokens that are in use by somebody.");
+    m.def("append", &append_, "k"_a.noconvert(), "v"_a.noconvert(), "past"_a, "pages"_a,
+          "Write keys and values float32 [T, heads, dim] to the pages of a sequence, after `past` tokens.");
 }
 
 }  // namespace
@@ -161,7 +190,6 @@ nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> empty(size_t nbytes) {
 void bind_mixers(nb::module_& m);
 
 void bind_layers(nb::module_& m) {
-    m.attr("KV_PAGE") = kv_page;
     m.def("empty", &empty, "nbytes"_a, "Bytes on a cache line, not cleared, for what comes and goes with every token.");
     m.def("add", [](In x, In y, Out out) { pointwise(layer_kernels().add, x, y, out); }, "x"_a.noconvert(),
           "y"_a.noconvert(), "out"_a.noconvert());
@@ -177,10 +205,11 @@ void bind_layers(nb::module_& m) {
           "out"_a.noconvert());
     m.def("delta_rule", &delta_rule_, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "g"_a.noconvert(),
           "beta"_a.noconvert(), "state"_a.noconvert(), "after"_a, "out"_a.noconvert());
-    m.def("attention", &attention_, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "dtype"_a, "sequences"_a,
+    m.def("attention", &attention_, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "past"_a, "pages"_a,
           "out"_a.noconvert());
-    m.def("append", &append_, "k"_a.noconvert(), "v"_a.noconvert(), "dtype"_a, "sequence"_a);
-    m.def("page_nbytes", &page_nbytes, "dtype"_a, "heads"_a, "D"_a, "Bytes of a page of keys and values.");
-    m.def("read_page", &read_page_, "page"_a.noconvert(), "dtype"_a, "keys"_a.noconvert(), "values"_a.noconvert());
+    m.def("rope_angles", &rope_angles_, "positions"_a.noconvert(), "theta"_a, "sections"_a, "cos"_a.noconvert(),
+          "sin"_a.noconvert(), "positions int32 [3, T] -> cos, sin float32 [T, pairs].");
+    m.def("all_finite", &all_finite_, "x"_a.noconvert(), "Whether no entry is NaN or infinite.");
+    bind_pages(m);
     bind_mixers(m);
 }

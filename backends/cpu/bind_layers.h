@@ -6,18 +6,20 @@
 #include <nanobind/stl/optional.h>
 
 #include <algorithm>
+#include <cstring>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "bind_checks.h"
+#include "blocks.h"
 #include "layers/layers.h"
 
 namespace edgeq {
 
 using In = nb::ndarray<const float, nb::device::cpu>;
 using Out = nb::ndarray<float, nb::device::cpu>;
-using Bytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using MaybeIn = std::optional<In>;
 
 // --- arrays ----------------------------------------------------------------------------------------------------------
@@ -76,61 +78,24 @@ struct Outputs {
     }
 };
 
-// --- sequences --------------------------------------------------------------------------------------------------------
+// --- memory that comes and goes with every token --------------------------------------------------------------------
 
-constexpr const char* delta_tuple = "tuples (tokens, state, (states after)), a state being (conv, matrix)";
-
-// The sequences of a call, and their arrays.
-struct DeltaSequences {
-    std::vector<DeltaSequence> sequences;
-    std::vector<std::vector<float*>> after;  // not moved once a sequence points into it
-    std::vector<In> inputs;
-    std::vector<Out> outputs;
-
-    // Together they have `tokens` tokens.
-    DeltaSequences(nb::handle tuples, const DeltaNet& net, Index tokens) {
-        const nb::tuple all = items_of(tuples, "sequences", delta_tuple);
-        after.reserve(2 * nb::len(all));
-        for (nb::handle tuple : all) {
-            const nb::tuple parts = items_of(tuple, "sequences", delta_tuple, 3);
-            const Index n = item<Index>(parts[0], "sequences", delta_tuple);
-            require(0 < n && n >= net.keep, "sequences", "at least one token, and as many as states are kept");
-            require(n <= tokens, "sequences", "as many tokens as x has rows");
-            add(n, parts[1], parts[2], net);
-            tokens -= n;
-        }
-        require(tokens == 0, "sequences", "as many tokens as x has rows");
-    }
-
-private:
-    // The arrays of a state, its convolution's tail and its matrix, which `held` keeps.
-    template <class A>
-    static auto arrays(nb::handle state, const DeltaNet& net, std::vector<A>& held) {
-        const nb::tuple parts = items_of(state, "sequences", delta_tuple, 2);
-        const A tail = item<A>(parts[0], "conv", "a float32 array");
-        const A matrix = item<A>(parts[1], "matrix", "a float32 array");
-        require_shape(tail, "conv", {net.width - 1, 2 * net.Hk * net.K + net.Hv * net.V});
-        require_shape(matrix, "matrix", {net.Hv, net.V, net.K});
-        require_contiguous(tail, "conv");
-        require_contiguous(matrix, "matrix");
-        held.push_back(tail);
-        held.push_back(matrix);
-        return std::pair(tail.data(), matrix.data());
-    }
-
-    void add(Index n, nb::handle before, nb::handle states, const DeltaNet& net) {
-        const std::string count = std::to_string(net.keep + 1) + " states";
-        after.emplace_back();
-        after.emplace_back();
-        for (nb::handle state : items_of(states, "states after", count.c_str(), net.keep + 1)) {
-            const auto [tail, matrix] = arrays(state, net, outputs);
-            after[after.size() - 2].push_back(tail);
-            after.back().push_back(matrix);
-        }
-        const auto [tail, matrix] = arrays(before, net, inputs);
-        sequences.push_back({n, tail, matrix, after[after.size() - 2].data(), after.back().data()});
-    }
+// A block that goes back when it is let go.
+struct Owned {
+    Block block;
+    explicit Owned(size_t nbytes) : block(take_block(nbytes)) {}
+    Owned(const Owned&) = delete;
+    ~Owned() { give_back(block); }
 };
+
+// A block's memory, and the Python object that keeps it.
+inline std::pair<char*, nb::capsule> owned_block(size_t nbytes) {
+    auto owned = std::make_unique<Owned>(nbytes);
+    nb::capsule owner(owned.get(), [](void* p) noexcept { delete static_cast<Owned*>(p); });
+    return {owned.release()->block.data, owner};
+}
+
+// --- pages of keys and values ---------------------------------------------------------------------------------------
 
 inline KvType kv_type(const char* name) {
     if (std::string(name) == "f16") return KvType::f16;
@@ -141,17 +106,45 @@ inline KvType kv_type(const char* name) {
     throw nb::value_error("dtype: expected f16, bf16, f32, int8 or int4");
 }
 
-inline Index page_nbytes(const char* dtype, Index heads, Index D) {
-    require(0 < heads && heads < 1 << 20 && 0 < D && D < 1 << 20, "heads, D", "1 to a million");
-    return kv_page_nbytes(kv_type(dtype), heads, D);
+// Room for kv_page tokens of a layer. How many of them are in use by somebody is Python's to say.
+class Page {
+public:
+    const KvType type;
+    const Index heads, D, nbytes;
+    Index written = 0;
+
+    Page(KvType type, Index heads, Index D)
+        : type(type), heads(checked(heads)), D(checked(D)), nbytes(kv_page_nbytes(type, heads, D)), memory_(nbytes) {}
+    Page(const Page& other) : Page(other.type, other.heads, other.D) { std::memcpy(data(), other.data(), nbytes); }
+
+    uint8_t* data() const { return reinterpret_cast<uint8_t*>(memory_.block.data); }
+
+private:
+    Owned memory_;
+
+    static Index checked(Index n) {
+        require(0 < n && n < 1 << 20, "heads, dim", "1 to a million", n);
+        return n;
+    }
+};
+
+// A sequence that has room for `tokens` more; its pages are of one type, for these heads of width D. The tuple keeps
+// them.
+inline KvSequence kv_sequence(Index tokens, Index past, const nb::tuple& pages, Index heads, Index D, KvType& type) {
+    require(tokens > 0 && past >= 0 && past < Index(1) << 40, "past", "at least one token, and none before zero");
+    KvSequence s{tokens, past, {}};
+    for (nb::handle x : pages) {
+        const Page* page = item<const Page*>(x, "pages", "Page objects");
+        if (!page) refuse_type("pages", "Page objects");
+        if (s.pages.empty()) type = page->type;
+        require(page->type == type && page->heads == heads && page->D == D, "pages", "one type, the heads and the width");
+        s.pages.push_back(page->data());
+    }
+    require(Index(s.pages.size()) * kv_page >= past + tokens, "pages", "room for all tokens");
+    return s;
 }
 
-inline Bytes page_of(nb::handle x, Index nbytes) {
-    Bytes page = item<Bytes>(x, "pages", "writable uint8 arrays");
-    if (Index(page.size()) != nbytes) refuse("pages", std::to_string(nbytes) + " bytes each");
-    require(reinterpret_cast<uintptr_t>(page.data()) % sizeof(float) == 0, "pages", "aligned data");  // of scales, too
-    return page;
-}
+// --- heads -----------------------------------------------------------------------------------------------------------
 
 // Cosines and sines [T, pairs]; returns the pairs.
 inline Index angles(const In& cos, const In& sin, Index T, Index D) {
@@ -171,36 +164,5 @@ inline Heads heads_of(const In& x, const char* name, Index T, Index H, Index D) 
     require_readable(x, name);
     return {x.data(), x.stride(0), x.stride(1)};
 }
-
-constexpr const char* kv_tuple = "tuples (tokens, past, [pages])";
-
-// The sequences of a call, and their pages.
-struct KvSequences {
-    std::vector<KvSequence> sequences;
-    std::vector<std::vector<uint8_t*>> pages;  // not moved once a sequence points into it
-    std::vector<Bytes> held;
-
-    // Together they have `tokens` tokens; a page has `nbytes`.
-    KvSequences(nb::handle tuples, Index nbytes, Index tokens) {
-        const nb::tuple all = items_of(tuples, "sequences", kv_tuple);
-        pages.reserve(nb::len(all));
-        for (nb::handle tuple : all) {
-            const nb::tuple parts = items_of(tuple, "sequences", kv_tuple, 3);
-            const Index n = item<Index>(parts[0], "sequences", kv_tuple);
-            const Index past = item<Index>(parts[1], "sequences", kv_tuple);
-            require(n > 0 && past >= 0 && past < Index(1) << 40, "sequences", "at least one token, and none before zero");
-            require(n <= tokens, "sequences", "as many tokens as rows");
-            pages.emplace_back();
-            for (nb::handle page : items_of(parts[2], "pages", "a list of them")) {
-                held.push_back(page_of(page, nbytes));
-                pages.back().push_back(held.back().data());
-            }
-            require(Index(pages.back().size()) * kv_page >= past + n, "pages", "room for all tokens");
-            sequences.push_back({n, past, pages.back().data()});
-            tokens -= n;
-        }
-        require(tokens == 0, "sequences", "as many tokens as rows");
-    }
-};
 
 }  // namespace edgeq

@@ -1,177 +1,279 @@
-// The larger pieces of a layer, projections included: weights are checked once, when a piece is made, and what lies
-// between the projections never becomes a Python object.
+// The larger pieces of a layer, projections included, and all layers in one call: weights come as the tuples that
+// edgeq.weights declares, and what lies between them never becomes a Python object.
 #include "bind_layers.h"
 #include "bind_linear.h"
 
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+
 #include "kernels/linear.h"
-#include "kernels/threads.h"
-#include "layers/aligned.h"
+#include "layers/stack.h"
 
 using namespace nanobind::literals;
 using namespace edgeq;
 
 namespace {
 
-// Memory for what lies between the projections, of the calling thread and kept from call to call.
-float* room(Index tokens, Index each) {
-    thread_local Floats memory;
-    const Index floats = entries({tokens, each});
-    if (Index(memory.size()) < floats) memory.resize(floats);
-    return memory.data();
+// What a call uses while the GIL is released. Tuples keep their items, whatever becomes of the lists they came from.
+struct Held {
+    std::vector<nb::tuple> tuples;
+    std::vector<In> arrays;
+
+    nb::tuple items(nb::handle sequence, const char* name, const char* expected) {
+        tuples.push_back(items_of(sequence, name, expected));
+        return tuples.back();
+    }
+
+    nb::tuple items(nb::handle sequence, const char* name, const char* expected, Index count) {
+        tuples.push_back(items_of(sequence, name, expected, count));
+        return tuples.back();
+    }
+
+    // A contiguous float32 array.
+    const In& array(nb::handle of, const char* name, std::initializer_list<Index> shape) {
+        arrays.push_back(item<In>(of, name, "a float32 array"));
+        require_shape(arrays.back(), name, shape);
+        require_contiguous(arrays.back(), name);
+        return arrays.back();
+    }
+};
+
+// --- weights ---------------------------------------------------------------------------------------------------------
+
+const Matrix& matrix_in(nb::handle of, const char* name, Index out, Index in) {
+    const Matrix& w = matrix_of(of, name).matrix;
+    if (w.out != out || w.in != in) refuse(name, "shape " + text({out, in}) + ", found " + text({w.out, w.in}));
+    return w;
 }
 
-void require_matrix(const BoundMatrix& w, const char* name, Index out, Index in) {
-    if (w.matrix.out != out || w.matrix.in != in) refuse(name, "shape " + text({out, in}));
+// The length of a vector.
+Index length_of(nb::handle of, const char* name) {
+    const In x = item<In>(of, name, "a float32 array");
+    require(x.ndim() == 1 && x.shape(0) > 0, name, "1 axis");
+    return x.shape(0);
 }
+
+FeedForward mlp_in(nb::handle weights, Index hidden, Held& held) {
+    const nb::tuple w = held.items(weights, "w", "MLPWeights", 3);
+    const Index n = matrix_of(w[0], "gate_proj").matrix.out;
+    return {matrix_in(w[0], "gate_proj", n, hidden), matrix_in(w[1], "up_proj", n, hidden),
+            matrix_in(w[2], "down_proj", hidden, n)};
+}
+
+DeltaNetMixer delta_net_in(nb::handle weights, Index hidden, Index key_heads, float eps, Held& held) {
+    const nb::tuple w = held.items(weights, "w", "DeltaNetWeights", 9);
+    const Index C = matrix_of(w[0], "in_proj_qkv").matrix.out, Hv = matrix_of(w[2], "in_proj_b").matrix.out;
+    const Index V = length_of(w[7], "norm");
+    require(key_heads > 0 && Hv % key_heads == 0, "key_heads", "a divisor of the value heads", key_heads);
+    const Index values = entries({Hv, V}), K = (C - values) / (2 * key_heads);
+    require(K > 0 && C == 2 * key_heads * K + values, "in_proj_qkv", "rows for queries, keys and values");
+    const In conv = item<In>(w[4], "conv", "a float32 array");
+    require(conv.ndim() == 2 && conv.shape(1) > 0, "conv", "2 axes, and at least one tap");
+    const Index width = conv.shape(1);
+    return {matrix_in(w[0], "in_proj_qkv", C, hidden),
+            matrix_in(w[1], "in_proj_z", values, hidden),
+            matrix_in(w[2], "in_proj_b", Hv, hidden),
+            matrix_in(w[3], "in_proj_a", Hv, hidden),
+            matrix_in(w[8], "out_proj", hidden, values),
+            {key_heads, Hv, K, V, width, {}, {}, {}, {}, held.array(w[4], "conv", {C, width}).data(),
+             held.array(w[5], "decay", {Hv}).data(), held.array(w[6], "dt_bias", {Hv}).data(),
+             held.array(w[7], "norm", {V}).data(), eps, {}},
+            {}};
+}
+
+AttentionMixer attention_in(nb::handle weights, Index hidden, float eps, const In& cos, const In& sin, Index T,
+                            Held& held) {
+    const nb::tuple w = held.items(weights, "w", "AttentionWeights", 6);
+    const Index q = matrix_of(w[0], "q_proj").matrix.out, D = length_of(w[4], "q_norm");
+    require(q / 2 / D > 0 && q % (2 * D) == 0, "q_proj", "rows for a query and a gate of every head", q);
+    Attention a{};
+    a.D = D, a.Hq = q / 2 / D, a.Hkv = matrix_of(w[1], "k_proj").matrix.out / D, a.eps = eps;
+    require(a.Hkv > 0 && a.Hq % a.Hkv == 0, "k_proj", "rows for a divisor of the query heads");
+    a.q_norm = held.array(w[4], "q_norm", {D}).data(), a.k_norm = held.array(w[5], "k_norm", {D}).data();
+    a.pairs = angles(cos, sin, T, D), a.cos = cos.data(), a.sin = sin.data();
+    return {matrix_in(w[0], "q_proj", q, hidden),
+            matrix_in(w[1], "k_proj", a.Hkv * D, hidden),
+            matrix_in(w[2], "v_proj", a.Hkv * D, hidden),
+            matrix_in(w[3], "o_proj", hidden, a.Hq * D),
+            a,
+            {}};
+}
+
+// --- sequences -------------------------------------------------------------------------------------------------------
+
+using Lengths = std::vector<Index>;
+
+// Checks that the sequences' tokens are the rows of x.
+void require_lengths(const Lengths& lengths, Index T) {
+    Index left = T;
+    for (Index n : lengths) {
+        require(0 < n && n <= left, "lengths", "at least one token for every sequence, together the rows of x", n);
+        left -= n;
+    }
+    require(left == 0, "lengths", "as many tokens as x has rows", T - left);
+}
+
+nb::object array_out(float* data, std::initializer_list<size_t> shape, const nb::capsule& owner) {
+    return nb::cast(nb::ndarray<nb::numpy, float>(data, shape.size(), shape.begin(), owner));
+}
+
+// Room for a state after, (conv, matrix), the matrix on a cache line. Every state has its own memory, so that it can be
+// kept alone.
+nb::tuple new_state(const DeltaNet& net, DeltaSequence& s) {
+    const size_t Hv = net.Hv, V = net.V, K = net.K, before = net.width - 1, C = net.channels();
+    const Index size = entries({net.Hv, net.V, net.K}) + entries({net.width - 1, net.channels()});
+    const auto [memory, owner] = owned_block(size * sizeof(float));
+    float* matrix = reinterpret_cast<float*>(memory);
+    float* tail = matrix + Hv * V * K;
+    s.states_after.push_back(matrix);
+    s.tails_after.push_back(tail);
+    return nb::make_tuple(array_out(tail, {before, C}, owner), array_out(matrix, {Hv, V, K}, owner));
+}
+
+// Tells the mixer its sequences; the states after, [sequence][keep + 1], are what comes back to Python.
+nb::list take_states(DeltaNetMixer& mixer, nb::handle states, const Lengths& lengths, const Lengths& keep, Held& held) {
+    const DeltaNet& net = mixer.between;
+    require(keep.size() == lengths.size(), "keep", "one for every sequence", keep.size());
+    const nb::tuple before = held.items(states, "states", "one for every sequence", lengths.size());
+    nb::list all;
+    for (size_t i = 0; i < lengths.size(); i++) {
+        require(0 <= keep[i] && keep[i] <= lengths[i], "keep", "0 to the sequence's tokens", keep[i]);
+        const nb::tuple state = held.items(before[i], "states", "(conv, matrix)", 2);
+        DeltaSequence s{lengths[i], keep[i], held.array(state[0], "conv", {net.width - 1, net.channels()}).data(),
+                        held.array(state[1], "matrix", {net.Hv, net.V, net.K}).data(), {}, {}};
+        nb::list after;
+        for (Index n = 0; n <= keep[i]; n++) after.append(new_state(net, s));
+        mixer.sequences.push_back(std::move(s));
+        all.append(after);
+    }
+    return all;
+}
+
+void take_pages(AttentionMixer& mixer, nb::handle caches, const Lengths& lengths, Held& held) {
+    Attention& a = mixer.between;
+    const nb::tuple all = held.items(caches, "caches", "one for every sequence", lengths.size());
+    for (size_t i = 0; i < lengths.size(); i++) {
+        const KvType type_before = a.type;
+        const nb::tuple cache = held.items(all[i], "caches", "(past, pages)", 2);
+        const nb::tuple pages = held.items(cache[1], "pages", "a sequence of them");
+        const Index past = item<Index>(cache[0], "past", "an integer");
+        mixer.sequences.push_back(kv_sequence(lengths[i], past, pages, a.Hkv, a.D, a.type));
+        require(i == 0 || a.type == type_before, "pages", "one type for all sequences");
+    }
+}
+
+// --- calls -----------------------------------------------------------------------------------------------------------
 
 // x [T, hidden] -> T
-Index tokens_in(const In& x, const Out& out, const BoundMatrix& first, const BoundMatrix& last) {
-    require(x.ndim() == 2 && x.shape(0) > 0, "x", "2 axes [T, hidden]");
-    const Index T = x.shape(0);
-    require_shape(x, "x", {T, first.matrix.in});
+Index tokens_in(const In& x, const Out& out) {
+    require(x.ndim() == 2 && x.shape(0) > 0 && x.shape(1) > 0, "x", "2 axes [T, hidden]");
     require_contiguous(x, "x");
-    require_shape(out, "out", {T, last.matrix.out});
-    require_contiguous(out, "out");
-    return T;
+    output(out, x);
+    return x.shape(0);
 }
 
-void project(const float* x, Index T, const BoundMatrix& w, float* y) { linears(x, T, &w.matrix, 1, &y); }
+void mlp(const In& x, nb::handle weights, const Out& out) {
+    const Index T = tokens_in(x, out);
+    Held held;
+    const FeedForward w = mlp_in(weights, x.shape(1), held);
+    nb::gil_scoped_release release;
+    run_mlp(w, x.data(), T, out.data());
+}
 
-// --- feed-forward ----------------------------------------------------------------------------------------------------
+nb::list delta_net_(const In& x, nb::handle weights, Index key_heads, float eps, nb::handle states,
+                    const Lengths& lengths, const Lengths& keep, const Out& out) {
+    const Index T = tokens_in(x, out);
+    require_lengths(lengths, T);
+    Held held;
+    DeltaNetMixer mixer = delta_net_in(weights, x.shape(1), key_heads, eps, held);
+    nb::list after = take_states(mixer, states, lengths, keep, held);
+    nb::gil_scoped_release release;
+    run_mixer(mixer, x.data(), T, out.data());
+    return after;
+}
 
-struct Mlp {
-    BoundMatrix gate, up, down;
+void gated_attention(const In& x, nb::handle weights, float eps, const In& cos, const In& sin, nb::handle caches,
+                     const Lengths& lengths, const Out& out) {
+    const Index T = tokens_in(x, out);
+    require_lengths(lengths, T);
+    Held held;
+    AttentionMixer mixer = attention_in(weights, x.shape(1), eps, cos, sin, T, held);
+    take_pages(mixer, caches, lengths, held);
+    nb::gil_scoped_release release;
+    run_mixer(mixer, x.data(), T, out.data());
+}
 
-    Mlp(const BoundMatrix& gate, const BoundMatrix& up, const BoundMatrix& down) : gate(gate), up(up), down(down) {
-        require_matrix(up, "up_proj", gate.matrix.out, gate.matrix.in);
-        if (down.matrix.in != gate.matrix.out) refuse("down_proj", std::to_string(gate.matrix.out) + " columns");
+// Lets Ctrl-C through in the midst of a long call: it looks for signals after a layer, but not so often that a busy
+// thread of Python, which has to hand the GIL over for it, could slow the call down.
+class Interruptions {
+public:
+    explicit Interruptions(Index T) : many_(T > few_tokens) {}
+
+    // False where Python is to raise an exception, which is set.
+    bool go_on() {
+        using namespace std::chrono_literals;
+        if (!many_ || std::chrono::steady_clock::now() - since_ < 50ms) return true;
+        nb::gil_scoped_acquire hold;
+        const bool none = PyErr_CheckSignals() == 0;
+        since_ = std::chrono::steady_clock::now();
+        return none;
     }
 
-    void run(const In& x, const Out& out) const {
-        const Index T = tokens_in(x, out, gate, down), n = gate.matrix.out;
-        nb::gil_scoped_release release;
-        float* memory = room(T, 2 * n);
-        float* ys[] = {memory, memory + T * n};
-        const Matrix ws[] = {gate.matrix, up.matrix};
-        linears(x.data(), T, ws, 2, ys);
-        constexpr Index piece = 1 << 14;  // entries
-        parallel_for((T * n + piece - 1) / piece, [&](int i) {
-            const Index at = i * piece;
-            layer_kernels().silu_mul(ys[0] + at, ys[0] + at, ys[1] + at, std::min(piece, T * n - at));
-        });
-        project(ys[0], T, down, out.data());
-    }
+private:
+    bool many_;
+    std::chrono::steady_clock::time_point since_ = std::chrono::steady_clock::now();
 };
 
-// --- Gated DeltaNet --------------------------------------------------------------------------------------------------
-
-struct DeltaNetMixer {
-    BoundMatrix qkv, z, b, a, out_proj;
-    In conv, decay, dt_bias, norm;
-    Index Hv, V, width, C;
-
-    DeltaNetMixer(const BoundMatrix& qkv, const BoundMatrix& z, const BoundMatrix& b, const BoundMatrix& a,
-                  const In& conv, const In& decay, const In& dt_bias, const In& norm, const BoundMatrix& out_proj)
-        : qkv(qkv), z(z), b(b), a(a), out_proj(out_proj), conv(conv), decay(decay), dt_bias(dt_bias), norm(norm) {
-        Hv = decay.size(), V = norm.size(), C = qkv.matrix.out;
-        require(conv.ndim() == 2, "conv", "2 axes");
-        width = conv.shape(1);
-        require(1 <= width, "conv", "at least one tap");
-        require_shape(conv, "conv", {C, width});
-        require_contiguous(conv, "conv");
-        vector_of(decay, "decay", Hv);
-        vector_of(dt_bias, "dt_bias", Hv);
-        vector_of(norm, "norm", V);
-        require(Hv > 0 && V > 0, "decay, norm", "at least one head");
-        const Index hidden = qkv.matrix.in;
-        require_matrix(z, "in_proj_z", entries({Hv, V}), hidden);
-        require_matrix(b, "in_proj_b", Hv, hidden);
-        require_matrix(a, "in_proj_a", Hv, hidden);
-        if (out_proj.matrix.in != Hv * V) refuse("out_proj", std::to_string(Hv * V) + " columns");
+nb::list decoder_layers(const In& x, nb::handle layers, Index key_heads, float eps, const In& cos, const In& sin,
+                        nb::handle states, const Lengths& lengths, const Lengths& keep, const Out& out) {
+    const Index T = tokens_in(x, out), hidden = x.shape(1);
+    require_lengths(lengths, T);
+    Held held;
+    const nb::tuple ws = held.items(layers, "layers", "a sequence of LayerWeights");
+    const nb::tuple before = held.items(states, "states", "those of every layer", nb::len(ws));
+    std::vector<DecoderLayer> stack;
+    nb::list all;
+    for (size_t i = 0; i < nb::len(ws); i++) {
+        const nb::tuple w = held.items(ws[i], "layers", "LayerWeights", 4);
+        const float* input_norm = held.array(w[0], "input_layernorm", {hidden}).data();
+        const float* post_norm = held.array(w[2], "post_attention_layernorm", {hidden}).data();
+        const nb::tuple mixing = held.items(w[1], "layers", "DeltaNetWeights or AttentionWeights");
+        const FeedForward mlp = mlp_in(w[3], hidden, held);
+        if (nb::len(mixing) == 6) {
+            AttentionMixer mixer = attention_in(mixing, hidden, eps, cos, sin, T, held);
+            take_pages(mixer, before[i], lengths, held);
+            stack.push_back({input_norm, post_norm, std::move(mixer), mlp});
+            all.append(nb::none());
+        } else {
+            DeltaNetMixer mixer = delta_net_in(mixing, hidden, key_heads, eps, held);
+            all.append(take_states(mixer, before[i], lengths, keep, held));
+            stack.push_back({input_norm, post_norm, std::move(mixer), mlp});
+        }
     }
-
-    void run(const In& x, Index key_heads, float eps, Index keep, nb::handle sequences, const Out& out) const {
-        const Index T = tokens_in(x, out, qkv, out_proj);
-        require(key_heads > 0 && Hv % key_heads == 0, "key_heads", "a divisor of the value heads");
-        const Index K = (C - Hv * V) / (2 * key_heads);
-        require(K > 0 && C == 2 * key_heads * K + Hv * V, "in_proj_qkv", "rows for queries, keys and values");
-        require(keep >= 0, "keep", "0 or more");
-        DeltaNet net{key_heads, Hv, K, V, width, keep, {}, {}, {}, {}, conv.data(), decay.data(), dt_bias.data(),
-                     norm.data(), eps, {}};
-        const DeltaSequences all(sequences, net, T);
+    Interruptions interruptions(T);
+    bool finished;
+    {
         nb::gil_scoped_release release;
-        float* memory = room(T, C + 2 * Hv * V + 2 * Hv);
-        float* ys[] = {memory, memory + T * C, memory + T * (C + 2 * Hv * V), memory + T * (C + 2 * Hv * V + Hv)};
-        float* mixed = ys[1] + T * Hv * V;
-        const Matrix ws[] = {qkv.matrix, z.matrix, b.matrix, a.matrix};
-        linears(x.data(), T, ws, 4, ys);
-        net.qkv = {ys[0], C}, net.z = {ys[1], Hv * V}, net.b = {ys[2], Hv}, net.a = {ys[3], Hv};
-        net.out = {mixed, Hv * V};
-        delta_net(net, all.sequences.data(), Index(all.sequences.size()));
-        project(mixed, T, out_proj, out.data());
+        std::memcpy(out.data(), x.data(), T * hidden * sizeof(float));
+        finished = run_layers(stack, T, hidden, eps, out.data(), [&] { return interruptions.go_on(); });
     }
-};
-
-// --- gated attention -------------------------------------------------------------------------------------------------
-
-struct AttentionMixer {
-    BoundMatrix q, k, v, o;
-    In q_norm, k_norm;
-    Index Hq, Hkv, D;
-
-    AttentionMixer(const BoundMatrix& q, const BoundMatrix& k, const BoundMatrix& v, const BoundMatrix& o,
-                   const In& q_norm, const In& k_norm)
-        : q(q), k(k), v(v), o(o), q_norm(q_norm), k_norm(k_norm) {
-        D = q_norm.size();
-        vector_of(q_norm, "q_norm", D);
-        vector_of(k_norm, "k_norm", D);
-        require(D > 0 && q.matrix.out % (2 * D) == 0, "q_proj", "rows for a query and a gate of every head");
-        Hq = q.matrix.out / (2 * D), Hkv = k.matrix.out / D;
-        require(Hkv > 0 && Hq % Hkv == 0, "k_proj", "a divisor of the query heads");
-        require_matrix(k, "k_proj", Hkv * D, q.matrix.in);
-        require_matrix(v, "v_proj", Hkv * D, q.matrix.in);
-        if (o.matrix.in != Hq * D) refuse("o_proj", std::to_string(Hq * D) + " columns");
-    }
-
-    void run(const In& x, float eps, const In& cos, const In& sin, const char* dtype, nb::handle sequences,
-             const Out& out) const {
-        const Index T = tokens_in(x, out, q, o), q_size = 2 * Hq * D, kv_size = Hkv * D;
-        Attention a{};
-        a.Hq = Hq, a.Hkv = Hkv, a.D = D, a.type = kv_type(dtype), a.eps = eps;
-        a.q_norm = q_norm.data(), a.k_norm = k_norm.data();
-        a.pairs = angles(cos, sin, T, D), a.cos = cos.data(), a.sin = sin.data();
-        const KvSequences all(sequences, page_nbytes(dtype, Hkv, D), T);
-        nb::gil_scoped_release release;
-        float* memory = room(T, q_size + 2 * kv_size + Hq * D);
-        float* ys[] = {memory, memory + T * q_size, memory + T * (q_size + kv_size)};
-        a.out = ys[2] + T * kv_size;
-        const Matrix ws[] = {q.matrix, k.matrix, v.matrix};
-        linears(x.data(), T, ws, 3, ys);
-        a.q = {ys[0], q_size, 2 * D}, a.gate = {ys[0] + D, q_size, 2 * D};  // per head: query, then gate
-        a.k = {ys[1], kv_size, D}, a.v = {ys[2], kv_size, D};
-        attention(a, all.sequences.data(), Index(all.sequences.size()));
-        project(a.out, T, o, out.data());
-    }
-};
+    if (!finished) nb::raise_python_error();
+    return all;
+}
 
 }  // namespace
 
 void bind_mixers(nb::module_& m) {
-    nb::class_<Mlp>(m, "Mlp", "SwiGLU feed-forward.")
-        .def(nb::init<const BoundMatrix&, const BoundMatrix&, const BoundMatrix&>(), "gate_proj"_a, "up_proj"_a,
-             "down_proj"_a)
-        .def("__call__", &Mlp::run, "x"_a.noconvert(), "out"_a.noconvert());
-    nb::class_<DeltaNetMixer>(m, "DeltaNet", "Gated DeltaNet mixer.")
-        .def(nb::init<const BoundMatrix&, const BoundMatrix&, const BoundMatrix&, const BoundMatrix&, const In&,
-                      const In&, const In&, const In&, const BoundMatrix&>(),
-             "in_proj_qkv"_a, "in_proj_z"_a, "in_proj_b"_a, "in_proj_a"_a, "conv"_a.noconvert(), "decay"_a.noconvert(),
-             "dt_bias"_a.noconvert(), "norm"_a.noconvert(), "out_proj"_a)
-        .def("__call__", &DeltaNetMixer::run, "x"_a.noconvert(), "key_heads"_a, "eps"_a, "keep"_a, "sequences"_a,
-             "out"_a.noconvert());
-    nb::class_<AttentionMixer>(m, "GatedAttention", "Gated attention mixer.")
-        .def(nb::init<const BoundMatrix&, const BoundMatrix&, const BoundMatrix&, const BoundMatrix&, const In&,
-                      const In&>(),
-             "q_proj"_a, "k_proj"_a, "v_proj"_a, "o_proj"_a, "q_norm"_a.noconvert(), "k_norm"_a.noconvert())
-        .def("__call__", &AttentionMixer::run, "x"_a.noconvert(), "eps"_a, "cos"_a.noconvert(), "sin"_a.noconvert(),
-             "dtype"_a, "sequences"_a, "out"_a.noconvert());
+    m.def("mlp", &mlp, "x"_a.noconvert(), "w"_a, "out"_a.noconvert(), "Feed-forward: w MLPWeights.");
+    m.def("delta_net", &delta_net_, "x"_a.noconvert(), "w"_a, "key_heads"_a, "eps"_a, "states"_a, "lengths"_a, "keep"_a,
+          "out"_a.noconvert(),
+          "Gated DeltaNet: w DeltaNetWeights, states (conv, matrix) for each sequence -> lists of keep + 1 such.");
+    m.def("gated_attention", &gated_attention, "x"_a.noconvert(), "w"_a, "eps"_a, "cos"_a.noconvert(),
+          "sin"_a.noconvert(), "caches"_a, "lengths"_a, "out"_a.noconvert(),
+          "Gated attention: w AttentionWeights, caches (past, pages) with room for each sequence's tokens.");
+    m.def("decoder_layers", &decoder_layers, "x"_a.noconvert(), "layers"_a, "key_heads"_a, "eps"_a, "cos"_a.noconvert(),
+          "sin"_a.noconvert(), "states"_a, "lengths"_a, "keep"_a, "out"_a.noconvert(),
+          "Whole layers: LayerWeights, and for each the states or caches of all sequences, as above. Returns what "
+          "delta_net returns for its layers, None for the others. May raise what a signal's handler raises.");
 }

@@ -11,24 +11,9 @@ from edgeq.backends.cpu import _native
 from edgeq.formats.bf16 import Array, Float32
 from edgeq.state import KVCache
 
-__all__ = ["PAGE", "NativeKV", "Page"]
+__all__ = ["PAGE", "NativeKV"]
 
-PAGE: int = _native.KV_PAGE  # tokens
-
-
-class Page:
-    """Room for PAGE tokens of a layer, laid out as layers/layers.h says; `written` tokens are in use by somebody."""
-
-    __slots__ = ("data", "written")
-
-    def __init__(self, nbytes: int) -> None:
-        self.data: Array = _native.empty(nbytes)
-        self.written = 0
-
-    def copy(self) -> Page:
-        page = Page(self.data.nbytes)
-        page.data[:] = self.data
-        return page
+PAGE = _native.KV_PAGE  # tokens
 
 
 class NativeKV(KVCache[Array]):
@@ -40,11 +25,13 @@ class NativeKV(KVCache[Array]):
 
     __slots__ = ("dim", "dtype", "heads", "length", "pages")
 
-    def __init__(self, heads: int, dim: int, dtype: str, pages: tuple[Page, ...] = (), length: int = 0) -> None:
+    def __init__(
+        self, heads: int, dim: int, dtype: str, pages: tuple[_native.Page, ...] = (), length: int = 0
+    ) -> None:
         self.heads, self.dim, self.dtype = heads, dim, dtype
         self.pages, self.length = pages, length
 
-    def _with(self, pages: tuple[Page, ...], length: int) -> Self:
+    def _with(self, pages: tuple[_native.Page, ...], length: int) -> Self:
         return type(self)(self.heads, self.dim, self.dtype, pages, length)
 
     def with_room(self, tokens: int) -> Self:
@@ -54,7 +41,7 @@ class NativeKV(KVCache[Array]):
         if offset and tokens and pages[-1].written > offset:
             pages[-1] = pages[-1].copy()
         while len(pages) * PAGE < end:
-            pages.append(Page(_native.page_nbytes(self.dtype, self.heads, self.dim)))
+            pages.append(_native.Page(self.dtype, self.heads, self.dim))
         for i in range(whole, len(pages)):
             pages[i].written = min(PAGE, end - i * PAGE)
         return self._with(tuple(pages), end)
@@ -63,12 +50,8 @@ class NativeKV(KVCache[Array]):
         """This cache and then `keys`, `values` float32 [T, Hkv, D], rounded to the cache's type."""
         longer = self.with_room(len(keys))
         if len(keys):
-            _native.append(keys, values, self.dtype, (len(keys), self.length, longer.buffers()))
+            _native.append(keys, values, self.length, longer.pages)
         return longer
-
-    def buffers(self) -> list[Array]:
-        """The pages' memory, for the kernels."""
-        return [page.data for page in self.pages]
 
     def truncated(self, length: int) -> Self:
         if length == self.length:
@@ -80,8 +63,8 @@ class NativeKV(KVCache[Array]):
         values = np.empty_like(keys)
         for i, page in enumerate(self.pages):
             rows = slice(i * PAGE, min(self.length, (i + 1) * PAGE))
-            _native.read_page(page.data, self.dtype, keys[rows], values[rows])
+            page.read(keys[rows], values[rows])
         return keys, values
 
     def memory(self) -> Iterator[tuple[int, int]]:
-        return ((id(page), page.data.nbytes) for page in self.pages)
+        return ((id(page), page.nbytes) for page in self.pages)

@@ -1,13 +1,14 @@
 """The operations of the seam on native kernels. Arrays are NumPy's; Python only makes room and passes pointers.
 
-What is not here is NumPy's: the rotary angles (once per call of the model) and the gates of the unfused DeltaNet
-mixer. Everything that a token or a prompt spends time in is native, and each larger piece is one native call.
+What is not here is NumPy's: the gates of the unfused DeltaNet mixer. Everything that a token or a prompt spends time in
+is native, and all layers of the model are one native call.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +20,9 @@ from edgeq.config import RopeConfig, TextConfig
 from edgeq.errors import UsageError
 from edgeq.formats.bf16 import Array, Float32
 from edgeq.formats.qmatrix import TwoLevel
-from edgeq.model import layers
-from edgeq.state import DeltaState, KVCache
-from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights, QMatrix
+from edgeq.model.layers import kept_caches
+from edgeq.state import DeltaState, KVCache, LayerState
+from edgeq.weights import AttentionWeights, DeltaNetWeights, LayerWeights, Matrix, MLPWeights, QMatrix
 
 __all__ = ["CpuOps"]
 
@@ -41,13 +42,6 @@ def start_threads() -> None:
     wanted, found = _native.thread_count(), _native.start_threads()
     if found < wanted:
         warnings.warn(f"the system does not give {wanted} threads: using {found}", RuntimeWarning, stacklevel=4)
-
-
-def delta_room(state: DeltaState[Array]) -> DeltaState[Array]:
-    """Room for another state, the matrix on a cache line. Every state has its own memory and can be kept alone."""
-    conv, matrix = state
-    space = _native.empty(4 * (matrix.size + conv.size)).view(np.float32)
-    return DeltaState(space[matrix.size :].reshape(conv.shape), space[: matrix.size].reshape(matrix.shape))
 
 
 class CpuOps(ArrayOps[_native.Matrix]):
@@ -143,8 +137,9 @@ class CpuOps(ArrayOps[_native.Matrix]):
     # --- attention ---------------------------------------------------------------------------------------------------
 
     def rope_angles(self, positions: Array, rope: RopeConfig) -> Angles[Array]:
-        cos, sin = super().rope_angles(positions, rope)
-        return np.ascontiguousarray(cos), np.ascontiguousarray(sin)
+        cos, sin = (np.empty((positions.shape[1], rope.dim // 2), np.float32) for _ in range(2))
+        _native.rope_angles(positions, rope.theta, rope.sections, cos, sin)
+        return cos, sin
 
     def rope(self, x: Array, angles: Angles[Array]) -> Array:
         _native.rope(x, *angles, y := like(x))
@@ -152,8 +147,7 @@ class CpuOps(ArrayOps[_native.Matrix]):
 
     def attention(self, q: Array, k: Array, v: Array, cache: KVCache[Array]) -> tuple[Array, KVCache[Array]]:
         longer = _longer(cache, len(q))
-        sequences = [(len(q), cache.length, longer.buffers())]
-        _native.attention(q, k, v, longer.dtype, sequences, out := like(q))
+        _native.attention(q, k, v, cache.length, longer.pages, out := like(q))
         return out, longer
 
     # --- DeltaNet ----------------------------------------------------------------------------------------------------
@@ -174,35 +168,55 @@ class CpuOps(ArrayOps[_native.Matrix]):
     # --- larger pieces -----------------------------------------------------------------------------------------------
 
     def mlp(self, x: Array, w: MLPWeights[_native.Matrix]) -> Array:
-        _native.Mlp(*w)(x, y := like(x))
+        _native.mlp(x, w, y := like(x))
         return y
 
     def delta_net(
         self, x: Array, w: DeltaNetWeights[Array, _native.Matrix], c: TextConfig, states: Sequence[DeltaState[Array]],
         lengths: Sequence[int], keep: Sequence[int],
     ) -> tuple[Array, list[tuple[DeltaState[Array], ...]]]:  # fmt: skip
-        if len(set(keep)) > 1:
-            return layers.delta_net(self, x, w, c, states, lengths, keep)
-        after = [tuple([delta_room(state) for _ in range(n + 1)]) for state, n in zip(states, keep, strict=True)]
-        sequences = list(zip(lengths, states, after, strict=True))
-        mixer = _native.DeltaNet(*w)
-        mixer(x, c.linear_num_key_heads, c.rms_norm_eps, keep[0], sequences, y := like(x))
-        return y, after
+        after = _native.delta_net(
+            x, w, c.linear_num_key_heads, c.rms_norm_eps, states, lengths, keep, y := like(x)
+        )  # fmt: skip
+        return y, _delta_states(after)
 
     def gated_attention(
         self, x: Array, w: AttentionWeights[Array, _native.Matrix], c: TextConfig, angles: Angles[Array],
         caches: Sequence[KVCache[Array]], lengths: Sequence[int],
     ) -> tuple[Array, list[KVCache[Array]]]:  # fmt: skip
-        after = [_longer(cache, length) for cache, length in zip(caches, lengths, strict=True)]
-        sequences = [
-            (length, cache.length, longer.buffers())
-            for length, cache, longer in zip(lengths, caches, after, strict=True)
+        longer = list(map(_longer, caches, lengths))
+        _native.gated_attention(x, w, c.rms_norm_eps, *angles, _with_pages(caches, longer), lengths, y := like(x))
+        return y, list(longer)
+
+    def decoder_layers(
+        self, x: Array, ws: Sequence[LayerWeights[Array, _native.Matrix]], c: TextConfig, angles: Angles[Array],
+        states: Sequence[Sequence[LayerState[Array]]], lengths: Sequence[int], keep: Sequence[int],
+    ) -> tuple[Array, list[list[tuple[LayerState[Array], ...]]]]:  # fmt: skip
+        """All layers in one call. Ctrl-C interrupts a long one between two layers; the states before stay valid."""
+        before: list[Sequence[Any]] = []  # a layer's states, or its caches as the kernels take them
+        longer: list[list[NativeKV] | None] = []  # its caches with room for the new tokens
+        for layer in states:
+            caches = list(map(_longer, layer, lengths)) if isinstance(layer[0], KVCache) else None
+            longer.append(caches)
+            before.append(layer if caches is None else _with_pages(layer, caches))
+        after = _native.decoder_layers(
+            x, ws, c.linear_num_key_heads, c.rms_norm_eps, *angles, before, lengths, keep, y := like(x)
+        )  # fmt: skip
+        return y, [
+            _delta_states(kept) if kept is not None else [kept_caches(*both) for both in zip(caches or (), keep)]
+            for kept, caches in zip(after, longer, strict=True)
         ]
-        mixer = _native.GatedAttention(*w)
-        mixer(x, c.rms_norm_eps, *angles, after[0].dtype, sequences, y := like(x))
-        return y, list(after)
 
 
-def _longer(cache: KVCache[Array], tokens: int) -> NativeKV:
+def _longer(cache: LayerState[Array], tokens: int) -> NativeKV:
     assert isinstance(cache, NativeKV)
     return cache.with_room(tokens)
+
+
+def _with_pages(caches: Sequence[Any], longer: Sequence[NativeKV]) -> list[tuple[int, tuple[_native.Page, ...]]]:
+    """How many tokens each cache holds, and pages that have room for the next ones."""
+    return [(cache.length, both.pages) for cache, both in zip(caches, longer, strict=True)]
+
+
+def _delta_states(after: list[list[tuple[Float32, Float32]]]) -> list[tuple[DeltaState[Array], ...]]:
+    return [tuple([DeltaState(*state) for state in kept]) for kept in after]

@@ -80,20 +80,18 @@ struct DeltaCase {
 
     Vector run(const std::vector<Index>& lengths, Index keep) const {
         std::vector<Vector> tails(keep + 1, Vector((width - 1) * C)), states(keep + 1, Vector(size));
-        std::vector<float*> tail_pointers, state_pointers;
-        for (Vector& t : tails) tail_pointers.push_back(t.data());
-        for (Vector& s : states) state_pointers.push_back(s.data());
         Vector out(tokens * Hv * V), negative = decay, old_tail = tail, old_state = state;
         for (float& d : negative) d = -std::exp(d);
         Index at = 0;
         for (Index n : lengths) {
             const Index kept = at + n == tokens ? keep : 0;
-            const DeltaNet net{Hk, Hv, K, V, width, kept, {qkv.data() + at * C, C}, {z.data() + at * Hv * V, Hv * V},
+            const DeltaNet net{Hk, Hv, K, V, width, {qkv.data() + at * C, C}, {z.data() + at * Hv * V, Hv * V},
                                {b.data() + at * Hv, Hv}, {a.data() + at * Hv, Hv}, conv.data(), negative.data(),
                                dt_bias.data(), gain.data(), 1e-6f, {out.data() + at * Hv * V, Hv * V}};
-            const DeltaSequence sequence{n, old_tail.data(), old_state.data(), tail_pointers.data(),
-                                         state_pointers.data()};
-            delta_net(net, &sequence, 1);
+            DeltaSequence sequence{n, kept, old_tail.data(), old_state.data(), {}, {}};
+            for (Vector& t : tails) sequence.tails_after.push_back(t.data());
+            for (Vector& s : states) sequence.states_after.push_back(s.data());
+            delta_net(net, {sequence});
             at += n;
             if (at < tokens) old_tail = tails[0], old_state = states[0];
         }
@@ -132,8 +130,7 @@ struct AttentionCase {
             a.q = {q.data() + past * 2 * Hq * D, 2 * Hq * D, 2 * D};
             a.gate = {a.q.data + D, 2 * Hq * D, 2 * D};
             a.out = out.data() + past * Hq * D;
-            const KvSequence sequence{tokens, past, pointers.data()};
-            attention(a, &sequence, 1);
+            attention(a, {{tokens, past, pointers}});
             past += tokens;
         }
         for (Index i = 0; i < Index(pages.size()); i++) {

@@ -67,17 +67,17 @@ void delta_layer(Index tokens, int repeats) {
     Vector qkv_out(tokens * C), z_out(tokens * Hv * V), b_out(tokens * Hv), a_out(tokens * Hv);
     Vector conv(C * width, 0.2f), decay(Hv, -1.0f), bias(Hv, 0.1f), norm(V, 1.0f), tail((width - 1) * C);
     Vector state(Hv * V * K), tail_after(tail), state_after(state);
-    float *tails[] = {tail_after.data()}, *states[] = {state_after.data()};
-    const DeltaNet net{Hk, Hv, K, V, width, 0, {qkv_out.data(), C}, {z_out.data(), Hv * V}, {b_out.data(), Hv},
+    const DeltaNet net{Hk, Hv, K, V, width, {qkv_out.data(), C}, {z_out.data(), Hv * V}, {b_out.data(), Hv},
                        {a_out.data(), Hv}, conv.data(), decay.data(), bias.data(), norm.data(), eps,
                        {mixed.data(), Hv * V}};
-    const DeltaSequence sequence{tokens, tail.data(), state.data(), tails, states};
+    const std::vector<DeltaSequence> sequences{
+        {tokens, 0, tail.data(), state.data(), {tail_after.data()}, {state_after.data()}}};
     for (int i = 0; i < repeats; i++) {
         add_normed(x, x, gain, tokens, sum, normed);
         const Matrix ws[] = {qkv.w, z.w, b.w, a.w};
         float* ys[] = {qkv_out.data(), z_out.data(), b_out.data(), a_out.data()};
         linears(normed.data(), tokens, ws, 4, ys);
-        delta_net(net, &sequence, 1);
+        delta_net(net, sequences);
         project(mixed, tokens, o, out);
         add_normed(x, out, gain, tokens, sum, normed);
         mlp.run(normed, tokens);
@@ -98,13 +98,13 @@ void attention_layer(Index tokens, Index past, int repeats) {
     a.q_norm = a.k_norm = norm.data(), a.cos = a.sin = angle.data();
     a.q = {q_out.data(), 2 * Hq * D, 2 * D}, a.gate = {q_out.data() + D, 2 * Hq * D, 2 * D};
     a.k = {k_out.data(), Hkv * D, D}, a.v = {v_out.data(), Hkv * D, D}, a.out = mixed.data();
-    const KvSequence sequence{tokens, past, pointers.data()};
+    const std::vector<KvSequence> sequences{{tokens, past, pointers}};
     for (int i = 0; i < repeats; i++) {
         add_normed(x, x, gain, tokens, sum, normed);
         const Matrix ws[] = {q.w, k.w, v.w};
         float* ys[] = {q_out.data(), k_out.data(), v_out.data()};
         linears(normed.data(), tokens, ws, 3, ys);
-        attention(a, &sequence, 1);
+        attention(a, sequences);
         project(mixed, tokens, o, out);
         add_normed(x, out, gain, tokens, sum, normed);
         mlp.run(normed, tokens);

@@ -191,7 +191,7 @@ Attend queries_of(const Attention& a, const KvSequence& s, const Block& b) {
     }
     const Place at = place(a.Hkv, kv_row(a.type, width), b.head, 0);
     auto scales = [&](bool value) { return scales_of(s.pages[0], a.type, a.Hkv, a.D, value, b.head) - s.pages[0]; };
-    return {a.type, rows, width, scratch.q.data(), scratch.visible.data(), s.pages, at.keys * size, at.values * size,
+    return {a.type, rows, width, scratch.q.data(), scratch.visible.data(), s.pages.data(), at.keys * size, at.values * size,
             scales(false), scales(true), 0, 0, keys, {}, scratch.scores.data()};
 }
 
@@ -218,22 +218,22 @@ void finish_block(const Attention& a, const Block& b, const Sums& all) {
     }
 }
 
-std::vector<Block> blocks_of(const Attention& a, const KvSequence* sequences, Index count) {
+std::vector<Block> blocks_of(const Attention& a, const std::vector<KvSequence>& sequences) {
     const Index tokens = std::max<Index>(1, block_rows / (a.Hq / a.Hkv));
     std::vector<Block> blocks;
-    for (Index i = 0, start = 0; i < count; start += sequences[i++].tokens)
+    for (Index i = 0, start = 0; i < Index(sequences.size()); start += sequences[i++].tokens)
         for (Index first = 0; first < sequences[i].tokens; first += tokens)
             for (Index head = 0; head < a.Hkv; head++)
                 blocks.push_back({i, start, first, std::min(tokens, sequences[i].tokens - first), head});
     return blocks;
 }
 
-Index ranges_of(const KvSequence* sequences, const Block& b) {
+Index ranges_of(const std::vector<KvSequence>& sequences, const Block& b) {
     return (sequences[b.sequence].past + b.first + b.tokens + range_keys - 1) / range_keys;
 }
 
 // A block through all of its keys, range after range.
-void run_block(const Attention& a, const KvSequence* sequences, const Block& b) {
+void run_block(const Attention& a, const std::vector<KvSequence>& sequences, const Block& b) {
     Attend queries = queries_of(a, sequences[b.sequence], b);
     const Index size = sums_size(queries.rows, queries.width);
     Scratch& scratch = scratch_of_thread;
@@ -249,7 +249,8 @@ void run_block(const Attention& a, const KvSequence* sequences, const Block& b) 
 }
 
 // Few blocks: `parts` pieces share out each one's ranges, as many ranges at a time as there is memory for.
-void share_out(const Attention& a, const KvSequence* sequences, const std::vector<Block>& blocks, Index parts) {
+void share_out(const Attention& a, const std::vector<KvSequence>& sequences, const std::vector<Block>& blocks,
+               Index parts) {
     const Index share = a.Hq / a.Hkv, width = kv_width(a.type, a.D), count = Index(blocks.size());
     Index most_rows = 0, most_ranges = 0;
     for (const Block& b : blocks) {
@@ -298,15 +299,32 @@ void append_kv(const Attention& a, const KvSequence& s, Index start) {
     });
 }
 
-void attention(const Attention& a, const KvSequence* sequences, Index count) {
-    for (Index i = 0, start = 0; i < count; start += sequences[i++].tokens) append_kv(a, sequences[i], start);
-    const std::vector<Block> blocks = blocks_of(a, sequences, count);
+void attention(const Attention& a, const std::vector<KvSequence>& sequences) {
+    Index start = 0;
+    for (const KvSequence& s : sequences) {
+        append_kv(a, s, start);
+        start += s.tokens;
+    }
+    const std::vector<Block> blocks = blocks_of(a, sequences);
     const Index threads = thread_count(), wanted = 4 * threads;  // pieces
     Index ranges = 1;
     for (const Block& b : blocks) ranges = std::max(ranges, ranges_of(sequences, b));
     if (threads == 1 || ranges == 1 || Index(blocks.size()) >= wanted)
         return parallel_for(int(blocks.size()), [&](int i) { run_block(a, sequences, blocks[i]); });
     share_out(a, sequences, blocks, std::min(ranges, (wanted + Index(blocks.size()) - 1) / Index(blocks.size())));
+}
+
+void rope_angles(const int32_t* positions, Index axis_stride, Index stride, Index T, double theta, const int* sections,
+                 Index pairs, float* cos, float* sin) {
+    for (Index i = 0; i < pairs; i++) {
+        const float frequency = float(1.0 / std::pow(theta, double(2 * i) / double(2 * pairs)));
+        const Index axis = i % 3 && i < 3 * sections[i % 3] ? i % 3 : 0;
+        for (Index t = 0; t < T; t++) {
+            const float angle = float(positions[axis * axis_stride + t * stride]) * frequency;
+            cos[t * pairs + i] = std::cos(angle);
+            sin[t * pairs + i] = std::sin(angle);
+        }
+    }
 }
 
 void read_page(const uint8_t* page, KvType type, Index heads, Index D, Index tokens, float* keys, float* values) {

@@ -71,8 +71,8 @@ void plan_steps(Chunk& c, Index tokens, Index K) {
 // kept, then token by token, every one into its own state. A sequence of few tokens goes token by token from the start:
 // in pairs the sums have another order, and verifying must give the bits of decoding.
 template <class Run>
-void each_chunk(const DeltaSequence& s, Index keep, Index head, Index head_size, Run&& run) {
-    const Index before_kept = s.tokens - keep, whole = s.tokens <= few_tokens ? 0 : before_kept;
+void each_chunk(const DeltaSequence& s, Index head, Index head_size, Run&& run) {
+    const Index before_kept = s.tokens - s.keep, whole = s.tokens <= few_tokens ? 0 : before_kept;
     const float* from = s.state + head * head_size;
     if (before_kept == 0) std::memcpy(s.states_after[0] + head * head_size, from, head_size * sizeof(float));
     for (Index t = 0, tokens; t < s.tokens; t += tokens) {
@@ -92,10 +92,10 @@ void run_delta(Chunk& c, Index tokens, Index K, Index V, const float* v, Index v
 
 // Channels [first, first + n) of the tails after tokens - keep, ..., tokens tokens.
 void copy_tails(const DeltaNet& net, const DeltaSequence& s, Rows<const float> x, Index first, Index n) {
-    const Index C = 2 * net.Hk * net.K + net.Hv * net.V, rows = net.width - 1;
-    for (Index i = 0; i <= net.keep; i++)
+    const Index C = net.channels(), rows = net.width - 1;
+    for (Index i = 0; i <= s.keep; i++)
         for (Index row = 0; row < rows; row++) {
-            const Index token = s.tokens - net.keep + i + row - rows;
+            const Index token = s.tokens - s.keep + i + row - rows;
             const float* from = token < 0 ? s.tail + (rows + token) * C : x[token];
             std::memcpy(s.tails_after[i] + row * C + first, from + first, n * sizeof(float));
         }
@@ -110,7 +110,7 @@ void prefetch(Rows<const float> x, Index t0, Index t1, Index channel, Index n) {
 void run_head(const DeltaNet& net, const DeltaSequence& s, Index start, Index head) {
     const LayerKernels& kernels = layer_kernels();
     const Index K = net.K, V = net.V, share = net.Hv / net.Hk;
-    const Index C = 2 * net.Hk * K + net.Hv * V;
+    const Index C = net.channels();
     const Index q_at = head / share * K, k_at = net.Hk * K + q_at, v_at = 2 * net.Hk * K + head * V;
     const float q_scale = 1.0f / std::sqrt(float(K));
     const Rows<const float> x{net.qkv[start], net.qkv.stride};
@@ -118,7 +118,7 @@ void run_head(const DeltaNet& net, const DeltaSequence& s, Index start, Index he
     for (Index i = 0; i < std::min(delta_ahead, V * K); i += 16) __builtin_prefetch(state + i);
     Chunk& c = chunk_of_thread;
     c.resize(K, V);
-    each_chunk(s, net.keep, head, V * K, [&](Index t0, Index tokens, const float* from, float* to) {
+    each_chunk(s, head, V * K, [&](Index t0, Index tokens, const float* from, float* to) {
         auto convolve = [&](float* y, Index channel, Index n) {
             kernels.conv_silu(y, n, x.data + channel, x.stride, s.tail + channel, C, net.conv + channel * net.width,
                               net.width, t0, t0 + tokens, n);
@@ -152,7 +152,8 @@ void run_head(const DeltaNet& net, const DeltaSequence& s, Index start, Index he
 
 }  // namespace
 
-void delta_net(const DeltaNet& net, const DeltaSequence* sequences, Index count) {
+void delta_net(const DeltaNet& net, const std::vector<DeltaSequence>& sequences) {
+    const Index count = Index(sequences.size());
     std::vector<Index> starts(count, 0);
     for (Index i = 1; i < count; i++) starts[i] = starts[i - 1] + sequences[i - 1].tokens;
     parallel_for(int(count * net.Hv), [&](int piece) {
@@ -167,7 +168,7 @@ void delta_rule(const DeltaRule& rule, const DeltaSequence& s) {
     parallel_for(int(rule.Hv), [&](int head) {
         Chunk& c = chunk_of_thread;
         c.resize(K, V);
-        each_chunk(s, rule.keep, head, V * K, [&](Index t0, Index tokens, const float* from, float* to) {
+        each_chunk(s, head, V * K, [&](Index t0, Index tokens, const float* from, float* to) {
             for (Index t = 0; t < tokens; t++) {
                 const float* q = rule.q[t0 + t] + head / share * K;
                 for (Index i = 0; i < K; i++) c.q[t * K + i] = q[i] * q_scale;

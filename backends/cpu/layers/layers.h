@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace edgeq {
 
@@ -168,29 +169,31 @@ struct Rows {
     T* operator[](Index row) const { return data + row * stride; }
 };
 
-// One sequence of a DeltaNet layer; the arrays after are those after tokens - keep, ..., tokens tokens.
+// One sequence of a DeltaNet layer. The arrays after are those after all but the last keep, ..., 0 tokens.
 struct DeltaSequence {
-    Index tokens;
-    const float* tail;            // [width - 1, C]
-    const float* state;           // [Hv, V, K]
-    float* const* tails_after;    // keep + 1 of them
-    float* const* states_after;
+    Index tokens, keep;
+    const float* tail;                 // [width - 1, C]
+    const float* state;                // [Hv, V, K]
+    std::vector<float*> tails_after;   // keep + 1 of them
+    std::vector<float*> states_after;
 };
 
 struct DeltaNet {
-    Index Hk, Hv, K, V, width, keep;
+    Index Hk, Hv, K, V, width;
     Rows<const float> qkv, z, b, a;  // [T, C], [T, Hv * V], [T, Hv], [T, Hv] with C = 2 * Hk * K + Hv * V
     const float *conv, *A, *dt_bias, *norm;  // [C, width], [Hv], [Hv], [V]
     float eps;
     Rows<float> out;  // [T, Hv * V]
+
+    Index channels() const { return 2 * Hk * K + Hv * V; }
 };
 
 // Convolution, SiLU, normalisation, gates, delta rule and gated norm of all heads, in one parallel_for.
-void delta_net(const DeltaNet& net, const DeltaSequence* sequences, Index count);
+void delta_net(const DeltaNet& net, const std::vector<DeltaSequence>& sequences);
 
 // The delta rule alone, of one sequence whose q, k [T, Hk * K] are normalised, with gates g, beta [T, Hv].
 struct DeltaRule {
-    Index Hk, Hv, K, V, keep;
+    Index Hk, Hv, K, V;
     Rows<const float> q, k, v, g, beta;
     Rows<float> out;
 };
@@ -199,7 +202,7 @@ void delta_rule(const DeltaRule& rule, const DeltaSequence& sequence);
 // One sequence of an attention layer: its pages have room for past + tokens.
 struct KvSequence {
     Index tokens, past;
-    uint8_t* const* pages;
+    std::vector<uint8_t*> pages;
 };
 
 // Vectors of every token and head.
@@ -222,10 +225,16 @@ struct Attention {
 };
 
 // Norm and rotate, append to the pages, attend causally with scale D^-0.5, and gate.
-void attention(const Attention& a, const KvSequence* sequences, Index count);
+void attention(const Attention& a, const std::vector<KvSequence>& sequences);
 
 // Appending alone: keys and values of rows start ... start + s.tokens - 1.
 void append_kv(const Attention& a, const KvSequence& s, Index start);
+
+// Cosines and sines of interleaved mRoPE, each [T, pairs]: a frequency follows the time, or the height or the width where
+// its number modulo 3 is 1 or 2 and less than 3 * sections[1] or [2]. Position of token t on an axis:
+// positions[axis * axis_stride + t * stride].
+void rope_angles(const int32_t* positions, Index axis_stride, Index stride, Index T, double theta, const int* sections,
+                 Index pairs, float* cos, float* sin);
 
 // The first `tokens` tokens of a page as float32 keys and values, each [tokens, heads, D].
 void read_page(const uint8_t* page, KvType type, Index heads, Index D, Index tokens, float* keys, float* values);
