@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 __all__ = ["main"]
 
 
@@ -11,10 +14,18 @@ def main() -> None:
         from edgeq.shortage import exit_on_shortage
     except (MemoryError, OSError, ImportError) as error:
         raise SystemExit(_no_memory(error)) from None
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:  # there is nothing to clean up yet, and an exception would leave a traceback from anywhere in an import
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     with exit_on_shortage():
         from edgeq.cli import main as run
 
-        run()
+        try:
+            if ours:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            run()
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
 
 
 def _no_memory(error: BaseException) -> int:

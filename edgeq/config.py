@@ -9,12 +9,15 @@ names it; nothing is guessed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from edgeq.errors import ModelError
+from edgeq.inputs import TEXT_LIMIT, read_text
+from edgeq.numbers import number, whole_number
+from edgeq.printable import brief, one_line
 
 __all__ = ["LayerKind", "ModelConfig", "RopeConfig", "TextConfig", "VisionConfig", "read_config", "read_json"]
 
@@ -24,8 +27,12 @@ LayerKind = Literal["linear_attention", "full_attention"]
 _MAX_SIZE = 1 << 20
 _MAX_LAYERS = 1 << 10
 _MAX_POSITIONS = 1 << 26
+_MAX_HEAD = 1 << 10  # DeltaNet's state is their product, which no tensor of the file has to justify
+_MAX_IDS = 1 << 10  # that end a text
+_MIN_EPS = 1e-20  # less is 0 in float32, or its square root is
+_HINT = "download the config.json of a Qwen3.5 checkpoint again"
 
-T = TypeVar("T", int, float, bool, str)
+T = TypeVar("T", bool, str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,53 +133,66 @@ class _Section:
         self.values, self.where = values, where
 
     def error(self, key: str, found: object, expected: str) -> ModelError:
-        return ModelError(
-            f"{self.where}{key} is {found!r}, expected {expected}",
-            hint="download the config.json of a Qwen3.5 checkpoint again",
-        )
+        shown = "missing" if found is None else brief(found)
+        return ModelError(f"{self.where}{key} is {shown}, expected {expected}", hint=_HINT)
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
-        value = self.values.get(key, default)
-        if value is None:
-            raise self.error(key, "missing", f"a value of type {kind.__name__}")
-        if kind is float and type(value) is int:
-            value = float(value)
+        value = self._present(key, default, f"a value of type {kind.__name__}")
         if type(value) is not kind:
             raise self.error(key, value, f"a value of type {kind.__name__}")
         return value
 
     def size(self, key: str, default: int | None = None, *, low: int = 1, high: int = _MAX_SIZE) -> int:
-        value = self.get(key, int, default)
-        if not low <= value <= high:
-            raise self.error(key, value, f"{low} to {high}")
-        return value
+        value = self._present(key, default, f"a whole number from {low} to {high}")
+        return whole_number(value, f"{self.where}{key}", low, high, hint=_HINT)
+
+    def number(self, key: str, low: float, high: float, default: float | None = None) -> float:
+        value = self._present(key, default, f"a number above {low:g} and at most {high:g}")
+        return number(value, f"{self.where}{key}", low, high, above=True, hint=_HINT)
+
+    def token_id(self, key: str) -> int | None:
+        value = self.values.get(key)
+        return None if value is None else whole_number(value, f"{self.where}{key}", 0, _MAX_SIZE, hint=_HINT)
+
+    def _present(self, key: str, default: object, expected: str) -> object:
+        value = self.values.get(key)
+        if value is None and default is None:
+            raise self.error(key, None, expected)
+        return default if value is None else value
 
     def expect(self, key: str, *allowed: object) -> None:
         """A key that may be absent, but if present must have a value that edgeq implements."""
-        if key in self.values and self.values[key] not in allowed:
-            raise self.error(key, self.values[key], " or ".join(map(repr, allowed)))
+        value = self.values.get(key, allowed[0])
+        if not any(type(value) is type(known) and value == known for known in allowed):
+            raise self.error(key, value, " or ".join(map(repr, allowed)))
 
     def section(self, key: str) -> _Section:
         value = self.values.get(key)
         if not isinstance(value, Mapping):
-            raise self.error(key, "missing" if value is None else value, "an object")
+            raise self.error(key, value, "an object")
         return _Section(value, f"{self.where}{key}.")
 
-    def ints(self, key: str, value: object) -> tuple[int, ...]:
-        found = [value] if type(value) is int else value
-        if not isinstance(found, Sequence) or not all(type(i) is int and i >= 0 for i in found):
-            raise self.error(key, value, "an id or a list of ids")
+    def ids(self, key: str) -> tuple[int, ...]:
+        """One token id or a list of them; none if the key is absent."""
+        value = self.values.get(key, [])
+        found = value if isinstance(value, list) else [] if value is None else [value]
+        if len(found) > _MAX_IDS or not all(type(i) is int and 0 <= i < _MAX_SIZE for i in found):
+            raise self.error(key, value, f"a token id below {_MAX_SIZE} or a list of them")
         return tuple(found)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from `path`; ModelError if it is not there, not JSON or not an object."""
+def read_json(path: Path, limit: int = TEXT_LIMIT) -> dict[str, Any]:
+    """Read a JSON object of at most `limit` bytes from `path`.
+
+    ModelError if it is not there, too large, not JSON or not an object.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path, limit))
     except FileNotFoundError:
         raise ModelError(f"{path} does not exist", hint="give the folder of a complete checkpoint") from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        what = (isinstance(error, OSError) and error.strerror) or one_line(error)
+        raise ModelError(f"{path} cannot be read as JSON: {what}") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds {type(value).__name__}, expected a JSON object")
     return value
@@ -191,17 +211,17 @@ def parse_config(values: Mapping[str, Any], name: str = "config.json") -> ModelC
         return ModelConfig(_text_config(top, top), name=_name(values))
     if model_type != "qwen3_5":
         raise ModelError(
-            f"{name}: model_type is {model_type!r}, expected 'qwen3_5' or 'qwen3_5_text'",
+            f"{name}: model_type is {brief(model_type)}, expected 'qwen3_5' or 'qwen3_5_text'",
             hint="use a Qwen3.5 model: 0.8B, 2B or 4B",
         )
     return ModelConfig(
         text=_text_config(top.section("text_config"), top),
         vision=_vision_config(top.section("vision_config")) if values.get("vision_config") is not None else None,
         name=_name(values),
-        image_token_id=values.get("image_token_id"),
-        video_token_id=values.get("video_token_id"),
-        vision_start_token_id=values.get("vision_start_token_id"),
-        vision_end_token_id=values.get("vision_end_token_id"),
+        image_token_id=top.token_id("image_token_id"),
+        video_token_id=top.token_id("video_token_id"),
+        vision_start_token_id=top.token_id("vision_start_token_id"),
+        vision_end_token_id=top.token_id("vision_end_token_id"),
     )
 
 
@@ -227,10 +247,10 @@ def _text_config(text: _Section, top: _Section) -> TextConfig:
         head_dim=head_dim,
         linear_num_key_heads=text.size("linear_num_key_heads"),
         linear_num_value_heads=text.size("linear_num_value_heads"),
-        linear_key_head_dim=text.size("linear_key_head_dim"),
-        linear_value_head_dim=text.size("linear_value_head_dim"),
+        linear_key_head_dim=text.size("linear_key_head_dim", high=_MAX_HEAD),
+        linear_value_head_dim=text.size("linear_value_head_dim", high=_MAX_HEAD),
         linear_conv_kernel_dim=text.size("linear_conv_kernel_dim", low=2, high=64),
-        rms_norm_eps=text.get("rms_norm_eps", float),
+        rms_norm_eps=text.number("rms_norm_eps", _MIN_EPS, 1),
         rope=_rope_config(text, head_dim),
         max_position_embeddings=text.size("max_position_embeddings", high=_MAX_POSITIONS),
         tie_word_embeddings=_tied(text, top),
@@ -259,16 +279,22 @@ def _rope_config(text: _Section, head_dim: int) -> RopeConfig:
     rope = text.section("rope_parameters")
     rope.expect("rope_type", "default")
     rope.expect("mrope_interleaved", True)
-    dim = int(head_dim * rope.get("partial_rotary_factor", float, 1.0))
-    sections = rope.ints("mrope_section", rope.values.get("mrope_section"))
-    if dim % 2 or not 2 <= dim <= head_dim:
+    dim = int(head_dim * rope.number("partial_rotary_factor", 0, 1, 1.0))
+    if dim % 2 or dim < 2:
         raise rope.error("partial_rotary_factor", rope.values.get("partial_rotary_factor"), "an even rotary width")
-    if len(sections) != 3 or sum(sections) != dim // 2:
-        raise rope.error("mrope_section", list(sections), f"three numbers that add up to {dim // 2}")
-    theta = rope.get("rope_theta", float)
-    if not 1 < theta < 1e12:
-        raise rope.error("rope_theta", theta, "a number above 1")
-    return RopeConfig(theta, dim, (sections[0], sections[1], sections[2]))
+    theta = rope.number("rope_theta", 1, 1e12)
+    return RopeConfig(theta, dim, _rope_sections(rope, dim // 2))
+
+
+def _rope_sections(rope: _Section, frequencies: int) -> tuple[int, int, int]:
+    sections = rope.values.get("mrope_section")
+    expected = f"three numbers that add up to {frequencies}"
+    if not isinstance(sections, list) or len(sections) != 3:
+        raise rope.error("mrope_section", sections, expected)
+    time, height, width = (whole_number(n, f"{rope.where}mrope_section", 0, frequencies) for n in sections)
+    if time + height + width != frequencies:
+        raise rope.error("mrope_section", sections, expected)
+    return time, height, width
 
 
 def _tied(text: _Section, top: _Section) -> bool:
@@ -278,12 +304,7 @@ def _tied(text: _Section, top: _Section) -> bool:
 
 
 def _eos_token_ids(text: _Section, top: _Section) -> tuple[int, ...]:
-    ids: list[int] = []
-    for section in (text, top):
-        value = section.values.get("eos_token_id")
-        if value is not None:
-            ids += section.ints("eos_token_id", value)
-    return tuple(dict.fromkeys(ids))
+    return tuple(dict.fromkeys(text.ids("eos_token_id") + top.ids("eos_token_id")))
 
 
 def _check_heads(text: _Section, config: TextConfig) -> None:

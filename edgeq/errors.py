@@ -8,25 +8,29 @@
     └── QualityError            6  a quantized result fails its check
 
 The number is the exit code of the command line; 129, 130 and 143 mean hung up, interrupted (Ctrl-C) and terminated.
-A message names the thing, what was found and what was expected; `hint` is the next step.
+A message names the thing, what was found and what was expected; `hint` is the next step. Whatever names from files are
+in it, it is safe to show: control characters are written as escapes (see `edgeq.printable`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
+
+from edgeq.printable import printable
 
 __all__ = ["EdgeqError", "MemoryBudgetError", "ModelError", "NetworkError", "QualityError", "UsageError"]
 
 
 class EdgeqError(Exception):
-    """Root of every error edgeq raises on purpose."""
+    """Root of every error edgeq raises on purpose. `details` follow the message, each on a line of its own."""
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+    def __init__(self, message: str, *, hint: str | None = None, details: Sequence[str] = ()) -> None:
+        self.message = "\n  ".join(map(printable, (message, *details)))
+        self.hint = None if hint is None else printable(hint)
+        super().__init__(self.message)
 
 
 class UsageError(EdgeqError):

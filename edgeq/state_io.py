@@ -14,6 +14,8 @@ import numpy as np
 from edgeq.config import LayerKind, TextConfig
 from edgeq.errors import ModelError
 from edgeq.formats.bf16 import Array
+from edgeq.numbers import whole_number
+from edgeq.printable import brief
 from edgeq.state import DeltaState, KVCache, LayerState, State
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ else:
     A = TypeVar("A")
 
 __all__ = ["state_arrays", "state_from_arrays"]
+
+_HINT = "load the state with the model that it was saved with"
 
 _PARTS: dict[LayerKind, tuple[str, str]] = {
     "linear_attention": ("conv", "matrix"),
@@ -46,11 +50,16 @@ def state_arrays(ops: Ops[A, Any], state: State[A]) -> dict[str, Array]:
 
 
 def state_from_arrays(ops: Ops[A, Any], c: TextConfig, arrays: Mapping[str, Array]) -> State[A]:
-    """The state that `state_arrays` gave, on this backend. Raises ModelError for a state of another model."""
-    try:
-        length, next_position = int(arrays["length"]), int(arrays["next_position"])
-    except KeyError as error:
-        raise ModelError(f"the saved state lacks {error}", hint="save the state again") from None
+    """The state that `state_arrays` gave, on this backend.
+
+    Raises ModelError for a state of another model: other shapes, more or fewer layers, more tokens than its context
+    window has; and for what no model can have written, such as NaN.
+    """
+    length = _count(arrays, "length", c.max_position_embeddings)
+    next_position = _count(arrays, "next_position", length)  # images take more tokens than positions
+    if length and not next_position:
+        raise ModelError(f"the saved state's next_position is 0 after {length} tokens", hint=_HINT)
+    _check_names(c, arrays)
 
     def layer(i: int, kind: LayerKind) -> LayerState[A]:
         first, second = (
@@ -72,12 +81,33 @@ def _shapes(c: TextConfig, kind: LayerKind, length: int) -> tuple[tuple[int, ...
     return (c.linear_conv_kernel_dim - 1, c.conv_dim), matrix
 
 
+def _count(arrays: Mapping[str, Array], name: str, high: int) -> int:
+    found = arrays.get(name)
+    if found is None:
+        raise ModelError(f"the saved state lacks {name!r}", hint="save the state again")
+    if not isinstance(found, np.ndarray) or found.shape or found.dtype.kind not in "iu":
+        raise ModelError(f"the saved state's {name} is {_what(found)}, expected a whole number", hint=_HINT)
+    return whole_number(int(found), f"the saved state's {name}", 0, high, hint=_HINT)
+
+
+def _check_names(c: TextConfig, arrays: Mapping[str, Array]) -> None:
+    """ModelError for arrays of layers that the model does not have, or not of this kind."""
+    known = {f"layers.{i}.{part}" for i, kind in enumerate(c.layer_types) for part in _PARTS[kind]}
+    if unknown := [name for name in arrays if name.startswith("layers.") and name not in known]:
+        raise ModelError(f"the saved state has {min(unknown)}, which the model does not", hint=_HINT)
+
+
 def _checked(arrays: Mapping[str, Array], name: str, shape: tuple[int, ...]) -> Array:
     found = arrays.get(name)
-    if found is None or found.shape != shape or found.dtype != np.float32:
-        what = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
-        raise ModelError(
-            f"the saved state's {name} is {what}, expected float32 {list(shape)}",
-            hint="load the state with the model that it was saved with",
-        )
+    if not isinstance(found, np.ndarray) or found.shape != shape or found.dtype != np.float32:
+        what = f"the saved state's {name} is {_what(found)}"
+        raise ModelError(f"{what}, expected float32 {list(shape)}", hint=_HINT)
+    if not np.isfinite(found).all():
+        raise ModelError(f"the saved state's {name} holds NaN or infinity", hint="save the state again")
     return found
+
+
+def _what(found: object) -> str:
+    if isinstance(found, np.ndarray):
+        return f"{found.dtype} {list(found.shape)}"
+    return "missing" if found is None else brief(found)

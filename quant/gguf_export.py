@@ -33,6 +33,8 @@ from edgeq.files import new_file
 from edgeq.formats.bf16 import Array, Float32, from_float32
 from edgeq.formats.ggml import TYPES, GGMLType
 from edgeq.formats.mapped import reading_on
+from edgeq.inputs import check_output
+from edgeq.printable import printable
 from edgeq.quant.target import FileTarget, files_of
 from edgeq.weights import Part, Role, TensorSpec
 
@@ -107,6 +109,7 @@ def export_gguf(
     embedding (which is also the head) and DeltaNet's small a and b projections stay at Q8_0. A matrix whose rows are
     no multiple of the type's block becomes F16; such exceptions are in the report's notes.
     """
+    check_output(out)
     c = checkpoint.config.text
     if c.linear_key_head_dim != c.linear_value_head_dim:
         raise ModelError("this model cannot be exported: llama.cpp needs DeltaNet keys and values of one width")
@@ -133,6 +136,7 @@ def export_mmproj(
     checkpoint: Checkpoint, out: Path, kind: str, *, force: bool = False, progress: Progress | None = None
 ) -> ExportReport:
     """Write the vision tower: matrices f32 or bf16 if `kind` says so, else f16."""
+    check_output(out)
     vision = checkpoint.config.vision
     specs = [spec for spec, _ in checkpoint.storage() if spec.part is Part.VISION]
     if vision is None or not specs:
@@ -172,7 +176,7 @@ def _general(checkpoint: Checkpoint, specs: Sequence[TensorSpec], kind: str, sto
     weights = sum(spec.size for spec in specs)
     return {
         "general.type": kind,
-        "general.name": checkpoint.path.resolve().name.removesuffix(".gguf"),
+        "general.name": printable(checkpoint.path.resolve().name.removesuffix(".gguf")),
         "general.size_label": size_label(weights, weights, 0, 0),
         "general.file_type": int(EXPORT_TYPES[storage]),
         "general.quantization_version": 2,
@@ -185,6 +189,7 @@ def _tokenizer(checkpoint: Checkpoint, notes: list[str]) -> dict[str, Any]:
     if files is None:
         notes.append("the checkpoint has no tokenizer: the file takes and gives token ids only")
         return {"tokenizer.ggml.model": "none", f"{ARCH}.vocab_size": rows}
+    checkpoint.tokenizer()  # raises for files that contradict each other
     entries = {f"tokenizer.ggml.{key}": value for key, value in tokenizer_metadata(*files, rows).items()}
     template = checkpoint.template()
     if template is None:

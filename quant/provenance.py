@@ -11,6 +11,8 @@ from typing import Any
 
 from edgeq.config import read_json
 from edgeq.errors import ModelError
+from edgeq.inputs import is_file, open_file
+from edgeq.printable import printable
 from edgeq.version import __version__
 
 __all__ = ["RECORD", "Source", "hash_files", "provenance", "verify"]
@@ -27,7 +29,7 @@ class Source:
 
     def __init__(self, folder: Path, revision: str | None = None) -> None:
         cached = _CACHED.search(str(folder.absolute()))
-        self.name = cached[1].replace("--", "/") if cached else folder.absolute().name
+        self.name = printable(cached[1].replace("--", "/") if cached else folder.absolute().name)
         self.revision = revision or (cached[2] if cached else None)
 
 
@@ -50,7 +52,7 @@ def hash_files(files: Iterable[Path], stop: Callable[[], bool] = lambda: False) 
 
 def _chunks(path: Path) -> Iterator[bytes]:
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             while chunk := file.read(_CHUNK):
                 yield chunk
     except OSError as error:
@@ -88,7 +90,7 @@ def _is_entry(name: str, entry: object) -> bool:
 
 
 def _difference(path: Path, entry: dict[str, Any]) -> str | None:
-    if not path.is_file():
+    if not is_file(path):
         return f"{path.name} is missing"
     nbytes = path.stat().st_size
     if nbytes != entry["bytes"]:

@@ -29,6 +29,7 @@ from edgeq.formats.mapped import reading_on
 from edgeq.formats.names import mlx_module
 from edgeq.formats.safetensors import DTYPES, SafetensorsWriter
 from edgeq.hub import find_model
+from edgeq.inputs import check_output
 from edgeq.quant.matrix import QuantizedRows, quantize_rows
 from edgeq.quant.provenance import RECORD, Source, hash_files, provenance
 from edgeq.quant.recipe import KEEP, Assignment, QuantSpec, Recipe, TypeRule, assign, choose_recipe
@@ -74,6 +75,8 @@ def quantize(
     report, is replaced once the new one is complete. `revision` goes on record; it is known for folders in the hub's
     cache. Memory stays below about 300 MB, whatever the model's size.
     """
+    if out is not None:
+        check_output(Path(out))
     start = time.perf_counter()
     plan = _Plan(find_model(src), choose_recipe(recipe, bits, group_size), [TypeRule.parse(t) for t in types])
     targets = _Targets(plan, out, report, dry_run, force)

@@ -16,6 +16,7 @@ from edgeq.errors import ModelError, UsageError
 from edgeq.formats.bf16 import Array, Float32, from_float32, to_float32
 from edgeq.formats.names import hub_name
 from edgeq.formats.safetensors import DTYPES, dtype_name
+from edgeq.inputs import open_file
 from edgeq.weights import Role, TensorSpec
 
 __all__ = ["Stored", "WeightSource", "open_source"]
@@ -186,7 +187,8 @@ class _GGUFSource(WeightSource):
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with open_file(path) as file:
+            return file.read()
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from None
 

@@ -277,7 +277,6 @@ class TestWhatTheTableHasNoRoomFor:
         "change",
         [
             _model(ignore_merges=True),
-            _model(dropout=0.1),
             _model(byte_fallback=True),
             _added(lstrip=True),
             _added(id=5000),

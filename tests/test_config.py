@@ -57,13 +57,19 @@ def test_layers_may_be_given_by_interval() -> None:
     assert [i for i, kind in enumerate(kinds) if kind == "full_attention"] == [3, 7]
 
 
+NAN, INF = float("nan"), float("inf")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": None}, r"text_config\.hidden_size is 'missing', expected a value of type int"),
-        ({"hidden_size": "64"}, r"text_config\.hidden_size is '64', expected a value of type int"),
+        ({"hidden_size": None}, r"text_config\.hidden_size is missing, expected a whole number from 1"),
+        ({"hidden_size": "64"}, r"text_config\.hidden_size is '64', expected a whole number from 1"),
         ({"hidden_size": True}, r"text_config\.hidden_size is True"),
-        ({"hidden_size": 10**15}, r"text_config\.hidden_size is 1000000000000000, expected 1 to 1048576"),
+        (
+            {"hidden_size": 10**15},
+            r"text_config\.hidden_size is 10{15}, expected a whole number from 1 to 1048576",
+        ),
         ({"vocab_size": 0}, r"text_config\.vocab_size is 0"),
         ({"num_hidden_layers": 10**9}, r"text_config\.num_hidden_layers is 1000000000"),
         ({"layer_types": ["linear_attention"]}, r"a list of num_hidden_layers = 4"),
@@ -75,8 +81,17 @@ def test_layers_may_be_given_by_interval() -> None:
         ({"num_key_value_heads": 3}, r"num_attention_heads is 4, expected a multiple of num_key_value_heads = 3"),
         ({"hidden_act": "gelu"}, r"hidden_act is 'gelu', expected 'silu'"),
         ({"attn_output_gate": False}, r"attn_output_gate is False"),
-        ({"rope_parameters": None}, r"rope_parameters is 'missing', expected an object"),
+        ({"rope_parameters": None}, r"rope_parameters is missing, expected an object"),
         ({"eos_token_id": "x"}, r"eos_token_id is 'x'"),
+        ({"eos_token_id": [1, 10**400]}, r"eos_token_id is \[1, 1000"),
+        ({"eos_token_id": True}, r"eos_token_id is True"),
+        *(({"rms_norm_eps": x}, r"rms_norm_eps is .*, expected a number above") for x in (NAN, INF, 0, -1, 10**400)),
+        ({"rms_norm_eps": True}, r"rms_norm_eps is True, expected a number above"),
+        ({"hidden_size": 64.0}, r"hidden_size is 64\.0, expected a whole number"),
+        ({"hidden_size": 10**400}, r"hidden_size is 1000.*, expected a whole number"),
+        ({"linear_key_head_dim": 1 << 19}, r"linear_key_head_dim is 524288, expected a whole number"),
+        ({"attn_output_gate": 1}, r"attn_output_gate is 1, expected True"),
+        ({"hidden_size": [[[[[[[1]]]]]]] * 10**5}, r"hidden_size is \[.{0,200}\.\.\.\], expected"),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
@@ -91,9 +106,14 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> Non
     [
         ({"rope_type": "yarn"}, "rope_type is 'yarn'"),
         ({"mrope_section": [1, 1]}, "three numbers that add up to 4"),
-        ({"mrope_section": [9, 1, 1]}, "three numbers that add up to 4"),
-        ({"partial_rotary_factor": 7.0}, "an even rotary width"),
-        ({"rope_theta": float("nan")}, "a number above 1"),
+        ({"mrope_section": [2, 2, 1]}, "three numbers that add up to 4"),
+        ({"mrope_section": [4, 0, True]}, "mrope_section is True, expected a whole number from 0 to 4"),
+        ({"mrope_section": [4, 0, 0.0]}, "mrope_section is 0.0, expected a whole number"),
+        ({"mrope_section": [10**400, 1, 1]}, "mrope_section is 1000.*, expected a whole number"),
+        ({"mrope_section": [-1, 4, 1]}, "mrope_section is -1, expected a whole number"),
+        ({"partial_rotary_factor": 0.01}, "an even rotary width"),
+        *(({"partial_rotary_factor": x}, "a number above 0 and at most 1") for x in (7.0, NAN, INF, 0, -0.5, 10**400)),
+        *(({"rope_theta": x}, "a number above 1 and at most") for x in (NAN, INF, -INF, 1, 10**400, True, "1e6")),
     ],
 )
 def test_rope_is_checked(change: dict[str, Any], message: str) -> None:
@@ -101,6 +121,12 @@ def test_rope_is_checked(change: dict[str, Any], message: str) -> None:
     values["text_config"]["rope_parameters"] |= change
     with pytest.raises(ModelError, match=message):
         parse_config(values)
+
+
+@pytest.mark.parametrize("value", [True, -1, 1.0, "7", 10**400, [3]])
+def test_ids_of_images_are_ids(value: object) -> None:
+    with pytest.raises(ModelError, match=r"config\.json: image_token_id is .*, expected a whole number"):
+        parse_config(config_values(vision=True) | {"image_token_id": value})
 
 
 def test_another_architecture() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import socket
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from process import run_python
 
-from edgeq.errors import UsageError
+from edgeq.errors import MemoryBudgetError, NetworkError, UsageError
 from edgeq.hub import find_model
 from edgeq.testing import write_checkpoint
 
@@ -31,6 +32,8 @@ class Hub(ThreadingHTTPServer):
         self.folder = folder
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.break_after: int | None = None  # bytes of a large file before the connection drops, once
+        self.trick = ""  # what a hostile or broken server does, see Handler.play
+        self.value = ""  # and with which text
 
     @property
     def url(self) -> str:
@@ -56,6 +59,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, *, body: bool) -> None:
         path = self.path.split("?")[0]
         self.server.requests.append((self.command, path, dict(self.headers)))
+        if self.play(path, body):
+            return None
         if path.startswith(("/Qwen/Private", "/api/models/Qwen/Private")):
             return self.reply(401, b'{"error": "Invalid credentials"}', {"X-Error-Code": "GatedRepo"}, body)
         if f"/{REPO}" not in path:
@@ -77,9 +82,31 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
         return self.send_file(file, body)
 
+    def play(self, path: str, body: bool) -> bool:
+        """Whether the server's trick was the answer."""
+        trick, value = self.server.trick, self.server.value
+        listing, tree = path.startswith("/api/models/"), "/tree/" in path
+        if (trick == "json" and listing) or (trick == "tree" and tree):
+            self.reply(200, value.encode(), {"Content-Type": "application/json"}, body)
+        elif (trick == "redirects" and not listing) or (trick == "redirected listing" and listing):
+            self.reply(302, b"", {"Location": f"{path}?again={len(self.server.requests)}"}, body)
+        elif trick == "drop" and self.command == "GET" and path.endswith(".safetensors"):
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n" + bytes(1000))
+            self.close_connection = True
+        elif trick == "no http":
+            self.wfile.write(b"\x00\xff not HTTP at all\r\n\r\n")
+            self.close_connection = True
+        elif trick == "wait":
+            self.reply(503, b"", {"Retry-After": value}, body)
+        else:
+            return False
+        return True
+
     def send_file(self, file: Path, body: bool) -> None:
         data, status = file.read_bytes(), 200
         headers = {"ETag": f'"{etag(file)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if self.server.trick in headers or self.server.trick.startswith("X-"):
+            headers[self.server.trick] = self.server.value
         wanted = self.headers.get("Range")
         if wanted and body:
             start = int(wanted.removeprefix("bytes=").split("-")[0])
@@ -119,7 +146,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     (folder / "chat_template.jinja").write_text("x")
     (folder / "README.md").write_text("not wanted")
     server = Hub(folder)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     yield server
     server.shutdown()
@@ -198,12 +225,145 @@ class TestHub:
         assert "Traceback" not in result.stderr
 
 
+def outside(tmp_path: Path) -> list[Path]:
+    """Files that a download has left anywhere but in its cache."""
+    cache, repository = tmp_path / "hf", tmp_path / "repository"
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    return [path for path in files if cache not in path.parents and repository not in path.parents]
+
+
+def listing(**change: Any) -> str:
+    """A model's description as the hub gives it, with something changed."""
+    siblings = [{"rfilename": "config.json"}]
+    return json.dumps({"id": REPO, "modelId": REPO, "sha": COMMIT, "siblings": siblings, **change})
+
+
+def tree(**change: Any) -> str:
+    """A list of files as the hub gives it, with something changed in one."""
+    return json.dumps([{"type": "file", "path": "config.json", "size": 2, "oid": "ab" * 20, **change}])
+
+
+class PanicException(BaseException):
+    """What a library written in Rust raises when it gives up."""
+
+
+class TestHostileHub:
+    """A server that is broken or means harm: one clear NetworkError, and nothing outside of the cache."""
+
+    @pytest.mark.parametrize(
+        ("trick", "value"),
+        [
+            ("ETag", '"../../../../escaped"'),
+            pytest.param("ETag", "W/../../../../escaped", marks=pytest.mark.slow),
+            pytest.param("ETag", '"/tmp/escaped"', marks=pytest.mark.slow),
+            pytest.param("ETag", '".."', marks=pytest.mark.slow),
+            ("ETag", '"a\\..\\b"'),
+            pytest.param("X-Linked-Etag", '"../../../escaped"', marks=pytest.mark.slow),
+            ("X-Repo-Commit", "../../../escaped"),
+            ("json", listing(sha="../../../escaped")),
+            pytest.param("json", listing(siblings=[{"rfilename": "../../../escaped.json"}]), marks=pytest.mark.slow),
+            ("tree", tree(path="../../../escaped.json")),
+            pytest.param("tree", tree(path="/tmp/escaped.json"), marks=pytest.mark.slow),
+            pytest.param("tree", tree(path="a//b.json"), marks=pytest.mark.slow),
+            ("tree", tree(path="new\nline.json")),
+            ("tree", tree(path="esc\x1b[2J.json")),
+            pytest.param("tree", tree(path="x" * 300 + ".json"), marks=pytest.mark.slow),
+            ("tree", tree(lfs={"oid": "../../../escaped", "size": 2, "pointerSize": 1})),
+            pytest.param("tree", tree(oid="../escaped"), marks=pytest.mark.slow),
+        ],
+    )
+    def test_names_that_leave_the_cache_are_refused(self, hub: Hub, tmp_path: Path, trick: str, value: str) -> None:
+        hub.trick, hub.value = trick, value
+        result = fetch(hub, tmp_path, REPO)
+        assert result.returncode == 5, result.stderr
+        assert "which cannot be the name of a file" in result.stderr.splitlines()[-1]
+        assert "Traceback" not in result.stderr
+        assert outside(tmp_path) == []
+
+    @pytest.mark.parametrize(
+        ("trick", "value"),
+        [
+            pytest.param("json", "[]", marks=pytest.mark.slow),
+            pytest.param("json", "null", marks=pytest.mark.slow),
+            ("json", '{"sha": null}'),
+            ("json", '{"sha": 7, "siblings": 3}'),
+            pytest.param("json", "{", marks=pytest.mark.slow),
+            ("json", "[" * 100_000),
+            pytest.param("tree", '{"a": 1}', marks=pytest.mark.slow),
+            ("tree", '[{"type": "file"}]'),
+            pytest.param("tree", "[[1], null, {}]", marks=pytest.mark.slow),
+            ("redirects", ""),
+            pytest.param("redirected listing", "", marks=pytest.mark.slow),
+            ("no http", ""),
+            ("wait", "100000"),
+        ],
+    )
+    def test_nonsense_is_a_network_error(self, hub: Hub, tmp_path: Path, trick: str, value: str) -> None:
+        hub.trick, hub.value = trick, value
+        result = fetch(hub, tmp_path, REPO)
+        assert result.returncode == 5, result.stderr
+        assert result.stderr.splitlines()[-1].startswith("NetworkError: ")
+        assert "Traceback" not in result.stderr
+
+    @pytest.mark.slow
+    def test_a_connection_that_always_drops(self, hub: Hub, tmp_path: Path) -> None:
+        hub.trick = "drop"
+        result = fetch(hub, tmp_path, REPO)
+        assert result.returncode == 5, result.stderr
+        assert "cannot be downloaded" in result.stderr.splitlines()[-1]
+        assert "Traceback" not in result.stderr
+
+    @pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "http://127.0.0.1:9"])
+    def test_proxies_that_cannot_be_used(self, hub: Hub, tmp_path: Path, proxy: str) -> None:
+        result = fetch(hub, tmp_path, REPO, ALL_PROXY=proxy, HTTP_PROXY=proxy, NO_PROXY="")
+        assert result.returncode == 5, result.stderr
+        assert "Traceback" not in result.stderr
+
+    @pytest.mark.parametrize("setting", [{"HF_HUB_DOWNLOAD_TIMEOUT": "soon"}, {"HF_ENDPOINT": "nonsense"}])
+    def test_settings_that_make_no_sense(self, hub: Hub, tmp_path: Path, setting: dict[str, str]) -> None:
+        result = fetch(hub, tmp_path, REPO, **setting)
+        assert result.returncode == 5, result.stderr
+        assert "Traceback" not in result.stderr
+
+    def test_a_cache_that_cannot_be_written(self, hub: Hub, tmp_path: Path) -> None:
+        (tmp_path / "hf").write_text("a file where the cache should be")
+        result = fetch(hub, tmp_path, REPO)
+        assert result.returncode == 5, result.stderr
+        assert "Traceback" not in result.stderr
+
+    def test_a_full_disk_is_a_lack_of_room(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+        with pytest.raises(MemoryBudgetError, match="does not fit the disk") as caught:
+            find_model(REPO)
+        assert "the download resumes" in (caught.value.hint or "")
+
+    @pytest.mark.parametrize(
+        "error", [type("PanicException", (BaseException,), {})("x"), KeyError("x"), AssertionError()]
+    )
+    def test_whatever_else_comes_out_of_it(self, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+        with pytest.raises(NetworkError, match="cannot be downloaded"):
+            find_model(REPO)
+
+
 class TestNames:
     def test_a_folder_is_itself(self, tmp_path: Path) -> None:
         assert find_model(tmp_path) == tmp_path
         assert find_model(str(tmp_path)) == tmp_path
 
-    @pytest.mark.parametrize("name", ["", "no such folder", "a/b/c", "./nothing", "/nothing/here", "x.gguf"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "", "no such folder", "a/b/c", "./nothing", "/nothing/here", "x.gguf", "~nosuchuser", "~nosuchuser/x",
+            "x" * 300, "/" + "x" * 5000, "null\0byte", "\udcff", f"{REPO}@../../x", f"{REPO}@a/..", f"{REPO}@/x",
+        ],
+    )  # fmt: skip
     def test_what_can_be_nothing(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         with pytest.raises(UsageError, match=r"model not found: .*not a local path or a Hugging Face ID"):

@@ -11,7 +11,13 @@ from process import run_python
 # Whoever stands in a line may import from the lines above it. A name stands for all modules below it that are not
 # named themselves.
 ORDER = [
+    "edgeq.printable",
     "edgeq.errors",
+    "edgeq.shortage",
+    "edgeq.foreign",
+    "edgeq.numbers",
+    "edgeq.inputs",
+    "edgeq.files",
     "edgeq.version",
     "edgeq.shortage",
     "edgeq.config",
@@ -23,8 +29,10 @@ ORDER = [
     "edgeq.model",
     "edgeq.guard",
     "edgeq.backends",
+    "edgeq.guard",
     "edgeq.text",
     "edgeq.checkpoint",
+    "edgeq.hub_guard",
     "edgeq.hub",
     "edgeq.loading",
     "edgeq.memory",
@@ -75,4 +83,4 @@ def test_nothing_that_runs_imports_the_helpers_of_tests() -> None:
 
 def test_importing_edgeq_imports_next_to_nothing() -> None:
     done = run_python("import sys\nimport edgeq\nprint(*sorted(m for m in sys.modules if m.startswith('edgeq')))")
-    assert done.stdout.split() == ["edgeq", "edgeq.errors", "edgeq.version"]
+    assert done.stdout.split() == ["edgeq", "edgeq.errors", "edgeq.printable", "edgeq.version"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -206,6 +207,16 @@ class TestChat:
             assert list(chat.ids)[: len(before)] == before
             before = list(chat.ids)
 
+    @pytest.mark.parametrize("thinking", ["x", 1, ()])
+    def test_thinking_is_true_or_false(self, model: Model, thinking: Any) -> None:
+        with pytest.raises(UsageError, match="thinking must be True, False or None"):
+            model.chat(thinking=thinking)
+        chat = model.chat()
+        chat.thinking = thinking
+        with pytest.raises(UsageError, match="thinking must be True"):
+            chat.send("hi")
+        assert not chat.ids
+
     def test_settings_come_from_the_checkpoint_or_the_card(
         self, model: Model, chat_folder: Path, tmp_path: Path
     ) -> None:
@@ -217,5 +228,5 @@ class TestChat:
         settings = edgeq.load(folder, backend="numpy").chat(seed=1).settings
         assert (settings.temperature, settings.top_k, settings.presence_penalty, settings.seed) == (0.0, 7, 0.0, 1)
         (folder / "generation_config.json").write_text('{"temperature": "hot"}')
-        with pytest.raises(ModelError, match="temperature is 'hot'"):
+        with pytest.raises(ModelError, match="temperature must be from 0 to 10, got 'hot'"):
             edgeq.load(folder, backend="numpy")

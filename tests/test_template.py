@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeq.errors import ModelError, UsageError
+from edgeq.generate import preset
 from edgeq.text import sandbox
 from edgeq.text.conversation import Conversation
 from edgeq.text.template import ChatTemplate
@@ -180,7 +181,16 @@ BROKEN = {
     "undefined": "{{ nothing.at.all }}",
     "type error": "{{ 1 + 'a' }}",
 }
-ALL_HOSTILE = {**ENDLESS, **ESCAPES, **BROKEN}
+WIDE = {  # each takes seconds and hundreds of megabytes to compile
+    "comparisons": "{{ 1" + "<1" * 130_000 + " }}",
+    "list": "{{ [1" + ",1" * 130_000 + "] }}",
+    "concatenation": "{{ 1" + "~1" * 130_000 + " }}",
+    "output": "{{a}}" * 50_000,
+    "assignments": "{% set a = 1 %}" * 17_000,
+    "loops": "{% for a in b %}{% endfor %}" * 9_000,
+    "texts": "{{ ''" + " ''" * 80_000 + " }}",
+}
+ALL_HOSTILE = {**ENDLESS, **ESCAPES, **BROKEN, **{f"wide {name}": source for name, source in WIDE.items()}}
 
 
 @pytest.mark.parametrize("source", ALL_HOSTILE.values(), ids=ALL_HOSTILE)
@@ -188,6 +198,14 @@ def test_hostile_template_is_an_error(source: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sandbox, "FUEL", sandbox.FUEL // 4)  # still ample for any chat, and the test is quicker
     with pytest.raises(ModelError, match="chat_template"):
         ChatTemplate(source).render(USER, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("source", WIDE.values(), ids=WIDE)
+def test_a_wide_template_is_not_even_parsed(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox.Sandbox, "parse", lambda *_: pytest.fail("parsed"))
+    assert len(source) <= sandbox.MAX_SOURCE
+    with pytest.raises(ModelError, match="more than 16,384 tokens"):
+        ChatTemplate(source)
 
 
 def test_every_render_has_a_full_tank(tiny: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,3 +390,76 @@ def test_templates_that_cannot_be_appended_to(tiny: Kit, change: tuple[str, str]
     assert change[0] in template.source
     with pytest.raises(ModelError, match=message):
         Conversation(tokenizer, ChatTemplate(template.source.replace(*change)))
+
+
+# What a caller hands over
+
+
+def cyclic() -> dict[str, Any]:
+    tool: dict[str, Any] = {"name": "f"}
+    tool["self"] = tool
+    return tool
+
+
+def deep(levels: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
+def laughing(levels: int) -> dict[str, Any]:
+    """A small object that prints as 2 to the power of `levels` values."""
+    value: list[Any] = []
+    for _ in range(levels):
+        value = [value, value]
+    return {"a": value}
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ([cyclic()], "tools must be JSON of at most 64 levels"),
+        ([deep(500)], "tools must be JSON of at most 64 levels"),
+        ([deep(50_000)], "tools must be JSON of at most 64 levels"),
+        ([laughing(60)], "and 262,144 values"),
+        ([{"a": {1, 2}}], r"tools must be JSON, got \{1, 2\}"),
+        ([{"a": b"x"}], "tools must be JSON, got b'x'"),
+        ([{1: "x"}], "got the key 1"),
+        ([{"a": float("nan")}], "tools must be JSON, got nan"),
+        ([{"a": float("inf")}], "tools must be JSON, got inf"),
+        ("tools", "tools must be a list of objects, got 'tools'"),
+        (["f"], "tools must be a list of objects"),
+        (5, "tools must be a list of objects, got 5"),
+        ({"name": "f"}, "tools must be a list of objects"),
+    ],
+)
+def test_tools_that_are_no_tools(tiny: Kit, tools: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Conversation(*tiny, tools=tools)
+
+
+@pytest.mark.parametrize("content", [5, None, b"x", {"type": "text"}, ["x"], [cyclic()], [{"text": object()}]])
+def test_messages_that_say_nothing(tiny: Kit, content: Any) -> None:
+    conversation = Conversation(*tiny)
+    for append in (conversation.append_user, lambda c: conversation.append_tool("x", c)):
+        before = list(conversation.ids)
+        with pytest.raises(UsageError, match="message"):
+            append(content)
+        assert list(conversation.ids) == before
+        conversation.append_user("a question, so that a tool can answer")
+    if content is not None:
+        with pytest.raises(UsageError, match="message"):
+            Conversation(*tiny, system=content)
+
+
+@pytest.mark.parametrize("thinking", ["x", "", 1, 0, 1.0, [], "True"])
+def test_thinking_is_true_or_false(tiny: Kit, thinking: Any) -> None:
+    with pytest.raises(UsageError, match="thinking must be True, False or None"):
+        Conversation(*tiny, enable_thinking=thinking)
+    conversation = Conversation(*tiny)
+    with pytest.raises(UsageError, match="thinking must be True, False or None"):
+        conversation.append_user("x", enable_thinking=thinking)
+    assert not conversation.ids
+    with pytest.raises(UsageError, match="thinking must be True or False"):
+        preset(thinking)

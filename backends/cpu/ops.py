@@ -44,6 +44,15 @@ def start_threads() -> None:
         warnings.warn(f"the system does not give {wanted} threads: using {found}", RuntimeWarning, stacklevel=4)
 
 
+def instruction_set() -> str:
+    """The instruction set whose kernels run; UsageError if EDGEQ_ISA names none that is here."""
+    try:
+        name: str = _native.isa()
+    except RuntimeError as error:
+        raise UsageError(str(error), hint="unset EDGEQ_ISA, or set it to one that is listed") from None
+    return name
+
+
 class CpuOps(ArrayOps[_native.Matrix]):
     """The native CPU backend.
 
@@ -57,10 +66,7 @@ class CpuOps(ArrayOps[_native.Matrix]):
 
     def __init__(self, threads: int | None = None, kv_dtype: str = "f16") -> None:
         super().__init__(kv_dtype)
-        try:
-            _native.isa()
-        except RuntimeError as error:  # EDGEQ_ISA names none that is here
-            raise UsageError(str(error)) from None
+        instruction_set()
         if threads is not None:
             if not 1 <= threads <= 1024:
                 raise UsageError(f"threads must be 1 to 1024, got {threads}")
@@ -74,7 +80,7 @@ class CpuOps(ArrayOps[_native.Matrix]):
 
     @classmethod
     def describe(cls) -> str:
-        return f"{_native.isa()} kernels, {_native.thread_count()} threads"
+        return f"{instruction_set()} kernels, {_native.thread_count()} threads"
 
     def matrix(self, w: Matrix[Array]) -> _native.Matrix:
         """The matrix in the memory of the file; a copy only of what is misaligned or in pieces."""

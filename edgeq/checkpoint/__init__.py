@@ -7,15 +7,16 @@ from pathlib import Path
 from edgeq.checkpoint.base import Checkpoint, Storage
 from edgeq.checkpoint.folder import FolderCheckpoint
 from edgeq.errors import ModelError
+from edgeq.inputs import is_file, is_folder
 
 __all__ = ["Checkpoint", "FolderCheckpoint", "Storage", "open_checkpoint"]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint folder or a GGUF file and check everything about it but the values."""
-    if path.is_dir():
+    if is_folder(path):
         return FolderCheckpoint(path)
-    if path.is_file() and path.suffix.lower() == ".gguf":
+    if is_file(path) and path.suffix.lower() == ".gguf":
         from edgeq.checkpoint.gguf import GGUFCheckpoint  # knows two dozen formats; a folder need not wait for it
 
         return GGUFCheckpoint(path)

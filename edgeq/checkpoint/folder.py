@@ -19,12 +19,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from edgeq.checkpoint.base import Checkpoint, Storage
+from edgeq.checkpoint.generation import read_sampling, read_stop_ids
 from edgeq.config import parse_config, read_json
 from edgeq.errors import ModelError
 from edgeq.formats.affine import BITS, GROUP_SIZES
 from edgeq.formats.bf16 import Array, Float32, to_float32
 from edgeq.formats.names import neutral_module, neutral_name
 from edgeq.formats.safetensors import SafetensorsFile, TensorInfo
+from edgeq.inputs import TOKENIZER_LIMIT, exists
+from edgeq.printable import brief
 from edgeq.weights import Matrix, Part, QMatrix, Role, TensorSpec, all_tensors
 
 if TYPE_CHECKING:
@@ -34,7 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["FolderCheckpoint", "Quantization"]
 
 _FLOATS = ("F32", "F16", "BF16")
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of generation_config.json
 _SHOWN = 12  # problems listed before "and N more"
 
 Layout = Literal["hub", "mlx"]
@@ -68,9 +70,10 @@ class FolderCheckpoint(Checkpoint):
         self.layout: Layout = self._find_layout()
         self.quantization = _QuantizationTable(values)
         self.tensors = self._match_table()
-        generation = _GenerationConfig(path / "generation_config.json")
-        self.eos_token_ids = self.config.text.eos_token_ids + generation.eos_token_ids
-        self.sampling = generation.sampling
+        file = path / "generation_config.json"  # the hub's small models do not have it
+        generation = read_json(file) if exists(file) else {}
+        self.eos_token_ids = self.config.text.eos_token_ids + read_stop_ids(generation, str(file))
+        self.sampling = read_sampling(generation, str(file))
         self.format = {"hub": "safetensors", "mlx": "MLX safetensors"}[self.layout]
         if any(t.quantization for t in self.tensors.values()):
             self.format += ", group-quantized"
@@ -127,20 +130,24 @@ class FolderCheckpoint(Checkpoint):
     def tokenizer(self) -> Tokenizer | None:
         from edgeq.text.tokenizer import Tokenizer
 
-        return Tokenizer.from_folder(self.path) if (self.path / "tokenizer.json").exists() else None
+        return Tokenizer.from_folder(self.path) if exists(self.path / "tokenizer.json") else None
 
     def template(self) -> ChatTemplate | None:
         from edgeq.text.template import ChatTemplate
 
         config = self.path / "tokenizer_config.json"
-        if (self.path / "chat_template.jinja").exists() or (config.exists() and "chat_template" in read_json(config)):
+        if exists(self.path / "chat_template.jinja") or (exists(config) and "chat_template" in read_json(config)):
             return ChatTemplate.from_folder(self.path)
         return None
 
     def tokenizer_files(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        if not (self.path / "tokenizer.json").exists():
+        from edgeq.text.components import checked_components
+
+        if not exists(self.path / "tokenizer.json"):
             return None
-        return read_json(self.path / "tokenizer.json"), read_json(self.path / "tokenizer_config.json")
+        file = self.path / "tokenizer.json"
+        spec = checked_components(read_json(file, TOKENIZER_LIMIT), str(file))
+        return spec, read_json(self.path / "tokenizer_config.json")
 
     def weight_files(self) -> list[Path]:
         return [file.path for file in self.files]
@@ -192,10 +199,10 @@ class FolderCheckpoint(Checkpoint):
         problems += [f"missing {spec.name} {list(spec.shape)}" for spec in self._required(absent, tensors)]
         problems += [f"unexpected {name}" for name in self._unexpected(tensors)]
         if problems:
-            shown = "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
-            more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+            more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
             raise ModelError(
-                f"{self.path} does not hold the tensors that its config.json describes:{shown}{more}",
+                f"{self.path} does not hold the tensors that its config.json describes:",
+                details=[*problems[:_SHOWN], *more],
                 hint="download config.json and the weights again, from one model",
             )
         return tensors
@@ -262,12 +269,12 @@ class _QuantizationTable:
     def __init__(self, values: Mapping[str, Any]) -> None:
         block = values.get("quantization", values.get("quantization_config"))
         if block is not None and not isinstance(block, Mapping):
-            raise ModelError(f"config.json: quantization is {block!r}, expected an object")
+            raise ModelError(f"config.json: quantization is {brief(block)}, expected an object")
         self._block: Mapping[str, Any] = block or {}
         method = self._block.get("quant_method")
         if method not in (None, "affine"):
             raise ModelError(
-                f"config.json: quant_method {method!r} is not supported",
+                f"config.json: quant_method {brief(method)} is not supported",
                 hint="use the unquantized model, an MLX-quantized one or a GGUF file",
             )
         self._default = self._entry("quantization", self._block) if self._block else None
@@ -285,10 +292,10 @@ class _QuantizationTable:
         bits, group = entry.get("bits"), entry.get("group_size", self._block.get("group_size"))
         mode = entry.get("mode", "affine")
         if mode != "affine":
-            raise ModelError(f"config.json: {where}.mode is {mode!r}, expected 'affine'")
-        if bits not in BITS or group not in GROUP_SIZES:
+            raise ModelError(f"config.json: {where}.mode is {brief(mode)}, expected 'affine'")
+        if not (type(bits) is int and bits in BITS and type(group) is int and group in GROUP_SIZES):
             raise ModelError(
-                f"config.json: {where} has bits {bits!r} and group_size {group!r}, "
+                f"config.json: {where} has bits {brief(bits)} and group_size {brief(group)}, "
                 f"expected bits of {BITS} and group_size of {GROUP_SIZES}"
             )
         return Quantization(bits, group)
@@ -304,7 +311,7 @@ def _file_shape(spec: TensorSpec, layout: Layout) -> tuple[int, ...]:
 def _weight_files(path: Path) -> list[Path]:
     """The index names the files; without one they are the folder's model*.safetensors, as everywhere in this field."""
     index = path / "model.safetensors.index.json"
-    if not index.exists():
+    if not exists(index):
         files = sorted(path.glob("model*.safetensors"))
         if not files:
             raise ModelError(
@@ -318,25 +325,7 @@ def _weight_files(path: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name:
             raise ModelError(f"{index} names {name!r}, which is outside of the folder")
-    absent = [name for name in names if not (path / name).exists()]
+    absent = [name for name in names if not exists(path / name)]
     if absent:
         raise ModelError(f"{path} lacks {', '.join(absent)}", hint="download the missing files")
     return [path / name for name in names]
-
-
-class _GenerationConfig:
-    """generation_config.json, which the hub's small models do not have: stop ids and recommended sampling."""
-
-    def __init__(self, file: Path) -> None:
-        values = read_json(file) if file.exists() else {}
-        stop = values.get("eos_token_id", [])
-        ids = [stop] if type(stop) is int else stop
-        if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
-            raise ModelError(f"{file}: eos_token_id is {stop!r}, expected an id or a list of ids")
-        self.eos_token_ids = tuple(ids)
-        self.sampling = {name: values[name] for name in _SAMPLING if name in values}
-        if values.get("do_sample") is False:
-            self.sampling["temperature"] = 0.0
-        for name, value in self.sampling.items():
-            if type(value) not in (int, float):
-                raise ModelError(f"{file}: {name} is {value!r}, expected a number")

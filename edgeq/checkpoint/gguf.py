@@ -240,10 +240,10 @@ class GGUFCheckpoint(Checkpoint):
         held = [*self.file.tensors, *(self.mmproj.tensors if self.mmproj else ())]
         problems += [f"unexpected {name}" for name in held if name not in known]
         if problems:
-            shown = "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
-            more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+            more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
             raise ModelError(
-                f"{self.path} does not hold the tensors that its metadata describes:{shown}{more}",
+                f"{self.path} does not hold the tensors that its metadata describes:",
+                details=[*problems[:_SHOWN], *more],
                 hint="download the file again, or convert the model again with a current llama.cpp",
             )
         return tensors

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeq.checkpoint.generation import checked_sampling
 from edgeq.config import TextConfig, VisionConfig
 from edgeq.errors import ModelError
 from edgeq.formats.bf16 import Array
@@ -221,7 +222,7 @@ def text_values(file: GGUFFile) -> dict[str, Any]:
                 "rope_theta": _short(file.get(f"{ARCH}.rope.freq_base", float)),
                 "partial_rotary_factor": get("rope.dimension_count") / max(get("attention.key_length"), 1),
                 "mrope_interleaved": True,
-                "mrope_section": [int(n) for n in file.array(f"{ARCH}.rope.dimension_sections")[:3]],
+                "mrope_section": file.integers(f"{ARCH}.rope.dimension_sections")[:3],
             },
         },
     }
@@ -240,7 +241,7 @@ def _embedding_rows(file: GGUFFile) -> int:
 def _layer_types(file: GGUFFile, layers: int) -> list[str]:
     """From the list of recurrent layers, which old files do not have, else from the interval."""
     if (key := f"{ARCH}.attention.recurrent_layers") in file:
-        recurrent = [bool(flag) for flag in file.array(key)[: max(layers, 0)]]
+        recurrent = [bool(flag) for flag in file.integers(key)[: max(layers, 0)]]
     else:
         interval = max(file.get(f"{ARCH}.full_attention_interval", int, 4), 1)
         recurrent = [(i + 1) % interval != 0 for i in range(min(layers, 1 << 10))]
@@ -339,7 +340,8 @@ def vision_metadata(v: VisionConfig) -> dict[str, Any]:
 def sampling_values(file: GGUFFile) -> dict[str, float]:
     """The sampling that the file recommends, as GenerationSettings names it."""
     keys = {name: f"general.sampling.{key}" for name, key in _SAMPLING.items()}
-    return {name: file.get(key, int if name == "top_k" else float) for name, key in keys.items() if key in file}
+    sampling = {name: file.get(key, int if name == "top_k" else float) for name, key in keys.items() if key in file}
+    return checked_sampling(sampling, str(file.path))
 
 
 def sampling_metadata(sampling: Mapping[str, float]) -> dict[str, float]:

@@ -13,15 +13,11 @@ from typing import Any
 
 from edgeq.errors import ModelError
 from edgeq.formats.gguf import GGUFFile
+from edgeq.text.components import PATTERNS
 
 __all__ = ["TokenType", "token_ids", "tokenizer_metadata", "tokenizer_spec"]
 
-PRE_TOKENIZERS = {  # by GGUF's name; Qwen3.5's joins marks to letters, Qwen2's does not
-    "qwen35": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
-    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-}
+PRE_TOKENIZERS = {name: PATTERNS[name] for name in ("qwen35", "qwen2")}
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 
 
@@ -78,7 +74,7 @@ _ADDED = (TokenType.CONTROL, TokenType.USER_DEFINED)
 
 def _vocabulary(file: GGUFFile) -> tuple[list[str], list[int]]:
     tokens = file.strings("tokenizer.ggml.tokens")
-    kinds = [int(kind) for kind in file.array("tokenizer.ggml.token_type")]
+    kinds = file.integers("tokenizer.ggml.token_type")
     if len(kinds) != len(tokens):
         raise ModelError(f"{file.path}: {len(tokens):,} tokens, but {len(kinds):,} token types")
     if len(set(tokens)) != len(tokens):
@@ -150,11 +146,13 @@ def tokenizer_metadata(spec: Mapping[str, Any], config: Mapping[str, Any], rows:
         "tokens": [token for token, _ in table],
         "token_type": [int(kind) for _, kind in table],
         "merges": merges,
-        **{key: ids[_text(name)] for key, name in special.items() if name is not None},
+        **{key: ids[name] for key, token in special.items() if (name := _text(token)) in ids},
         "add_bos_token": False,
         "add_eos_token": False,
     }
 
 
-def _text(token: str | Mapping[str, str]) -> str:
-    return token if isinstance(token, str) else token["content"]
+def _text(token: object) -> str:
+    """How a special token is spelled, given as text or as an object; "" for anything else."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) else ""

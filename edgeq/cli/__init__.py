@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 
 import edgeq
 from edgeq.cli.config_file import read_config_file
-from edgeq.cli.console import report_error, show_warning
+from edgeq.cli.console import prepare_streams, report_error, show_warning
 from edgeq.cli.help import Command
 from edgeq.errors import EdgeqError, UsageError
 from edgeq.formats.mapped import guard_when_mapped
@@ -131,6 +131,7 @@ def edgeq_command(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits the process."""
+    prepare_streams()
     with suppress(ValueError):  # outside the main thread Python allows no signal handlers
         for name in ("SIGTERM", "SIGHUP"):  # an exception, so that half-written files are removed
             _exit_on(getattr(signal, name, None))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Annotated
 
-from edgeq.cli.console import prefill_bar
+from edgeq.cli.console import prefill_bar, show_json
 from edgeq.cli.options import ConversationOptions, ModelOptions, PromptOptions, SamplingOptions, command, option
 from edgeq.cli.reply import reply_object, show_reply
 from edgeq.session.chat import Chat
@@ -56,6 +55,6 @@ def answer_once(conversation: Chat, text: str, *, as_json: bool) -> None:
     if as_json:
         for _ in reply:
             pass
-        print(json.dumps(reply_object(reply), ensure_ascii=False))
+        show_json(reply_object(reply))
     elif not show_reply(reply, conversation.model.engine.ops):
         raise KeyboardInterrupt

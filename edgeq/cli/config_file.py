@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from edgeq.errors import UsageError
+from edgeq.inputs import exists, expand_user, read_text
+from edgeq.printable import one_line
 
 __all__ = ["config_file", "read_config_file"]
 
@@ -20,15 +22,15 @@ __all__ = ["config_file", "read_config_file"]
 def config_file() -> Path:
     """Where the configuration file is, or would be."""
     if named := os.environ.get("EDGEQ_CONFIG"):
-        return Path(named).expanduser()
+        return expand_user(Path(named))
     base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return Path(base).expanduser() / "edgeq" / "config.toml"
+    return expand_user(Path(base)) / "edgeq" / "config.toml"
 
 
 def read_config_file(options_of_commands: Callable[[], dict[str, set[str]]]) -> dict[str, dict[str, Any]]:
     """The file's values by command; none without a file. Options that no command has are an error."""
     path = config_file()
-    if not path.exists():
+    if not exists(path):
         return {}
     values, commands = _parsed(path), options_of_commands()
     tables = {key: value for key, value in values.items() if isinstance(value, dict)}
@@ -47,9 +49,9 @@ def _parsed(path: Path) -> dict[str, Any]:
     import tomllib
 
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
+        return tomllib.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read: {one_line(error)}") from None
 
 
 def _name(key: str) -> str:

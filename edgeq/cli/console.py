@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import StringIO, TextIOWrapper
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from edgeq.errors import EdgeqError
+from edgeq.printable import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
@@ -20,18 +23,58 @@ if TYPE_CHECKING:
 __all__ = [
     "dim",
     "error_line",
+    "for_terminal",
     "new_bar",
     "peak_memory",
     "peak_memory_text",
     "prefill_bar",
+    "prepare_streams",
     "report_error",
+    "show_json",
     "show_warning",
 ]
+
+_CONTROLS = {c: f"\\x{c:02x}" for c in (*range(0x20), *range(0x7F, 0xA0)) if chr(c) not in "\t\n"} | {0x0D: ""}
 
 
 def dim(text: str) -> str:
     """`text` greyed out, if stderr is a terminal that shows it."""
     return f"\033[2m{text}\033[0m" if sys.stderr.isatty() and not os.environ.get("NO_COLOR") else text
+
+
+def show_json(value: object, *, indent: int | None = None) -> None:
+    """Print a value as JSON: as readable as stdout's encoding allows, and valid in any."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:  # not a Unicode terminal, or a path with bytes that are no text
+        text = json.dumps(value, indent=indent)
+    print(text)
+
+
+def for_terminal(text: str, stream: TextIO) -> str:
+    """What a model says, without the control characters that would act on a terminal; as it is in a file or pipe."""
+    return text.translate(_CONTROLS) if stream.isatty() else text
+
+
+def prepare_streams() -> None:
+    """Give the process three streams that take whatever is written: an odd character is no reason to end."""
+    sys.stdin = StringIO() if sys.stdin is None else sys.stdin  # None: closed by the shell (<&-)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, _Nowhere())
+        elif isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+class _Nowhere(StringIO):
+    """Takes what is written, and forgets it."""
+
+    encoding = "utf-8"
+
+    def write(self, text: str) -> int:
+        return len(text)
 
 
 def error_line(error: EdgeqError) -> str:
@@ -42,7 +85,7 @@ def error_line(error: EdgeqError) -> str:
 
 def show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """Print a warning to stderr as one line; in the place of `warnings.showwarning`."""
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {printable(str(message))}", file=sys.stderr)
 
 
 def report_error(error: EdgeqError) -> None:

@@ -14,6 +14,8 @@ from edgeq.cli.options import option
 from edgeq.cli.quantize import progress_bar
 from edgeq.errors import UsageError
 from edgeq.hub import find_model
+from edgeq.inputs import check_output
+from edgeq.printable import printable
 from edgeq.quant.gguf_export import EXPORT_TYPES, ExportReport, check_target, export_gguf, export_mmproj
 
 __all__ = ["export"]
@@ -47,6 +49,9 @@ def export(
     kind = kind.lower()
     if kind not in EXPORT_TYPES:
         raise UsageError(f"unknown type {kind!r}", hint=f"use one of {', '.join(EXPORT_TYPES)}")
+    for path in (out, mmproj):
+        if path is not None:
+            check_output(path)
     checkpoint = open_checkpoint(find_model(source))
     reports = []
     check_target(checkpoint, out, force, [] if mmproj is None else [mmproj])
@@ -61,4 +66,4 @@ def export(
 def _summary(report: ExportReport) -> str:
     types = ", ".join(f"{count} {name}" for name, count in report.types.items())
     notes = "".join(f"\nnote: {note}" for note in report.notes)
-    return f"{report.path}: {report.nbytes / 1e6:,.1f} MB: {types} | {peak_memory_text()}{notes}"
+    return f"{printable(str(report.path))}: {report.nbytes / 1e6:,.1f} MB: {types} | {peak_memory_text()}{notes}"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Annotated
 
-from edgeq.cli.console import dim, prefill_bar
+from edgeq.cli.console import dim, for_terminal, prefill_bar, show_json
 from edgeq.cli.options import ModelOptions, PromptOptions, SamplingOptions, command, option
 from edgeq.cli.reply import reply_object, usage_line
 from edgeq.generate import GenerationSettings
@@ -40,6 +39,9 @@ def generate(
         reply = loaded.generate(text, ignore_eos=ignore_eos, on_prefill=bar, **options)
         for piece in reply:
             if not as_json:
-                print(piece.text, end="", flush=True)
-    print(json.dumps(reply_object(reply), ensure_ascii=False) if as_json else "")
+                print(for_terminal(piece.text, sys.stdout), end="", flush=True)
+    if as_json:
+        show_json(reply_object(reply))
+    else:
+        print()
     print(dim(usage_line(reply, loaded.ops)), file=sys.stderr)

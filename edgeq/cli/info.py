@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections import Counter
 from typing import Annotated, Any
@@ -12,9 +11,11 @@ import typer
 import edgeq
 from edgeq.backends import available, choose
 from edgeq.checkpoint import Checkpoint, open_checkpoint
+from edgeq.cli.console import show_json
 from edgeq.cli.options import OptionalModelArgument, option
 from edgeq.errors import UsageError
 from edgeq.hub import find_model
+from edgeq.printable import printable
 from edgeq.weights import Part
 
 __all__ = ["info"]
@@ -53,7 +54,10 @@ def info(
             from edgeq.quant import verify as verify_files
 
             facts["verified"] = f"{len(verify_files(path))} files match their record"
-    print(json.dumps(facts, ensure_ascii=False, indent=2) if as_json else "\n".join(_lines(facts)))
+    if as_json:
+        show_json(facts, indent=2)
+    else:
+        print("\n".join(_lines(facts)))
 
 
 def _installation() -> dict[str, Any]:
@@ -137,7 +141,7 @@ def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
         width = max(map(len, facts), default=0)
     for key, value in facts.items():
         if isinstance(value, dict):
-            lines += [f"{indent}{key}", *_lines(value, indent + "  ")]
+            lines += [f"{indent}{printable(key)}", *_lines(value, indent + "  ")]
         else:
-            lines.append(f"{indent}{key:{width}}  {value}")
+            lines.append(f"{indent}{printable(key):{width}}  {printable(str(value))}")
     return lines

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 from edgeq.errors import UsageError
+from edgeq.inputs import read_text
+from edgeq.text.pieces import MAX_TEXT, check_length
 
 __all__ = ["joined_prompt", "piped_text"]
 
@@ -15,9 +17,11 @@ def piped_text() -> str | None:
     if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
         return None
     try:
-        return sys.stdin.read()
+        text = sys.stdin.read(MAX_TEXT + 1)
     except UnicodeDecodeError as error:
         raise UsageError(f"stdin is not UTF-8 text: {error}") from None
+    check_length(text)
+    return text
 
 
 def joined_prompt(prompt: str | None, file: Path | None = None) -> str:
@@ -31,8 +35,10 @@ def joined_prompt(prompt: str | None, file: Path | None = None) -> str:
 
 def _text_of(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return read_text(file, 4 * MAX_TEXT, streams=True)
     except FileNotFoundError:
         raise UsageError(f"prompt file not found: {file}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{file} is not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from None

@@ -11,8 +11,10 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from edgeq.cli.console import new_bar, peak_memory_text
+from edgeq.cli.console import new_bar, peak_memory_text, show_warning
 from edgeq.cli.options import option
+from edgeq.inputs import check_output
+from edgeq.printable import printable
 from edgeq.quant.quantizer import Progress
 from edgeq.quant.quantizer import quantize as quantize_checkpoint
 from edgeq.quant.recipe import RECIPES
@@ -88,6 +90,8 @@ def quantize(
     warning if it is below Q8_0.
     """
     del quantize_flag
+    if report is not None:
+        check_output(report)
     with progress_bar() as progress:
         result = quantize_checkpoint(
             source,
@@ -102,7 +106,7 @@ def quantize(
             progress=progress,
         )
     for warning in result.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        show_warning(warning)
     if dry_run:
         typer.echo(format_table(result))
     else:
@@ -111,7 +115,8 @@ def quantize(
 
 def _summary(report: Report) -> str:
     return (
-        f"{report.out}: {report.nbytes() / 1e6:,.1f} MB, text {report.bits_per_weight('text'):.3f} bits per weight | "
+        f"{printable(report.out)}: {report.nbytes() / 1e6:,.1f} MB, "
+        f"text {report.bits_per_weight('text'):.3f} bits per weight | "
         f"{report.seconds:.1f} s | {peak_memory_text()}"
     )
 

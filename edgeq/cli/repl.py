@@ -21,6 +21,7 @@ from edgeq.cli.console import error_line
 from edgeq.cli.reply import show_reply, usage_line
 from edgeq.errors import EdgeqError, UsageError
 from edgeq.generate import GenerationSettings
+from edgeq.inputs import expand_user
 from edgeq.session.chat import Chat
 from edgeq.session.reply import Reply
 
@@ -186,7 +187,7 @@ def _history() -> History:
     """Lines of earlier conversations, in the user's state folder; off with EDGEQ_NOHISTORY."""
     if os.environ.get("EDGEQ_NOHISTORY"):
         return InMemoryHistory()
-    folder = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "edgeq"
+    folder = expand_user(Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state")) / "edgeq"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError:

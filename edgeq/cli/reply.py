@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from edgeq.backends.ops import Ops
-from edgeq.cli.console import dim, peak_memory_text
+from edgeq.cli.console import dim, for_terminal, peak_memory_text
 from edgeq.generate import StopReason
 from edgeq.session.reply import Reply
 
@@ -51,9 +51,10 @@ def show_reply(reply: Reply, ops: Ops[Any, Any]) -> bool:
                     print("\n", file=sys.stderr)
                 channel = piece.channel
             if channel == "thinking":
-                print(dim(piece.text) if piece.text else "", end="", file=sys.stderr, flush=True)
+                text = for_terminal(piece.text, sys.stderr)
+                print(dim(text) if text else "", end="", file=sys.stderr, flush=True)
             elif piece.text:
-                print(piece.text, end="", flush=True)
+                print(for_terminal(piece.text, sys.stdout), end="", flush=True)
     except KeyboardInterrupt:
         reply.close()
         finished = False

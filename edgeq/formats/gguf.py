@@ -24,6 +24,7 @@ from edgeq.errors import ModelError
 from edgeq.formats.bf16 import Array
 from edgeq.formats.ggml import TYPES, GGMLType, type_name
 from edgeq.formats.mapped import check_whole, map_file
+from edgeq.printable import brief
 
 __all__ = ["GGUFFile", "TensorInfo"]
 
@@ -95,7 +96,7 @@ class GGUFFile:
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            found = "missing" if value is None else repr(value)[:60]
+            found = "missing" if value is None else brief(value)
             raise ModelError(f"{self.path}: metadata {key} is {found}, expected a value of type {kind.__name__}")
         return value
 
@@ -105,6 +106,13 @@ class GGUFFile:
         if not isinstance(value, np.ndarray):
             raise self._not_a("array of numbers", key)
         return value
+
+    def integers(self, key: str) -> list[int]:
+        """An array of whole numbers, or of true and false; ModelError if it is missing or holds something else."""
+        values = self.array(key)
+        if values.dtype.kind not in "iub":
+            raise self._not_a("array of whole numbers", key)
+        return [int(value) for value in values]
 
     def strings(self, key: str) -> list[str]:
         """An array of strings; ModelError if it is missing or holds something else."""

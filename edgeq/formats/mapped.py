@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import stat
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Protocol
 
 from edgeq.errors import MemoryBudgetError, ModelError
+from edgeq.inputs import open_file
+from edgeq.printable import printable
 
 __all__ = ["Guard", "check_whole", "guard_when_mapped", "is_mapped", "map_file", "reading_on", "set_guard"]
 
@@ -54,11 +55,9 @@ class _Guarded:
             import numpy as np  # nothing else here needs it
 
             begin = np.frombuffer(mapping, np.uint8, 1).__array_interface__["data"][0]
-            self.numbers[mapping] = number = self.guard.add(begin, len(mapping), str(path))
+            self.numbers[mapping] = number = self.guard.add(begin, len(mapping), printable(str(path)))
             weakref.finalize(mapping, self.guard.forget, number).atexit = False
 
-
-_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 _guarded = _Guarded()
 
@@ -91,15 +90,9 @@ def map_file(path: Path) -> mmap.mmap:
     """Map a file for reading; ModelError if it cannot be read, MemoryBudgetError if it does not fit."""
     nbytes = 0
     try:
-        descriptor = os.open(path, _READ)  # a pipe would wait for its writer
-        try:
-            status = os.fstat(descriptor)
-            nbytes = status.st_size
-            if not stat.S_ISREG(status.st_mode):
-                raise ModelError(f"{path} cannot be read: it is no regular file", hint="give a folder or a file")
-            mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-        finally:
-            os.close(descriptor)
+        with open_file(path) as file:
+            nbytes = os.fstat(file.fileno()).st_size
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         raise ModelError(f"{path} does not exist", hint="download the missing file") from None
     except ValueError:

@@ -22,6 +22,7 @@ import numpy as np
 from edgeq.errors import ModelError
 from edgeq.formats.bf16 import Array
 from edgeq.formats.mapped import check_whole, map_file
+from edgeq.printable import brief
 
 __all__ = ["DTYPES", "SafetensorsFile", "SafetensorsWriter", "TensorInfo", "dtype_name"]
 
@@ -112,11 +113,11 @@ class SafetensorsFile:
             raise self._error(f"tensor {name!r} lacks dtype, shape or data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise self._error(f"tensor {name!r} has dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+            raise self._error(f"tensor {name!r} has dtype {brief(dtype)}, expected one of {', '.join(DTYPES)}")
         if not _sizes(shape) or len(shape) > _MAX_DIMS:
-            raise self._error(f"tensor {name!r} has shape {shape!r}")
+            raise self._error(f"tensor {name!r} has shape {brief(shape)}")
         if not _sizes(offsets) or len(offsets) != 2:
-            raise self._error(f"tensor {name!r} has data_offsets {offsets!r}")
+            raise self._error(f"tensor {name!r} has data_offsets {brief(offsets)}")
         nbytes = prod(shape) * DTYPES[dtype].itemsize
         if offsets[1] - offsets[0] != nbytes:
             raise self._error(f"tensor {name!r} {dtype} {shape} needs {nbytes:,} bytes, its offsets are {offsets}")

@@ -7,8 +7,12 @@ from dataclasses import replace as dataclass_replace
 from typing import Any
 
 from edgeq.errors import UsageError
+from edgeq.numbers import SAMPLING
+from edgeq.printable import brief
 
 __all__ = ["GenerationSettings", "preset"]
+
+_OPTIONAL = ("seed", "max_tokens", "thinking_budget")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +50,12 @@ class GenerationSettings:
     """End thinking, or else the reply, when the output repeats itself."""
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, 0, 10)
-        _check_number("top_p", self.top_p, 0, 1, open_low=True)
-        _check_number("min_p", self.min_p, 0, 1)
-        _check_number("presence_penalty", self.presence_penalty, -2, 2)
-        _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
-        _check_number("repetition_penalty", self.repetition_penalty, 0.1, 10)
-        _check_integer("top_k", self.top_k, 0)
-        for option, value, low in (
-            ("seed", self.seed, 0),
-            ("max_tokens", self.max_tokens, 1),
-            ("thinking_budget", self.thinking_budget, 0),
-        ):
-            if value is not None:
-                _check_integer(option, value, low)
+        for option, allowed in SAMPLING.items():
+            value = getattr(self, option)
+            if not (allowed.holds(value) or (value is None and option in _OPTIONAL)):
+                raise UsageError(f"{option} must be {allowed}, got {brief(value)}")
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
-            raise UsageError(f"stop must be a tuple of non-empty strings, got {self.stop!r}")
+            raise UsageError(f"stop must be a tuple of non-empty strings, got {brief(self.stop)}")
 
     def replace(self, **given: Any) -> GenerationSettings:
         """These settings with those of `given` that are not None: what was asked for goes over a preset."""
@@ -86,6 +80,8 @@ def preset(thinking: bool, vision: bool = False, *, large: bool = False) -> Gene
     (`large`) has the same rows for thinking, and without it 0.7, 0.8 and 1.5 for text as well; that card contradicts
     itself and is known second-hand only.
     """
+    if not isinstance(thinking, bool):
+        raise UsageError(f"thinking must be True or False, got {brief(thinking)}")
     temperature, top_p, presence_penalty = {
         (True, False): (1.0, 0.95, 1.5),
         (True, True): (0.6, 0.95, 0.0),
@@ -93,17 +89,3 @@ def preset(thinking: bool, vision: bool = False, *, large: bool = False) -> Gene
         (False, True): (0.7, 0.8, 1.5),
     }[thinking, vision]
     return GenerationSettings(temperature=temperature, top_p=top_p, presence_penalty=presence_penalty)
-
-
-def _check_number(option: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    """Raise a UsageError unless `value` is a number from `low` (or above it, if `open_low`) to `high`."""
-    number = value if isinstance(value, int | float) and not isinstance(value, bool) else float("nan")
-    if not low <= number <= high or (open_low and number == low):
-        bounds = f"above {low} and at most {high}" if open_low else f"from {low} to {high}"
-        raise UsageError(f"{option} must be {bounds}, got {value!r}")
-
-
-def _check_integer(option: str, value: object, low: int) -> None:
-    """Raise a UsageError unless `value` is a whole number of at least `low`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise UsageError(f"{option} must be a whole number of at least {low}, got {value!r}")

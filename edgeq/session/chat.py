@@ -19,6 +19,7 @@ from edgeq.session.reply import Reply
 from edgeq.state import State
 from edgeq.text.channels import ChannelParser, ends_in_thinking
 from edgeq.text.conversation import Conversation, Mark
+from edgeq.text.messages import check_thinking
 
 __all__ = ["Chat", "Speaker"]
 
@@ -55,6 +56,7 @@ class Chat:
         on_prefill: Progress | None = None, **options: Any,
     ) -> None:  # fmt: skip
         tokenizer, template = model.language.need_tokenizer(), model.language.need_template()
+        check_thinking(thinking)
         self.model = model
         self.thinking = template.thinking_default if thinking is None else thinking
         self.options = options

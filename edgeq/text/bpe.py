@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -25,8 +26,13 @@ from numpy.typing import NDArray
 
 from edgeq.config import read_json
 from edgeq.errors import ModelError
+from edgeq.foreign import translated
 from edgeq.formats.safetensors import SafetensorsFile
+from edgeq.inputs import TOKENIZER_LIMIT, open_file, read_text
+from edgeq.printable import one_line
 from edgeq.shortage import require
+from edgeq.text.components import checked_components, read_components
+from edgeq.text.pieces import normalized, pieces
 from edgeq.text.table_cache import cache_problem, open_table, save_table, table_path
 
 __all__ = ["BYTE_OF", "AddedToken", "Bpe", "LibraryBpe", "TableBpe", "bpe_of", "load_bpe", "write_table"]
@@ -73,14 +79,7 @@ class LibraryBpe:
 
     def __init__(self, description: str, name: str = "the tokenizer description") -> None:
         require(_LIBRARY_TAKES * len(description), "the tokenizer")  # where Rust gets no memory, the process is gone
-        try:
-            self._bpe = tokenizers.Tokenizer.from_str(description)
-        except MemoryError:
-            raise
-        except Exception as error:  # the library raises nothing more precise
-            raise ModelError(f"{name} is not a tokenizer: {error}") from None
-        self._bpe.no_truncation()
-        self._bpe.no_padding()
+        self._bpe = _library(read_components(description, name), name)
         added = self._bpe.get_added_tokens_decoder()
         self.added = {
             i: AddedToken(token.content, not (token.lstrip or token.rstrip or token.single_word))
@@ -93,7 +92,11 @@ class LibraryBpe:
         self._bpe.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
+        ids: list[int] = []
+        with translated(_encoding_failed):
+            text = normalized(text, self._bpe.normalizer)
+            for piece, _ in pieces(text, self._bpe.pre_tokenizer):
+                ids += self._bpe.encode(piece, add_special_tokens=False).ids
         return ids
 
     def token(self, token_id: int) -> str | None:
@@ -118,7 +121,7 @@ class TableBpe:
         rest = json.loads(file.metadata["rest"])
         self.size = len(self._ends)
         self.added = {entry["id"]: AddedToken(entry["content"], True) for entry in rest.pop("added_tokens")}
-        library = tokenizers.Tokenizer.from_str(json.dumps({**rest, "added_tokens": []}))
+        library = _library({**rest, "added_tokens": []}, "the tokenizer table")
         self._normalizer, self._splitter = library.normalizer, library.pre_tokenizer
         self._byte_ids: dict[str, int] = json.loads(file.metadata["bytes"])
         self._remembered = lru_cache(_WORDS)(self._word)
@@ -140,11 +143,11 @@ class TableBpe:
             return None
 
     def encode(self, text: str) -> list[int]:
-        if self._normalizer is not None:
-            text = self._normalizer.normalize_str(text)
         ids: list[int] = []
-        for word, _ in self._splitter.pre_tokenize_str(text):
-            ids += self._remembered(word) if len(word) <= _LONG else self._word(word)
+        with translated(_encoding_failed):
+            for _, words in pieces(normalized(text, self._normalizer), self._splitter):
+                for word in words:
+                    ids += self._remembered(word) if len(word) <= _LONG else self._word(word)
         return ids
 
     def token(self, token_id: int) -> str | None:
@@ -190,24 +193,35 @@ class TableBpe:
         return self._ranks[at], place, pair, self._products[at]
 
 
+def _library(spec: Mapping[str, Any], name: str) -> Any:
+    """The library's tokenizer for checked components; ModelError if it does not take them."""
+    with translated(lambda error: ModelError(f"{name} is not a tokenizer: {one_line(error)}")):
+        return tokenizers.Tokenizer.from_str(json.dumps(spec))
+
+
+def _encoding_failed(error: BaseException) -> ModelError:
+    return ModelError(f"the tokenizer cannot encode this text: {one_line(error)}")
+
+
 def load_bpe(file: Path) -> Bpe:
     """The BPE of a tokenizer.json; ModelError if it is none."""
     try:
-        if file.stat().st_size >= WORTH_A_TABLE:
-            with file.open("rb") as opened:
-                digest = hashlib.file_digest(opened, "sha256").hexdigest()
-            if table := TableBpe.cached(digest, lambda: read_json(file)):
+        with open_file(file) as opened:
+            nbytes, digest = os.fstat(opened.fileno()).st_size, hashlib.file_digest(opened, "sha256").hexdigest()
+        if nbytes >= WORTH_A_TABLE:
+            spec = lambda: checked_components(read_json(file, TOKENIZER_LIMIT), str(file))  # noqa: E731
+            if table := TableBpe.cached(digest, spec):
                 return table
-        return LibraryBpe(file.read_text(encoding="utf-8"), str(file))
+        return LibraryBpe(read_text(file, TOKENIZER_LIMIT), str(file))
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{file} cannot be read: {error}") from None
+        raise ModelError(f"{file} cannot be read: {one_line(error)}") from None
 
 
 def bpe_of(description: str) -> Bpe:
     """The BPE that the text of a tokenizer.json describes; ModelError if it is none."""
     if len(description) >= WORTH_A_TABLE:
         digest = hashlib.sha256(description.encode()).hexdigest()
-        if table := TableBpe.cached(digest, lambda: json.loads(description)):
+        if table := TableBpe.cached(digest, lambda: read_components(description, "the tokenizer description")):
             return table
     return LibraryBpe(description)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from edgeq.errors import ModelError, UsageError
 from edgeq.text.channels import ends_in_thinking
+from edgeq.text.messages import check_thinking, protected_content, protected_tools
 from edgeq.text.template import ChatTemplate, Content, Message
 from edgeq.text.tokenizer import Tokenizer
 
@@ -51,9 +52,10 @@ class Conversation:
         self._template = template
         self._system: list[Message] = []
         if system is not None:
-            self._system.append({"role": "system", "content": _protected(system, tokenizer)})
+            self._system.append({"role": "system", "content": protected_content(system, tokenizer)})
+        check_thinking(enable_thinking)
         self._enable_thinking = enable_thinking
-        self._tools = _protected(tools, tokenizer)
+        self._tools = protected_tools(tools, tokenizer)
         self._ids: list[int] = []
         self._reply_start: int | None = None  # where the reply that is being generated begins in `_ids`
         self._close_text = self._find_close()
@@ -71,13 +73,13 @@ class Conversation:
         They include the system prompt the first time, and whatever the previous reply lacks at its end if it was cut
         short. `enable_thinking` is for this turn only.
         """
-        return self._append([{"role": "user", "content": content}], enable_thinking)
+        return self._append("user", [content], enable_thinking)
 
     def append_tool(self, *results: Content, enable_thinking: bool | None = None) -> list[int]:
         """Add the results of the tools that the last reply called, in order; otherwise like `append_user`."""
         if not self._ids:
             raise UsageError("a tool result cannot open a conversation", hint="start with a user's turn")
-        return self._append([{"role": "tool", "content": result} for result in results], enable_thinking)
+        return self._append("tool", results, enable_thinking)
 
     def append_generated(self, ids: Sequence[int]) -> None:
         """Record generated ids as they are, with or without the stop token at their end.
@@ -99,9 +101,11 @@ class Conversation:
         del self._ids[mark.length :]
         self._reply_start = mark.reply_start
 
-    def _append(self, turn: list[Message], enable_thinking: bool | None) -> list[int]:
+    def _append(self, role: str, contents: Sequence[Content], enable_thinking: bool | None) -> list[int]:
+        check_thinking(enable_thinking)
         thinking = self._enable_thinking if enable_thinking is None else enable_thinking
-        turn = _protected(turn, self._tokenizer)
+        protected = (protected_content(content, self._tokenizer) for content in contents)
+        turn: list[Message] = [{"role": role, "content": content} for content in protected]
         if self._ids:
             text = self._render_turn(turn, thinking)
         else:
@@ -157,14 +161,3 @@ class Conversation:
 
     def _not_append_only(self, what: str) -> ModelError:
         return ModelError(f"{self._template.name} {what}: it cannot be used for an append-only conversation")
-
-
-def _protected(value: Any, tokenizer: Tokenizer) -> Any:
-    """`value` with every text in it protected: no special token is recognised in it once it is rendered."""
-    if isinstance(value, str):
-        return tokenizer.protect(value)
-    if isinstance(value, Mapping):
-        return {_protected(key, tokenizer): _protected(item, tokenizer) for key, item in value.items()}
-    if isinstance(value, Sequence):
-        return [_protected(item, tokenizer) for item in value]
-    return value

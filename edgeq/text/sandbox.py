@@ -29,6 +29,7 @@ __all__ = ["MAX_OUTPUT", "MAX_SOURCE", "Sandbox"]
 FUEL = 1 << 26  # characters handled, syntax nodes run: a second or two at worst, ten thousand times a usual turn
 _OPERATION = 50  # what any operation costs, in characters
 MAX_SOURCE = 1 << 18  # characters of a template; the family's have 8,000
+MAX_TOKENS = 1 << 14  # of the template's syntax, each of which costs some 2 kB to compile; the family's have 1,700
 MAX_OUTPUT = 1 << 24  # characters of a rendering; a full context is some 10^6
 _MAX_INT_BITS = 1024
 
@@ -96,6 +97,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Parse and compile `source`; raises whatever Jinja and Python raise for it."""
         if len(source) > MAX_SOURCE:
             raise SecurityError(f"it has {len(source)} characters, expected at most {MAX_SOURCE}")
+        if any(count >= MAX_TOKENS for count, _ in enumerate(self.lexer.tokeniter(source, None))):
+            raise SecurityError(f"it has more than {MAX_TOKENS:,} tokens")
         tree = self.parse(source)
         self._step = _OPERATION + sum(1 for _ in tree.find_all(nodes.Node))  # no iteration or call runs more than all
         return jinja2.Template.from_code(self, self.compile(_Metering().visit(tree)), self.make_globals(None))

@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 
 from edgeq.files import new_file
 from edgeq.formats.safetensors import SafetensorsFile, SafetensorsWriter, dtype_name
+from edgeq.inputs import expand_user
 
 __all__ = ["cache_folder", "cache_problem", "open_table", "save_table", "stale_tables", "table_path"]
 
-_VERSION = 2  # of the table's layout, part of its name
+_VERSION = 3  # of the table's layout, part of its name
 _TABLES = {"pairs": np.int64, "ranks": np.uint32, "products": np.uint32, "ends": np.uint32, "spellings": np.uint8}
 _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
@@ -40,7 +41,7 @@ def cache_folder() -> Path:
 
 
 def _base() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return expand_user(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
 
 
 def table_path(digest: str) -> Path:

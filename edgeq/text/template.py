@@ -12,6 +12,8 @@ import jinja2
 
 from edgeq.config import read_json
 from edgeq.errors import ModelError
+from edgeq.inputs import read_text
+from edgeq.printable import one_line
 from edgeq.text.sandbox import MAX_OUTPUT, Sandbox
 
 __all__ = ["ChatTemplate", "Content", "Message"]
@@ -32,6 +34,7 @@ class ChatTemplate:
         self._sandbox = Sandbox()
         self._lock = Lock()  # one tank of fuel, one render at a time
         try:
+            source.encode()  # lone surrogates are how protected text is told from the template's
             self._template = self._sandbox.compile_template(source)
         except Exception as error:
             raise ModelError(f"{name} is not a usable chat template: {_one_line(error)}") from None
@@ -41,11 +44,11 @@ class ChatTemplate:
         """`chat_template.jinja` in `path`, else the `chat_template` of its tokenizer_config.json."""
         file = path / "chat_template.jinja"
         try:
-            return cls(file.read_text(encoding="utf-8"))
+            return cls(read_text(file))
         except FileNotFoundError:
             pass
         except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"{file} cannot be read: {error}") from None
+            raise ModelError(f"{file} cannot be read: {one_line(error)}") from None
         source = read_json(path / "tokenizer_config.json").get("chat_template")
         if not isinstance(source, str):
             raise ModelError(
@@ -98,6 +101,4 @@ class ChatTemplate:
 def _one_line(error: Exception) -> str:
     """The message of an error raised by or for a template, short enough for a prompt."""
     line = getattr(error, "lineno", None) if isinstance(error, jinja2.TemplateSyntaxError) else None
-    text = " ".join((str(error) or type(error).__name__).split())
-    text = text if len(text) <= 300 else text[:300] + "..."
-    return f"line {line}: {text}" if line else text
+    return f"line {line}: {one_line(error)}" if line else one_line(error)

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from itertools import starmap
 from pathlib import Path
 from typing import Any, Self
 
 from edgeq.config import read_json
 from edgeq.errors import ModelError
+from edgeq.inputs import exists
+from edgeq.printable import brief
 from edgeq.text.bpe import BYTE_OF, Bpe, bpe_of, load_bpe
+from edgeq.text.components import MAX_ADDED, MAX_ADDED_SPELLING, MAX_TOKENS
+from edgeq.text.pieces import check_length
 
 __all__ = ["Tokenizer"]
 
-_MAX_TOKENS = 1 << 20  # no tokenizer of the family comes near; more is a damaged file
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _HIDDEN = 0xDC00  # `Tokenizer.protect` writes the n-th edge character of special tokens as this code point + n
 
@@ -46,7 +50,7 @@ class Tokenizer:
     def from_folder(cls, path: Path) -> Self:
         """Read `tokenizer.json` and `tokenizer_config.json` in `path`; ModelError if one is missing or broken."""
         file = path / "tokenizer.json"
-        if not file.is_file():
+        if not exists(file):
             raise ModelError(f"{file} does not exist", hint="give the folder of a complete checkpoint")
         return cls(load_bpe(file), read_json(path / "tokenizer_config.json"))
 
@@ -57,6 +61,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, control: bool = False) -> list[int]:
         """Token ids of `text`; special tokens spelled in it are recognised only with `control=True`."""
+        check_length(text)
         if not control:
             return self._encode_plain(text)
         ids: list[int] = []
@@ -118,7 +123,7 @@ class Tokenizer:
         if isinstance(name, Mapping):
             name = name.get("content")
         if name is not None and not (isinstance(name, str) and name in self._control):
-            raise ModelError(f"tokenizer_config.json: eos_token is {name!r}, which is not a special token")
+            raise ModelError(f"tokenizer_config.json: eos_token is {brief(name)}, which is not a special token")
         names = dict.fromkeys([name, "<|endoftext|>"])
         return tuple(self._control[name] for name in names if name in self._control)
 
@@ -137,21 +142,23 @@ def _control_tokens(bpe: Bpe, config: Mapping[str, Any]) -> dict[str, int]:
             )
     if len(set(found.values())) != len(found):
         raise ModelError("tokenizer_config.json: one id is given to two special tokens")
-    if found and max(found.values()) >= _MAX_TOKENS:
-        raise ModelError(f"tokenizer: token id {max(found.values())}, expected less than {_MAX_TOKENS}")
+    if found and max(found.values()) >= MAX_TOKENS:
+        raise ModelError(f"tokenizer: token id {max(found.values())}, expected less than {MAX_TOKENS}")
     return found
 
 
 def _config_tokens(config: Mapping[str, Any]) -> list[tuple[str, int]]:
     """(spelling, id) of the `added_tokens_decoder` of a tokenizer_config.json."""
     table = config.get("added_tokens_decoder", {})
-    try:
-        tokens = [(entry["content"], int(key)) for key, entry in table.items()]
-    except (AttributeError, KeyError, TypeError, ValueError):
-        tokens = [("", -1)]
-    if not all(isinstance(text, str) and text and token_id >= 0 for text, token_id in tokens):
+    if not isinstance(table, Mapping) or len(table) > MAX_ADDED or not all(starmap(_is_token, table.items())):
         raise ModelError('tokenizer_config.json: added_tokens_decoder is not a table of {"id": {"content": text}}')
-    return tokens
+    return [(entry["content"], int(key)) for key, entry in table.items()]
+
+
+def _is_token(key: object, entry: object) -> bool:
+    text = entry.get("content") if isinstance(entry, Mapping) else None
+    number = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 18
+    return number and isinstance(text, str) and 0 < len(text) <= MAX_ADDED_SPELLING and not _SURROGATE.search(text)
 
 
 def _pattern(control: Iterable[str]) -> re.Pattern[str]:

@@ -1,0 +1,73 @@
+"""What a caller puts into a conversation: checked to be what a template can render, and made safe to render.
+
+Tools and messages are JSON: texts, numbers, lists and objects, of a depth and size that a template can be expected to
+print. An object that holds itself, or one that holds the same list a billion times, is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edgeq.errors import UsageError
+from edgeq.printable import brief
+from edgeq.text.tokenizer import Tokenizer
+
+__all__ = ["check_thinking", "protected_content", "protected_tools"]
+
+_MAX_DEPTH = 64
+_MAX_VALUES = 1 << 18
+
+
+def check_thinking(thinking: object) -> None:
+    """UsageError unless `thinking` is True, False or None."""
+    if thinking is not None and not isinstance(thinking, bool):
+        raise UsageError(f"thinking must be True, False or None, got {brief(thinking)}")
+
+
+def protected_content(content: object, tokenizer: Tokenizer) -> Any:
+    """What a message says, text or a list of parts, with every text in it protected (see `Tokenizer.protect`)."""
+    parts = content if isinstance(content, list | tuple) else None
+    if not isinstance(content, str) and (parts is None or not all(isinstance(part, Mapping) for part in parts)):
+        raise UsageError(f"a message must be text or a list of parts, got {brief(content)}")
+    return _Protector(tokenizer, "the message").value(content)
+
+
+def protected_tools(tools: object, tokenizer: Tokenizer) -> Any:
+    """Descriptions of tools, a list of objects or None, with every text in them protected."""
+    if tools is not None and (
+        isinstance(tools, str) or not isinstance(tools, Sequence) or not all(isinstance(t, Mapping) for t in tools)
+    ):
+        raise UsageError(f"tools must be a list of objects, got {brief(tools)}")
+    return _Protector(tokenizer, "tools").value(tools)
+
+
+class _Protector:
+    """Copies a JSON value with its texts protected: no special token is recognised in them once they are rendered."""
+
+    def __init__(self, tokenizer: Tokenizer, what: str) -> None:
+        self._tokenizer, self._what = tokenizer, what
+        self._left = _MAX_VALUES
+
+    def value(self, value: Any, depth: int = 0) -> Any:
+        self._left -= 1
+        if depth > _MAX_DEPTH or self._left < 0:
+            raise UsageError(
+                f"{self._what} must be JSON of at most {_MAX_DEPTH} levels and {_MAX_VALUES:,} values",
+                hint="check that nothing in it holds itself",
+            )
+        if isinstance(value, str):
+            return self._tokenizer.protect(value)
+        if isinstance(value, Mapping):
+            return {self._key(key): self.value(item, depth + 1) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.value(item, depth + 1) for item in value]
+        if value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+            return value
+        raise UsageError(f"{self._what} must be JSON, got {brief(value)} in it")
+
+    def _key(self, key: object) -> str:
+        if not isinstance(key, str):
+            raise UsageError(f"{self._what} must be JSON, got the key {brief(key)} in it")
+        return self._tokenizer.protect(key)
