@@ -88,13 +88,33 @@ class Ops(ABC, Generic[A, M]):
         """Hold weights, states and work to `nbytes`, or None to what the machine recommends: for a backend whose
         memory is its own to manage. Called before a model is loaded."""
 
+    # What it will cost, before anything is loaded (edgeq.memory.plan): bytes.
+
+    process_nbytes: ClassVar[int] = 50_000_000
+    """The process itself with this backend and a tokenizer, before any weight: the resident set, measured."""
+
+    def state_nbytes(self, c: TextConfig) -> int:
+        """The DeltaNet states of a sequence."""
+        matrix = c.linear_num_value_heads * c.linear_value_head_dim * c.linear_key_head_dim
+        conv = (c.linear_conv_kernel_dim - 1) * c.conv_dim
+        return 4 * (matrix + conv) * c.layer_types.count("linear_attention")
+
+    def kv_nbytes(self, c: TextConfig, tokens: int) -> int:
+        """The keys and values of a sequence, spare room included."""
+        entries = 2 * c.num_key_value_heads * c.head_dim * c.layer_types.count("full_attention")
+        return 4 * entries * -(-tokens // 256) * 256
+
+    def scratch_nbytes(self, c: TextConfig, tokens: int) -> int:
+        """What a call with `tokens` tokens takes to work in, hidden states included."""
+        widest = max(2 * c.intermediate_size, c.conv_dim + 2 * c.value_dim, 2 * (c.attention_dim + c.kv_dim))
+        return 4 * tokens * (widest + 4 * c.hidden_size)
+
+    # What it costs now.
+
     def held(self) -> Mapping[str, int]:
         """Bytes that it holds now beside the weights, by what they are for ("KV cache", "DeltaNet states", "scratch"):
         each piece of memory once, however many states share it."""
         return {}
-
-    def release_scratch(self) -> None:
-        """Give the memory back that is kept from call to call to work in; the next call takes what it needs."""
 
     def peak_memory(self) -> int | None:
         """Most bytes that a backend's own allocator has held in this process; None where all memory is the process's.

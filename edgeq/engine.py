@@ -81,7 +81,7 @@ class Engine(Generic[A, M]):
         self.checkpoint, self.ops = checkpoint, ops
         self.config: TextConfig = checkpoint.config.text
         self.context_limit = _context_limit(context, self.config.max_position_embeddings)
-        self.chunk = prefill_chunk(self.config)
+        self.chunk = prefill_chunk(self.config, ops)
         self.fingerprint = f"{checkpoint.fingerprint()} {ops.name} {ops.kv_dtype}"
         ops.limit_memory()
         self.weights = LoadedWeights(checkpoint, ops)

@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "kernels/scratch.h"
 #include "kernels/threads.h"
 #include "layers/rows.h"
 
@@ -170,8 +171,15 @@ bool all_finite_(const In& x) {
     return true;
 }
 
+// Bytes held now: by pages of keys and values, by states, and by scratch memory.
+nb::tuple memory_held() {
+    const size_t pages = Page::held_nbytes, blocks = blocks_nbytes();
+    return nb::make_tuple(pages, blocks > pages ? blocks - pages : 0, scratch_nbytes.load());
+}
+
 void bind_pages(nb::module_& m) {
     m.attr("KV_PAGE") = kv_page;
+    m.def("memory_held", &memory_held, "Bytes held now by pages of keys and values, by states, and by scratch memory.");
     nb::class_<Page>(m, "Page", "Room for KV_PAGE tokens' keys and values of a layer, laid out as layers/layers.h says.")
         .def("__init__", [](Page* self, const char* dtype, Index heads, Index dim) {
             new (self) Page(kv_type(dtype), heads, dim);

@@ -6,6 +6,7 @@
 #include <nanobind/stl/optional.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -112,9 +113,13 @@ public:
     const KvType type;
     const Index heads, D, nbytes;
     Index written = 0;
+    static inline std::atomic<size_t> held_nbytes{0};  // by all pages
 
     Page(KvType type, Index heads, Index D)
-        : type(type), heads(checked(heads)), D(checked(D)), nbytes(kv_page_nbytes(type, heads, D)), memory_(nbytes) {}
+        : type(type), heads(checked(heads)), D(checked(D)), nbytes(kv_page_nbytes(type, heads, D)), memory_(nbytes) {
+        held_nbytes += nbytes;
+    }
+    ~Page() { held_nbytes -= nbytes; }
     Page(const Page& other) : Page(other.type, other.heads, other.D) { std::memcpy(data(), other.data(), nbytes); }
 
     uint8_t* data() const { return reinterpret_cast<uint8_t*>(memory_.block.data); }

@@ -1,5 +1,7 @@
 #include "blocks.h"
 
+#include "kernels/scratch.h"
+
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -14,6 +16,8 @@ namespace edgeq {
 
 constexpr std::size_t line = 64, huge_page = 2 << 20;
 constexpr std::size_t region_blocks = 16;
+
+std::atomic<std::size_t> scratch_nbytes{0};
 constexpr std::size_t most_nbytes = PTRDIFF_MAX / (2 * region_blocks);  // of a block
 
 // A mapping cut into blocks of one size.
@@ -67,6 +71,14 @@ std::unique_ptr<Region> new_region(std::size_t block_nbytes) {
 }
 
 }  // namespace
+
+std::size_t blocks_nbytes() {
+    std::lock_guard lock(regions().mutex);
+    std::size_t total = 0;
+    for (const auto& [size, some] : regions().of_size)
+        for (const auto& region : some) total += (region_blocks - region->free.size()) * size;
+    return total;
+}
 
 Block take_block(std::size_t nbytes) {
     if (nbytes > most_nbytes) throw std::bad_alloc();

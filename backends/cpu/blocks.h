@@ -20,4 +20,7 @@ struct Block {
 Block take_block(std::size_t nbytes);
 void give_back(Block block);
 
+// Bytes of the blocks that are in use.
+std::size_t blocks_nbytes();
+
 }  // namespace edgeq

@@ -7,13 +7,13 @@ is native, and all layers of the model are one native call.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from edgeq.backends.cpu import _native
-from edgeq.backends.cpu.kv import NativeKV
+from edgeq.backends.cpu.kv import PAGE, NativeKV
 from edgeq.backends.numpy import ArrayOps
 from edgeq.backends.ops import Angles
 from edgeq.config import RopeConfig, TextConfig
@@ -72,6 +72,23 @@ class CpuOps(ArrayOps[_native.Matrix]):
                 raise UsageError(f"threads must be 1 to 1024, got {threads}")
             _native.set_thread_count(threads)
         start_threads()
+
+    def kv_nbytes(self, c: TextConfig, tokens: int) -> int:
+        page = _native.Page(self.kv_dtype, c.num_key_value_heads, c.head_dim).nbytes
+        return page * -(-tokens // PAGE) * c.layer_types.count("full_attention")
+
+    def scratch_nbytes(self, c: TextConfig, tokens: int) -> int:
+        """Between projections (layers/stack.cpp): the widest piece and its input; before and after the layers: hidden
+        states; for a projection: its input as 8-bit integers, in groups of 32 at most."""
+        delta = c.conv_dim + 2 * c.value_dim + 2 * c.linear_num_value_heads
+        attention = 3 * c.attention_dim + 2 * c.kv_dim
+        between = max(2 * c.intermediate_size, delta, attention) + c.hidden_size
+        widest = max(c.intermediate_size, c.value_dim, c.attention_dim, c.hidden_size)
+        quantized = widest + 3 * 4 * widest // 32
+        return tokens * (4 * (between + 2 * c.hidden_size) + quantized)
+
+    def held(self) -> Mapping[str, int]:
+        return dict(zip(("KV cache", "DeltaNet states", "scratch"), _native.memory_held(), strict=True))
 
     @property
     def threads(self) -> int:

@@ -56,6 +56,10 @@ class Checkpoint(ABC):
         """Every tensor that the checkpoint holds."""
 
     @abstractmethod
+    def memory_nbytes(self, spec: TensorSpec) -> int:
+        """Bytes that a tensor takes in memory as `matrix` gives it, mapped or not."""
+
+    @abstractmethod
     def tokenizer(self) -> Tokenizer | None:
         """The checkpoint's tokenizer; None if it has none."""
 

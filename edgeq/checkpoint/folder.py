@@ -117,15 +117,18 @@ class FolderCheckpoint(Checkpoint):
                 return np.array(x, order="C")
 
     def storage(self) -> Iterator[tuple[TensorSpec, Storage]]:
-        for tensor in self.tensors.values():
-            if tensor.quantization is None:
-                info = self._info(tensor.file_name)
-                yield tensor.spec, Storage(info.dtype, info.end - info.start)
-            else:
-                module = tensor.file_name.removesuffix(".weight")
-                parts = [self._info(f"{module}.{part}") for part in ("weight", "scales", "biases")]
-                kind = "{}-bit g{}".format(*tensor.quantization)
-                yield tensor.spec, Storage(kind, sum(info.end - info.start for info in parts))
+        return ((tensor.spec, self._stored(tensor)) for tensor in self.tensors.values())
+
+    def _stored(self, tensor: _Tensor) -> Storage:
+        if tensor.quantization is None:
+            info = self._info(tensor.file_name)
+            return Storage(info.dtype, info.end - info.start)
+        module = tensor.file_name.removesuffix(".weight")
+        parts = [self._info(f"{module}.{part}") for part in ("weight", "scales", "biases")]
+        return Storage("{}-bit g{}".format(*tensor.quantization), sum(info.end - info.start for info in parts))
+
+    def memory_nbytes(self, spec: TensorSpec) -> int:
+        return self._stored(self.tensors[spec.name]).nbytes
 
     def tokenizer(self) -> Tokenizer | None:
         from edgeq.text.tokenizer import Tokenizer

@@ -123,6 +123,10 @@ class GGUFCheckpoint(Checkpoint):
             infos = tensor.infos
             yield tensor.spec, Storage(infos[0].type.name, sum(info.nbytes for info in infos))
 
+    def memory_nbytes(self, spec: TensorSpec) -> int:
+        infos = self.tensors[spec.name].infos
+        return sum(info.nbytes // info.type.nbytes * info.type.memory_nbytes for info in infos)
+
     def tokenizer(self) -> Tokenizer | None:
         from edgeq.text.tokenizer import Tokenizer
 

@@ -60,7 +60,16 @@ class GGMLType(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of a block in the file."""
         return self.layout.itemsize
+
+    @property
+    def memory_nbytes(self) -> int:
+        """Bytes of a block as a `QMatrix`, codes packed."""
+        if self.coding is None:
+            return self.nbytes
+        w = decode(np.zeros(1, self.layout), self.coding)
+        return self.block * w.bits // 8 + sum(x.nbytes for x in w.factors)
 
 
 def decode(blocks: Array, coding: Coding) -> QMatrix[Array]:

@@ -1,15 +1,74 @@
-"""What a model with a context costs, before anything is loaded."""
+"""What a model with a context costs, before anything is loaded.
+
+Arithmetic over the configuration, the declared tensors and how they are stored, and three figures of the backend. The
+peak of a prompt that fills the context is its last chunk: every weight has been read, the keys and values are all
+there, DeltaNet states exist twice (before the chunk and after it, because states are values), and the work of a chunk
+lies between them. tests/test_memory.py measures how near it comes.
+"""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+from edgeq.backends.ops import Ops
+from edgeq.checkpoint import Checkpoint
 from edgeq.config import TextConfig
+from edgeq.weights import Part
 
-__all__ = ["prefill_chunk"]
+__all__ = ["Plan", "plan_memory", "prefill_chunk"]
+
+LARGEST_CHUNK = 512  # tokens; more are no faster
+SMALLEST_CHUNK = 64
+SCRATCH_NBYTES = 32 << 20  # for the work of a chunk, unless the smallest takes more
 
 
-def prefill_chunk(c: TextConfig) -> int:
-    """Tokens of a prompt that go through the model together.
+class Plan(NamedTuple):
+    """Bytes of the resident set, at its peak.
 
-    What lies between a layer's projections grows with them: a 4B takes fewer, a little slower, to stay in 2.75 GB.
+    weights: pages of the file that are mapped and all read, and copies.
+    process: the interpreter, NumPy, edgeq and what they import, the tokenizer's tables.
+    states: DeltaNet states. kv_cache: keys and values of the context.
+    scratch: the work of a chunk, and the logits.
     """
-    return 512 if c.hidden_size <= 2048 else 192
+
+    weights: int
+    process: int
+    states: int
+    kv_cache: int
+    scratch: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self)
+
+
+def plan_memory(checkpoint: Checkpoint, ops: Ops[Any, Any], context: int, chunk: int | None = None) -> Plan:
+    """What `context` tokens of one sequence cost on a backend; `chunk` tokens of a prompt at a time."""
+    c = checkpoint.config.text
+    chunk = min(context, chunk or prefill_chunk(c, ops))
+    weights = sum(
+        checkpoint.memory_nbytes(spec) if spec.is_matrix else 4 * spec.size
+        for spec, _ in checkpoint.storage()
+        if spec.part is Part.TEXT
+    )
+    if not c.tie_word_embeddings:
+        weights -= _rows_not_read(checkpoint, context)
+    logits = 2 * 4 * c.vocab_size  # what the head computes, and what the sampler makes of it
+    scratch = ops.scratch_nbytes(c, chunk) + logits
+    return Plan(weights, ops.process_nbytes, 2 * ops.state_nbytes(c), ops.kv_nbytes(c, context), scratch)
+
+
+def _rows_not_read(checkpoint: Checkpoint, context: int) -> int:
+    """Bytes of an embedding that is not also the head, less a row for every token."""
+    table = next(spec for spec, _ in checkpoint.storage() if spec.name == "embed_tokens.weight")
+    rows = table.shape[0]
+    return checkpoint.memory_nbytes(table) * max(0, rows - context) // rows
+
+
+def prefill_chunk(c: TextConfig, ops: Ops[Any, Any]) -> int:
+    """Tokens of a prompt that go through the model together: as many as SCRATCH_NBYTES allow, in steps of 64."""
+    chunk = LARGEST_CHUNK
+    while chunk > SMALLEST_CHUNK and ops.scratch_nbytes(c, chunk) > SCRATCH_NBYTES:
+        chunk -= SMALLEST_CHUNK
+    return chunk

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.files import new_file
 from edgeq.formats.safetensors import SafetensorsFile, SafetensorsWriter, dtype_name
 from edgeq.inputs import expand_user
 
@@ -95,6 +94,8 @@ def open_table(path: Path, source: str) -> SafetensorsFile:
 
 def save_table(path: Path, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
     """Write a table that nobody but this user can change."""
+    from edgeq.files import new_file  # what publishes files is not needed to read one
+
     for folder in reversed([folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]):
         with suppress(FileExistsError):
             folder.mkdir(mode=0o700)
@@ -108,7 +109,7 @@ def save_table(path: Path, arrays: Mapping[str, NDArray[Any]], metadata: Mapping
 
 
 def _digest(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> str:
-    digest = hashlib.blake2b()
+    digest = hashlib.sha256()  # of the two that are safe the one with instructions of its own
     for key, value in sorted(metadata.items()):
         digest.update(f"{key} {len(value)} {value}".encode())
     for name, array in sorted(arrays.items()):

@@ -7,6 +7,7 @@
 
 #include "kernels/isa.h"
 #include "kernels/numbers.h"
+#include "kernels/scratch.h"
 #include "kernels/threads.h"
 
 namespace edgeq {
@@ -21,7 +22,7 @@ struct Quantized {
     int group;
     Order order;
     Activations a;
-    std::vector<char> memory;
+    ScratchVector<char> memory;
 
     bool serves(const Matrix& w, Order needed) const { return w.bits && w.group == group && order == needed; }
 };
@@ -32,8 +33,8 @@ void quantize(const float* x, int64_t tokens, int64_t in, int group, Order order
     result.group = group;
     result.order = order;
     const int64_t codes = tokens * a.stride, numbers = tokens * a.groups * 4;
-    result.memory.resize(codes + 3 * numbers + 64);
-    char* p = result.memory.data() + (64 - reinterpret_cast<uintptr_t>(result.memory.data()) % 64) % 64;
+    make_room(result.memory, codes + 3 * numbers);
+    char* p = result.memory.data();
     auto* q = reinterpret_cast<int8_t*>(p);
     auto* scales = reinterpret_cast<float*>(p + codes);
     auto* sums = reinterpret_cast<float*>(p + codes + numbers);

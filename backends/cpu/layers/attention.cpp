@@ -10,7 +10,7 @@
 
 #include "kernels/threads.h"
 #include "layers/half.h"
-#include "layers/aligned.h"
+#include "kernels/scratch.h"
 #include "layers/layers.h"
 
 namespace edgeq {

@@ -9,7 +9,7 @@
 
 #include "kernels/linear.h"
 #include "kernels/threads.h"
-#include "layers/aligned.h"
+#include "kernels/scratch.h"
 #include "layers/layers.h"
 
 namespace edgeq {

@@ -4,7 +4,7 @@
 
 #include "kernels/linear.h"
 #include "kernels/threads.h"
-#include "layers/aligned.h"
+#include "kernels/scratch.h"
 #include "layers/rows.h"
 
 namespace edgeq {
@@ -12,15 +12,10 @@ namespace {
 
 // --- memory ----------------------------------------------------------------------------------------------------------
 
-// Memory of the calling thread, kept from call to call; what a long prompt took is given back by the first call that
-// needs a quarter of it.
+// Memory of the calling thread, kept from call to call.
 float* workspace(Index floats) {
     thread_local Floats memory;
-    const Index held = Index(memory.size());
-    if (held < floats || held / 4 > floats) {
-        Floats().swap(memory);  // before there is another
-        memory.resize(floats);
-    }
+    make_room(memory, floats);
     return memory.data();
 }
 
