@@ -96,13 +96,32 @@ for _ in range(5):
         assert np.allclose(out, x.sum(1, keepdims=True), atol=1e-2)
 
     q, k = np.ones((2048, 4, 64), np.float32), np.ones((2048, 2, 64), np.float32)
-    pages = [native.empty(native.page_nbytes("f32", 2, 64)) for _ in range(8)]
-    sequences, out = [[2048, 0, pages]], np.empty_like(q)
-    def clear():
-        pages.clear()
-        sequences.clear()
-    beside(lambda: native.attention(q, k, k, "f32", sequences, out), clear)
+    pages, out = [native.Page("f32", 2, 64) for _ in range(8)], np.empty_like(q)
+    beside(lambda: native.attention(q, k, k, 0, pages, out), pages.clear)
     assert np.allclose(out, 1)
+
+    def ones(*shape):
+        return np.ones(shape, np.float32)
+    def matrix(*shape):
+        return native.Matrix(ones(*shape) / shape[1])
+    x, angle = ones(2048, 64) / 8, np.zeros((2048, 8), np.float32)
+    mlp = [matrix(256, 64), matrix(256, 64), matrix(64, 256)]
+    attention = [matrix(128, 64), matrix(32, 64), matrix(32, 64), matrix(64, 64), ones(32), ones(32)]
+    delta = [matrix(192, 64), matrix(64, 64), matrix(2, 64), matrix(2, 64), ones(192, 4), -ones(2), ones(2), ones(32),
+             matrix(64, 64)]
+    results = []
+    for beside_it in (lambda call, clear: call(), beside):
+        pages, state = [native.Page("f16", 1, 32) for _ in range(8)], [ones(3, 192), ones(2, 32, 32)]
+        layers = [[ones(64), list(delta), ones(64), list(mlp)], [ones(64), list(attention), ones(64), list(mlp)]]
+        states, lengths, keep = [[state], [[0, pages]]], [2048], [0]
+        def clear():
+            for items in (*layers[0], *layers[1], layers, pages, state, states, lengths, keep):
+                if isinstance(items, list):
+                    items.clear()
+        results.append(out := np.empty_like(x))
+        call = lambda: native.decoder_layers(x, layers, 2, 1e-6, angle, angle, states, lengths, keep, out)
+        beside_it(call, clear)
+    assert np.array_equal(*results)
 
     q = np.ones((4096, 4, 128), np.float32) / 128
     g, beta = np.full((4096, 4), -1, np.float32), np.full((4096, 4), 0.5, np.float32)
@@ -152,55 +171,57 @@ def test_arrays_without_entries(shape: tuple[int, ...]) -> None:
 
 def test_numbers_of_tokens_do_not_overflow(rng: np.random.Generator) -> None:
     q, k = normal(rng, 1, 4, 32), normal(rng, 1, 2, 32)
-    page = native.empty(native.page_nbytes("f16", 2, 32))
-    for n, past in ((LARGEST, 1), (1, LARGEST), (LARGEST, LARGEST), (2**62, 2**39), (1, -LARGEST - 1)):
-        with pytest.raises(ValueError, match="sequences: expected"):
-            native.attention(q, k, k, "f16", [(n, past, [page])], np.empty_like(q))
-        with pytest.raises(ValueError, match="sequences: expected"):
-            native.append(k, k, "f16", (n, past, [page]))
-    with pytest.raises(TypeError, match="sequences: expected"):
-        native.attention(q, k, k, "f16", [(2**64, 0, [page])], np.empty_like(q))
+    page = native.Page("f16", 2, 32)
+    for past in (LARGEST, 2**39, -LARGEST - 1, -1):
+        with pytest.raises(ValueError, match=r"(past|pages): expected"):
+            native.attention(q, k, k, past, [page], np.empty_like(q))
+        with pytest.raises(ValueError, match=r"(past|pages): expected"):
+            native.append(k, k, past, [page])
+    with pytest.raises(TypeError):
+        native.attention(q, k, k, 2**64, [page], np.empty_like(q))
 
 
 def test_pages_of_impossible_sizes() -> None:
     for heads, dim in ((0, 1), (1, 0), (2**20, 1), (1, 2**62), (2**32, 2**32), (-1, -1)):
-        with pytest.raises(ValueError, match="heads, D: expected"):
-            native.page_nbytes("f16", heads, dim)
+        with pytest.raises(ValueError, match="heads, dim: expected"):
+            native.Page("f16", heads, dim)
 
 
 def test_kept_states_do_not_overflow(rng: np.random.Generator) -> None:
-    net = delta_net(rng)
     x, state = normal(rng, 1, 4), (normal(rng, 3, 16), normal(rng, 2, 4, 4))
     for n, keep in ((1, LARGEST), (LARGEST, LARGEST), (LARGEST, 0), (1, -1)):
         with pytest.raises(ValueError, match="expected"):
-            net(x, 1, 1e-6, keep, [(n, state, (state,))], x.copy())
+            native.delta_net(x, delta_net(rng), 1, 1e-6, [state], [n], [keep], x.copy())
 
 
 # --- any sequence ----------------------------------------------------------------------------------------------------
 
 
-def delta_net(rng: np.random.Generator) -> Any:
+def delta_net(rng: np.random.Generator) -> tuple[Any, ...]:
+    """Weights of a mixer with 2 value heads and 1 key head of 4, for 4 numbers a token."""
     matrices = [native.Matrix(normal(rng, out, 4)) for out in (16, 8, 2, 2)]
     vectors = normal(rng, 16, 4), -np.exp(normal(rng, 2)), normal(rng, 2), normal(rng, 4)
-    return native.DeltaNet(*matrices, *vectors, native.Matrix(normal(rng, 4, 8)))
+    return (*matrices, *vectors, native.Matrix(normal(rng, 4, 8)))
 
 
 @pytest.mark.parametrize("form", [list, tuple, deque, iter, lambda items: (x for x in items)])
 def test_sequences_may_be_any(rng: np.random.Generator, form: Callable[[Any], Any]) -> None:
-    net, x = delta_net(rng), normal(rng, 1, 4)
+    w, x = delta_net(rng), normal(rng, 1, 4)
     before = normal(rng, 3, 16), normal(rng, 2, 4, 4)
     results = []
     for shape in (tuple, form):
-        after, out = (np.empty((3, 16), np.float32), np.empty((2, 4, 4), np.float32)), np.empty((1, 4), np.float32)
-        net(x, 1, 1e-6, 0, shape([shape([1, shape(before), shape([shape(after)])])]), out)
+        out = np.empty((1, 4), np.float32)
+        ((after,),) = native.delta_net(
+            x, shape(w), 1, 1e-6, shape([shape(before)]), shape([1]), shape([0]), out
+        )  # fmt: skip
         results.append((out, *after))
     for expected, found in zip(*results, strict=True):
         np.testing.assert_array_equal(expected, found)
 
-    q, k, page = normal(rng, 1, 4, 32), normal(rng, 1, 2, 32), native.empty(native.page_nbytes("f32", 2, 32))
-    native.attention(q, k, k, "f32", form([form([1, 0, form([page])])]), out := np.empty_like(q))
+    q, k, page = normal(rng, 1, 4, 32), normal(rng, 1, 2, 32), native.Page("f32", 2, 32)
+    native.attention(q, k, k, 0, form([page]), out := np.empty_like(q))
     np.testing.assert_allclose(out, np.repeat(k, 2, axis=1), rtol=1e-5)
-    native.append(k, k, "f32", form([1, 0, form([page])]))
+    native.append(k, k, 0, form([page]))
 
 
 @pytest.mark.parametrize("bad", [None, 3, 1.5, object()])
@@ -208,14 +229,19 @@ def test_what_is_no_sequence_is_refused_by_name(rng: np.random.Generator, bad: A
     q, k = normal(rng, 1, 4, 32), normal(rng, 1, 2, 32)
     state = normal(rng, 4, 32, 32)
     gate = np.zeros((1, 4), np.float32)
+    w, x, states = delta_net(rng), normal(rng, 1, 4), (normal(rng, 3, 16), normal(rng, 2, 4, 4))
     calls: dict[str, Callable[[], object]] = {
         "ws": lambda: native.linears(q[0], bad, []),
         "outs": lambda: native.linears(q[0], [native.Matrix(q[0])], bad),
         "after": lambda: native.delta_rule(q, q, q, gate, gate, state, bad, q.copy()),
-        "sequences": lambda: native.attention(q, k, k, "f32", bad, q.copy()),
-        "sequences: expected tuples": lambda: native.attention(q, k, k, "f32", [bad], q.copy()),
-        "pages": lambda: native.attention(q, k, k, "f32", [(1, 0, bad)], q.copy()),
-        "states after": lambda: delta_net(rng)(q[0, :1, :4], 1, 1e-6, 0, [(1, (), bad)], q[0, :1, :4].copy()),
+        "pages": lambda: native.attention(q, k, k, 0, bad, q.copy()),
+        "pages: expected Page objects": lambda: native.attention(q, k, k, 0, [bad], q.copy()),
+        "w: ": lambda: native.delta_net(x, bad, 1, 1e-6, [states], [1], [0], x.copy()),
+        "states: ": lambda: native.delta_net(x, w, 1, 1e-6, bad, [1], [0], x.copy()),
+        r"states: expected \(conv, matrix\)": lambda: native.delta_net(x, w, 1, 1e-6, [bad], [1], [0], x.copy()),
+        "conv: expected": lambda: native.delta_net(x, w, 1, 1e-6, [(bad, bad)], [1], [0], x.copy()),
+        "lengths": lambda: native.delta_net(x, w, 1, 1e-6, [states], bad, [0], x.copy()),
+        "keep": lambda: native.delta_net(x, w, 1, 1e-6, [states], [1], bad, x.copy()),
     }
     for name, call in calls.items():
         with pytest.raises(TypeError, match=name):

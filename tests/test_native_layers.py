@@ -105,8 +105,8 @@ def test_mixers_with_convolutions_of_any_width(isa: str, rng: np.random.Generato
         mixer, before = Mixer(rng, width), (normal(rng, width - 1, Mixer.C), normal(rng, Mixer.Hv, Mixer.V, Mixer.K))
         x = normal(rng, 9, Mixer.hidden)
         expected, states = mixer.numpy(x, before, keep=2)
-        after = [tuple(np.empty_like(part) for part in before) for _ in states]
-        mixer.native(x, Mixer.Hk, 1e-6, 2, [(len(x), before, after)], found := np.empty_like(x))
+        found = np.empty_like(x)
+        (after,) = native.delta_net(x, mixer.weights, Mixer.Hk, 1e-6, [before], [len(x)], [2], found)
         assert nmse(expected, found) <= RECURRENT, width
         for (tail, matrix), (found_tail, found_matrix) in zip(states, after, strict=True):
             assert nmse(tail, found_tail) <= SUMS, width  # of the projection
@@ -126,7 +126,7 @@ class Mixer:
         self.conv, self.decay = normal(rng, self.C, width) / width**0.5, -np.exp(normal(rng, self.Hv))
         self.bias, self.norm = normal(rng, self.Hv), normal(rng, self.V)
         matrices = [native.Matrix(w) for w in (*self.projections, self.out_proj)]
-        self.native = native.DeltaNet(*matrices[:4], self.conv, self.decay, self.bias, self.norm, matrices[4])
+        self.weights = (*matrices[:4], self.conv, self.decay, self.bias, self.norm, matrices[4])
 
     def numpy(self, x: Array, before: tuple[Array, Array], keep: int) -> tuple[Array, list[tuple[Array, Array]]]:
         ops, T = NumpyOps(), len(x)
@@ -405,17 +405,6 @@ def test_rope_angles_of_any_view_of_positions(rng: np.random.Generator) -> None:
             native.rope_angles(bad, 1e4, (4, 3, 3), *(np.empty((9, 10), np.float32) for _ in range(2)))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_all_finite(bad: float) -> None:
-    x = np.full((3, 100_001), np.finfo(np.float32).max, np.float32)
-    x[1, :2] = -x[0, 0], 1e-45
-    assert native.all_finite(x)
-    for at in ((0, 0), (1, 70_000), (2, 100_000)):
-        x[at], before = bad, x[at]
-        assert not native.all_finite(x)
-        x[at] = before
-
-
 def test_mixers_check_their_weights(rng: np.random.Generator) -> None:
     def matrix(out: int, width: int) -> Any:
         return native.Matrix(normal(rng, out, width))
@@ -431,7 +420,7 @@ def test_mixers_check_their_weights(rng: np.random.Generator) -> None:
     for wrong_x, wrong_out, match in ((normal(rng, 2, 5), normal(rng, 2, 5), "gate_proj"), (x, x[:1].copy(), "out")):
         with pytest.raises(ValueError, match=f"{match}: expected"):
             native.mlp(wrong_x, mlp, wrong_out)
-    with pytest.raises(TypeError, match="expected MLPWeights"):
+    with pytest.raises(ValueError, match="w: expected MLPWeights, found 2 items"):
         native.mlp(x, mlp[:2], x.copy())
 
 
@@ -462,15 +451,17 @@ def test_delta_net_checks_its_weights_and_states(rng: np.random.Generator) -> No
         with pytest.raises(ValueError, match="expected"):
             run(delta_weights(rng, **{name: shape}))
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"key_heads": 3}, "key_heads"), ({"lengths": (1,)}, "lengths"), ({"lengths": (1, 1)}, "states, keep"),
+        ({"key_heads": 3}, "key_heads"), ({"lengths": (1,)}, "lengths"), ({"lengths": (1, 1)}, "keep"),
         ({"keep": (3,)}, "keep"), ({"keep": (-1,)}, "keep"), ({"state": (state[0], state[1][:1])}, "matrix"),
         ({"state": (state[0][:2], state[1])}, "conv"),
     ]  # fmt: skip
     for arguments, name in wrong:
         with pytest.raises(ValueError, match=f"{name}: expected"):
             run(good, **arguments)
-    with pytest.raises(TypeError, match="DeltaState"):
+    with pytest.raises(ValueError, match=r"states: expected \(conv, matrix\), found 3 items"):
         run(good, state=state[0])
+    with pytest.raises(TypeError, match="matrix: expected a float32 array"):
+        run(good, state=(state[0], "matrix"))
 
 
 def test_gated_attention_checks_its_weights_and_caches(rng: np.random.Generator) -> None:

@@ -124,10 +124,10 @@ native.start_threads()
 x, y = np.ones((64_000, 256), np.float32), np.empty((64_000, 32), np.float32)
 codes, numbers = np.zeros((32, 32), np.uint32), np.ones((32, 4), np.float32)
 w = native.Matrix(codes, numbers, numbers, 4, 64)
-mlp = native.Mlp(*(native.Matrix(np.ones((256, 256), np.float32)) for _ in range(3)))
+mlp = [native.Matrix(np.ones((256, 256), np.float32)) for _ in range(3)]
 out = np.empty_like(x)
 limit(8 << 20)
-for call in (lambda: native.linear(x, w, y), lambda: mlp(x, out), lambda: native.empty(100 << 20)):
+for call in (lambda: native.linear(x, w, y), lambda: native.mlp(x, mlp, out), lambda: native.empty(100 << 20)):
     try:
         call()
     except MemoryError:

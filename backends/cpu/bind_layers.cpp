@@ -163,14 +163,6 @@ nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> empty(size_t nbytes) {
     return {data, {nbytes}, owner};
 }
 
-bool all_finite_(const In& x) {
-    const auto rows = grid<const float>(x, "x");
-    nb::gil_scoped_release release;
-    for (Index row = 0; row < rows.rows; row++)
-        if (!all_finite(rows[row], rows.n)) return false;
-    return true;
-}
-
 // Bytes held now: by pages of keys and values, by states, and by scratch memory.
 nb::tuple memory_held() {
     const size_t pages = Page::held_nbytes, blocks = blocks_nbytes();
@@ -217,7 +209,6 @@ void bind_layers(nb::module_& m) {
           "out"_a.noconvert());
     m.def("rope_angles", &rope_angles_, "positions"_a.noconvert(), "theta"_a, "sections"_a, "cos"_a.noconvert(),
           "sin"_a.noconvert(), "positions int32 [3, T] -> cos, sin float32 [T, pairs].");
-    m.def("all_finite", &all_finite_, "x"_a.noconvert(), "Whether no entry is NaN or infinite.");
     bind_pages(m);
     bind_mixers(m);
 }

@@ -3,8 +3,6 @@
 #include "bind_layers.h"
 #include "bind_linear.h"
 
-#include <nanobind/stl/vector.h>
-
 #include <chrono>
 
 #include "kernels/linear.h"
@@ -102,17 +100,32 @@ AttentionMixer attention_in(nb::handle weights, Index hidden, float eps, const I
 
 // --- sequences -------------------------------------------------------------------------------------------------------
 
-using Lengths = std::vector<Index>;
+// How many tokens every sequence has, and how many states before the last are kept of it.
+struct Lengths {
+    std::vector<Index> tokens, keep;
 
-// Checks that the sequences' tokens are the rows of x.
-void require_lengths(const Lengths& lengths, Index T) {
-    Index left = T;
-    for (Index n : lengths) {
-        require(0 < n && n <= left, "lengths", "at least one token for every sequence, together the rows of x", n);
-        left -= n;
+    // Together the sequences have T tokens.
+    Lengths(nb::handle lengths, Index T) {
+        Index left = T;
+        for (nb::handle x : items_of(lengths, "lengths", "integers")) {
+            const Index n = item<Index>(x, "lengths", "integers");
+            require(0 < n && n <= left, "lengths", "at least one token for every sequence, together the rows of x", n);
+            tokens.push_back(n);
+            left -= n;
+        }
+        require(left == 0, "lengths", "as many tokens as x has rows", T - left);
     }
-    require(left == 0, "lengths", "as many tokens as x has rows", T - left);
-}
+
+    Lengths(nb::handle lengths, nb::handle kept, Index T) : Lengths(lengths, T) {
+        for (nb::handle x : items_of(kept, "keep", "one for every sequence", count())) {
+            const Index n = item<Index>(x, "keep", "integers");
+            require(0 <= n && n <= tokens[keep.size()], "keep", "0 to the sequence's tokens", n);
+            keep.push_back(n);
+        }
+    }
+
+    Index count() const { return Index(tokens.size()); }
+};
 
 nb::object array_out(float* data, std::initializer_list<size_t> shape, const nb::capsule& owner) {
     return nb::cast(nb::ndarray<nb::numpy, float>(data, shape.size(), shape.begin(), owner));
@@ -132,18 +145,16 @@ nb::tuple new_state(const DeltaNet& net, DeltaSequence& s) {
 }
 
 // Tells the mixer its sequences; the states after, [sequence][keep + 1], are what comes back to Python.
-nb::list take_states(DeltaNetMixer& mixer, nb::handle states, const Lengths& lengths, const Lengths& keep, Held& held) {
+nb::list take_states(DeltaNetMixer& mixer, nb::handle states, const Lengths& lengths, Held& held) {
     const DeltaNet& net = mixer.between;
-    require(keep.size() == lengths.size(), "keep", "one for every sequence", keep.size());
-    const nb::tuple before = held.items(states, "states", "one for every sequence", lengths.size());
+    const nb::tuple before = held.items(states, "states", "one for every sequence", lengths.count());
     nb::list all;
-    for (size_t i = 0; i < lengths.size(); i++) {
-        require(0 <= keep[i] && keep[i] <= lengths[i], "keep", "0 to the sequence's tokens", keep[i]);
+    for (Index i = 0; i < lengths.count(); i++) {
         const nb::tuple state = held.items(before[i], "states", "(conv, matrix)", 2);
-        DeltaSequence s{lengths[i], keep[i], held.array(state[0], "conv", {net.width - 1, net.channels()}).data(),
+        DeltaSequence s{lengths.tokens[i], lengths.keep[i], held.array(state[0], "conv", {net.width - 1, net.channels()}).data(),
                         held.array(state[1], "matrix", {net.Hv, net.V, net.K}).data(), {}, {}};
         nb::list after;
-        for (Index n = 0; n <= keep[i]; n++) after.append(new_state(net, s));
+        for (Index n = 0; n <= lengths.keep[i]; n++) after.append(new_state(net, s));
         mixer.sequences.push_back(std::move(s));
         all.append(after);
     }
@@ -152,13 +163,13 @@ nb::list take_states(DeltaNetMixer& mixer, nb::handle states, const Lengths& len
 
 void take_pages(AttentionMixer& mixer, nb::handle caches, const Lengths& lengths, Held& held) {
     Attention& a = mixer.between;
-    const nb::tuple all = held.items(caches, "caches", "one for every sequence", lengths.size());
-    for (size_t i = 0; i < lengths.size(); i++) {
+    const nb::tuple all = held.items(caches, "caches", "one for every sequence", lengths.count());
+    for (Index i = 0; i < lengths.count(); i++) {
         const KvType type_before = a.type;
         const nb::tuple cache = held.items(all[i], "caches", "(past, pages)", 2);
         const nb::tuple pages = held.items(cache[1], "pages", "a sequence of them");
         const Index past = item<Index>(cache[0], "past", "an integer");
-        mixer.sequences.push_back(kv_sequence(lengths[i], past, pages, a.Hkv, a.D, a.type));
+        mixer.sequences.push_back(kv_sequence(lengths.tokens[i], past, pages, a.Hkv, a.D, a.type));
         require(i == 0 || a.type == type_before, "pages", "one type for all sequences");
     }
 }
@@ -182,24 +193,24 @@ void mlp(const In& x, nb::handle weights, const Out& out) {
 }
 
 nb::list delta_net_(const In& x, nb::handle weights, Index key_heads, float eps, nb::handle states,
-                    const Lengths& lengths, const Lengths& keep, const Out& out) {
+                    nb::handle lengths, nb::handle keep, const Out& out) {
     const Index T = tokens_in(x, out);
-    require_lengths(lengths, T);
+    const Lengths all(lengths, keep, T);
     Held held;
     DeltaNetMixer mixer = delta_net_in(weights, x.shape(1), key_heads, eps, held);
-    nb::list after = take_states(mixer, states, lengths, keep, held);
+    nb::list after = take_states(mixer, states, all, held);
     nb::gil_scoped_release release;
     run_mixer(mixer, x.data(), T, out.data());
     return after;
 }
 
 void gated_attention(const In& x, nb::handle weights, float eps, const In& cos, const In& sin, nb::handle caches,
-                     const Lengths& lengths, const Out& out) {
+                     nb::handle lengths, const Out& out) {
     const Index T = tokens_in(x, out);
-    require_lengths(lengths, T);
+    const Lengths all(lengths, T);
     Held held;
     AttentionMixer mixer = attention_in(weights, x.shape(1), eps, cos, sin, T, held);
-    take_pages(mixer, caches, lengths, held);
+    take_pages(mixer, caches, all, held);
     nb::gil_scoped_release release;
     run_mixer(mixer, x.data(), T, out.data());
 }
@@ -226,9 +237,9 @@ private:
 };
 
 nb::list decoder_layers(const In& x, nb::handle layers, Index key_heads, float eps, const In& cos, const In& sin,
-                        nb::handle states, const Lengths& lengths, const Lengths& keep, const Out& out) {
+                        nb::handle states, nb::handle lengths, nb::handle keep, const Out& out) {
     const Index T = tokens_in(x, out), hidden = x.shape(1);
-    require_lengths(lengths, T);
+    const Lengths tokens(lengths, keep, T);
     Held held;
     const nb::tuple ws = held.items(layers, "layers", "a sequence of LayerWeights");
     const nb::tuple before = held.items(states, "states", "those of every layer", nb::len(ws));
@@ -242,12 +253,12 @@ nb::list decoder_layers(const In& x, nb::handle layers, Index key_heads, float e
         const FeedForward mlp = mlp_in(w[3], hidden, held);
         if (nb::len(mixing) == 6) {
             AttentionMixer mixer = attention_in(mixing, hidden, eps, cos, sin, T, held);
-            take_pages(mixer, before[i], lengths, held);
+            take_pages(mixer, before[i], tokens, held);
             stack.push_back({input_norm, post_norm, std::move(mixer), mlp});
             all.append(nb::none());
         } else {
             DeltaNetMixer mixer = delta_net_in(mixing, hidden, key_heads, eps, held);
-            all.append(take_states(mixer, before[i], lengths, keep, held));
+            all.append(take_states(mixer, before[i], tokens, held));
             stack.push_back({input_norm, post_norm, std::move(mixer), mlp});
         }
     }

@@ -216,17 +216,16 @@ class CpuOps(ArrayOps[_native.Matrix]):
         states: Sequence[Sequence[LayerState[Array]]], lengths: Sequence[int], keep: Sequence[int],
     ) -> tuple[Array, list[list[tuple[LayerState[Array], ...]]]]:  # fmt: skip
         """All layers in one call. Ctrl-C interrupts a long one between two layers; the states before stay valid."""
-        before: list[Sequence[Any]] = []  # a layer's states, or its caches as the kernels take them
-        longer: list[list[NativeKV] | None] = []  # its caches with room for the new tokens
-        for layer in states:
-            caches = list(map(_longer, layer, lengths)) if isinstance(layer[0], KVCache) else None
-            longer.append(caches)
-            before.append(layer if caches is None else _with_pages(layer, caches))
+        longer = [list(map(_longer, layer, lengths)) if isinstance(layer[0], KVCache) else None for layer in states]
+        before = [
+            layer if caches is None else _with_pages(layer, caches)
+            for layer, caches in zip(states, longer, strict=True)
+        ]  # fmt: skip
         after = _native.decoder_layers(
             x, ws, c.linear_num_key_heads, c.rms_norm_eps, *angles, before, lengths, keep, y := like(x)
         )  # fmt: skip
         return y, [
-            _delta_states(kept) if kept is not None else [kept_caches(*both) for both in zip(caches or (), keep)]
+            _delta_states(kept or []) if caches is None else list(map(kept_caches, caches, keep))
             for kept, caches in zip(after, longer, strict=True)
         ]
 
@@ -236,9 +235,10 @@ def _longer(cache: LayerState[Array], tokens: int) -> NativeKV:
     return cache.with_room(tokens)
 
 
-def _with_pages(caches: Sequence[Any], longer: Sequence[NativeKV]) -> list[tuple[int, tuple[_native.Page, ...]]]:
+def _with_pages(caches: Sequence[LayerState[Array]], longer: Sequence[NativeKV]) -> list[tuple[int, Any]]:
     """How many tokens each cache holds, and pages that have room for the next ones."""
-    return [(cache.length, both.pages) for cache, both in zip(caches, longer, strict=True)]
+    lengths = [cache.length for cache in caches if isinstance(cache, KVCache)]
+    return list(zip(lengths, [cache.pages for cache in longer], strict=True))
 
 
 def _delta_states(after: list[list[tuple[Float32, Float32]]]) -> list[tuple[DeltaState[Array], ...]]:

@@ -20,7 +20,4 @@ void each_row(Index rows, Index n, Function&& function) {
     });
 }
 
-// Whether no entry is NaN or infinite.
-bool all_finite(const float* x, Index n);
-
 }  // namespace edgeq
