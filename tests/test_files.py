@@ -493,8 +493,8 @@ class TestWhatForceNeverReplaces:
         self, model: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "here/below").mkdir(parents=True)
-        for here, out in (("here/below", "."), ("here/below", ".."), ("here", ".")):
-            monkeypatch.chdir(tmp_path / here)
+        monkeypatch.chdir(tmp_path / "here/below")
+        for out in (tmp_path / "here/below", tmp_path / "here", "../below"):
             assert "the current folder" in self.refused(capsys, "quantize", model, "-o", out, "--force")
 
     def test_a_folder_that_the_source_needs(self, model: Path, tmp_path: Path, capsys: Any) -> None:

@@ -25,9 +25,7 @@ class NativeKV(KVCache[Array]):
 
     __slots__ = ("dim", "dtype", "heads", "length", "pages")
 
-    def __init__(
-        self, heads: int, dim: int, dtype: str, pages: tuple[_native.Page, ...] = (), length: int = 0
-    ) -> None:
+    def __init__(self, heads: int, dim: int, dtype: str, pages: tuple[_native.Page, ...] = (), length: int = 0) -> None:
         self.heads, self.dim, self.dtype = heads, dim, dtype
         self.pages, self.length = pages, length
 
