@@ -65,6 +65,8 @@ class FolderTarget:
             raise UsageError(
                 f"the output {self.out} and the source {self._source} overlap", hint="choose a folder elsewhere"
             )
+        if place.is_dir() and _within(Path.cwd(), place):
+            raise UsageError(f"{self.out} is the current folder, or holds it", hint="choose a folder inside it")
         _check_there(self.out, place, self.may_replace)
 
     def _check_model_folder(self, path: Path) -> None:

@@ -489,6 +489,14 @@ class TestWhatForceNeverReplaces:
         assert problem in error
         assert content(tmp_path / "out") == before
 
+    def test_the_current_folder(
+        self, model: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "here/below").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / "here/below")
+        for out in (tmp_path / "here/below", tmp_path / "here", "../below"):
+            assert "the current folder" in self.refused(capsys, "quantize", model, "-o", out, "--force")
+
     def test_a_folder_that_the_source_needs(self, model: Path, tmp_path: Path, capsys: Any) -> None:
         quantize(model, tmp_path / "out")
         (model / "LICENSE").symlink_to(tmp_path / "out/config.json")
