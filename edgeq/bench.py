@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from edgeq.api import Model
 from edgeq.errors import UsageError
-from edgeq.state import DeltaState, KVCache, State
+from edgeq.state import State
 from edgeq.weights import Part, Role
 
 __all__ = ["Result", "Test", "measure", "model_size", "read_rate", "run_test", "token_nbytes"]
@@ -151,17 +151,9 @@ def token_nbytes(model: Model, position: float) -> float:
     if not model.config.text.tie_word_embeddings:
         table = next(s for spec, s in model.checkpoint.storage() if spec.role is Role.EMBEDDING)
         weights -= table.nbytes * (model.vocab_size - 1) // model.vocab_size
-    states = [array for layer in model.state().layers if isinstance(layer, DeltaState) for array in layer]
-    moved: int = 2 * sum(array.nbytes for array in states)
-    return weights + moved + position * _kv(model)
-
-
-def _kv(model: Model) -> float:
-    """Bytes of keys and values of a token; many are asked for, because caches come in pages."""
-    c, many = model.config.text, 4096
-    empty = np.zeros((many, c.num_key_value_heads, c.head_dim), np.float32)
-    caches = sum(isinstance(layer, KVCache) for layer in model.state().layers)
-    return caches * model.ops.kv_cache(empty, empty).nbytes / many
+    c, many = model.config.text, 4096  # tokens, because caches come in pages
+    states = 2 * model.ops.state_nbytes(c)
+    return weights + states + position * model.ops.kv_nbytes(c, many) / many
 
 
 # --- what the memory gives -------------------------------------------------------------------------------------------
