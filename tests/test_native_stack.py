@@ -95,7 +95,7 @@ def test_signals_are_handled_in_the_midst_of_a_long_call(engine: Engine[Any, Any
     with alarms(lambda: seen.append(1)):
         native.decoder_layers(
             x, ws[:1] * many, c.linear_num_key_heads, c.rms_norm_eps, *angles, before[:1] * many, lengths, [0],
-            np.empty_like(x),
+            tuple, np.empty_like(x),
         )  # fmt: skip
     assert len(seen) > 2  # those that came during the call and waited for its end would have been one
 
@@ -134,5 +134,5 @@ def test_bad_layers_are_refused(engine: Engine[Any, Any], kind: str) -> None:
     with pytest.raises((ValueError, TypeError), match="expected"):
         native.decoder_layers(
             x, ws[:2], c.linear_num_key_heads, c.rms_norm_eps, *angles, [before[0]] * len(before[:2]), lengths, [0],
-            np.empty_like(x),
+            tuple, np.empty_like(x),
         )  # fmt: skip
