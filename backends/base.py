@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import numpy as np
+
 from edgeq.backends.ops import ArrayLike, Ops
+from edgeq.formats.bf16 import Float32
 from edgeq.model import layers
 
 __all__ = ["BaseOps"]
@@ -15,6 +18,10 @@ M = TypeVar("M")
 
 class BaseOps(Ops[A, M]):
     """Operations of which only the small ones are left to define. What is overridden must agree with what is here."""
+
+    def read_out(self, x: A, head: M) -> tuple[Float32, bool]:
+        logits = self.numpy(self.linear(x, head))
+        return logits, bool(np.isfinite(logits.sum()) or np.isfinite(logits).all())  # one pass where all is well
 
     mlp = layers.mlp
     delta_net = layers.delta_net

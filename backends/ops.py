@@ -240,6 +240,10 @@ class Ops(ABC, Generic[A, M]):
     # --- larger pieces -----------------------------------------------------------------------------------------------
 
     @abstractmethod
+    def read_out(self, x: A, head: M) -> tuple[Float32, bool]:
+        """The logits x @ head^T as float32 NumPy, and whether all are finite: x [T, hidden] -> [T, vocabulary]."""
+
+    @abstractmethod
     def mlp(self, x: A, w: MLPWeights[M]) -> A:
         """Feed-forward of a layer: x [T, hidden] -> [T, hidden]."""
 

@@ -181,7 +181,8 @@ class Engine(Generic[A, M]):
 
     def _embed(self, feeds: Sequence[Feed[A]]) -> A:
         if all(feed.embeddings is None for feed in feeds):
-            return text.embed(self.ops, self._text, np.concatenate([feed.ids for feed in feeds]))
+            each = [feed.ids for feed in feeds]
+            return text.embed(self.ops, self._text, each[0] if len(each) == 1 else np.concatenate(each))
         return self.ops.concat([
             text.embed(self.ops, self._text, feed.ids) if feed.embeddings is None else feed.embeddings
             for feed in feeds
@@ -206,8 +207,8 @@ class Engine(Generic[A, M]):
         return out
 
     def _logits(self, hidden: A) -> Float32:
-        logits = self.ops.numpy(text.logits(self.ops, self._text, hidden))
-        if not np.isfinite(logits.sum()) and not np.isfinite(logits).all():  # one pass where all is well
+        logits, finite = self.ops.read_out(hidden, self._text.lm_head)
+        if not finite:
             culprit = self.checkpoint.find_non_finite()
             raise ModelError(
                 f"{self.checkpoint.path}: the model produced NaN or infinite logits"

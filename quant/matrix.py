@@ -12,10 +12,12 @@ from edgeq.quant.search import search
 
 try:
     import edgeq.backends.cpu._native as _native
-except ImportError:  # installed without a C++ compiler
-    _native = None
 
-__all__ = ["QuantizedRows", "quantize_rows", "quantize_rows_numpy"]
+    BUILT = True
+except ImportError:  # installed without a C++ compiler
+    BUILT = False
+
+__all__ = ["BUILT", "QuantizedRows", "quantize_rows", "quantize_rows_numpy"]
 
 _BLOCK = 1 << 18  # weights that a NumPy search holds at once: its ten or so arrays of them stay in the cache
 _STORED = {"uint16": "bfloat16", "float16": "float16", "float32": "float32"}
@@ -35,7 +37,7 @@ def quantize_rows(x: Float32, bits: int, group_size: int, dtype: np.dtype[Any]) 
 
     Scales and biases are stored as `dtype`: uint16 (bfloat16), float16 or float32.
     """
-    if _native is None:
+    if not BUILT:
         return quantize_rows_numpy(x, bits, group_size, dtype)
     rows, columns = x.shape
     codes = np.empty((rows, columns * bits // 32), np.uint32)

@@ -17,7 +17,7 @@ from edgeq.quant.search import min_max, search
 from edgeq.weights import QMatrix
 
 BF16, F16, F32 = np.dtype(np.uint16), np.dtype(np.float16), np.dtype(np.float32)
-_native: Any = vars(matrix)["_native"]  # None without a C++ compiler
+_native: Any = vars(matrix).get("_native")  # not there without a C++ compiler
 native = pytest.mark.skipif(_native is None, reason="the native extension is not built")
 
 

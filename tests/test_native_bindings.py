@@ -119,7 +119,7 @@ for _ in range(5):
                 if isinstance(items, list):
                     items.clear()
         results.append(out := np.empty_like(x))
-        call = lambda: native.decoder_layers(x, layers, 2, 1e-6, angle, angle, states, lengths, keep, out)
+        call = lambda: native.decoder_layers(x, layers, 2, 1e-6, angle, angle, states, lengths, keep, tuple, out)
         beside_it(call, clear)
     assert np.array_equal(*results)
 
@@ -191,7 +191,7 @@ def test_kept_states_do_not_overflow(rng: np.random.Generator) -> None:
     x, state = normal(rng, 1, 4), (normal(rng, 3, 16), normal(rng, 2, 4, 4))
     for n, keep in ((1, LARGEST), (LARGEST, LARGEST), (LARGEST, 0), (1, -1)):
         with pytest.raises(ValueError, match="expected"):
-            native.delta_net(x, delta_net(rng), 1, 1e-6, [state], [n], [keep], x.copy())
+            native.delta_net(x, delta_net(rng), 1, 1e-6, [state], [n], [keep], tuple, x.copy())
 
 
 # --- any sequence ----------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def test_sequences_may_be_any(rng: np.random.Generator, form: Callable[[Any], An
     for shape in (tuple, form):
         out = np.empty((1, 4), np.float32)
         ((after,),) = native.delta_net(
-            x, shape(w), 1, 1e-6, shape([shape(before)]), shape([1]), shape([0]), out
+            x, shape(w), 1, 1e-6, shape([shape(before)]), shape([1]), shape([0]), tuple, out
         )  # fmt: skip
         results.append((out, *after))
     for expected, found in zip(*results, strict=True):
@@ -236,12 +236,12 @@ def test_what_is_no_sequence_is_refused_by_name(rng: np.random.Generator, bad: A
         "after": lambda: native.delta_rule(q, q, q, gate, gate, state, bad, q.copy()),
         "pages": lambda: native.attention(q, k, k, 0, bad, q.copy()),
         "pages: expected Page objects": lambda: native.attention(q, k, k, 0, [bad], q.copy()),
-        "w: ": lambda: native.delta_net(x, bad, 1, 1e-6, [states], [1], [0], x.copy()),
-        "states: ": lambda: native.delta_net(x, w, 1, 1e-6, bad, [1], [0], x.copy()),
-        r"states: expected \(conv, matrix\)": lambda: native.delta_net(x, w, 1, 1e-6, [bad], [1], [0], x.copy()),
-        "conv: expected": lambda: native.delta_net(x, w, 1, 1e-6, [(bad, bad)], [1], [0], x.copy()),
-        "lengths": lambda: native.delta_net(x, w, 1, 1e-6, [states], bad, [0], x.copy()),
-        "keep": lambda: native.delta_net(x, w, 1, 1e-6, [states], [1], bad, x.copy()),
+        "w: ": lambda: native.delta_net(x, bad, 1, 1e-6, [states], [1], [0], tuple, x.copy()),
+        "states: ": lambda: native.delta_net(x, w, 1, 1e-6, bad, [1], [0], tuple, x.copy()),
+        r"states: expected \(conv, matrix\)": lambda: native.delta_net(x, w, 1, 1e-6, [bad], [1], [0], tuple, x.copy()),
+        "conv: expected": lambda: native.delta_net(x, w, 1, 1e-6, [(bad, bad)], [1], [0], tuple, x.copy()),
+        "lengths": lambda: native.delta_net(x, w, 1, 1e-6, [states], bad, [0], tuple, x.copy()),
+        "keep": lambda: native.delta_net(x, w, 1, 1e-6, [states], [1], bad, tuple, x.copy()),
     }
     for name, call in calls.items():
         with pytest.raises(TypeError, match=name):

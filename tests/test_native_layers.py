@@ -106,7 +106,7 @@ def test_mixers_with_convolutions_of_any_width(isa: str, rng: np.random.Generato
         x = normal(rng, 9, Mixer.hidden)
         expected, states = mixer.numpy(x, before, keep=2)
         found = np.empty_like(x)
-        (after,) = native.delta_net(x, mixer.weights, Mixer.Hk, 1e-6, [before], [len(x)], [2], found)
+        (after,) = native.delta_net(x, mixer.weights, Mixer.Hk, 1e-6, [before], [len(x)], [2], tuple, found)
         assert nmse(expected, found) <= RECURRENT, width
         for (tail, matrix), (found_tail, found_matrix) in zip(states, after, strict=True):
             assert nmse(tail, found_tail) <= SUMS, width  # of the projection
@@ -438,7 +438,7 @@ def test_delta_net_checks_its_weights_and_states(rng: np.random.Generator) -> No
     x, state = normal(rng, 2, 4), (normal(rng, 3, 16), normal(rng, 2, 4, 4))
 
     def run(w: Any, key_heads: int = 1, state: Any = state, lengths: Any = (2,), keep: Any = (0,)) -> Any:
-        return native.delta_net(x, w, key_heads, 1e-6, [state], lengths, keep, x.copy())
+        return native.delta_net(x, w, key_heads, 1e-6, [state], lengths, keep, tuple, x.copy())
 
     good = delta_weights(rng)
     ((after,),) = run(good)
@@ -485,7 +485,10 @@ def test_gated_attention_checks_its_weights_and_caches(rng: np.random.Generator)
         with pytest.raises(ValueError, match="expected"):
             run(**{name: shape})
     two_types = [(0, (native.Page(dtype, 1, 8),)) for dtype in ("f16", "f32")]
-    for arguments in ({"lengths": (3,)}, {"lengths": (2, 0)}, {"caches": []}, {"lengths": (1, 1), "caches": two_types}):
+    wrong: list[dict[str, Any]] = [
+        {"lengths": (3,)}, {"lengths": (2, 0)}, {"caches": []}, {"lengths": (1, 1), "caches": two_types},
+    ]  # fmt: skip
+    for arguments in wrong:
         with pytest.raises(ValueError, match="expected"):
             run(**arguments)
     with pytest.raises(TypeError, match="pages"):

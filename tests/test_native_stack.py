@@ -64,15 +64,16 @@ def arrays(layer: Any) -> list[Array]:
     ("lengths", "keep"), [((1,), (0,)), ((4,), (4,)), ((1, 7, 2), (0, 3, 2)), ((300,), (0,)), ((33, 1, 290), (1, 0, 5))]
 )
 def test_one_call_gives_the_bits_of_layer_by_layer(
-    engine: Engine[Any, Any], lengths: tuple[int, ...], keep: tuple[int, ...]
+    engine: Engine[Any, Any], lengths: Sequence[int], keep: Sequence[int]
 ) -> None:
     states = [engine.run([Feed(engine.state(), token_ids(n))])[0].state for n in (20, 3, 400)][: len(lengths)]
     given = arguments(engine, lengths, states)
-    x = given[0].copy()
-    one, after_one = engine.ops.decoder_layers(*given, keep)
-    each, after_each = layers.decoder_layers(engine.ops, *given, keep)
+    unchanged = given[0].copy()
+    x, ws, c, angles, before, lengths = given
+    one, after_one = engine.ops.decoder_layers(x, ws, c, angles, before, lengths, keep)
+    each, after_each = layers.decoder_layers(engine.ops, x, ws, c, angles, before, lengths, keep)
     assert np.array_equal(one, each)
-    assert np.array_equal(given[0], x)
+    assert np.array_equal(x, unchanged)
     for layer_one, layer_each in zip(after_one, after_each, strict=True):
         for kept, expected, n in zip(layer_one, layer_each, keep, strict=True):
             assert len(kept) == len(expected) == n + 1
@@ -82,11 +83,11 @@ def test_one_call_gives_the_bits_of_layer_by_layer(
 
 def test_states_after_have_memory_of_their_own(engine: Engine[Any, Any]) -> None:
     out = engine.run([Feed(engine.state(), token_ids(3), keep=3)])[0]
-    layers_after = [state.layers[0] for state in out.states]
-    for layer in layers_after:
-        layer.matrix[:] = 1  # one that shared memory would be 1 before its turn
-        assert all(np.all(other.matrix != 1) for other in layers_after if other is not layer)
-        layer.matrix[:] = 0
+    matrices = [arrays(state.layers[0])[1] for state in out.states]
+    for matrix in matrices:
+        matrix[:] = 1  # one that shared memory would be 1 before its turn
+        assert all(np.all(other != 1) for other in matrices if other is not matrix)
+        matrix[:] = 0
 
 
 def test_signals_are_handled_in_the_midst_of_a_long_call(engine: Engine[Any, Any]) -> None:
@@ -95,7 +96,7 @@ def test_signals_are_handled_in_the_midst_of_a_long_call(engine: Engine[Any, Any
     with alarms(lambda: seen.append(1)):
         native.decoder_layers(
             x, ws[:1] * many, c.linear_num_key_heads, c.rms_norm_eps, *angles, before[:1] * many, lengths, [0],
-            np.empty_like(x),
+            tuple, np.empty_like(x),
         )  # fmt: skip
     assert len(seen) > 2  # those that came during the call and waited for its end would have been one
 
@@ -134,5 +135,5 @@ def test_bad_layers_are_refused(engine: Engine[Any, Any], kind: str) -> None:
     with pytest.raises((ValueError, TypeError), match="expected"):
         native.decoder_layers(
             x, ws[:2], c.linear_num_key_heads, c.rms_norm_eps, *angles, [before[0]] * len(before[:2]), lengths, [0],
-            np.empty_like(x),
+            tuple, np.empty_like(x),
         )  # fmt: skip

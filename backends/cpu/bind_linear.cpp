@@ -113,6 +113,13 @@ void linear_one(const Input& x, const BoundMatrix& w, const Output& y) {
     linears(x.data(), x.shape(0), &w.matrix, 1, &out);
 }
 
+bool read_out_(const Input& x, const BoundMatrix& w, const Output& y) {
+    require_aligned(x, "x");
+    check_product(x, w.matrix, y);
+    nb::gil_scoped_release release;
+    return read_out(x.data(), x.shape(0), w.matrix, y.data());
+}
+
 void linear_several(const Input& x, nb::handle ws, nb::handle outs) {
     const nb::tuple weights = items_of(ws, "ws", "a list of matrices");
     const Index count = nb::len(weights);
@@ -174,6 +181,8 @@ void bind_linear(nb::module_& m) {
         .def_prop_ro("nbytes", &nbytes, "What one token reads of it.");
     m.def("linear", &linear_one, "x"_a.noconvert(), "w"_a, "out"_a.noconvert(),
           "out = x @ w^T: x float32 [T, in], w Matrix [out, in], out float32 [T, out].");
+    m.def("read_out", &read_out_, "x"_a.noconvert(), "w"_a, "out"_a.noconvert(),
+          "The same, and whether all of out is finite.");
     m.def("linears", &linear_several, "x"_a.noconvert(), "ws"_a, "outs"_a,
           "linear with several matrices of one input, quantizing it once and waking the threads once.");
     m.def("embed", &embed_checked, "table"_a, "ids"_a.noconvert(), "out"_a.noconvert(),

@@ -131,9 +131,9 @@ nb::object array_out(float* data, std::initializer_list<size_t> shape, const nb:
     return nb::cast(nb::ndarray<nb::numpy, float>(data, shape.size(), shape.begin(), owner));
 }
 
-// Room for a state after, (conv, matrix), the matrix on a cache line. Every state has its own memory, so that it can be
-// kept alone.
-nb::tuple new_state(const DeltaNet& net, DeltaSequence& s) {
+// Room for a state after, a tuple `kind` of (conv, matrix), the matrix on a cache line. Every state has its own memory,
+// so that it can be kept alone.
+nb::object new_state(const DeltaNet& net, DeltaSequence& s, nb::handle kind) {
     const size_t Hv = net.Hv, V = net.V, K = net.K, before = net.width - 1, C = net.channels();
     const Index size = entries({net.Hv, net.V, net.K}) + entries({net.width - 1, net.channels()});
     const auto [memory, owner] = owned_block(size * sizeof(float));
@@ -141,11 +141,12 @@ nb::tuple new_state(const DeltaNet& net, DeltaSequence& s) {
     float* tail = matrix + Hv * V * K;
     s.states_after.push_back(matrix);
     s.tails_after.push_back(tail);
-    return nb::make_tuple(array_out(tail, {before, C}, owner), array_out(matrix, {Hv, V, K}, owner));
+    const nb::tuple arrays = nb::make_tuple(array_out(tail, {before, C}, owner), array_out(matrix, {Hv, V, K}, owner));
+    return nb::handle(reinterpret_cast<PyObject*>(&PyTuple_Type)).attr("__new__")(kind, arrays);
 }
 
 // Tells the mixer its sequences; the states after, [sequence][keep + 1], are what comes back to Python.
-nb::list take_states(DeltaNetMixer& mixer, nb::handle states, const Lengths& lengths, Held& held) {
+nb::list take_states(DeltaNetMixer& mixer, nb::handle states, const Lengths& lengths, nb::handle kind, Held& held) {
     const DeltaNet& net = mixer.between;
     const nb::tuple before = held.items(states, "states", "one for every sequence", lengths.count());
     nb::list all;
@@ -154,9 +155,9 @@ nb::list take_states(DeltaNetMixer& mixer, nb::handle states, const Lengths& len
         DeltaSequence s{lengths.tokens[i], lengths.keep[i], held.array(state[0], "conv", {net.width - 1, net.channels()}).data(),
                         held.array(state[1], "matrix", {net.Hv, net.V, net.K}).data(), {}, {}};
         nb::list after;
-        for (Index n = 0; n <= lengths.keep[i]; n++) after.append(new_state(net, s));
+        for (Index n = 0; n <= lengths.keep[i]; n++) after.append(new_state(net, s, kind));
         mixer.sequences.push_back(std::move(s));
-        all.append(after);
+        all.append(nb::tuple(after));
     }
     return all;
 }
@@ -193,12 +194,12 @@ void mlp(const In& x, nb::handle weights, const Out& out) {
 }
 
 nb::list delta_net_(const In& x, nb::handle weights, Index key_heads, float eps, nb::handle states,
-                    nb::handle lengths, nb::handle keep, const Out& out) {
+                    nb::handle lengths, nb::handle keep, nb::type_object kind, const Out& out) {
     const Index T = tokens_in(x, out);
     const Lengths all(lengths, keep, T);
     Held held;
     DeltaNetMixer mixer = delta_net_in(weights, x.shape(1), key_heads, eps, held);
-    nb::list after = take_states(mixer, states, all, held);
+    nb::list after = take_states(mixer, states, all, kind, held);
     nb::gil_scoped_release release;
     run_mixer(mixer, x.data(), T, out.data());
     return after;
@@ -237,7 +238,8 @@ private:
 };
 
 nb::list decoder_layers(const In& x, nb::handle layers, Index key_heads, float eps, const In& cos, const In& sin,
-                        nb::handle states, nb::handle lengths, nb::handle keep, const Out& out) {
+                        nb::handle states, nb::handle lengths, nb::handle keep, nb::type_object kind,
+                        const Out& out) {
     const Index T = tokens_in(x, out), hidden = x.shape(1);
     const Lengths tokens(lengths, keep, T);
     Held held;
@@ -258,7 +260,7 @@ nb::list decoder_layers(const In& x, nb::handle layers, Index key_heads, float e
             all.append(nb::none());
         } else {
             DeltaNetMixer mixer = delta_net_in(mixing, hidden, key_heads, eps, held);
-            all.append(take_states(mixer, before[i], tokens, held));
+            all.append(take_states(mixer, before[i], tokens, kind, held));
             stack.push_back({input_norm, post_norm, std::move(mixer), mlp});
         }
     }
@@ -278,13 +280,13 @@ nb::list decoder_layers(const In& x, nb::handle layers, Index key_heads, float e
 void bind_mixers(nb::module_& m) {
     m.def("mlp", &mlp, "x"_a.noconvert(), "w"_a, "out"_a.noconvert(), "Feed-forward: w MLPWeights.");
     m.def("delta_net", &delta_net_, "x"_a.noconvert(), "w"_a, "key_heads"_a, "eps"_a, "states"_a, "lengths"_a, "keep"_a,
-          "out"_a.noconvert(),
-          "Gated DeltaNet: w DeltaNetWeights, states (conv, matrix) for each sequence -> lists of keep + 1 such.");
+          "kind"_a, "out"_a.noconvert(),
+          "Gated DeltaNet: w DeltaNetWeights, states (conv, matrix) for each sequence -> keep + 1 such, as tuples `kind`.");
     m.def("gated_attention", &gated_attention, "x"_a.noconvert(), "w"_a, "eps"_a, "cos"_a.noconvert(),
           "sin"_a.noconvert(), "caches"_a, "lengths"_a, "out"_a.noconvert(),
           "Gated attention: w AttentionWeights, caches (past, pages) with room for each sequence's tokens.");
     m.def("decoder_layers", &decoder_layers, "x"_a.noconvert(), "layers"_a, "key_heads"_a, "eps"_a, "cos"_a.noconvert(),
-          "sin"_a.noconvert(), "states"_a, "lengths"_a, "keep"_a, "out"_a.noconvert(),
+          "sin"_a.noconvert(), "states"_a, "lengths"_a, "keep"_a, "kind"_a, "out"_a.noconvert(),
           "Whole layers: LayerWeights, and for each the states or caches of all sequences, as above. Returns what "
           "delta_net returns for its layers, None for the others. May raise what a signal's handler raises.");
 }

@@ -190,6 +190,10 @@ class CpuOps(ArrayOps[_native.Matrix]):
 
     # --- larger pieces -----------------------------------------------------------------------------------------------
 
+    def read_out(self, x: Array, head: _native.Matrix) -> tuple[Float32, bool]:
+        finite = _native.read_out(x, head, logits := np.empty((len(x), head.shape[0]), np.float32))
+        return logits, finite
+
     def mlp(self, x: Array, w: MLPWeights[_native.Matrix]) -> Array:
         _native.mlp(x, w, y := like(x))
         return y
@@ -199,9 +203,9 @@ class CpuOps(ArrayOps[_native.Matrix]):
         lengths: Sequence[int], keep: Sequence[int],
     ) -> tuple[Array, list[tuple[DeltaState[Array], ...]]]:  # fmt: skip
         after = _native.delta_net(
-            x, w, c.linear_num_key_heads, c.rms_norm_eps, states, lengths, keep, y := like(x)
+            x, w, c.linear_num_key_heads, c.rms_norm_eps, states, lengths, keep, DeltaState, y := like(x)
         )  # fmt: skip
-        return y, _delta_states(after)
+        return y, after
 
     def gated_attention(
         self, x: Array, w: AttentionWeights[Array, _native.Matrix], c: TextConfig, angles: Angles[Array],
@@ -216,18 +220,14 @@ class CpuOps(ArrayOps[_native.Matrix]):
         states: Sequence[Sequence[LayerState[Array]]], lengths: Sequence[int], keep: Sequence[int],
     ) -> tuple[Array, list[list[tuple[LayerState[Array], ...]]]]:  # fmt: skip
         """All layers in one call. Ctrl-C interrupts a long one between two layers; the states before stay valid."""
-        longer = [list(map(_longer, layer, lengths)) if isinstance(layer[0], KVCache) else None for layer in states]
-        before = [
-            layer if caches is None else _with_pages(layer, caches)
-            for layer, caches in zip(states, longer, strict=True)
-        ]  # fmt: skip
+        longer = {i: list(map(_longer, s, lengths)) for i, s in enumerate(states) if isinstance(s[0], KVCache)}
+        before = [_with_pages(s, longer[i]) if i in longer else s for i, s in enumerate(states)]
         after = _native.decoder_layers(
-            x, ws, c.linear_num_key_heads, c.rms_norm_eps, *angles, before, lengths, keep, y := like(x)
+            x, ws, c.linear_num_key_heads, c.rms_norm_eps, *angles, before, lengths, keep, DeltaState, y := like(x)
         )  # fmt: skip
-        return y, [
-            _delta_states(kept or []) if caches is None else list(map(kept_caches, caches, keep))
-            for kept, caches in zip(after, longer, strict=True)
-        ]
+        for i, caches in longer.items():
+            after[i] = list(map(kept_caches, caches, keep))
+        return y, after
 
 
 def _longer(cache: LayerState[Array], tokens: int) -> NativeKV:
@@ -239,7 +239,3 @@ def _with_pages(caches: Sequence[LayerState[Array]], longer: Sequence[NativeKV])
     """How many tokens each cache holds, and pages that have room for the next ones."""
     lengths = [cache.length for cache in caches if isinstance(cache, KVCache)]
     return list(zip(lengths, [cache.pages for cache in longer], strict=True))
-
-
-def _delta_states(after: list[list[tuple[Float32, Float32]]]) -> list[tuple[DeltaState[Array], ...]]:
-    return [tuple([DeltaState(*state) for state in kept]) for kept in after]

@@ -44,8 +44,9 @@ def text_batch(ids: Sequence[NDArray[np.int32]], states: Sequence[State[A]]) -> 
 
 def next_positions(state: State[A], tokens: int) -> NDArray[np.int32]:
     """Where `tokens` tokens of text stand after `state`: int32 [3, tokens]."""
-    one_axis = np.arange(state.next_position, state.next_position + tokens, dtype=np.int32)
-    return np.broadcast_to(one_axis, (3, tokens))
+    positions = np.empty((3, tokens), np.int32)
+    positions[:] = np.arange(state.next_position, state.next_position + tokens)
+    return positions
 
 
 def initial_state(ops: Ops[A, M], c: TextConfig) -> State[A]:
@@ -104,9 +105,10 @@ def _kept_states(
     Text after an image goes on one past the largest position the image used on any axis.
     """
     tokens, kept = positions.shape[1], len(layers[0])
+    stands = list(zip(*positions.tolist(), strict=True))  # of each token; for one, NumPy would take longer
     states = []
     for whole, n in zip(zip(*layers, strict=True), range(tokens + 1 - kept, tokens + 1), strict=True):
-        next_position = max(before.next_position, int(positions[:, :n].max(initial=-1)) + 1)
+        next_position = max(before.next_position, 1 + max(map(max, stands[:n]), default=-1))
         states.append(before._replace(layers=whole, length=before.length + n, next_position=next_position))
     return tuple(states)
 

@@ -17,7 +17,7 @@
 #include "kernels/linear.h"
 #include "kernels/quantize.h"
 #include "kernels/threads.h"
-#include "layers/layers.h"
+#include "layers/stack.h"
 
 // --- the counter hook ------------------------------------------------------------------------------------------------
 
@@ -163,6 +163,50 @@ struct Attend_ {
     Vector result() const { return out; }
 };
 
+// A DeltaNet layer and an attention layer with their feed-forwards.
+struct Layers {
+    static constexpr Index hidden = 64, wide = 96, Hk = 2, Hv = 4, K = 16, V = 16, C = 2 * Hk * K + Hv * V;
+    static constexpr Index Hq = 4, Hkv = 2, D = 32;
+    Index tokens;
+    Vector x = normal(tokens * hidden), y = x, gain = normal(hidden), angle = normal(tokens * D / 4);
+    Vector conv = normal(C * 4), decay = Vector(Hv, -1.0f), bias = normal(Hv), norm = normal(D);
+    Vector tail = normal(3 * C), state = normal(Hv * V * K), tail_after = tail, state_after = state;
+    std::vector<Vector> weights;
+    std::vector<std::vector<uint8_t>> pages;
+    std::vector<DecoderLayer> layers;
+
+    explicit Layers(Index tokens) : tokens(tokens) {
+        const FeedForward mlp{matrix(wide, hidden), matrix(wide, hidden), matrix(hidden, wide)};
+        DeltaNetMixer delta{matrix(C, hidden), matrix(Hv * V, hidden), matrix(Hv, hidden), matrix(Hv, hidden),
+                            matrix(hidden, Hv * V), {Hk, Hv, K, V, 4, {}, {}, {}, {}, conv.data(), decay.data(),
+                            bias.data(), norm.data(), 1e-6f, {}}, {}};
+        delta.sequences = {{tokens, 0, tail.data(), state.data(), {tail_after.data()}, {state_after.data()}}};
+        Attention a{};
+        a.Hq = Hq, a.Hkv = Hkv, a.D = D, a.type = KvType::f16, a.eps = 1e-6f, a.pairs = D / 4;
+        a.q_norm = a.k_norm = norm.data(), a.cos = a.sin = angle.data();
+        AttentionMixer attention{matrix(2 * Hq * D, hidden), matrix(Hkv * D, hidden), matrix(Hkv * D, hidden),
+                                 matrix(hidden, Hq * D), a, {{tokens, 0, {}}}};
+        for (Index i = 0; i < tokens; i += kv_page) {
+            pages.emplace_back(kv_page_nbytes(KvType::f16, Hkv, D));
+            attention.sequences[0].pages.push_back(pages.back().data());
+        }
+        layers.push_back({gain.data(), gain.data(), delta, mlp});
+        layers.push_back({gain.data(), gain.data(), attention, mlp});
+    }
+
+    Matrix matrix(Index out, Index in) {
+        weights.push_back(normal(out * in, 0.1f));
+        return {weights.back().data(), nullptr, nullptr, out, in, 0, 0, Type::f32};
+    }
+
+    void run() {
+        y = x;
+        run_layers(layers, tokens, hidden, 1e-6f, y.data(), [] { return true; });
+    }
+
+    Vector result() const { return y; }
+};
+
 struct Quantize {
     static constexpr Index rows = 40, columns = 128;
     Vector x = normal(rows * columns), scales = Vector(rows * 2), biases = scales, errors = scales;
@@ -273,6 +317,9 @@ int main() {
         test("attention, 1 token", next);
         test("attention, 100 tokens", cold);
     }
+    Layers token(1), text(100);
+    test("layers, 1 token", token);
+    test("layers, 100 tokens", text);
     Quantize weights;
     test("quantize", weights);
     Blocks blocks;

@@ -1,6 +1,7 @@
 #include "kernels/linear.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cassert>
 #include <cstring>
 #include <vector>
@@ -121,7 +122,11 @@ const LinearKernels& linear_kernels() {
     }
 }
 
-void linears(const float* x, int64_t tokens, const Matrix* ws, int count, float* const* ys) {
+namespace {
+
+// linears, and after each piece done(y, w, row0, row1, t0, t1) where it has been written.
+template <class Done>
+void multiply(const float* x, int64_t tokens, const Matrix* ws, int count, float* const* ys, Done&& done) {
     if (tokens == 0 || count == 0) return;
     const LinearKernels& kernels = linear_kernels();
     const bool few = tokens <= few_tokens;  // for these gemv is faster, too: it has no tile to make ready
@@ -153,10 +158,37 @@ void linears(const float* x, int64_t tokens, const Matrix* ws, int count, float*
         const Job& job = jobs[i];
         const int at = piece - job.first_piece * token_pieces;
         const int64_t row0 = at % job.row_pieces * job.rows, row1 = std::min(job.w->out, row0 + job.rows);
-        if (few) return kernels.gemv(*job.w, *job.a, row0, row1, 0, tokens, job.y, job.w->out);
         const int64_t t0 = at / job.row_pieces * block, t1 = std::min(tokens, t0 + block);
-        kernels.gemm(*job.w, *job.a, row0, row1, t0, t1, job.y, job.w->out);
+        (few ? kernels.gemv : kernels.gemm)(*job.w, *job.a, row0, row1, t0, t1, job.y, job.w->out);
+        done(job.y, *job.w, row0, row1, t0, t1);
     });
+}
+
+bool all_finite(const float* x, int64_t n) {
+    constexpr uint32_t exponent = 0x7f800000;  // all of its bits are set in what is infinite or not a number
+    uint32_t found = 0;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits;
+        std::memcpy(&bits, x + i, sizeof bits);
+        found |= (bits & exponent) == exponent;
+    }
+    return !found;
+}
+
+}  // namespace
+
+void linears(const float* x, int64_t tokens, const Matrix* ws, int count, float* const* ys) {
+    multiply(x, tokens, ws, count, ys, [](const float*, const Matrix&, int64_t, int64_t, int64_t, int64_t) {});
+}
+
+bool read_out(const float* x, int64_t tokens, const Matrix& w, float* y) {
+    std::atomic<bool> finite{true};
+    auto check = [&](const float* to, const Matrix&, int64_t row0, int64_t row1, int64_t t0, int64_t t1) {
+        for (int64_t t = t0; t < t1; t++)
+            if (!all_finite(to + t * w.out + row0, row1 - row0)) finite = false;
+    };
+    multiply(x, tokens, &w, 1, &y, check);
+    return finite;
 }
 
 // --- embedding -------------------------------------------------------------------------------------------------------

@@ -22,6 +22,9 @@ size_t row_nbytes(const Matrix& w);
 // call of the thread pool for all of them.
 void linears(const float* x, int64_t tokens, const Matrix* ws, int count, float* const* ys);
 
+// y [tokens, w.out] = x [tokens, in] @ w^T; whether all of it is finite.
+bool read_out(const float* x, int64_t tokens, const Matrix& w, float* y);
+
 // y [count, in]: rows `ids` of the matrix as float32; for quantized ones scale * code + bias in float32, rounded
 // twice, which is what edgeq.formats.affine.dequantize computes. Every id is below table.out.
 void embed(const Matrix& table, const int32_t* ids, int64_t count, float* y);
