@@ -241,8 +241,9 @@ class TestCache:
     def test_what_is_stale(self, spec: dict[str, Any], cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
         bpe_of(json.dumps(spec))
         (made,) = cache.iterdir()
-        (cache / made.name.replace("-2.", "-1.")).write_bytes(made.read_bytes())
-        (cache / f"{'0' * 64}-2.safetensors").write_bytes(made.read_bytes())
+        digest, version = made.name.split("-")
+        (cache / f"{digest}-1.safetensors").write_bytes(made.read_bytes())
+        (cache / f"{'0' * 64}-{version}").write_bytes(made.read_bytes())
         stale = table_cache.stale_tables()
         assert len(stale) == 2
         assert made not in stale
