@@ -86,7 +86,9 @@ def verify(folder: Path) -> Hashes:
 
 
 def _is_entry(name: str, entry: object) -> bool:
-    return Path(name).name == name and isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
+    if Path(name).name != name or not isinstance(entry, dict):
+        return False
+    return type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
 
 
 def _difference(path: Path, entry: dict[str, Any]) -> str | None:

@@ -76,7 +76,7 @@ class TestChecks:
 
     def test_a_pipe_does_not_hang(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe.safetensors")
-        with pytest.raises(ModelError, match=r"cannot be read: .*regular file"):
+        with pytest.raises(ModelError, match="expected a regular file"):
             SafetensorsFile(tmp_path / "pipe.safetensors")
 
 

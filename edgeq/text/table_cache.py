@@ -25,7 +25,7 @@ from edgeq.inputs import expand_user
 
 __all__ = ["cache_folder", "cache_problem", "open_table", "save_table", "stale_tables", "table_path"]
 
-_VERSION = 3  # of the table's layout, part of its name
+_VERSION = 2  # of the table's layout, part of its name
 _TABLES = {"pairs": np.int64, "ranks": np.uint32, "products": np.uint32, "ends": np.uint32, "spellings": np.uint8}
 _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 

@@ -1,0 +1,220 @@
+"""What is fuzzed: a seed (a small file of each kind, made here) and the code that a stranger's file reaches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+from fuzz_mutators import Mutator, mutate_bytes, mutate_json, mutate_template
+
+from edgeq.checkpoint import open_checkpoint
+from edgeq.config import read_config
+from edgeq.formats.gguf import GGUFFile
+from edgeq.formats.safetensors import SafetensorsFile
+from edgeq.quant import quantize, verify
+from edgeq.quant.gguf_export import export_gguf
+from edgeq.testing import config_values, write_checkpoint
+from edgeq.text.bpe import BYTE_OF
+from edgeq.text.components import PATTERNS
+from edgeq.text.conversation import Conversation
+from edgeq.text.template import ChatTemplate
+from edgeq.text.tokenizer import Tokenizer
+
+__all__ = ["Target", "targets"]
+
+
+class Target(NamedTuple):
+    """`run` takes the changed file where `path` says; `share` is its part of all inputs, in thousandths."""
+
+    name: str
+    path: Path
+    seed: bytes
+    mutator: Mutator
+    run: Callable[[Path], None]
+    share: int
+
+
+TEMPLATE = """{%- if tools %}{{- '<|im_start|>system\\n' }}{%- for tool in tools %}{{- tool | tojson }}{%- endfor %}
+{{- '<|im_end|>\\n' }}{%- endif %}{%- set ns = namespace(n=0) %}{%- for message in messages %}
+{%- set content = message.content | trim %}
+{%- if message.role == 'assistant' %}{%- set ns.n = loop.index0 %}{%- endif %}
+{{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- if not enable_thinking %}
+{{- '\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"""
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+SHAPE: dict[str, Any] = {"vocab_size": 320, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
+
+
+def targets(folder: Path) -> list[Target]:
+    """Make the seeds in `folder` (best in memory) and say what is done with them."""
+    model, quantized, gguf = folder / "model", folder / "quantized", folder / "model.gguf"
+    _make_model(model)
+    quantize(model, quantized)
+    export_gguf(open_checkpoint(model), gguf, "q8_0")
+    seed = folder / "seed"
+    seed.mkdir()
+    tokenizer = Tokenizer.from_folder(model)
+    return [
+        Target("safetensors", seed / "x.safetensors", _small_safetensors(), _mutate_header, _read_safetensors, 340),
+        Target("gguf", seed / "x.gguf", _small_gguf(), mutate_bytes, _read_gguf, 240),
+        Target("gguf-model", gguf, gguf.read_bytes(), _mutate_head(20_000), _read_model, 60),
+        Target("template", seed / "x.jinja", TEMPLATE.encode(), mutate_template, _render(tokenizer), 50),
+        _json("config", model / "config.json", read_config, 120),
+        _json("generation_config", model / "generation_config.json", _read_model, 30),
+        _json("index", model / "model.safetensors.index.json", _read_model, 30),
+        _json("quantization", quantized / "config.json", _read_model, 30),
+        _json("record", quantized / "edgeq.json", lambda path: _verify(path.parent), 30),
+        _json("tokenizer_config", model / "tokenizer_config.json", _read_text, 30),
+        _json("tokenizer", model / "tokenizer.json", _read_text, 40),
+    ]
+
+
+def _mutate_head(size: int) -> Mutator:
+    """Changes of the first bytes only: of what follows, nothing but its length matters."""
+    return lambda rng, data: mutate_bytes(rng, data[:size]) + data[size:]
+
+
+def _mutate_header(rng: Random, data: bytes) -> bytes:
+    """Bytes of a safetensors file, or the JSON of its header with the length corrected."""
+    if rng.random() < 0.5:
+        return mutate_bytes(rng, data)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = mutate_json(rng, data[8:end])
+    return len(header).to_bytes(8, "little") + header + data[end:]
+
+
+def _json(name: str, path: Path, run: Callable[[Path], Any], share: int) -> Target:
+    return Target(name, path, path.read_bytes(), mutate_json, run, share)
+
+
+# --- what reads them -------------------------------------------------------------------------------------------------
+
+
+def _read_safetensors(path: Path) -> None:
+    file = SafetensorsFile(path)
+    for name in file.tensors:
+        file.array(name).tobytes()
+
+
+def _read_gguf(path: Path) -> None:
+    file = GGUFFile(path)
+    for name in file.tensors:
+        file.data(name).tobytes()
+    for key, read in (("tokens", file.strings), ("numbers", file.integers), ("flags", file.array)):
+        if key in file:
+            read(key)
+
+
+def _read_model(path: Path) -> None:
+    checkpoint = open_checkpoint(path if path.suffix == ".gguf" else path.parent)
+    list(checkpoint.storage())
+    if path.suffix == ".gguf":
+        checkpoint.tokenizer()
+        checkpoint.template()
+
+
+def _read_text(path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(path.parent)
+    ids = tokenizer.encode("The water, <|im_end|> and 42 wörds: 世界.\n\n", control=True)
+    tokenizer.decode(ids)
+    for token_id in range(0, tokenizer.vocab_size, 50):
+        tokenizer.token_bytes(token_id)
+
+
+def _verify(folder: Path) -> None:
+    verify(folder)
+
+
+def _render(tokenizer: Tokenizer) -> Callable[[Path], None]:
+    def run(path: Path) -> None:
+        template = ChatTemplate(path.read_text(encoding="utf-8", errors="surrogatepass"))
+        template.render([{"role": "user", "content": "hi"}], add_generation_prompt=True, tools=[{"name": "f"}])
+        Conversation(tokenizer, template, system="s").append_user("hi")
+
+    return run
+
+
+# --- seeds -----------------------------------------------------------------------------------------------------------
+
+
+def _make_model(folder: Path) -> None:
+    """A complete checkpoint of a few hundred kilobytes."""
+    write_checkpoint(folder, config_values(vision=False, mtp=True, **SHAPE))
+    names = SafetensorsFile(folder / "model.safetensors").tensors
+    files = {
+        "tokenizer.json": _tokenizer(),
+        "tokenizer_config.json": _tokenizer_config(),
+        "generation_config.json": {"eos_token_id": [1, 3], "temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.1},
+        "model.safetensors.index.json": {"weight_map": dict.fromkeys(names, "model.safetensors")},
+    }
+    for name, value in files.items():
+        (folder / name).write_text(json.dumps(value))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+
+def _tokenizer() -> dict[str, Any]:
+    vocab = {char: i for i, char in enumerate(BYTE_OF)}
+    merges = ["t h", "th e", "w a", "wa t", "Ġ w", "Ġ the"]
+    for merge in merges:
+        vocab[merge.replace(" ", "")] = len(vocab)
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": PATTERNS["qwen35"]}, "behavior": "Isolated", "invert": False}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": len(vocab) + i, "content": t, **flags, "special": True} for i, t in enumerate(SPECIAL)],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "dropout": None, "vocab": vocab, "merges": merges},
+    }
+
+
+def _tokenizer_config() -> dict[str, Any]:
+    first = len(BYTE_OF) + 6
+    added = {str(first + i): {"content": text, "special": True} for i, text in enumerate(SPECIAL)}
+    return {"added_tokens_decoder": added, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+
+
+def _small_safetensors() -> bytes:
+    header = {
+        "__metadata__": {"format": "pt"},
+        "a.weight": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]},
+        "b": {"dtype": "F32", "shape": [], "data_offsets": [12, 16]},
+        "c": {"dtype": "U32", "shape": [1, 0, 4], "data_offsets": [16, 16]},
+    }
+    blob = json.dumps(header).encode()
+    return len(blob).to_bytes(8, "little") + blob + bytes(16)
+
+
+def _small_gguf() -> bytes:
+    def text(value: str) -> bytes:
+        return len(value).to_bytes(8, "little") + value.encode()
+
+    def u32(value: int) -> bytes:
+        return value.to_bytes(4, "little")
+
+    def u64(value: int) -> bytes:
+        return value.to_bytes(8, "little")
+
+    entries = [
+        text("general.architecture") + u32(8) + text("qwen35"),
+        text("general.alignment") + u32(4) + u32(32),
+        text("qwen35.rope.freq_base") + u32(6) + bytes(4),
+        text("flag") + u32(7) + b"\x01",
+        text("tokens") + u32(9) + u32(8) + u64(3) + text("a") + text("bc") + text(""),
+        text("numbers") + u32(9) + u32(5) + u64(4) + bytes(16),
+        text("flags") + u32(9) + u32(7) + u64(2) + b"\x01\x00",
+    ]
+    tensors = [
+        text("x.weight") + u32(2) + u64(32) + u64(2) + u32(8) + u64(0),
+        text("y") + u32(1) + u64(4) + u32(0) + u64(96),
+    ]
+    head = b"GGUF" + u32(3) + u64(len(tensors)) + u64(len(entries)) + b"".join(entries + tensors)
+    return head + bytes(-len(head) % 32) + bytes(96 + 16)
