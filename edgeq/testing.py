@@ -6,7 +6,6 @@ Nothing that runs a model imports this module.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from edgeq.config import ModelConfig, TextConfig, parse_config
 from edgeq.formats.bf16 import Array, round_to
 from edgeq.formats.names import hub_name
 from edgeq.formats.safetensors import DTYPES, SafetensorsWriter
+from edgeq.quality.error import nmse
 from edgeq.weights import (
     Matrix,
     Part,
@@ -31,17 +31,6 @@ from edgeq.weights import (
 )
 
 __all__ = ["config_values", "file_weights", "nmse", "on_backend", "random_values", "write_checkpoint"]
-
-
-def nmse(expected: Any, found: Any) -> float:
-    """The normalised mean squared error, sum (expected - found)^2 / sum expected^2, of arrays of one shape."""
-    expected, found = np.asarray(expected, np.float64), np.asarray(found, np.float64)
-    if expected.shape != found.shape:
-        raise ValueError(f"the shapes differ: {expected.shape} expected, {found.shape} found")
-    error, size = float(np.sum((expected - found) ** 2)), float(np.sum(expected**2))
-    if error == 0:
-        return 0.0
-    return error / size if size else math.inf
 
 
 def config_values(*, vision: bool = False, mtp: bool = False, **text: Any) -> dict[str, Any]:

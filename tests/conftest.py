@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # One thread for NumPy, here and in processes that tests start: a tiny matrix gains nothing from a second one, and on a
 # busy machine with two cores two threads that wait for each other took five times as long. Before NumPy is imported.
 for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
     os.environ.setdefault(_variable, "1")
+
+settings.register_profile("edgeq", deadline=None)  # a busy machine is no failure
+settings.load_profile("edgeq")
 
 from tiny_tokenizer import IM_END, build_tiny_tokenizer  # noqa: E402
 

@@ -137,12 +137,12 @@ class TestCommand:
 
     @pytest.mark.parametrize("threads", ["1,2"])
     def test_threads(self, capsys: pytest.CaptureFixture[str], folder: Path, threads: str) -> None:
-        pytest.importorskip("edgeq.backends.cpu", reason="the native backend is not built")
+        pytest.importorskip("edgeq.backends.cpu", reason="the native backend is not built", exc_type=ImportError)
         options = ("-p", "4", "-n", "0", "-t", threads, "-o", "json", "--backend", "cpu")
         assert [row["n_threads"] for row in json.loads(table(capsys, folder, *options))] == [1, 2]
 
     def test_kv_bits_and_threads_of_the_backends_choice(self, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-        cpu = pytest.importorskip("edgeq.backends.cpu", reason="the native backend is not built")
+        cpu = pytest.importorskip("edgeq.backends.cpu", reason="the native backend is not built", exc_type=ImportError)
         options = ("-p", "4", "-n", "0", "--kv-bits", "16,8,4", "-o", "json", "--backend", "cpu")
         rows = json.loads(table(capsys, folder, *options))
         assert [(row["type_k"], row["type_v"]) for row in rows] == [(t, t) for t in ("f16", "int8", "int4")]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import pytest
+from command import Result, Run, leave_home, runner
 from process import run_python
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import PipeInput, create_pipe_input
@@ -22,38 +20,14 @@ from edgeq.cli.repl import Repl
 from edgeq.session.reply import Reply
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture(autouse=True)
 def quiet_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No configuration, history or EDGEQ_ variables of the person who runs the tests."""
-    for name in ("XDG_CONFIG_HOME", "XDG_STATE_HOME"):
-        monkeypatch.setenv(name, str(tmp_path / name))
-    monkeypatch.setenv("EDGEQ_BACKEND", "numpy")
-    monkeypatch.setattr(sys, "stdin", None)
-
-
-class Run(Protocol):
-    """`edgeq` with these arguments."""
-
-    def __call__(self, *arguments: str | Path, stdin: str | None = None) -> Result: ...
+    leave_home(tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    def run(*arguments: str | Path, stdin: str | None = None) -> Result:
-        if stdin is not None:
-            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        with pytest.raises(SystemExit) as left:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Result(int(left.value.code or 0), captured.out, captured.err)
-
-    return run
+    return runner(capsys, monkeypatch)
 
 
 FIXED = ("--seed", "0", "--max-tokens", "6")

@@ -24,7 +24,9 @@ from edgeq.quant import quantize
 from edgeq.state import DeltaState, State
 from edgeq.testing import config_values, write_checkpoint
 
-native = pytest.importorskip("edgeq.backends.cpu._native", reason="the native kernels are not built")
+native = pytest.importorskip(
+    "edgeq.backends.cpu._native", reason="the native kernels are not built", exc_type=ImportError
+)
 
 FEW = 16  # rows of a call that are taken one as the other
 DEEP = 2600  # tokens: eleven pages of keys

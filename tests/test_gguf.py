@@ -333,6 +333,7 @@ class TestTokenizer:
         text = "Hello über größe! <think> cafe\u0301 <|im_end|>"  # the accent joins its letter: NFC is in force
         assert ours.encode(text) == theirs.encode(text)
 
+    @pytest.mark.no_cover
     @pytest.mark.shared
     def test_the_real_one(self, tmp_path: Path) -> None:
         link_real_tokenizer(tmp_path / "model")
@@ -560,6 +561,7 @@ class TestBadFiles:
     def test_the_fixture_is_good(self, victim: bytes, tmp_path: Path) -> None:
         assert survives(tmp_path / "model.gguf", victim) is None
 
+    @pytest.mark.no_cover
     @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(data=st.data())
     def test_wrong_numbers(self, data: st.DataObject, victim: bytes, tmp_path: Path) -> None:

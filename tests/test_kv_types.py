@@ -31,7 +31,7 @@ def normal(*shape: int, seed: int = 3) -> Array:
 
 
 def cpu_ops(kv_dtype: str) -> Ops[Array, Any]:
-    cpu = pytest.importorskip("edgeq.backends.cpu", reason="the native backend is not built")
+    cpu = pytest.importorskip("edgeq.backends.cpu", reason="the native backend is not built", exc_type=ImportError)
     ops: Ops[Array, Any] = cpu.CpuOps(kv_dtype=kv_dtype)
     return ops
 
@@ -122,7 +122,7 @@ class TestModels:
         ("here", "there"), list(itertools.permutations([("numpy", 4), ("cpu", 4), ("cpu", 16)], 2))
     )
     def test_a_state_goes_on_elsewhere(self, folder: Path, here: tuple[str, int], there: tuple[str, int]) -> None:
-        pytest.importorskip("edgeq.backends.cpu", reason="the native backend is not built")
+        pytest.importorskip("edgeq.backends.cpu", reason="the native backend is not built", exc_type=ImportError)
         one, two = (edgeq.load(folder, backend=backend, kv_bits=bits) for backend, bits in (here, there))
         ids = [i % one.vocab_size for i in range(5, 45)]
         _, state = one.forward(ids, one.state())

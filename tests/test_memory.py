@@ -78,11 +78,11 @@ class TestGrowth:
         assert grown <= accounted + MB, f"{grown / MB:.2f} MB more, {accounted / MB:.2f} of them keys and values"
 
     def test_generating(self, small: Path) -> None:
-        pytest.importorskip("edgeq.backends.cpu", reason="the native backend is not built")
+        pytest.importorskip("edgeq.backends.cpu", reason="the native backend is not built", exc_type=ImportError)
         self.check(run(small, 1000, 20_000, chunk=1))
 
     def test_prompts(self, small: Path) -> None:
-        pytest.importorskip("edgeq.backends.cpu", reason="the native backend is not built")
+        pytest.importorskip("edgeq.backends.cpu", reason="the native backend is not built", exc_type=ImportError)
         self.check(run(small, 1024, 50_000))
 
 
@@ -96,7 +96,7 @@ BUDGETS = {
 @pytest.mark.parametrize("name", BUDGETS)
 def test_real_shapes(name: str) -> None:
     """A prompt that fills the context."""
-    pytest.importorskip("edgeq.backends.cpu", reason="the native backend is not built")
+    pytest.importorskip("edgeq.backends.cpu", reason="the native backend is not built", exc_type=ImportError)
     folder = Path(os.environ.get("EDGEQ_REF_DIR", "")) / name
     if "EDGEQ_REF_DIR" not in os.environ or not folder.exists():
         pytest.skip(f"EDGEQ_REF_DIR names no folder with the checkpoint {name}")

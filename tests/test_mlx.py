@@ -476,6 +476,7 @@ def test_a_model_is_loaded_under_the_limit(tmp_path: Path) -> None:
             self.active = used_memory().active
 
     write_checkpoint(tmp_path, config_values())
+    gc.collect()  # what earlier tests left must not be freed in between
     ops = Watched("float32")
     kept = Model(open_checkpoint(tmp_path), ops)
     assert 0 <= ops.active < used_memory().active <= ops.peak_memory()
@@ -528,6 +529,7 @@ def test_decoding_appends_in_place(tmp_path: Path, compiled: bool) -> None:
     assert used_memory().peak - before < buffer / 2
 
 
+@pytest.mark.no_cover
 @compiled_too
 def test_nothing_grows_over_2000_tokens(tmp_path: Path, compiled: bool) -> None:
     soak(soak_model(tmp_path, compiled)[1], 2000, compiled=compiled)

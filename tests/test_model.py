@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -63,42 +60,6 @@ class TestAgainstTransformers:
         sure = int(noisy[0]) if len(noisy) else 64
         assert sure >= 12, "the fixture proves too little"
         assert ours[:sure] == reference.array("greedy").tolist()[:sure]
-
-
-class TestLayerDiff:
-    def test_a_good_model_passes_and_a_changed_layer_is_named(self, layerdiff: ModuleType, tmp_path: Path) -> None:
-        folder = MODELS / "value-heads-4x"
-        ids, theirs = layerdiff.stored_trace(folder / "golden.safetensors")
-        rows, first = layerdiff.compare(layerdiff.trace(folder, "numpy", ids), theirs, NMSE)
-        assert first is None
-        assert [name for name, _ in rows] == ["embed", "layer.0", "layer.1", "layer.2", "layer.3", "norm", "logits"]
-
-        changed = tmp_path / "changed"
-        shutil.copytree(folder, changed)
-        negate_a_row(changed / "model.safetensors", "model.language_model.layers.2.mlp.up_proj.weight")
-        _, first = layerdiff.compare(layerdiff.trace(changed, "numpy", ids), theirs, NMSE)
-        assert first == "layer.2"
-
-
-@pytest.fixture
-def layerdiff() -> ModuleType:
-    path = Path(__file__).parent.parent / "tools" / "layerdiff.py"
-    spec = importlib.util.spec_from_file_location("layerdiff", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def negate_a_row(path: Path, tensor: str) -> None:
-    file = SafetensorsFile(path)
-    info = file.tensors[tensor]
-    data = bytearray(path.read_bytes())
-    start = file._data_start + info.start
-    for high_byte in range(start + 1, start + 2 * info.shape[1], 2):
-        data[high_byte] ^= 0x80
-    path.write_bytes(data)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,9 @@ from process import run_python
 
 from edgeq.formats.bf16 import Array
 
-native = pytest.importorskip("edgeq.backends.cpu._native", reason="the native kernels are not built")
+native = pytest.importorskip(
+    "edgeq.backends.cpu._native", reason="the native kernels are not built", exc_type=ImportError
+)
 
 LARGEST = 2**63 - 1
 

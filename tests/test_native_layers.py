@@ -18,7 +18,9 @@ from edgeq.formats.bf16 import Array, to_float32
 from edgeq.testing import nmse
 from edgeq.weights import MLPWeights, QMatrix
 
-native = pytest.importorskip("edgeq.backends.cpu._native", reason="the native kernels are not built")
+native = pytest.importorskip(
+    "edgeq.backends.cpu._native", reason="the native kernels are not built", exc_type=ImportError
+)
 
 from edgeq.backends.cpu import CpuOps  # noqa: E402
 from edgeq.backends.cpu.kv import PAGE, NativeKV  # noqa: E402

@@ -19,7 +19,9 @@ from edgeq.formats.qmatrix import TwoLevel
 from edgeq.testing import nmse
 from edgeq.weights import QMatrix
 
-native = pytest.importorskip("edgeq.backends.cpu._native", reason="the native backend is not compiled")
+native = pytest.importorskip(
+    "edgeq.backends.cpu._native", reason="the native backend is not compiled", exc_type=ImportError
+)
 
 from edgeq.backends.cpu import CpuOps  # noqa: E402
 

@@ -16,7 +16,9 @@ from edgeq.api import Model
 from edgeq.formats.bf16 import Array
 from edgeq.testing import config_values, write_checkpoint
 
-native = pytest.importorskip("edgeq.backends.cpu._native", reason="the native kernels are not built")
+native = pytest.importorskip(
+    "edgeq.backends.cpu._native", reason="the native kernels are not built", exc_type=ImportError
+)
 
 
 @pytest.fixture(scope="module")

@@ -13,51 +13,18 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from edgeq.backends import select  # noqa: E402
-from edgeq.checkpoint import open_checkpoint  # noqa: E402
-from edgeq.formats.bf16 import Float32  # noqa: E402
-from edgeq.formats.safetensors import SafetensorsFile  # noqa: E402
-from edgeq.loading import LoadedWeights  # noqa: E402
-from edgeq.model import layers, text  # noqa: E402
-
-Trace = dict[str, Float32]
-
-
-def trace(folder: Path, backend: str, ids: list[int]) -> Trace:
-    """Hidden states after each step of the model on one of edgeq's backends."""
-    checkpoint = open_checkpoint(folder)
-    ops: Any = select(backend)
-    c, weights = checkpoint.config.text, LoadedWeights(checkpoint, ops).text
-    state = text.initial_state(ops, c)
-    batch = text.text_batch([np.array(ids, np.int32)], [state])
-    angles = ops.rope_angles(ops.array(batch.positions), c.rope)
-    x = ops.embed(weights.embed_tokens, ops.array(batch.ids))
-    seen = {"embed": np.array(ops.numpy(x))}
-    for i, layer in enumerate(weights.layers):
-        x, _ = layers.decoder_layer(ops, x, layer, c, angles, [state.layers[i]], batch.lengths, [0])
-        seen[f"layer.{i}"] = np.array(ops.numpy(x))
-    x = ops.rms_norm(x, weights.norm, c.rms_norm_eps)
-    seen["norm"] = np.array(ops.numpy(x))
-    seen["logits"] = np.array(ops.numpy(text.logits(ops, weights, x)))
-    return seen
-
-
-def stored_trace(path: Path) -> tuple[list[int], Trace]:
-    """The trace in a file of tools/make_fixtures.py, and the ids it is of."""
-    file = SafetensorsFile(path)
-    seen = {name.removeprefix("trace."): file.array(name) for name in file.tensors if name.startswith("trace.")}
-    return file.array("ids")[: len(seen["embed"])].tolist(), seen
+import edgeq  # noqa: E402
+from edgeq.quality.layerdiff import Trace, compare, first_above, read_trace, trace  # noqa: E402
 
 
 def transformers_trace(folder: Path, ids: list[int]) -> Trace:
-    """The same of Hugging Face transformers."""
+    """The trace of Hugging Face transformers."""
     from make_fixtures import reference_model
     from make_fixtures import trace as hooked
 
@@ -65,34 +32,26 @@ def transformers_trace(folder: Path, ids: list[int]) -> Trace:
     return {name.removeprefix("trace."): value for name, value in values.items()}
 
 
-def compare(ours: Trace, theirs: Trace, bound: float) -> tuple[list[tuple[str, float]], str | None]:
-    """NMSE of every step in order, and the first step above `bound`."""
-    rows = []
-    for name, mine in ours.items():
-        reference = theirs[name].astype(np.float64)
-        rows.append((name, float(np.sum((mine - reference) ** 2) / np.sum(reference**2))))
-    return rows, next((name for name, error in rows if not error <= bound), None)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("model")
     parser.add_argument("--backend", default="numpy")
     parser.add_argument("--against", default="transformers", help="transformers, a backend, or a trace file")
     parser.add_argument("--tokens", type=int, default=65, help="random tokens to run")
     parser.add_argument("--bound", type=float, default=1e-9)
     args = parser.parse_args()
 
-    vocabulary = open_checkpoint(args.folder).config.text.vocab_size
-    ids = np.random.default_rng(0).integers(0, vocabulary, args.tokens).tolist()
+    model = edgeq.load(args.model, backend=args.backend)
+    ids = np.random.default_rng(0).integers(0, model.vocab_size, args.tokens).tolist()
     if args.against == "transformers":
-        theirs = transformers_trace(args.folder, ids)
+        expected = transformers_trace(model.checkpoint.path, ids)
     elif args.against.endswith(".safetensors"):
-        ids, theirs = stored_trace(Path(args.against))
+        ids, expected = read_trace(Path(args.against))
     else:
-        theirs = trace(args.folder, args.against, ids)
-    rows, first = compare(trace(args.folder, args.backend, ids), theirs, args.bound)
-    for name, error in rows:
+        expected = trace(edgeq.load(args.model, backend=args.against).engine, ids)
+    errors = compare(expected, trace(model.engine, ids))
+    first = first_above(errors, args.bound)
+    for name, error in errors.items():
         print(f"{name:12} NMSE {error:.3g}{'   <- first above the bound' if name == first else ''}")
     sys.exit(1 if first else 0)
 

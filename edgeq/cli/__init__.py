@@ -36,6 +36,7 @@ COMMANDS = (
     "chat",
     "generate",
     "bench",
+    "kld",
     "info",
     "doctor",
     "clean",

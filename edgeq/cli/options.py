@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from edgeq.generate import GenerationSettings
 
 __all__ = [
+    "MODEL_HELP",
     "BackendOption",
     "ConversationOptions",
     "ModelArgument",
@@ -41,7 +42,7 @@ __all__ = [
     "option",
 ]
 
-_MODEL_HELP = "Checkpoint folder, .gguf file, Hugging Face ID (Qwen/Qwen3.5-2B), short name (qwen3.5:2b) or demo."
+MODEL_HELP = "Checkpoint folder, .gguf file, Hugging Face ID (Qwen/Qwen3.5-2B), short name (qwen3.5:2b) or demo."
 
 
 def option(
@@ -58,11 +59,11 @@ def option(
 
 
 def _model_argument(metavar: str) -> Any:
-    return typer.Argument(metavar=metavar, envvar="EDGEQ_MODEL", show_envvar=False, help=_MODEL_HELP)
+    return typer.Argument(metavar=metavar, envvar="EDGEQ_MODEL", show_envvar=False, help=MODEL_HELP)
 
 
 ModelArgument = Annotated[str, _model_argument("MODEL")]
-OptionalModelArgument = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=_MODEL_HELP)]
+OptionalModelArgument = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)]
 BackendOption = Annotated[str, option("--backend", metavar="NAME", help="auto, cpu, mlx or numpy.")]
 
 
