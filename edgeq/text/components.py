@@ -40,7 +40,7 @@ _IGNORED = {  # not used: edgeq adds no special tokens and decodes bytes itself
 }
 _TOP = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "model", *_IGNORED}
 _SWITCHES = ("fuse_unk", "byte_fallback", "ignore_merges")
-_TEXTS = ("unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+_TEXTS = ("unk_token", "continuing_subword_prefix", "end_of_word_suffix")  # of other kinds of BPE: absent or empty
 _MODEL = {"type", "vocab", "merges", "dropout", *_SWITCHES, *_TEXTS}
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -95,9 +95,10 @@ class _Check:
         """The type of a component that may be absent."""
         if value is None:
             return None
-        kind = value.get("type") if isinstance(value, Mapping) else value
+        kind = value.get("type") if isinstance(value, Mapping) else None
         if not isinstance(kind, str) or kind not in known:
-            raise self.error(f"{where} {brief(kind)} is not supported, expected {' or '.join(known)}")
+            found = brief(value if kind is None else kind)
+            raise self.error(f"{where} {found} is not supported, expected {' or '.join(known)}")
         return kind
 
     def sequence(self, value: Any, where: str) -> list[Any]:
@@ -169,10 +170,10 @@ class _Check:
             if value.get(key) not in (None, False, True):
                 raise self.error(f"model.{key} is {brief(value[key])}, expected true or false")
         for key in _TEXTS:
-            text = value.get(key)
-            if text is not None and not (isinstance(text, str) and len(text) <= MAX_ADDED_SPELLING):
-                raise self.error(f"model.{key} is {brief(text)}, expected a short text")
-        tables = {"vocab": self.vocab(value.get("vocab")), "merges": self.merges(value.get("merges"))}
+            if value.get(key) not in (None, ""):
+                raise self.error(f"model.{key} is {brief(value[key])}, expected none")
+        vocab = self.vocab(value.get("vocab"))
+        tables = {"vocab": vocab, "merges": self.merges(value.get("merges"), vocab)}
         return {"type": "BPE", "dropout": None, **{k: value.get(k) for k in _TEXTS},
                 **{k: bool(value.get(k)) for k in _SWITCHES}, **tables}  # fmt: skip
 
@@ -185,11 +186,17 @@ class _Check:
             raise self.error(f"model.vocab has a token of more than {MAX_SPELLING:,} characters")
         return value
 
-    def merges(self, value: Any) -> Any:
-        """Each is a text of two tokens with a space between them, or a list of the two."""
+    def merges(self, value: Any, vocab: Mapping[str, int]) -> Any:
+        """Each is a text of two tokens with a space between them, or a list of the two; together they are a token.
+
+        The library panics where they are not.
+        """
         if not isinstance(value, list) or len(value) > MAX_TOKENS:
             raise self.error(f"model.merges is {brief(value)}, expected a list of at most {MAX_TOKENS:,}")
-        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in value)
-        if not all(isinstance(p, list) and len(p) == 2 and all(isinstance(t, str) and t for t in p) for p in pairs):
-            raise self.error("model.merges has an entry that is not a pair of tokens")
+        for merge in value:
+            pair = merge.split(" ") if isinstance(merge, str) else merge
+            if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
+                raise self.error(f"model.merges has {brief(merge)}, which is not a pair of tokens")
+            if not (pair[0] in vocab and pair[1] in vocab and pair[0] + pair[1] in vocab):
+                raise self.error(f"model.merges has {brief(merge)}, but model.vocab has not all three tokens of it")
         return value
