@@ -23,7 +23,7 @@ from edgeq.session.context import Context
 from edgeq.testing import config_values, write_checkpoint
 from edgeq.weights import Part
 
-WIDE = {
+WIDE: dict[str, Any] = {
     "hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "linear_key_head_dim": 64,
     "linear_value_head_dim": 64, "max_position_embeddings": 1 << 16,
     "rope_parameters": {

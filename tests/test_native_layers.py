@@ -487,7 +487,10 @@ def test_gated_attention_checks_its_weights_and_caches(rng: np.random.Generator)
         with pytest.raises(ValueError, match="expected"):
             run(**{name: shape})
     two_types = [(0, (native.Page(dtype, 1, 8),)) for dtype in ("f16", "f32")]
-    for arguments in ({"lengths": (3,)}, {"lengths": (2, 0)}, {"caches": []}, {"lengths": (1, 1), "caches": two_types}):
+    wrong: list[dict[str, Any]] = [
+        {"lengths": (3,)}, {"lengths": (2, 0)}, {"caches": []}, {"lengths": (1, 1), "caches": two_types}
+    ]  # fmt: skip
+    for arguments in wrong:
         with pytest.raises(ValueError, match="expected"):
             run(**arguments)
     with pytest.raises(TypeError, match="pages"):

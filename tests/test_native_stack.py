@@ -67,12 +67,12 @@ def test_one_call_gives_the_bits_of_layer_by_layer(
     engine: Engine[Any, Any], lengths: tuple[int, ...], keep: tuple[int, ...]
 ) -> None:
     states = [engine.run([Feed(engine.state(), token_ids(n))])[0].state for n in (20, 3, 400)][: len(lengths)]
-    given = arguments(engine, lengths, states)
-    x = given[0].copy()
-    one, after_one = engine.ops.decoder_layers(*given, keep)
-    each, after_each = layers.decoder_layers(engine.ops, *given, keep)
+    x, ws, c, angles, before, _ = arguments(engine, lengths, states)
+    untouched = x.copy()
+    one, after_one = engine.ops.decoder_layers(x, ws, c, angles, before, lengths, keep)
+    each, after_each = layers.decoder_layers(engine.ops, x, ws, c, angles, before, lengths, keep)
     assert np.array_equal(one, each)
-    assert np.array_equal(given[0], x)
+    assert np.array_equal(x, untouched)
     for layer_one, layer_each in zip(after_one, after_each, strict=True):
         for kept, expected, n in zip(layer_one, layer_each, keep, strict=True):
             assert len(kept) == len(expected) == n + 1
@@ -82,7 +82,8 @@ def test_one_call_gives_the_bits_of_layer_by_layer(
 
 def test_states_after_have_memory_of_their_own(engine: Engine[Any, Any]) -> None:
     out = engine.run([Feed(engine.state(), token_ids(3), keep=3)])[0]
-    layers_after = [state.layers[0] for state in out.states]
+    layers_after = [layer for state in out.states if isinstance(layer := state.layers[0], DeltaState)]
+    assert len(layers_after) == 4
     for layer in layers_after:
         layer.matrix[:] = 1  # one that shared memory would be 1 before its turn
         assert all(np.all(other.matrix != 1) for other in layers_after if other is not layer)

@@ -74,7 +74,7 @@ class CpuOps(ArrayOps[_native.Matrix]):
         start_threads()
 
     def kv_nbytes(self, c: TextConfig, tokens: int) -> int:
-        page = _native.Page(self.kv_dtype, c.num_key_value_heads, c.head_dim).nbytes
+        page: int = _native.Page(self.kv_dtype, c.num_key_value_heads, c.head_dim).nbytes
         return page * -(-tokens // PAGE) * c.layer_types.count("full_attention")
 
     def scratch_nbytes(self, c: TextConfig, tokens: int) -> int:
@@ -225,7 +225,7 @@ class CpuOps(ArrayOps[_native.Matrix]):
             x, ws, c.linear_num_key_heads, c.rms_norm_eps, *angles, before, lengths, keep, y := like(x)
         )  # fmt: skip
         return y, [
-            _delta_states(kept or []) if caches is None else list(map(kept_caches, caches, keep))
+            [*_delta_states(kept or [])] if caches is None else [*map(kept_caches, caches, keep)]
             for kept, caches in zip(after, longer, strict=True)
         ]
 
