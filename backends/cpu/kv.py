@@ -13,7 +13,7 @@ from edgeq.state import KVCache
 
 __all__ = ["PAGE", "NativeKV"]
 
-PAGE = _native.KV_PAGE  # tokens
+PAGE: int = _native.KV_PAGE  # tokens
 
 
 class NativeKV(KVCache[Array]):

@@ -74,7 +74,7 @@ class CpuOps(ArrayOps[_native.Matrix]):
         start_threads()
 
     def kv_nbytes(self, c: TextConfig, tokens: int) -> int:
-        page = _native.Page(self.kv_dtype, c.num_key_value_heads, c.head_dim).nbytes
+        page: int = _native.Page(self.kv_dtype, c.num_key_value_heads, c.head_dim).nbytes
         return page * -(-tokens // PAGE) * c.layer_types.count("full_attention")
 
     def scratch_nbytes(self, c: TextConfig, tokens: int) -> int:

@@ -22,7 +22,7 @@ EPS = 1e-6
 class RMSNorm(nn.Module):
     """Zero-centred RMS norm: the stored weight w stands for a gain of 1 + w."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))
 
@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
 class GatedNorm(nn.Module):
     """RMS norm per head with plain weight, then times SiLU of the gate."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
@@ -107,7 +107,7 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tens
 
 
 class DeltaNet(nn.Module):
-    def __init__(self, s: Shape):
+    def __init__(self, s: Shape) -> None:
         super().__init__()
         self.s = s
         d = s.linear_head_dim
@@ -157,7 +157,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, s: Shape):
+    def __init__(self, s: Shape) -> None:
         super().__init__()
         self.s = s
         self.q_proj = nn.Linear(s.hidden, 2 * s.heads * s.head_dim, bias=False)
@@ -191,7 +191,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class MLP(nn.Module):
-    def __init__(self, hidden: int, intermediate: int):
+    def __init__(self, hidden: int, intermediate: int) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
         self.up_proj = nn.Linear(hidden, intermediate, bias=False)
@@ -202,7 +202,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, s: Shape, kind: str):
+    def __init__(self, s: Shape, kind: str) -> None:
         super().__init__()
         self.kind = kind
         self.input_layernorm = RMSNorm(s.hidden)
@@ -220,7 +220,7 @@ class Layer(nn.Module):
 
 
 class Text(nn.Module):
-    def __init__(self, s: Shape):
+    def __init__(self, s: Shape) -> None:
         super().__init__()
         self.s = s
         self.embed_tokens = nn.Embedding(s.vocab, s.hidden)
@@ -246,7 +246,7 @@ class Text(nn.Module):
 class MTP(nn.Module):
     """The draft head: from the final hidden state at p and the token at p + 1 to the token at p + 2."""
 
-    def __init__(self, s: Shape):
+    def __init__(self, s: Shape) -> None:
         super().__init__()
         self.fc = nn.Linear(2 * s.hidden, s.hidden, bias=False)
         self.pre_fc_norm_embedding = RMSNorm(s.hidden)
@@ -260,7 +260,7 @@ class MTP(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    def __init__(self, s: Shape):
+    def __init__(self, s: Shape) -> None:
         super().__init__()
         width = s.vision_hidden
         self.heads = s.vision_heads
@@ -286,7 +286,7 @@ class VisionBlock(nn.Module):
 class Vision(nn.Module):
     """Vision tower over images of one size, given as patch vectors [N, gh * gw, 1536] in 2 x 2 block order."""
 
-    def __init__(self, s: Shape):
+    def __init__(self, s: Shape) -> None:
         super().__init__()
         self.s = s
         width, merged = s.vision_hidden, 4 * s.vision_hidden
@@ -338,7 +338,7 @@ def block_order(x: Tensor) -> Tensor:
 class Model(nn.Module):
     """The whole checkpoint; `state_dict()` has the family's names."""
 
-    def __init__(self, s: Shape, seed: int = 0):
+    def __init__(self, s: Shape, seed: int = 0) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.s = s

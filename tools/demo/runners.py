@@ -19,7 +19,7 @@ class TransformersRunner:
 
     sees = True
 
-    def __init__(self, path: Path, batch: int = 16):
+    def __init__(self, path: Path, batch: int = 16) -> None:
         import torch
         from transformers import Qwen3_5ForConditionalGeneration
 
@@ -65,7 +65,7 @@ class EdgeqRunner:
 
     sees = False
 
-    def __init__(self, path: Path, backend: str):
+    def __init__(self, path: Path, backend: str) -> None:
         import edgeq
 
         self.model = edgeq.load(path, backend=backend)

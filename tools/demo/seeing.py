@@ -28,7 +28,7 @@ NONE = 10  # the digit of a place that is empty
 class Heads(nn.Module):
     """Linear readings of the features [N, 9, hidden]; a target below is one of their classes, per token or picture."""
 
-    def __init__(self, hidden: int):
+    def __init__(self, hidden: int) -> None:
         super().__init__()
         self.shape = nn.Linear(hidden, 1 + len(pictures.SHAPES))
         self.colour = nn.Linear(hidden, 1 + len(pictures.COLOURS))

@@ -104,7 +104,9 @@ def send_batches(pipe: Connection, seed: int, first: int, last: int, tok: Tokeni
 
 
 class Trainer:
-    def __init__(self, s: Shape, plan: Plan, tok: Tokenizer, folder: Path, device: str = "cpu", compiled: bool = True):
+    def __init__(
+        self, s: Shape, plan: Plan, tok: Tokenizer, folder: Path, device: str = "cpu", compiled: bool = True
+    ) -> None:
         self.s, self.plan, self.tok, self.folder, self.device = s, plan, tok, folder, device
         self.model = Model(s, plan.seed).to(device)
         self.model.tower.requires_grad_(False)
