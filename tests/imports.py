@@ -11,7 +11,6 @@ from typing import NamedTuple
 import edgeq
 
 PACKAGE = Path(edgeq.__file__).parent
-COMPILED = {"edgeq.backends.cpu._native"}  # modules without a source file
 
 
 class Import(NamedTuple):
@@ -52,8 +51,7 @@ class _Visitor(ast.NodeVisitor):
         assert node.module, f"line {node.lineno}: a relative import"
         for alias in node.names:
             name = f"{node.module}.{alias.name}"
-            is_module = name in modules() or name in COMPILED
-            self.found.append(Import(name if is_module else node.module, self._at_load))
+            self.found.append(Import(name if name in modules() else node.module, self._at_load))
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         self._later(node.body)

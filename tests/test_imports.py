@@ -19,15 +19,12 @@ ORDER = [
     "edgeq.inputs",
     "edgeq.files",
     "edgeq.version",
-    "edgeq.shortage",
     "edgeq.config",
-    "edgeq.files",
     "edgeq.formats",
     "edgeq.weights",
     "edgeq.state",
     "edgeq.backends.ops",
     "edgeq.model",
-    "edgeq.guard",
     "edgeq.backends",
     "edgeq.guard",
     "edgeq.text",
@@ -63,6 +60,11 @@ def unit(module: str) -> str:
 def imported(module: str) -> set[str]:
     """The package's modules that `module` imports."""
     return {name for name, _ in imports(module) if name in modules()}
+
+
+def test_every_line_of_the_order_stands_once_for_something() -> None:
+    assert len(set(ORDER)) == len(ORDER)
+    assert {unit(module) for module in modules()} == set(ORDER)
 
 
 def test_no_circles() -> None:
