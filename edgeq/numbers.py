@@ -32,6 +32,12 @@ class Range(NamedTuple):
             return False
         return self.low <= value <= self.high and not (self.above and value == self.low)
 
+    def wanted(self, value: object) -> str:
+        """What is expected in the place of `value`, in words: the end that it is beyond, if the range has no name."""
+        if self.high == _MAX_INTEGER and type(value) is int and value > self.high:
+            return "a whole number below 2^64"
+        return str(self)
+
     def __str__(self) -> str:
         if self.whole and self.high == _MAX_INTEGER:
             return f"a whole number of at least {self.low}"

@@ -279,9 +279,42 @@ class TestFolder:
         write_checkpoint(tmp_path)
         (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
         assert read(tmp_path).eos_token_ids == (1, 7, 9)
-        (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}')
-        with pytest.raises(ModelError, match="eos_token_id is 'x'"):
+        for wrong in ('"x"', "true", "-1", "1.0", "[7, 1e3]", "[" + "9" * 400 + "]", "[[7]]", "{}"):
+            (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {wrong}}}')
+            with pytest.raises(ModelError, match=r"generation_config\.json: eos_token_id is .*, expected an id"):
+                read(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "expected"),
+        [
+            ("temperature", "-0.1", "from 0 to 10, got -0.1"),
+            ("temperature", "NaN", "from 0 to 10, got nan"),
+            ("temperature", "Infinity", "from 0 to 10, got inf"),
+            ("temperature", "1e999", "from 0 to 10, got inf"),
+            ("temperature", "true", "from 0 to 10, got True"),
+            ("temperature", '"hot"', "from 0 to 10, got 'hot'"),
+            ("temperature", "9" * 400, "from 0 to 10, got 999"),
+            ("top_p", "0", "above 0 and at most 1, got 0"),
+            ("top_p", "1.5", "above 0 and at most 1, got 1.5"),
+            ("min_p", "-1", "from 0 to 1, got -1"),
+            ("top_k", "20.0", "a whole number of at least 0, got 20.0"),
+            ("top_k", "-1", "a whole number of at least 0, got -1"),
+            ("top_k", "9" * 400, "a whole number below 2^64, got 999"),
+            ("repetition_penalty", "0", "from 0.1 to 10, got 0"),
+        ],
+    )
+    def test_sampling_out_of_range(self, tmp_path: Path, name: str, value: str, expected: str) -> None:
+        write_checkpoint(tmp_path)
+        (tmp_path / "generation_config.json").write_text(f'{{"{name}": {value}}}')
+        with pytest.raises(ModelError) as caught:
             read(tmp_path)
+        assert f"generation_config.json: {name} must be {expected}" in caught.value.message
+        assert caught.value.hint == f"correct {name} in it, or take it out"
+
+    def test_sampling_that_is_null_is_none(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path)
+        (tmp_path / "generation_config.json").write_text('{"temperature": null, "top_k": 5, "num_beams": "x"}')
+        assert read(tmp_path).sampling == {"top_k": 5}
 
 
 class TestMLXLayout:
@@ -353,6 +386,14 @@ class TestMLXLayout:
             ({"mode": "mxfp4"}, "mode is 'mxfp4'"),
             ({"quant_method": "gptq"}, "quant_method 'gptq' is not supported"),
             ({"bits": 8}, "expected .* at 8 bits"),
+            ({"bits": 4.0}, r"has bits 4\.0"),
+            ({"bits": True}, "has bits True"),
+            ({"bits": [4]}, r"has bits \[4\]"),
+            ({"bits": 10**400}, "has bits 1000"),
+            ({"group_size": 64.0}, r"group_size 64\.0"),
+            ({"group_size": None}, "group_size None"),
+            ({"model.layers.0.mlp.up_proj": {"bits": 4.0}}, r"up_proj has bits 4\.0"),
+            ({"mode": ["affine"]}, r"mode is \['affine'\]"),
         ],
     )
     def test_a_block_that_does_not_fit(self, tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -646,6 +646,18 @@ class TestBadFiles:
         assert found is not None
         assert message in found
 
+    @pytest.mark.parametrize("key", [b"qwen35.rope.dimension_sections", b"tokenizer.ggml.token_type"])
+    def test_numbers_that_must_be_whole(self, key: bytes, victim: bytes, tmp_path: Path) -> None:
+        """float32 in the place of int32; NaN among them would be no number at all."""
+        before = string(key) + struct.pack("<II", 9, 5)
+        assert victim.count(before) == 1
+        end = victim.index(before) + len(before) + 8
+        raw = victim.replace(before, string(key) + struct.pack("<II", 9, 6))
+        raw = raw[:end] + struct.pack("<f", float("nan")) + raw[end + 4 :]
+        message = survives(tmp_path / "model.gguf", raw, lambda path: open_checkpoint(path).tokenizer())
+        assert message is not None
+        assert f"metadata {key.decode()} is not an array of whole numbers" in message
+
     def test_a_type_that_is_not_supported_is_named(self, victim: bytes, tmp_path: Path) -> None:
         at = next(at for at, _, meaning in Fields(victim).numbers if meaning == "tensor type")
         raw = bytearray(victim)

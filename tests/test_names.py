@@ -354,6 +354,16 @@ class TestTheCommandLine:
     def test_misuse_is_one_line(self, arguments: list[str], environment: dict[str, str]) -> None:
         assert told(run(*arguments, **environment), 2).isprintable()
 
+    def test_doctor_and_clean(self, odd: Path, tmp_path: Path) -> None:
+        (odd.parent / f".{odd.name}.partial-abcdefgh").mkdir()
+        (odd.parent / f".{odd.name}.partial-abcdefgh" / "lock").touch()
+        for arguments in (["doctor", str(tmp_path)], ["clean", str(tmp_path)]):
+            result = run(*arguments, EDGEQ_ISA="foo")
+            assert result.returncode == 0, result.stderr
+            assert "m\\xff\\x1b[2J\\nx.partial-abcdefgh" in result.stdout
+            assert "\x1b" not in result.stdout
+        assert "unknown instruction set 'foo'" in run("doctor", "--json", EDGEQ_ISA="foo").stdout
+
     @pytest.mark.parametrize("variable", ["EDGEQ_CONFIG", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME"])
     @pytest.mark.parametrize("value", ["~nosuchuser/x", *slow("x" * 5000, "~")])
     def test_folders_that_cannot_be(self, variable: str, value: str) -> None:

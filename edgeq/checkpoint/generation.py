@@ -41,7 +41,7 @@ def checked_sampling(sampling: dict[str, float], where: str) -> dict[str, float]
     for name, value in sampling.items():
         if not SAMPLING[name].holds(value):
             raise ModelError(
-                f"{where}: {name} must be {SAMPLING[name]}, got {brief(value)}",
+                f"{where}: {name} must be {SAMPLING[name].wanted(value)}, got {brief(value)}",
                 hint=f"correct {name} in it, or take it out",
             )
     return sampling

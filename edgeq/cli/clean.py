@@ -12,6 +12,7 @@ import typer
 
 from edgeq.errors import EdgeqError, UsageError
 from edgeq.files import find_leftovers
+from edgeq.printable import printable
 from edgeq.text.table_cache import cache_folder, stale_tables
 
 __all__ = ["clean"]
@@ -47,7 +48,7 @@ def clean(
             raise UsageError(f"{folder} is not a folder", hint="name the folder that the result was to appear in")
     items = _items(folders or [Path()])
     for item in items:
-        print(f"{item.path}  {item.nbytes / 1e6:,.1f} MB, {item.what}")
+        print(f"{printable(str(item.path))}  {item.nbytes / 1e6:,.1f} MB, {item.what}")
     if not items:
         print("nothing to remove", file=sys.stderr)
     elif yes or _agreed(items):

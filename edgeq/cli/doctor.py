@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -13,10 +12,12 @@ from typing import Annotated, Any
 import typer
 
 import edgeq
-from edgeq.backends import available, choose
+from edgeq.backends import Backend, available, choose
 from edgeq.cli.config_file import config_file
+from edgeq.cli.console import show_json
 from edgeq.errors import EdgeqError
 from edgeq.files import Leftover, find_leftovers
+from edgeq.printable import printable
 from edgeq.shortage import limits
 from edgeq.text.table_cache import cache_folder, cache_problem, stale_tables
 
@@ -53,7 +54,10 @@ def doctor(
         "environment": _environment(),
         "left behind": _left_behind(folders or [Path()]),
     }
-    print(json.dumps(facts, ensure_ascii=False, indent=2) if as_json else "\n".join(_lines(facts)))
+    if as_json:
+        show_json(facts, indent=2)
+    else:
+        print("\n".join(_lines(facts)))
 
 
 def _packages() -> dict[str, str]:
@@ -66,9 +70,18 @@ def _packages() -> dict[str, str]:
     return found
 
 
+def _described(backend: Backend) -> str:
+    if backend.ops is None:
+        return f"not available: {backend.reason}"
+    try:
+        return backend.ops.describe()
+    except EdgeqError as error:  # such as an instruction set that this machine does not have
+        return f"not available: {error.message}"
+
+
 def _backends() -> dict[str, str]:
     """Every backend with its instruction set or device, or why it cannot run."""
-    found = {b.name: b.ops.describe() if b.ops is not None else f"not available: {b.reason}" for b in available()}
+    found = {b.name: _described(b) for b in available()}
     try:
         chosen = choose()
         found["chosen"] = f"{chosen.name} ({chosen.reason})"
@@ -151,12 +164,7 @@ def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
     width = max((len(key) for key, value in facts.items() if not isinstance(value, dict)), default=0)
     for key, value in facts.items():
         if isinstance(value, dict):
-            lines += [f"{indent}{key}" + ("" if value else ": nothing"), *_lines(value, indent + "  ")]
+            lines += [f"{indent}{printable(key)}" + ("" if value else ": nothing"), *_lines(value, indent + "  ")]
         else:
-            lines.append(f"{indent}{_plain(key):{width}}  {_plain(str(value))}")
+            lines.append(f"{indent}{printable(key):{width}}  {printable(str(value))}")
     return lines
-
-
-def _plain(text: str) -> str:
-    """Text with what a terminal would obey made visible."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

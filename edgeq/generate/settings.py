@@ -53,7 +53,7 @@ class GenerationSettings:
         for option, allowed in SAMPLING.items():
             value = getattr(self, option)
             if not (allowed.holds(value) or (value is None and option in _OPTIONAL)):
-                raise UsageError(f"{option} must be {allowed}, got {brief(value)}")
+                raise UsageError(f"{option} must be {allowed.wanted(value)}, got {brief(value)}")
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
             raise UsageError(f"stop must be a tuple of non-empty strings, got {brief(self.stop)}")
 
