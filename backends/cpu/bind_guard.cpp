@@ -3,7 +3,8 @@
 // in a file that was announced; then it says which one and leaves with exit code 4, or, while a caller has promised to
 // look (`zeros`), puts a page of zeros there and takes note. Any other SIGBUS goes where it would have gone.
 //
-// Everything that the handler touches is static and atomic; it calls write, pause, mmap, sigaction, raise and _exit only.
+// Everything that the handler touches is static and atomic; it calls write, pause, mmap, sigaction, raise and _exit
+// only.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
@@ -131,6 +132,7 @@ void bind_guard(nb::module_& m) {
     m.def("guard_add", &add, "begin"_a, "size"_a, "path"_a, "Announce a mapped file; its number, -1 if it has none.");
     m.def("guard_forget", &forget, "number"_a, "It is mapped no more.");
     m.def("guard_hit", &hit, "number"_a, "Whether pages of the file were replaced by zeros.");
-    m.def("guard_zeros", [](bool wanted) { return zeros.exchange(wanted); }, "wanted"_a,
-          "Whether to go on with zeros instead of leaving; what held before.");
+    m.def(
+        "guard_zeros", [](bool wanted) { return zeros.exchange(wanted); }, "wanted"_a,
+        "Whether to go on with zeros instead of leaving; what held before.");
 }

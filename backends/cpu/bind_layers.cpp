@@ -81,16 +81,18 @@ void causal_conv_silu(const In& x, const In& w, const In& tail, const Out& out) 
     });
 }
 
-void delta_rule_(const In& q, const In& k, const In& v, const In& g, const In& beta, const In& state,
-                 nb::handle after, const Out& out) {
+void delta_rule_(const In& q, const In& k, const In& v, const In& g, const In& beta, const In& state, nb::handle after,
+                 const Out& out) {
     require(q.ndim() == 3 && v.ndim() == 3, "q, v", "3 axes [T, H, width]");
     const Index T = q.shape(0), Hk = q.shape(1), K = q.shape(2), Hv = v.shape(1), V = v.shape(2);
     require(T > 0 && Hk > 0 && K > 0 && V > 0 && Hv > 0 && Hv % Hk == 0, "q, v", "value heads a multiple of key heads");
     const nb::tuple kept = items_of(after, "after", "1 to T + 1 arrays");
     const Index keep = Index(nb::len(kept)) - 1;
     require(0 <= keep && keep <= T, "after", "1 to T + 1 arrays");
-    DeltaRule rule{Hk, Hv, K, V, tokens_of(q, "q", {T, Hk, K}), tokens_of(k, "k", {T, Hk, K}),
-                   tokens_of(v, "v", {T, Hv, V}), tokens_of(g, "g", {T, Hv}), tokens_of(beta, "beta", {T, Hv}), {}};
+    DeltaRule rule{Hk, Hv, K, V, {}, {}, {}, {}, {}, {}};
+    rule.q = tokens_of(q, "q", {T, Hk, K}), rule.k = tokens_of(k, "k", {T, Hk, K});
+    rule.v = tokens_of(v, "v", {T, Hv, V});
+    rule.g = tokens_of(g, "g", {T, Hv}), rule.beta = tokens_of(beta, "beta", {T, Hv});
     const auto y = output(out, v);
     rule.out = {y.data, Hv * V};
     require_shape(state, "state", {Hv, V, K});
@@ -172,11 +174,14 @@ nb::tuple memory_held() {
 void bind_pages(nb::module_& m) {
     m.attr("KV_PAGE") = kv_page;
     m.def("memory_held", &memory_held, "Bytes held now by pages of keys and values, by states, and by scratch memory.");
-    nb::class_<Page>(m, "Page", "Room for KV_PAGE tokens' keys and values of a layer, laid out as layers/layers.h says.")
-        .def("__init__", [](Page* self, const char* dtype, Index heads, Index dim) {
-            new (self) Page(kv_type(dtype), heads, dim);
-        }, "dtype"_a, "heads"_a, "dim"_a)
-        .def("copy", [](const Page& page) { return new Page(page); }, "Another page of the same content.")
+    nb::class_<Page>(m, "Page",
+                     "Room for KV_PAGE tokens' keys and values of a layer, laid out as layers/layers.h says.")
+        .def(
+            "__init__",
+            [](Page* self, const char* dtype, Index heads, Index dim) { new (self) Page(kv_type(dtype), heads, dim); },
+            "dtype"_a, "heads"_a, "dim"_a)
+        .def(
+            "copy", [](const Page& page) { return new Page(page); }, "Another page of the same content.")
         .def("read", &read_page_, "keys"_a.noconvert(), "values"_a.noconvert(),
              "The first tokens' keys and values, each float32 [tokens, heads, dim].")
         .def_ro("nbytes", &Page::nbytes)
@@ -191,12 +196,15 @@ void bind_mixers(nb::module_& m);
 
 void bind_layers(nb::module_& m) {
     m.def("empty", &empty, "nbytes"_a, "Bytes on a cache line, not cleared, for what comes and goes with every token.");
-    m.def("add", [](In x, In y, Out out) { pointwise(layer_kernels().add, x, y, out); }, "x"_a.noconvert(),
-          "y"_a.noconvert(), "out"_a.noconvert());
-    m.def("silu_mul", [](In gate, In up, Out out) { pointwise(layer_kernels().silu_mul, gate, up, out); },
-          "gate"_a.noconvert(), "up"_a.noconvert(), "out"_a.noconvert());
-    m.def("sigmoid_mul", [](In x, In gate, Out out) { pointwise(layer_kernels().sigmoid_mul, x, gate, out); },
-          "x"_a.noconvert(), "gate"_a.noconvert(), "out"_a.noconvert());
+    m.def(
+        "add", [](In x, In y, Out out) { pointwise(layer_kernels().add, x, y, out); }, "x"_a.noconvert(),
+        "y"_a.noconvert(), "out"_a.noconvert());
+    m.def(
+        "silu_mul", [](In gate, In up, Out out) { pointwise(layer_kernels().silu_mul, gate, up, out); },
+        "gate"_a.noconvert(), "up"_a.noconvert(), "out"_a.noconvert());
+    m.def(
+        "sigmoid_mul", [](In x, In gate, Out out) { pointwise(layer_kernels().sigmoid_mul, x, gate, out); },
+        "x"_a.noconvert(), "gate"_a.noconvert(), "out"_a.noconvert());
     m.def("rms_norm", &rms_norm, "x"_a.noconvert(), "gain"_a.noconvert(), "gate"_a.noconvert().none(), "eps"_a,
           "out"_a.noconvert());
     m.def("l2_norm", &l2_norm, "x"_a.noconvert(), "eps"_a, "out"_a.noconvert());

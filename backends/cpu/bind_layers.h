@@ -46,8 +46,8 @@ Grid<T> grid(const A& x, const char* name) {
     if (is_empty(x)) return {x.data(), 0, 0, 1, 0, 0};
     const size_t last = x.ndim() - 1;
     const Index inner = last == 0 ? 1 : x.shape(last - 1), outer = last == 2 ? x.shape(0) : 1;
-    return {x.data(), entries({inner, outer}), Index(x.shape(last)), inner < 1 ? 1 : inner, last == 2 ? x.stride(0) : 0,
-            last == 0 ? 0 : x.stride(last - 1)};
+    const Index outer_stride = last == 2 ? x.stride(0) : 0, inner_stride = last == 0 ? 0 : x.stride(last - 1);
+    return {x.data(), entries({inner, outer}), Index(x.shape(last)), inner, outer_stride, inner_stride};
 }
 
 inline Grid<float> output(const Out& y, const In& like) {
@@ -142,7 +142,8 @@ inline KvSequence kv_sequence(Index tokens, Index past, const nb::tuple& pages, 
         const Page* page = item<const Page*>(x, "pages", "Page objects");
         if (!page) refuse_type("pages", "Page objects");
         if (s.pages.empty()) type = page->type;
-        require(page->type == type && page->heads == heads && page->D == D, "pages", "one type, the heads and the width");
+        require(page->type == type && page->heads == heads && page->D == D, "pages",
+                "one type, the heads and the width");
         s.pages.push_back(page->data());
     }
     require(Index(s.pages.size()) * kv_page >= past + tokens, "pages", "room for all tokens");

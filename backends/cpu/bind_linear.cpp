@@ -85,8 +85,8 @@ BoundMatrix quantized(const Codes& codes, const AnyArray& scales, const std::opt
 BoundMatrix plain(const AnyArray& values) {
     require(entries({Index(values.shape(0)), Index(values.shape(1))}) > 0, "values", "at least one number");
     require_aligned(values, "values");
-    Matrix m = {values.data(), nullptr, nullptr, int64_t(values.shape(0)), int64_t(values.shape(1)), 0, 0,
-                type_of(values, "values")};
+    const Index out = values.shape(0), in = values.shape(1);
+    const Matrix m = {values.data(), nullptr, nullptr, out, in, 0, 0, type_of(values, "values")};
     return {m, {nb::ndarray<nb::ro>(values)}};
 }
 
@@ -170,14 +170,15 @@ void set_threads(int threads) {
 
 void bind_linear(nb::module_& m) {
     nb::class_<BoundMatrix>(m, "Matrix", "A matrix [out, in] in the memory of the arrays that it is made of.")
-        .def(nb::new_(&quantized), "codes"_a.noconvert(), "scales"_a.noconvert(),
-             "biases"_a.noconvert().none(), "bits"_a, "group_size"_a, "block_scales"_a.noconvert() = nb::none(),
+        .def(nb::new_(&quantized), "codes"_a.noconvert(), "scales"_a.noconvert(), "biases"_a.noconvert().none(),
+             "bits"_a, "group_size"_a, "block_scales"_a.noconvert() = nb::none(),
              "block_biases"_a.noconvert() = nb::none(), "zero"_a = 0, "iq4"_a = false,
              "Group-quantized, see edgeq.weights.QMatrix; scales and biases float32, float16 or uint16 (bfloat16), or "
              "int8 in units of block_scales and block_biases, float16.")
         .def(nb::new_(&plain), "values"_a.noconvert(), "Plain: float32, float16 or uint16 (bfloat16) [out, in].")
         .def_prop_ro("shape", [](const BoundMatrix& w) { return nb::make_tuple(w.matrix.out, w.matrix.in); })
-        .def_prop_ro("bits", [](const BoundMatrix& w) { return w.matrix.bits; }, "0 for a plain matrix.")
+        .def_prop_ro(
+            "bits", [](const BoundMatrix& w) { return w.matrix.bits; }, "0 for a plain matrix.")
         .def_prop_ro("nbytes", &nbytes, "What one token reads of it.");
     m.def("linear", &linear_one, "x"_a.noconvert(), "w"_a, "out"_a.noconvert(),
           "out = x @ w^T: x float32 [T, in], w Matrix [out, in], out float32 [T, out].");
@@ -187,8 +188,9 @@ void bind_linear(nb::module_& m) {
           "linear with several matrices of one input, quantizing it once and waking the threads once.");
     m.def("embed", &embed_checked, "table"_a, "ids"_a.noconvert(), "out"_a.noconvert(),
           "Rows of a matrix: ids int32 [T] -> out float32 [T, in].");
-    m.def("isa", [] { return isa_name(active_isa()); },
-          "The instruction set whose kernels run; RuntimeError if EDGEQ_ISA names none that is here.");
+    m.def(
+        "isa", [] { return isa_name(active_isa()); },
+        "The instruction set whose kernels run; RuntimeError if EDGEQ_ISA names none that is here.");
     m.def("isas", &isas, "The instruction sets that this build and machine have, slowest first.");
     m.def("set_isa", &set_isa, "name"_a, "Force an instruction set; RuntimeError where it is not to be had.");
     m.def("thread_count", &thread_count, "Threads that an operation may use.");

@@ -68,15 +68,18 @@ DeltaNetMixer delta_net_in(nb::handle weights, Index hidden, Index key_heads, fl
     require(K > 0 && C == 2 * key_heads * K + values, "in_proj_qkv", "rows for queries, keys and values");
     const In conv = item<In>(w[4], "conv", "a float32 array");
     require(conv.ndim() == 2 && conv.shape(1) > 0, "conv", "2 axes, and at least one tap");
-    const Index width = conv.shape(1);
+    DeltaNet between{};
+    between.Hk = key_heads, between.Hv = Hv, between.K = K, between.V = V, between.width = conv.shape(1);
+    between.conv = held.array(w[4], "conv", {C, between.width}).data();
+    between.A = held.array(w[5], "decay", {Hv}).data();
+    between.dt_bias = held.array(w[6], "dt_bias", {Hv}).data();
+    between.norm = held.array(w[7], "norm", {V}).data(), between.eps = eps;
     return {matrix_in(w[0], "in_proj_qkv", C, hidden),
             matrix_in(w[1], "in_proj_z", values, hidden),
             matrix_in(w[2], "in_proj_b", Hv, hidden),
             matrix_in(w[3], "in_proj_a", Hv, hidden),
             matrix_in(w[8], "out_proj", hidden, values),
-            {key_heads, Hv, K, V, width, {}, {}, {}, {}, held.array(w[4], "conv", {C, width}).data(),
-             held.array(w[5], "decay", {Hv}).data(), held.array(w[6], "dt_bias", {Hv}).data(),
-             held.array(w[7], "norm", {V}).data(), eps, {}},
+            between,
             {}};
 }
 
@@ -152,8 +155,10 @@ nb::list take_states(DeltaNetMixer& mixer, nb::handle states, const Lengths& len
     nb::list all;
     for (Index i = 0; i < lengths.count(); i++) {
         const nb::tuple state = held.items(before[i], "states", "(conv, matrix)", 2);
-        DeltaSequence s{lengths.tokens[i], lengths.keep[i], held.array(state[0], "conv", {net.width - 1, net.channels()}).data(),
-                        held.array(state[1], "matrix", {net.Hv, net.V, net.K}).data(), {}, {}};
+        DeltaSequence s{};
+        s.tokens = lengths.tokens[i], s.keep = lengths.keep[i];
+        s.tail = held.array(state[0], "conv", {net.width - 1, net.channels()}).data();
+        s.state = held.array(state[1], "matrix", {net.Hv, net.V, net.K}).data();
         nb::list after;
         for (Index n = 0; n <= lengths.keep[i]; n++) after.append(new_state(net, s, kind));
         mixer.sequences.push_back(std::move(s));
@@ -193,8 +198,8 @@ void mlp(const In& x, nb::handle weights, const Out& out) {
     run_mlp(w, x.data(), T, out.data());
 }
 
-nb::list delta_net_(const In& x, nb::handle weights, Index key_heads, float eps, nb::handle states,
-                    nb::handle lengths, nb::handle keep, nb::type_object kind, const Out& out) {
+nb::list delta_net_(const In& x, nb::handle weights, Index key_heads, float eps, nb::handle states, nb::handle lengths,
+                    nb::handle keep, nb::type_object kind, const Out& out) {
     const Index T = tokens_in(x, out);
     const Lengths all(lengths, keep, T);
     Held held;
@@ -238,8 +243,7 @@ private:
 };
 
 nb::list decoder_layers(const In& x, nb::handle layers, Index key_heads, float eps, const In& cos, const In& sin,
-                        nb::handle states, nb::handle lengths, nb::handle keep, nb::type_object kind,
-                        const Out& out) {
+                        nb::handle states, nb::handle lengths, nb::handle keep, nb::type_object kind, const Out& out) {
     const Index T = tokens_in(x, out), hidden = x.shape(1);
     const Lengths tokens(lengths, keep, T);
     Held held;
@@ -281,7 +285,8 @@ void bind_mixers(nb::module_& m) {
     m.def("mlp", &mlp, "x"_a.noconvert(), "w"_a, "out"_a.noconvert(), "Feed-forward: w MLPWeights.");
     m.def("delta_net", &delta_net_, "x"_a.noconvert(), "w"_a, "key_heads"_a, "eps"_a, "states"_a, "lengths"_a, "keep"_a,
           "kind"_a, "out"_a.noconvert(),
-          "Gated DeltaNet: w DeltaNetWeights, states (conv, matrix) for each sequence -> keep + 1 such, as tuples `kind`.");
+          "Gated DeltaNet: w DeltaNetWeights, states (conv, matrix) for each sequence -> keep + 1 such, as tuples "
+          "`kind`.");
     m.def("gated_attention", &gated_attention, "x"_a.noconvert(), "w"_a, "eps"_a, "cos"_a.noconvert(),
           "sin"_a.noconvert(), "caches"_a, "lengths"_a, "out"_a.noconvert(),
           "Gated attention: w AttentionWeights, caches (past, pages) with room for each sequence's tokens.");

@@ -45,7 +45,7 @@ void quantize_checked(const Weights& x, int bits, int group_size, const char* st
 }  // namespace
 
 void bind_quantize(nb::module_& m) {
-    m.def("quantize", &quantize_checked, "x"_a.noconvert(), "bits"_a, "group_size"_a, "stored"_a,
-          "words"_a.noconvert(), "scales"_a.noconvert(), "biases"_a.noconvert(), "errors"_a.noconvert(),
+    m.def("quantize", &quantize_checked, "x"_a.noconvert(), "bits"_a, "group_size"_a, "stored"_a, "words"_a.noconvert(),
+          "scales"_a.noconvert(), "biases"_a.noconvert(), "errors"_a.noconvert(),
           "Group-wise affine quantization with the search of edgeq.quant.search; the same bits as its NumPy form.");
 }

@@ -131,7 +131,8 @@ void decode(bool cached, int bits, int group, int64_t out, int64_t in, int token
         }
     });
     std::printf("  %-6s  %d bits group %3d  %5ld x %5ld  T %d  %6.1f GB/s  %7.1f us a call\n",
-                cached ? "cache" : "memory", bits, group, long(out), long(in), tokens, nbytes * count / time * 1e-9, time / count * 1e6);
+                cached ? "cache" : "memory", bits, group, long(out), long(in), tokens, nbytes * count / time * 1e-9,
+                time / count * 1e6);
 }
 
 void prefill(int bits, int group, int64_t out, int64_t in, int64_t tokens) {

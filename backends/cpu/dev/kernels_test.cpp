@@ -141,8 +141,8 @@ void compare(const char* isa, const TestMatrix& m, int64_t tokens, bool exact, s
     auto expected = product("scalar", m, x, tokens), found = product(isa, m, x, tokens);
     double error = nmse(expected, found);
     std::snprintf(detail, sizeof detail, "[%ld, %ld] bits %d group %d type %d block %d iq4 %d tokens %ld: nmse %g",
-                  long(m.w.out), long(m.w.in), m.w.bits, m.w.group, int(m.w.type), m.w.block_shift, m.w.iq4, long(tokens),
-                  error);
+                  long(m.w.out), long(m.w.in), m.w.bits, m.w.group, int(m.w.type), m.w.block_shift, m.w.iq4,
+                  long(tokens), error);
     if (exact && m.w.bits) check(expected == found, "integer part", isa, detail);
     check(error <= largest_nmse, "float part", isa, detail);
 }
@@ -162,9 +162,9 @@ void test_gguf_matrices(const char* isa) {
         bool iq4;
     };
     const Form forms[] = {
-        {4, 32, 3, true, 0, false},  {4, 32, 2, true, 0, false},   {5, 32, 3, true, 0, false},
-        {6, 16, 4, false, 32, false}, {6, 16, 3, false, 32, false}, {4, 32, 3, false, 128, true},
-        {4, 32, 2, false, 128, true}, {4, 32, -1, false, 128, true}, {4, 32, -1, false, 8, false},
+        {4, 32, 3, true, 0, false},    {4, 32, 2, true, 0, false},     {5, 32, 3, true, 0, false},
+        {6, 16, 4, false, 32, false},  {6, 16, 3, false, 32, false},   {4, 32, 3, false, 128, true},
+        {4, 32, 2, false, 128, true},  {4, 32, -1, false, 128, true},  {4, 32, -1, false, 8, false},
         {5, 32, -1, false, 16, false}, {8, 32, -1, false, 128, false},
     };
     std::mt19937 random(11);

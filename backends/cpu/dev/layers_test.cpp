@@ -85,9 +85,12 @@ struct DeltaCase {
         Index at = 0;
         for (Index n : lengths) {
             const Index kept = at + n == tokens ? keep : 0;
-            const DeltaNet net{Hk, Hv, K, V, width, {qkv.data() + at * C, C}, {z.data() + at * Hv * V, Hv * V},
-                               {b.data() + at * Hv, Hv}, {a.data() + at * Hv, Hv}, conv.data(), negative.data(),
-                               dt_bias.data(), gain.data(), 1e-6f, {out.data() + at * Hv * V, Hv * V}};
+            DeltaNet net{};
+            net.Hk = Hk, net.Hv = Hv, net.K = K, net.V = V, net.width = width, net.eps = 1e-6f;
+            net.qkv = {qkv.data() + at * C, C}, net.z = {z.data() + at * Hv * V, Hv * V};
+            net.b = {b.data() + at * Hv, Hv}, net.a = {a.data() + at * Hv, Hv};
+            net.conv = conv.data(), net.A = negative.data(), net.dt_bias = dt_bias.data(), net.norm = gain.data();
+            net.out = {out.data() + at * Hv * V, Hv * V};
             DeltaSequence sequence{n, kept, old_tail.data(), old_state.data(), {}, {}};
             for (Vector& t : tails) sequence.tails_after.push_back(t.data());
             for (Vector& s : states) sequence.states_after.push_back(s.data());

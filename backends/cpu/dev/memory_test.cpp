@@ -113,8 +113,11 @@ struct Delta {
     explicit Delta(Index tokens) : tokens(tokens) {}
 
     void run() {
-        const DeltaNet net{Hk, Hv, K, V, width, {qkv.data(), C}, {z.data(), Hv * V}, {b.data(), Hv}, {a.data(), Hv},
-                           conv.data(), decay.data(), bias.data(), gain.data(), 1e-6f, {out.data(), Hv * V}};
+        DeltaNet net{};
+        net.Hk = Hk, net.Hv = Hv, net.K = K, net.V = V, net.width = width, net.eps = 1e-6f;
+        net.qkv = {qkv.data(), C}, net.z = {z.data(), Hv * V}, net.b = {b.data(), Hv}, net.a = {a.data(), Hv};
+        net.conv = conv.data(), net.A = decay.data(), net.dt_bias = bias.data(), net.norm = gain.data();
+        net.out = {out.data(), Hv * V};
         delta_net(net, {{tokens, 0, tail.data(), state.data(), {tail_after.data()}, {state_after.data()}}});
     }
 
@@ -156,9 +159,7 @@ struct Attend_ {
         return a;
     }
 
-    void run() {
-        attention(shape(past), {{tokens, past, pages}});
-    }
+    void run() { attention(shape(past), {{tokens, past, pages}}); }
 
     Vector result() const { return out; }
 };
@@ -177,15 +178,20 @@ struct Layers {
 
     explicit Layers(Index tokens) : tokens(tokens) {
         const FeedForward mlp{matrix(wide, hidden), matrix(wide, hidden), matrix(hidden, wide)};
-        DeltaNetMixer delta{matrix(C, hidden), matrix(Hv * V, hidden), matrix(Hv, hidden), matrix(Hv, hidden),
-                            matrix(hidden, Hv * V), {Hk, Hv, K, V, 4, {}, {}, {}, {}, conv.data(), decay.data(),
-                            bias.data(), norm.data(), 1e-6f, {}}, {}};
+        DeltaNetMixer delta{};
+        delta.qkv = matrix(C, hidden), delta.z = matrix(Hv * V, hidden), delta.out = matrix(hidden, Hv * V);
+        delta.b = matrix(Hv, hidden), delta.a = matrix(Hv, hidden);
+        DeltaNet& net = delta.between;
+        net.Hk = Hk, net.Hv = Hv, net.K = K, net.V = V, net.width = 4, net.eps = 1e-6f;
+        net.conv = conv.data(), net.A = decay.data(), net.dt_bias = bias.data(), net.norm = norm.data();
         delta.sequences = {{tokens, 0, tail.data(), state.data(), {tail_after.data()}, {state_after.data()}}};
         Attention a{};
         a.Hq = Hq, a.Hkv = Hkv, a.D = D, a.type = KvType::f16, a.eps = 1e-6f, a.pairs = D / 4;
         a.q_norm = a.k_norm = norm.data(), a.cos = a.sin = angle.data();
-        AttentionMixer attention{matrix(2 * Hq * D, hidden), matrix(Hkv * D, hidden), matrix(Hkv * D, hidden),
-                                 matrix(hidden, Hq * D), a, {{tokens, 0, {}}}};
+        AttentionMixer attention{};
+        attention.q = matrix(2 * Hq * D, hidden), attention.out = matrix(hidden, Hq * D);
+        attention.k = matrix(Hkv * D, hidden), attention.v = matrix(Hkv * D, hidden);
+        attention.between = a, attention.sequences = {{tokens, 0, {}}};
         for (Index i = 0; i < tokens; i += kv_page) {
             pages.emplace_back(kv_page_nbytes(KvType::f16, Hkv, D));
             attention.sequences[0].pages.push_back(pages.back().data());

@@ -35,8 +35,8 @@ EDGEQ_INLINE void dot_unit(const uint8_t* src, const int8_t* q, int64_t stride, 
     }
 }
 
-// How far ahead of a block of rows to prefetch: whole blocks, at least prefetch_nbytes. The order is that of memory, not
-// that in which the rows are used in turns: the hardware prefetches along with it, and only with it ("Matrices" in
+// How far ahead of a block of rows to prefetch: whole blocks, at least prefetch_nbytes. The order is that of memory,
+// not that in which the rows are used in turns: the hardware prefetches along with it, and only with it ("Matrices" in
 // docs/speed.md).
 EDGEQ_INLINE int64_t prefetch_distance(int64_t block_nbytes) {
     return (prefetch_nbytes + block_nbytes - 1) / block_nbytes * block_nbytes;

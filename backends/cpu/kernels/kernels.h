@@ -25,9 +25,9 @@ enum class Type : int { f32, f16, bf16, i8 };
 // layout: rows of `bits`-bit codes, one stream, lowest bit first; scales and biases [out, in / group] of `type`.
 // in is a multiple of group (32, 64 or 128, and with 6 bits 16: GGUF's Q6_K).
 //
-// What GGUF's types have beyond that (edgeq/formats/ggml.py): without biases, bias = -zero * scale. If `type` is i8, scales and
-// biases are in units of their block's: float16 [out, groups >> block_shift], a block being 4, 8 or 16 groups. With iq4
-// the 4-bit codes are places in iq4_codes, where the codes proper are, of 8 bits; the group is 32.
+// What GGUF's types have beyond that (edgeq/formats/ggml.py): without biases, bias = -zero * scale. If `type` is i8,
+// scales and biases are in units of their block's: float16 [out, groups >> block_shift], a block being 4, 8 or 16
+// groups. With iq4 the 4-bit codes are places in iq4_codes, where the codes proper are, of 8 bits; the group is 32.
 struct Matrix {
     const void* data;
     const void* scales;

@@ -48,12 +48,12 @@ void quantize(const float* x, int64_t tokens, int64_t in, int group, Order order
         for (int64_t t = t0; t < t1; t++) {
             if (padded) {
                 std::memset(q + t * a.stride, 0, a.stride);
-                for (void* row : {(void*)(scales + t * a.groups), (void*)(sums + t * a.groups),
-                                  (void*)(totals + t * a.groups)})
+                for (void* row :
+                     {(void*)(scales + t * a.groups), (void*)(sums + t * a.groups), (void*)(totals + t * a.groups)})
                     std::memset(row, 0, a.groups * 4);
             }
-            kernels.quantize(x + t * in, in, group, order, q + t * a.stride, scales + t * a.groups,
-                             sums + t * a.groups, totals + t * a.groups);
+            kernels.quantize(x + t * in, in, group, order, q + t * a.stride, scales + t * a.groups, sums + t * a.groups,
+                             totals + t * a.groups);
         }
     };
     const int64_t piece = std::max<int64_t>(1, 65536 / in);  // tokens; some 10 microseconds
@@ -79,11 +79,11 @@ struct Job {
     const Matrix* w;
     const Activations* a;
     float* y;
-    int64_t rows;  // in a piece
+    int64_t rows;                 // in a piece
     int row_pieces, first_piece;  // of its rows, for one block of tokens
 };
 
-constexpr int64_t token_block = 512;  // of a gemm piece: its activations stay in the second-level cache
+constexpr int64_t token_block = 512;   // of a gemm piece: its activations stay in the second-level cache
 constexpr int64_t least_tokens = 128;  // of one: fewer do not pay for unpacking its weights
 
 // Tokens of a gemm piece: fewer where there are so few rows that the threads would not end together.

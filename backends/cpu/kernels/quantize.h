@@ -19,7 +19,6 @@ struct QuantizeShape {
 // x [rows, columns], finite -> words uint32 [rows, columns * bits / 32], scales and biases float32
 // [rows, columns / group_size] with values that `stored` represents exactly, and the sum of squared errors of every
 // group. Runs on the calling thread: edgeq.quant hands blocks of rows to a pool of its own.
-void quantize(const QuantizeShape& shape, const float* x, uint32_t* words, float* scales, float* biases,
-              float* errors);
+void quantize(const QuantizeShape& shape, const float* x, uint32_t* words, float* scales, float* biases, float* errors);
 
 }  // namespace edgeq

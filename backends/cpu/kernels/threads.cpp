@@ -113,15 +113,14 @@ public:
             shares_[i].set(int(int64_t(pieces) * i / sharers), int(int64_t(pieces) * (i + 1) / sharers));
         job_.fetch_add(1);
         if (sleepers_.load() > 0) {
-            { std::lock_guard lock(sleep_); }
+            pass_lock();
             wake_.notify_all();
         }
         take_pieces(0);
         if (!spin_until([&] { return finished(); })) {
             std::unique_lock lock(sleep_);
             caller_sleeps_ = true;
-            while (!done_.wait_for(lock, patience, [&] { return unfinished_.load() == 0; })) {
-            }
+            while (!done_.wait_for(lock, patience, [&] { return unfinished_.load() == 0; })) {}
             caller_sleeps_ = false;
         }
         if (failed_) std::rethrow_exception(std::exchange(error_, nullptr));
@@ -129,6 +128,9 @@ public:
 
 private:
     bool finished() const { return unfinished_.load(std::memory_order_acquire) == 0; }
+
+    // Who was about to sleep has now either seen the news or hears the call that comes next.
+    void pass_lock() { std::lock_guard lock(sleep_); }
 
     // Everything of the thread's own share, then of the others'.
     void take_pieces(int thread) {
@@ -139,7 +141,7 @@ private:
             for (int piece; (piece = share.take()) >= 0;) {
                 run_piece(piece);
                 if (unfinished_.fetch_sub(1) == 1 && caller_sleeps_.load()) {
-                    { std::lock_guard lock(sleep_); }
+                    pass_lock();
                     done_.notify_one();
                 }
             }
@@ -212,9 +214,9 @@ Process& here() {
     return *process;
 }
 
-// The pool, which has `threads` threads where the system gives so many. Where it does not, what each of them takes of the
-// address space (a stack, an arena of the allocator) is wanted for the work: at most half of what it gave, and no more
-// than there are cores. The caller holds p.callers.
+// The pool, which has `threads` threads where the system gives so many. Where it does not, what each of them takes of
+// the address space (a stack, an arena of the allocator) is wanted for the work: at most half of what it gave, and no
+// more than there are cores. The caller holds p.callers.
 Pool& pool_of(Process& p, int threads) {
     if (p.pool && p.pool->threads() == threads) return *p.pool;
     delete p.pool;

@@ -8,8 +8,9 @@
 // pieces small: 10 to 100 microseconds. A thread with nothing to do spins for some microseconds and then sleeps.
 //
 // What a piece throws comes out of parallel_for, once no thread works on a piece any more: the first exception, and
-// pieces that nobody had begun by then are left out. A parallel_for inside a piece does all its pieces itself, one after
-// another, on the piece's thread. Calls from several threads take turns. After fork the child starts its own threads.
+// pieces that nobody had begun by then are left out. A parallel_for inside a piece does all its pieces itself, one
+// after another, on the piece's thread. Calls from several threads take turns. After fork the child starts its own
+// threads.
 #pragma once
 
 namespace edgeq {

@@ -189,7 +189,8 @@ INLINE void attend_as(const Attend& a, const KvType type) {
     const Index key_row = kv_row(type, a.width), block_nbytes = attend_keys * key_row * kv_size(type);
     for (Index first = a.begin; first < a.end; first += attend_keys) {
         const Index count = smaller(attend_keys, a.end - first);
-        const Index page = first / kv_page, entry = first % kv_page * key_row;  // of a tile of keys, and a row of values
+        const Index page = first / kv_page;
+        const Index entry = first % kv_page * key_row;  // of a tile of keys, and of a row of values
         const uint8_t *keys = a.pages[page] + a.keys, *values = a.pages[page] + a.values;
         auto scales = [&](Index of, Index span) {
             return reinterpret_cast<const uint16_t*>(a.pages[page] + of) + first % kv_page + span;

@@ -8,9 +8,9 @@
 #include <cstring>
 #include <vector>
 
+#include "kernels/scratch.h"
 #include "kernels/threads.h"
 #include "layers/half.h"
-#include "kernels/scratch.h"
 #include "layers/layers.h"
 
 namespace edgeq {
@@ -60,7 +60,9 @@ void write_int4(uint8_t* to, Index step, const float* x, Index n, uint16_t* scal
         const float wanted = std::min(std::max(farthest / -8.0f, -65504.0f), 65504.0f);
         scales[group * kv_page] = to_f16_bits(wanted);
         const float scale = from_f16(scales[group * kv_page]), inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
-        auto code = [&](float y) { return uint8_t(std::fmin(std::fmax(std::nearbyint(y * inverse) + 8.0f, 0.0f), 15.0f)); };
+        auto code = [&](float y) {
+            return uint8_t(std::fmin(std::fmax(std::nearbyint(y * inverse) + 8.0f, 0.0f), 15.0f));
+        };
         for (Index i = 0; i < half; i++) to[i * step] = uint8_t(code(x[i]) | code(x[half + i]) << 4);
     }
 }
@@ -191,8 +193,12 @@ Attend queries_of(const Attention& a, const KvSequence& s, const Block& b) {
     }
     const Place at = place(a.Hkv, kv_row(a.type, width), b.head, 0);
     auto scales = [&](bool value) { return scales_of(s.pages[0], a.type, a.Hkv, a.D, value, b.head) - s.pages[0]; };
-    return {a.type, rows, width, scratch.q.data(), scratch.visible.data(), s.pages.data(), at.keys * size, at.values * size,
-            scales(false), scales(true), 0, 0, keys, {}, scratch.scores.data()};
+    Attend queries{};
+    queries.type = a.type, queries.rows = rows, queries.width = width, queries.follow = keys;
+    queries.q = scratch.q.data(), queries.visible = scratch.visible.data(), queries.scores = scratch.scores.data();
+    queries.pages = s.pages.data(), queries.keys = at.keys * size, queries.values = at.values * size;
+    queries.key_scales = scales(false), queries.value_scales = scales(true);
+    return queries;
 }
 
 // The sums over one range.

@@ -14,8 +14,7 @@ INLINE void conv_token(float* out, const float* const* rows, const float (*taps)
                        Index block, const bool goes_on, const bool more) {
     auto channels = [&](Index c, Index n) {
         V total = goes_on ? load_upto(out + c, n) : set1(0.0f);
-        for (Index i = 0; i < width; i++)
-            total = fma(load_upto(rows[i] + c, n), load_upto(taps[i] + c, n), total);
+        for (Index i = 0; i < width; i++) total = fma(load_upto(rows[i] + c, n), load_upto(taps[i] + c, n), total);
         store_upto(out + c, more ? total : silu(total), n);
     };
     Index c = 0;
@@ -55,8 +54,8 @@ void conv_silu(float* y, Index y_stride, const float* x, Index x_stride, const f
                const float* w, Index width, Index t0, Index t1, Index n) {
     for (Index c0 = 0; c0 < n; c0 += conv_block)
         for (Index first = 0; first < width; first += conv_widest)
-            conv_taps(y, y_stride, x, x_stride, tail, t_stride, w, width, t0, t1, c0, smaller(conv_block, n - c0), first,
-                      smaller(conv_widest, width - first));
+            conv_taps(y, y_stride, x, x_stride, tail, t_stride, w, width, t0, t1, c0, smaller(conv_block, n - c0),
+                      first, smaller(conv_widest, width - first));
 }
 
 }  // namespace

@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "kernels/linear.h"
-#include "kernels/threads.h"
 #include "kernels/scratch.h"
+#include "kernels/threads.h"
 #include "layers/layers.h"
 
 namespace edgeq {

@@ -30,7 +30,7 @@ static inline uint16_t to_bf16_bits(float x) {
 static inline float from_f16(uint16_t h) {
     const uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff;
     if (rest >= 0x7c00) return float_of(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // infinity, NaN
-    if (rest < 0x0400) {                                                             // rest times 2^-24
+    if (rest < 0x0400) {                                                            // rest times 2^-24
         const float tiny = float(rest) * (1.0f / 16777216.0f);
         return sign ? -tiny : tiny;
     }

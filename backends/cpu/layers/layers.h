@@ -71,21 +71,21 @@ struct Sums {
 // not see adds nothing, not even a rounding.
 struct Attend {
     KvType type;
-    Index rows, width;          // rows is a multiple of attend_rows, width one of kv_tile (int4: kv_group)
-    const float* q;             // [rows, width], already scaled by D^-0.5 (int4: and rotated), zero beyond the head's
-                                // width
-    const Index* visible;       // [rows], how many keys (from the first of the sequence) each row may see
+    Index rows, width;            // rows is a multiple of attend_rows, width one of kv_tile (int4: kv_group)
+    const float* q;               // [rows, width], already scaled by D^-0.5 (int4: and rotated), zero beyond the head's
+                                  // width
+    const Index* visible;         // [rows], how many keys (from the first of the sequence) each row may see
     const uint8_t* const* pages;  // of the sequence
-    Index keys, values;         // where this head's begin in a page, in bytes
+    Index keys, values;           // where this head's begin in a page, in bytes
     Index key_scales, value_scales;  // likewise: float32 [kv_page] for int8, float16 [groups, kv_page] for int4
-    Index begin, end;           // the keys to attend to; begin is a multiple of attend_keys
-    Index follow;               // up to here other calls go on after this one: end, or more
-    Sums sums;                  // the result; a row that sees none of the keys has the total 0
-    float* scores;              // [rows, attend_keys] to work in
+    Index begin, end;                // the keys to attend to; begin is a multiple of attend_keys
+    Index follow;                    // up to here other calls go on after this one: end, or more
+    Sums sums;                       // the result; a row that sees none of the keys has the total 0
+    float* scores;                   // [rows, attend_keys] to work in
 };
 
-constexpr int attend_rows = 4;   // query rows at a time
-constexpr int attend_keys = 64;  // keys at a time; divides kv_page
+constexpr int attend_rows = 4;     // query rows at a time
+constexpr int attend_keys = 64;    // keys at a time; divides kv_page
 constexpr float no_peak = -1e30f;  // less than any score
 
 // Two tokens of the delta rule, or the last one. Unrolled, with decays e1, e2 and the state S before them:
@@ -147,9 +147,9 @@ struct LayerKernels {
     // Add the sums over more keys, `more`, to those over the keys before them, `all`. Before any keys the peak is
     // no_peak and the rest zero. A row that saw none of the keys stays as it is.
     void (*merge)(const Sums& all, const Sums& more, Index rows, Index width);
-    // The orthonormal Walsh-Hadamard transform of x [n], in blocks of the largest power of two that divides n (Qwen3.5's
-    // heads are one block of 256). It is its own inverse. A single large entry becomes many small ones, so that 4 bits
-    // need not span what few channels reach (Ashkboos et al., "QuaRot", arXiv:2404.00456).
+    // The orthonormal Walsh-Hadamard transform of x [n], in blocks of the largest power of two that divides n
+    // (Qwen3.5's heads are one block of 256). It is its own inverse. A single large entry becomes many small ones, so
+    // that 4 bits need not span what few channels reach (Ashkboos et al., "QuaRot", arXiv:2404.00456).
     void (*rotate)(float* x, Index n);
     void (*to_f16)(uint16_t* y, const float* x, Index n);  // nearest, ties to even; beyond +-65504 becomes that
 };
@@ -172,15 +172,15 @@ struct Rows {
 // One sequence of a DeltaNet layer. The arrays after are those after all but the last keep, ..., 0 tokens.
 struct DeltaSequence {
     Index tokens, keep;
-    const float* tail;                 // [width - 1, C]
-    const float* state;                // [Hv, V, K]
-    std::vector<float*> tails_after;   // keep + 1 of them
+    const float* tail;                // [width - 1, C]
+    const float* state;               // [Hv, V, K]
+    std::vector<float*> tails_after;  // keep + 1 of them
     std::vector<float*> states_after;
 };
 
 struct DeltaNet {
     Index Hk, Hv, K, V, width;
-    Rows<const float> qkv, z, b, a;  // [T, C], [T, Hv * V], [T, Hv], [T, Hv] with C = 2 * Hk * K + Hv * V
+    Rows<const float> qkv, z, b, a;          // [T, C], [T, Hv * V], [T, Hv], [T, Hv] with C = 2 * Hk * K + Hv * V
     const float *conv, *A, *dt_bias, *norm;  // [C, width], [Hv], [Hv], [V]
     float eps;
     Rows<float> out;  // [T, Hv * V]
@@ -230,8 +230,8 @@ void attention(const Attention& a, const std::vector<KvSequence>& sequences);
 // Appending alone: keys and values of rows start ... start + s.tokens - 1.
 void append_kv(const Attention& a, const KvSequence& s, Index start);
 
-// Cosines and sines of interleaved mRoPE, each [T, pairs]: a frequency follows the time, or the height or the width where
-// its number modulo 3 is 1 or 2 and less than 3 * sections[1] or [2]. Position of token t on an axis:
+// Cosines and sines of interleaved mRoPE, each [T, pairs]: a frequency follows the time, or the height or the width
+// where its number modulo 3 is 1 or 2 and less than 3 * sections[1] or [2]. Position of token t on an axis:
 // positions[axis * axis_stride + t * stride].
 void rope_angles(const int32_t* positions, Index axis_stride, Index stride, Index T, double theta, const int* sections,
                  Index pairs, float* cos, float* sin);

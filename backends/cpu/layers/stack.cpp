@@ -3,8 +3,8 @@
 #include <algorithm>
 
 #include "kernels/linear.h"
-#include "kernels/threads.h"
 #include "kernels/scratch.h"
+#include "kernels/threads.h"
 #include "layers/rows.h"
 
 namespace edgeq {
@@ -95,9 +95,8 @@ bool run_layers(const std::vector<DecoderLayer>& layers, Index T, Index hidden, 
     float* h = workspace(T * hidden + workspace_size(layers, T));  // a piece's input, then its output
     float* work = h + T * hidden;
     auto norm = [&](const float* gain) {
-        each_row(T, hidden, [&](Index t) {
-            kernels.rms_norm(h + t * hidden, x + t * hidden, gain, nullptr, hidden, eps);
-        });
+        each_row(T, hidden,
+                 [&](Index t) { kernels.rms_norm(h + t * hidden, x + t * hidden, gain, nullptr, hidden, eps); });
     };
     auto add = [&] {
         each_row(T, hidden, [&](Index t) { kernels.add(x + t * hidden, x + t * hidden, h + t * hidden, hidden); });

@@ -41,8 +41,8 @@ void f_store_some(float* p, F v, int n) { _mm256_maskstore_ps(p, first(n), v); }
 F f_widen(const void* p, Type type, int64_t i) {
     if (type == Type::f32) return _mm256_loadu_ps(static_cast<const float*>(p) + i);
     if (type == Type::i8)
-        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(
-            _mm_loadl_epi64(reinterpret_cast<const __m128i*>(static_cast<const int8_t*>(p) + i))));
+        return _mm256_cvtepi32_ps(
+            _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(static_cast<const int8_t*>(p) + i))));
     __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(p) + i));
     if (type == Type::f16) return _mm256_cvtph_ps(v);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));

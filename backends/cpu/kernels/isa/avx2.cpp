@@ -29,7 +29,7 @@ inline I dot_rows(I acc, const B* w, Codes16 a) {
     for (int i = 0; i < 4; i++) words[i] = _mm256_maddubs_epi16(w[i], broadcast_four(a + 4 * i));
     const I first = _mm256_add_epi16(words[0], words[1]), last = _mm256_add_epi16(words[2], words[3]);
     if constexpr (bits == 6) return add_products(add_products(acc, first), last);  // 4 * 63 * 127 fits
-    return add_products(acc, _mm256_add_epi16(first, last));                      // 8 * 31 * 127 fits
+    return add_products(acc, _mm256_add_epi16(first, last));                       // 8 * 31 * 127 fits
 }
 
 }  // namespace

@@ -34,7 +34,8 @@ void f_store_some(float* p, F v, int n) { _mm512_mask_storeu_ps(p, first(n), v);
 inline F f_widen_some(const void* p, Type type, int64_t i, int n) {
     if (type == Type::f32) return _mm512_maskz_loadu_ps(first(n), static_cast<const float*>(p) + i);
     if (type == Type::i8)
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), static_cast<const int8_t*>(p) + i)));
+        return _mm512_cvtepi32_ps(
+            _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), static_cast<const int8_t*>(p) + i)));
     __m256i v = _mm256_maskz_loadu_epi16(first(n), static_cast<const uint16_t*>(p) + i);
     if (type == Type::f16) return _mm512_cvtph_ps(v);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
@@ -122,8 +123,7 @@ inline I dot8(I acc, B w, B a) { return dot(acc, w, a); }
 template <int bits>
 inline I dot_rows(I acc, const B* w, Codes16 a) {
     const auto* fours = reinterpret_cast<const int32_t*>(a);
-    for (int i = 0; i < 4; i++)
-        __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w[i]), "m"(fours[i]));
+    for (int i = 0; i < 4; i++) __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w[i]), "m"(fours[i]));
     return acc;
 }
 

@@ -87,8 +87,8 @@ void b_store(void* p, B v) { vst1q_s8(static_cast<int8_t*>(p), v); }
 // 16 codes of 2, 3, 5 or 6 bits. A 16-bit lane gets the two bytes that its code lies in and is shifted down.
 template <int bits>
 B unpack_stream(const uint8_t* p) {
-    constexpr int loaded = bits <= 3 ? 4 : 8;         // bytes at a time, twice: from the first, and up to the last
-    constexpr int upper = 2 * bits - loaded;          // where the second load begins
+    constexpr int loaded = bits <= 3 ? 4 : 8;  // bytes at a time, twice: from the first, and up to the last
+    constexpr int upper = 2 * bits - loaded;   // where the second load begins
     struct Tables {
         uint8_t even[16] = {}, odd[16] = {};  // of the first and of the last 8 codes
         int16_t shift[8] = {};

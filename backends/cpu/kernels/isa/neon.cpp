@@ -33,7 +33,8 @@ inline I dot_rows(I acc, const B* w, Codes16 p) {
             int32_t four;
             memcpy(&four, p + 4 * j, 4);
             const B a = vreinterpretq_s8_s32(vdupq_n_s32(four));
-            low = j == i ? vmull_s8(vget_low_s8(w[j]), vget_low_s8(a)) : vmlal_s8(low, vget_low_s8(w[j]), vget_low_s8(a));
+            low =
+                j == i ? vmull_s8(vget_low_s8(w[j]), vget_low_s8(a)) : vmlal_s8(low, vget_low_s8(w[j]), vget_low_s8(a));
             high = j == i ? vmull_high_s8(w[j], a) : vmlal_high_s8(high, w[j], a);
         }
         acc = vpadalq_s16(acc, vpaddq_s16(low, high));
