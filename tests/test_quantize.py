@@ -124,7 +124,7 @@ class TestOutput:
     def test_does_not_depend_on_the_extension(
         self, source: Path, q4: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(matrix, "_native", None)
+        monkeypatch.setattr(matrix, "BUILT", False)
         quantize(source, tmp_path / "out", threads=2)
         assert (tmp_path / "out/model.safetensors").read_bytes() == (q4.folder / "model.safetensors").read_bytes()
 
