@@ -33,6 +33,7 @@ path, backend, limit, chunk, kv_bits, *steps = json.loads(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 from edgeq.session.context import Context
 from edgeq.api import load
+from edgeq.memory.plan import plan_memory
 from edgeq.state import KVCache
 
 def status(key):
@@ -45,7 +46,10 @@ for end in steps:
         context.feed([i * 7919 % model.vocab_size for i in range(start, min(end, start + chunk))])
     anonymous = max(anonymous, status("RssAnon"))
     kv = sum(layer.nbytes for layer in context.state.layers if isinstance(layer, KVCache))
-    print(json.dumps({"peak": status("VmHWM"), "anonymous": anonymous, "kv": kv, "length": context.position}))
+    planned = plan_memory(model.checkpoint, model.ops, end).total
+    print(json.dumps({
+        "peak": status("VmHWM"), "anonymous": anonymous, "kv": kv, "length": context.position, "planned": planned,
+    }))
 """
 
 
@@ -93,13 +97,29 @@ BUDGETS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BUDGETS)
-def test_real_shapes(name: str) -> None:
-    """A prompt that fills the context."""
+def reference(name: str) -> Path:
+    """A checkpoint of a real shape, or the test is skipped."""
     pytest.importorskip("edgeq.backends.cpu", reason="the native backend is not built", exc_type=ImportError)
     folder = Path(os.environ.get("EDGEQ_REF_DIR", "")) / name
     if "EDGEQ_REF_DIR" not in os.environ or not folder.exists():
         pytest.skip(f"EDGEQ_REF_DIR names no folder with the checkpoint {name}")
+    return folder
+
+
+@pytest.mark.parametrize("bits", ["q4_", "q8_", ""])
+@pytest.mark.parametrize("size", ["0.8b", "2b", "4b"])
+def test_the_plan_predicts_the_peak(size: str, bits: str) -> None:
+    """Within 3 % of what a prompt that fills the context takes."""
+    (after,) = run(reference(bits + size), 4096)
+    assert abs(after["planned"] / after["peak"] - 1) <= 0.03, (
+        f"{after['planned'] / MB:.0f}, {after['peak'] / MB:.0f} MB"
+    )
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_real_shapes(name: str) -> None:
+    """A prompt that fills the context."""
+    folder = reference(name)
     peak, limit = BUDGETS[name]
     (after,) = run(folder, 4096, limit=limit * MB)
     assert after["peak"] <= peak * 1e9, f"{after['peak'] / MB:.0f} MB, {after['anonymous'] / MB:.0f} of them private"
