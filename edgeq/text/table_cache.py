@@ -8,10 +8,12 @@ Against damage, a table holds a digest of its content. Whatever is odd is made a
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +29,7 @@ __all__ = ["cache_folder", "cache_problem", "open_table", "save_table", "stale_t
 
 _VERSION = 2  # of the table's layout, part of its name
 _TABLES = {"pairs": np.int64, "ranks": np.uint32, "products": np.uint32, "ends": np.uint32, "spellings": np.uint8}
+_PIECE = 1 << 16  # bytes of spellings that are decoded at a time
 _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -137,19 +140,27 @@ def _in_range(arrays: Mapping[str, NDArray[Any]]) -> Iterator[bool]:
     pairs, ranks, products, ends, spellings = (arrays[name] for name in _TABLES)
     tokens = len(ends)
     yield len(pairs) == len(ranks) == len(products)
-    yield bool((pairs[1:] > pairs[:-1]).all()) and bool((pairs >= 0).all())
-    yield bool(((pairs >> 32) < tokens).all()) and bool(((pairs & 0xFFFFFFFF) < tokens).all())
-    yield bool((ranks < len(pairs)).all()) and bool((products < tokens).all())
+    yield bool((pairs[1:] > pairs[:-1]).all())  # so the first is the least, and the last has the largest left half
+    yield not len(pairs) or (int(pairs[0]) >= 0 and int(pairs[-1]) >> 32 < tokens)
+    right = pairs.view(np.uint32)[0 if sys.byteorder == "little" else 1 :: 2]
+    yield all(
+        int(x.max(initial=0)) < n for x, n in ((right, tokens), (ranks, len(pairs)), (products, tokens)) if len(x)
+    )
     yield bool((ends[1:] >= ends[:-1]).all()) and (int(ends[-1]) if tokens else 0) == len(spellings)
     starts = spellings[ends[ends < len(spellings)]]
-    yield bool((starts & 0xC0 != 0x80).all()) and _is_utf8(spellings.tobytes())  # no token ends within a character
+    yield bool((starts & 0xC0 != 0x80).all()) and _is_utf8(spellings)  # no token ends within a character
 
 
-def _is_utf8(data: bytes) -> bool:
+def _is_utf8(data: NDArray[np.uint8]) -> bool:
+    """Whether it is text; a piece at a time, since the whole as a string takes megabytes."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        return bool(data.decode()) or not data
+        for start in range(0, len(data), _PIECE):
+            decoder.decode(data[start : start + _PIECE].tobytes())
+        decoder.decode(b"", final=True)
     except UnicodeDecodeError:
         return False
+    return True
 
 
 def _bytes_in_range(text: str, tokens: int) -> bool:
