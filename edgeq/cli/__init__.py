@@ -100,7 +100,8 @@ def _as_edgeq_error(error: BaseException, ctx: Any) -> EdgeqError:
     if isinstance(error, _Misuse):
         command = " ".join(filter(None, (ctx.command_path, ctx.invoked_subcommand)))
         message = error.format_message().rstrip(".")
-        return UsageError(message[:1].lower() + message[1:], hint=f"`{command} --help` lists its options")
+        known = "its options" if ctx.invoked_subcommand else "commands and options"
+        return UsageError(message[:1].lower() + message[1:], hint=f"`{command} --help` lists {known}")
     return error if isinstance(error, EdgeqError) else EdgeqError(str(error))
 
 
