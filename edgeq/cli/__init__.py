@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 import edgeq
 from edgeq.cli.config_file import read_config_file
 from edgeq.cli.console import prepare_streams, report_error, show_warning
-from edgeq.cli.help import Command
+from edgeq.cli.help import Command, parameters
 from edgeq.errors import EdgeqError, UsageError
 from edgeq.formats.mapped import guard_when_mapped
 from edgeq.guard import guard_mapped_files
@@ -70,7 +70,7 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         with _reported(ctx, debug=bool(ctx.params.get("debug"))):
             ctx.default_map = read_config_file(
-                lambda: {name: {p.name for p in command.params if p.name} for name, command in self.commands.items()}
+                lambda: {name: parameters(command) for name, command in self.commands.items()}
             )
             return super().invoke(ctx)
 
