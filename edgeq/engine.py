@@ -46,7 +46,7 @@ class Feed(Generic[A]):
     embeddings: vectors [T, hidden] in place of the tokens'.
     positions: int32 [3, T] (time, height, width); None is text, one position after another.
     keep: states wanted beside the last, those after all but the last keep, ..., 1 tokens; at most T.
-    rows: logits wanted, those after the last `rows` tokens; 0 leaves the head out.
+    rows: logits wanted, those after the last `rows` tokens, at most T; 0 leaves the head out.
     """
 
     state: State[A]
@@ -116,6 +116,7 @@ class Engine(Generic[A, M]):
         """
         for feed in feeds:
             self.check_state(feed.state)
+            assert max(feed.rows, feed.keep) <= len(feed.ids), "more would be its neighbour's in the call"
         lengths = [len(feed.ids) for feed in feeds]
         with np.errstate(all="ignore"):  # a damaged checkpoint shows in its logits, in one clear message
             hidden, states = text.run_layers(

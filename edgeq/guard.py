@@ -7,19 +7,22 @@ handler for every other SIGBUS. Without the native kernels there is no guard.
 
 from __future__ import annotations
 
-from typing import Any
-
 from edgeq.formats.mapped import set_guard
 
 __all__ = ["guard_mapped_files"]
 
 
 class _NativeGuard:
-    def __init__(self, native: Any) -> None:
-        self.add = native.guard_add
-        self.forget = native.guard_forget
-        self.hit = native.guard_hit
-        self.zeros = native.guard_zeros
+    """The handler of the native kernels; ImportError or AttributeError where they are missing or of another build."""
+
+    def __init__(self) -> None:
+        from edgeq.backends.cpu import _native
+
+        _native.guard_install()
+        self.add = _native.guard_add
+        self.forget = _native.guard_forget
+        self.hit = _native.guard_hit
+        self.zeros = _native.guard_zeros
 
 
 def guard_mapped_files() -> bool:
@@ -28,10 +31,8 @@ def guard_mapped_files() -> bool:
     `quantize` and the exports raise ModelError instead, and leave nothing behind.
     """
     try:
-        from edgeq.backends.cpu import _native
-
-        _native.guard_install()
+        guard = _NativeGuard()
     except (ImportError, AttributeError):
         return False
-    set_guard(_NativeGuard(_native))
+    set_guard(guard)
     return True

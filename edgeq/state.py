@@ -2,8 +2,8 @@
 
 A state is a *value*: the model takes one and returns another, and the old one stays good. DeltaNet layers have a
 constant-size state; attention layers keep the keys and values of every token. Because a DeltaNet state cannot be
-cut back, speculation asks the model to `keep` the states after each of the last tokens and picks one (see
-`edgeq.model.text.forward`).
+cut back, speculation asks for the states after each of the last tokens, too, and picks one (`keep` of
+`edgeq.engine.Feed`).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from edgeq.errors import UsageError
-from edgeq.files.publish import MayReplace, real_place
+from edgeq.files.publish import MayReplace, check_free, real_place
 
 __all__ = ["MODEL_FILES", "FileTarget", "FolderTarget", "files_of"]
 
@@ -67,7 +67,7 @@ class FolderTarget:
             )
         if place.is_dir() and _within(Path.cwd(), place):
             raise UsageError(f"{self.out} is the current folder, or holds it", hint="choose a folder inside it")
-        _check_there(self.out, place, self.may_replace)
+        check_free(self.out, place, self.may_replace)
 
     def _check_model_folder(self, path: Path) -> None:
         _check_kind(self.out, path, stat.S_ISDIR, "a folder")
@@ -105,7 +105,7 @@ class FileTarget:
             self._check_file(place)
         if place.suffix.lower() != ".gguf" and _within(place, self._source):
             raise UsageError(f"{self.out} would be part of the source {self._source}", hint="write it elsewhere")
-        _check_there(self.out, place, self.may_replace)
+        check_free(self.out, place, self.may_replace)
 
     def _check_file(self, path: Path) -> None:
         _check_kind(self.out, path, stat.S_ISREG, "a file")
@@ -119,16 +119,6 @@ def files_of(source: Path) -> list[Path]:
     if not source.is_dir():
         return [source]
     return [path for path in source.iterdir() if path.is_file() and path.suffix.lower() != ".gguf"]
-
-
-def _check_there(out: Path, place: Path, may_replace: MayReplace | None) -> None:
-    if not os.path.lexists(place):
-        return
-    if may_replace is None:
-        raise UsageError(
-            f"{out} exists", hint="choose another name, or overwrite it with --force (force=True in Python)"
-        )
-    may_replace(place)
 
 
 def _check_kind(out: Path, path: Path, right: object, wanted: str) -> None:

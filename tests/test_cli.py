@@ -246,6 +246,15 @@ class TestConfiguration:
         reply = json.loads(run("generate", chat_folder, "-p", "x", "--json", "--ignore-eos").out)
         assert len(reply["ids"]) == 3
 
+    def test_keys_are_the_names_that_help_shows(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("EDGEQ_CONFIG", str(tmp_path / "config.toml"))
+        (tmp_path / "config.toml").write_text("[info]\njson = true\n[quantize]\ntype = ['*.down_proj=6']\n")
+        assert "edgeq" in json.loads(run("info").out)
+        planned = run("quantize", "demo", "--dry-run").out
+        assert next(line for line in planned.splitlines() if "down_proj" in line).split()[5] == "6-bit"
+
     @pytest.mark.parametrize("content", ["nope = 1", "[chat]\nnope = 1", "[chatt]\ntemp = 1", "temp = ", "\xff"])
     def test_a_bad_file(self, run: Run, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         file = tmp_path / "config.toml"

@@ -62,6 +62,12 @@ class TestFeeds:
                 assert a.length == b.length
                 assert a.next_position == b.next_position
 
+    @pytest.mark.parametrize("wanted", [{"rows": 4}, {"keep": 4}])
+    def test_no_feed_reaches_into_its_neighbours(self, model: Model, wanted: Any) -> None:
+        engine = model.engine
+        with pytest.raises(AssertionError, match="neighbour"):
+            engine.run([Feed(engine.state(), ids(5)), Feed(engine.state(), ids(3), **wanted)])
+
     def test_a_kept_state_goes_on_like_a_shorter_run(self, model: Model) -> None:
         engine, tokens = model.engine, ids(6)
         (output,) = engine.run([Feed(engine.state(), tokens, keep=6, rows=6)])

@@ -15,6 +15,7 @@ from command import Run, leave_home, runner
 import edgeq
 from edgeq.api import Model
 from edgeq.backends import available
+from edgeq.cli.kld import _table
 from edgeq.errors import MemoryBudgetError, ModelError, QualityError, UsageError
 from edgeq.formats.bf16 import Array
 from edgeq.formats.safetensors import SafetensorsFile
@@ -171,12 +172,27 @@ class TestCommand:
 
     def test_a_text_that_is_not_there(self, command: Run, chat_folder: Path, tmp_path: Path) -> None:
         missing = command("kld", chat_folder, chat_folder, "--text", tmp_path / "nothing")
-        assert (missing.code, "cannot read" in missing.err) == (2, True)
+        assert (missing.code, "text file not found" in missing.err) == (2, True)
         (tmp_path / "latin").write_bytes(b"caf\xe9")
         latin = command("kld", chat_folder, chat_folder, "--text", tmp_path / "latin")
-        assert (latin.code, "it is not UTF-8" in latin.err) == (2, True)
+        assert (latin.code, "is not UTF-8 text" in latin.err) == (2, True)
         short = command("kld", chat_folder, chat_folder, "--text", "-", stdin="short")
         assert (short.code, "expected at least one chunk of 512" in short.err) == (2, True)
+
+    @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="there are no devices")
+    def test_a_text_without_end(self, command: Run, chat_folder: Path) -> None:
+        endless = command("kld", chat_folder, chat_folder, "--text", "/dev/zero")
+        assert (endless.code, "/dev/zero cannot be read: it has more than" in endless.err) == (2, True)
+
+    def test_a_limit_is_a_number(self, command: Run, chat_folder: Path) -> None:
+        for wrong in ("nan", "-1"):
+            done = command("kld", chat_folder, chat_folder, "-c", "8", "--max-kl", wrong)
+            assert (done.code, f"--max-kl must be a number of at least 0, got {wrong}" in done.err) == (2, True)
+
+    def test_columns_stay_apart(self) -> None:
+        result = Divergence(1, 0.0, 0.0, 0.0, 0.0, 1.0, perplexity=1234567.0, reference_perplexity=1e6, nmse=0.0)
+        *_, row = _table(["model"], [result])
+        assert row.split() == ["model", *["0.000000"] * 4, "100.00%", "1234567.0000", "0.0e+00"]
 
 
 class TestLayerDiff:

@@ -21,8 +21,8 @@ INTRO = """\
 
 Generated from `--help` by tools/make_cli_docs.py.
 
-Data goes to stdout, everything else to stderr. The options of `chat` and `generate` can also be set by environment
-variables and in a configuration file; see [configuration](configuration.md). Exit codes are in
+Data goes to stdout, everything else to stderr. Many options can also be set by environment variables, and all in a
+configuration file; see [configuration](configuration.md). Exit codes are in
 [exit-codes.md](exit-codes.md); where results may go, and what `--force` overwrites, in [files.md](files.md).
 """
 

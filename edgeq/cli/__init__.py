@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 import edgeq
 from edgeq.cli.config_file import read_config_file
 from edgeq.cli.console import prepare_streams, report_error, show_warning
-from edgeq.cli.help import Command
+from edgeq.cli.help import Command, parameters
 from edgeq.errors import EdgeqError, UsageError
 from edgeq.formats.mapped import guard_when_mapped
 from edgeq.guard import guard_mapped_files
@@ -70,7 +70,7 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         with _reported(ctx, debug=bool(ctx.params.get("debug"))):
             ctx.default_map = read_config_file(
-                lambda: {name: {p.name for p in command.params if p.name} for name, command in self.commands.items()}
+                lambda: {name: parameters(command) for name, command in self.commands.items()}
             )
             return super().invoke(ctx)
 
@@ -100,7 +100,8 @@ def _as_edgeq_error(error: BaseException, ctx: Any) -> EdgeqError:
     if isinstance(error, _Misuse):
         command = " ".join(filter(None, (ctx.command_path, ctx.invoked_subcommand)))
         message = error.format_message().rstrip(".")
-        return UsageError(message[:1].lower() + message[1:], hint=f"`{command} --help` lists its options")
+        known = "its options" if ctx.invoked_subcommand else "commands and options"
+        return UsageError(message[:1].lower() + message[1:], hint=f"`{command} --help` lists {known}")
     return error if isinstance(error, EdgeqError) else EdgeqError(str(error))
 
 

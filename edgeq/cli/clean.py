@@ -30,7 +30,7 @@ class _Item(NamedTuple):
 def clean(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="FOLDER", help="Folders with results.", show_default="the current one"),
+        typer.Argument(metavar="[FOLDER...]", help="Folders with results.", show_default="the current one"),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
 ) -> None:

@@ -27,8 +27,11 @@ def config_file() -> Path:
     return expand_user(Path(base)) / "edgeq" / "config.toml"
 
 
-def read_config_file(options_of_commands: Callable[[], dict[str, set[str]]]) -> dict[str, dict[str, Any]]:
-    """The file's values by command; none without a file. Options that no command has are an error."""
+def read_config_file(options_of_commands: Callable[[], dict[str, dict[str, str]]]) -> dict[str, dict[str, Any]]:
+    """The file's values by command and parameter; none without a file. Options that no command has are an error.
+
+    options_of_commands: for each command its parameters by the names of their options, with _ for -.
+    """
     path = config_file()
     if not exists(path):
         return {}
@@ -40,8 +43,8 @@ def read_config_file(options_of_commands: Callable[[], dict[str, set[str]]]) -> 
     result = {}
     for command, options in commands.items():
         own = {_name(key): value for key, value in tables.get(command, {}).items()}
-        _check(f"{path}: [{command}] has no option", own, options)
-        result[command] = {key: value for key, value in {**shared, **own}.items() if key in options}
+        _check(f"{path}: [{command}] has no option", own, set(options))
+        result[command] = {options[key]: value for key, value in {**shared, **own}.items() if key in options}
     return result
 
 

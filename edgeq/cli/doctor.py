@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-import edgeq
 from edgeq.backends import Backend, available, choose
 from edgeq.cli.config_file import config_file
 from edgeq.cli.console import show_json
+from edgeq.cli.facts import description, lines, versions
 from edgeq.errors import EdgeqError
 from edgeq.files import Leftover, find_leftovers
-from edgeq.printable import printable
 from edgeq.shortage import limits
 from edgeq.text.table_cache import cache_folder, cache_problem, stale_tables
 
@@ -31,7 +29,7 @@ _SECRET = ("TOKEN", "KEY", "SECRET")
 def doctor(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="FOLDER", help="Folders with results.", show_default="the current one"),
+        typer.Argument(metavar="[FOLDER...]", help="Folders with results.", show_default="the current one"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -45,8 +43,7 @@ def doctor(
     each FOLDER (not below it), and in the tokenizer cache.
     """
     facts = {
-        "edgeq": edgeq.__version__,
-        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        **versions(),
         "packages": _packages(),
         "backends": _backends(),
         "memory": _memory(),
@@ -57,7 +54,7 @@ def doctor(
     if as_json:
         show_json(facts, indent=2)
     else:
-        print("\n".join(_lines(facts)))
+        print("\n".join(lines(facts)))
 
 
 def _packages() -> dict[str, str]:
@@ -71,17 +68,15 @@ def _packages() -> dict[str, str]:
 
 
 def _described(backend: Backend) -> str:
-    if backend.ops is None:
-        return f"not available: {backend.reason}"
     try:
-        return backend.ops.describe()
+        return description(backend)
     except EdgeqError as error:  # such as an instruction set that this machine does not have
         return f"not available: {error.message}"
 
 
 def _backends() -> dict[str, str]:
-    """Every backend with its instruction set or device, or why it cannot run."""
-    found = {b.name: _described(b) for b in available()}
+    """Every backend, and the one that runs by default."""
+    found = {backend.name: _described(backend) for backend in available()}
     try:
         chosen = choose()
         found["chosen"] = f"{chosen.name} ({chosen.reason})"
@@ -157,14 +152,3 @@ def _describe(leftover: Leftover) -> str:
         "unknown": "unfinished result; this file system cannot say whether a run is writing it",
     }
     return f"{leftover.nbytes / 1e6:,.1f} MB, {state[leftover.state]}"
-
-
-def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
-    lines = []
-    width = max((len(key) for key, value in facts.items() if not isinstance(value, dict)), default=0)
-    for key, value in facts.items():
-        if isinstance(value, dict):
-            lines += [f"{indent}{printable(key)}" + ("" if value else ": nothing"), *_lines(value, indent + "  ")]
-        else:
-            lines.append(f"{indent}{printable(key):{width}}  {printable(str(value))}")
-    return lines

@@ -10,7 +10,7 @@ import typer
 
 from edgeq.checkpoint import open_checkpoint
 from edgeq.cli.console import peak_memory_text
-from edgeq.cli.options import option
+from edgeq.cli.options import MODEL_HELP, option
 from edgeq.cli.quantize import progress_bar
 from edgeq.errors import UsageError
 from edgeq.hub import find_model
@@ -22,13 +22,7 @@ __all__ = ["export"]
 
 
 def export(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Checkpoint folder, .gguf file, Hugging Face ID (Qwen/Qwen3.5-2B), short name (qwen3.5:2b) or demo.",
-        ),
-    ],
+    source: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     out: Annotated[Path, option("--out", "-o", metavar="FILE.gguf", env=False, help="File to write.")],
     kind: Annotated[
         str, option("--type", metavar="TYPE", env=False, help=f"Type of matrices: {', '.join(EXPORT_TYPES)}.")

@@ -8,7 +8,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-__all__ = ["Command", "spellings"]
+__all__ = ["Command", "parameters", "spellings"]
 
 _TIED = "\xa0"  # a space at which no line is broken
 _NAMES = 30  # columns of names; a longer name has its help on the next line
@@ -39,6 +39,18 @@ def spellings(option: Any) -> tuple[list[str], list[str]]:
     shown = [*sorted((name for name in option.opts if len(name) == 2), key=str.lower), own]
     others = [name for name in [*option.opts, *option.secondary_opts[1:]] if name not in shown]
     return shown, others
+
+
+def parameters(command: Any) -> dict[str, str]:
+    """A command's parameters by the names that a user knows: an option's own name, with _ for -, or an argument's."""
+    shown = [p for p in command.params if p.name and not getattr(p, "hidden", False)]
+    return {_known_as(p): p.name for p in shown}
+
+
+def _known_as(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        return str(parameter.name)
+    return spellings(parameter)[0][-1].removeprefix("--").replace("-", "_")
 
 
 def _section(option: Any) -> str:

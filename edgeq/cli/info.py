@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import platform
 from collections import Counter
 from typing import Annotated, Any
 
 import typer
 
-import edgeq
 from edgeq.backends import available, choose
 from edgeq.checkpoint import Checkpoint, open_checkpoint
 from edgeq.cli.console import show_json
+from edgeq.cli.facts import description, lines, versions
 from edgeq.cli.options import OptionalModelArgument, option
 from edgeq.errors import UsageError
 from edgeq.hub import find_model
-from edgeq.printable import printable
 from edgeq.weights import Part
 
 __all__ = ["info"]
@@ -57,18 +55,15 @@ def info(
     if as_json:
         show_json(facts, indent=2)
     else:
-        print("\n".join(_lines(facts)))
+        print("\n".join(lines(facts)))
 
 
 def _installation() -> dict[str, Any]:
     chosen = choose()
     return {
-        "edgeq": edgeq.__version__,
-        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        **versions(),
         "backend": f"{chosen.name} ({chosen.reason})",
-        "backends": {
-            b.name: (b.ops.describe() if b.ops is not None else f"not available: {b.reason}") for b in available()
-        },
+        "backends": {backend.name: description(backend) for backend in available()},
     }
 
 
@@ -132,16 +127,3 @@ def _options(ctx: typer.Context) -> dict[str, Any]:
                 value, origin = given, f"environment ({parameter.envvar})"
             result[f"{name}.{parameter.name}"] = f"{value} ({origin})"
     return result
-
-
-def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
-    lines = []
-    width = max((len(key) for key, value in facts.items() if not isinstance(value, dict)), default=0)
-    if indent:
-        width = max(map(len, facts), default=0)
-    for key, value in facts.items():
-        if isinstance(value, dict):
-            lines += [f"{indent}{printable(key)}", *_lines(value, indent + "  ")]
-        else:
-            lines.append(f"{indent}{printable(key):{width}}  {printable(str(value))}")
-    return lines

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgeq.cli.console import new_bar
-from edgeq.cli.options import MODEL_HELP, BackendOption, option
+from edgeq.cli.options import MODEL_HELP, BackendOption, ThreadsOption, option
+from edgeq.cli.prompt import file_text, piped_text
 from edgeq.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,12 +56,7 @@ def kld(
         option("--reference-backend", metavar="NAME", env=False, default="--backend", help="Backend of REFERENCE."),
     ] = None,
     backend: BackendOption = "auto",
-    threads: Annotated[
-        int | None,
-        option(
-            "--threads", "-t", metavar="N", default="chosen by the backend", minimum=1, help="Number of CPU threads."
-        ),
-    ] = None,
+    threads: ThreadsOption = None,
     kv_bits: Annotated[
         int | None,
         option(
@@ -81,12 +77,18 @@ def kld(
     from edgeq.api import load
     from edgeq.quality.kld import check, compare, cut
 
+    if max_kl is not None and not max_kl >= 0:
+        raise UsageError(f"--max-kl must be a number of at least 0, got {max_kl:g}")
+    given = None if text is None else _text(text)  # before a model is loaded for nothing
     expected = load(reference, backend=reference_backend or backend, threads=threads)
-    pieces = cut(_ids(expected, text, context * chunks), context, chunks)
+    ids = _random_ids(expected, context * chunks) if given is None else expected.need_tokenizer().encode(given)
+    pieces = cut(ids, context, chunks)
     found = [load(name, backend=backend, threads=threads, kv_bits=kv_bits) for name in models]
     with _progress_bar() as progress:
         results = compare(expected.engine, [model.engine for model in found], pieces, progress)
-    scored = f"{len(pieces)} chunks of {context} tokens, {results[0].positions:,} positions"
+    scored = (
+        f"{len(pieces)} chunk{'s' if len(pieces) > 1 else ''} of {context} tokens, {results[0].positions:,} positions"
+    )
     print(f"{scored}; reference {reference} on {expected.ops.name}", file=sys.stderr)
     records = [_record(*row) for row in zip(models, found, results, strict=True)]
     print(json.dumps(records, indent=2) if as_json else "\n".join(_table(models, results)))
@@ -95,29 +97,29 @@ def kld(
             check(name, result, max_kl)
 
 
-def _ids(model: Model, text: Path | None, random: int) -> Sequence[int]:
-    """The text's tokens, or `random` random ones."""
-    if text is None:
-        import numpy as np
+def _text(file: Path) -> str:
+    if str(file) != "-":
+        return file_text(file)
+    if (text := piped_text()) is None:
+        raise UsageError("no text on stdin", hint="pipe it in, or name a file with --text")
+    return text
 
-        ids: list[int] = np.random.default_rng(0).integers(0, model.vocab_size, random).tolist()
-        return ids
-    try:
-        given = sys.stdin.read() if str(text) == "-" else text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UsageError(f"cannot read {text}: {reason}") from None
-    return model.need_tokenizer().encode(given)
+
+def _random_ids(model: Model, count: int) -> Sequence[int]:
+    import numpy as np
+
+    ids: list[int] = np.random.default_rng(0).integers(0, model.vocab_size, count).tolist()
+    return ids
 
 
 def _table(names: Sequence[str], results: Sequence[Divergence]) -> Iterator[str]:
     width = max(len("reference"), *map(len, names))
     columns = "".join(f"{name:>11}" for name in ("KL mean", "99 %", "99.9 %", "maximum", "top-1", "perplexity", "NMSE"))
     yield f"{'model':{width}}{columns}"
-    yield f"{'reference':{width}}{results[0].reference_perplexity:66.4f}"
+    yield f"{'reference':{width}}{'':55} {results[0].reference_perplexity:10.4f}"
     for name, r in zip(names, results, strict=True):
         kl = "".join(f"{x:11.6f}" for x in (r.mean, r.p99, r.p999, r.max))
-        yield f"{name:{width}}{kl}{r.top1:11.2%}{r.perplexity:11.4f}{r.nmse:11.1e}"
+        yield f"{name:{width}}{kl}{r.top1:11.2%} {r.perplexity:10.4f}{r.nmse:11.1e}"
 
 
 def _record(name: str, model: Model, result: Divergence) -> dict[str, Any]:

@@ -38,6 +38,7 @@ __all__ = [
     "OptionalModelArgument",
     "PromptOptions",
     "SamplingOptions",
+    "ThreadsOption",
     "command",
     "option",
 ]
@@ -65,6 +66,10 @@ def _model_argument(metavar: str) -> Any:
 ModelArgument = Annotated[str, _model_argument("MODEL")]
 OptionalModelArgument = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)]
 BackendOption = Annotated[str, option("--backend", metavar="NAME", help="auto, cpu, mlx or numpy.")]
+ThreadsOption = Annotated[
+    int | None,
+    option("--threads", "-t", metavar="N", default="chosen by the backend", minimum=1, help="Number of CPU threads."),
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,12 +83,7 @@ class ModelOptions:
         str | None, typer.Option("--model", "-m", metavar="MODEL", hidden=True, help="The model, as llama.cpp has it.")
     ] = None
     backend: BackendOption = "auto"
-    threads: Annotated[
-        int | None,
-        option(
-            "--threads", "-t", metavar="N", default="chosen by the backend", minimum=1, help="Number of CPU threads."
-        ),
-    ] = None
+    threads: ThreadsOption = None
     context: Annotated[
         int | None,
         option(

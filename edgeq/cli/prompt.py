@@ -9,7 +9,7 @@ from edgeq.errors import UsageError
 from edgeq.inputs import read_text
 from edgeq.text.pieces import MAX_TEXT, check_length
 
-__all__ = ["joined_prompt", "piped_text"]
+__all__ = ["file_text", "joined_prompt", "piped_text"]
 
 
 def piped_text() -> str | None:
@@ -26,18 +26,19 @@ def piped_text() -> str | None:
 
 def joined_prompt(prompt: str | None, file: Path | None = None) -> str:
     """--prompt, then --file, then what was piped in (`cat log | edgeq chat -p "why?"`); `-` stands for stdin alone."""
-    texts = [_text_of(file) if file else "", piped_text() or ""]
+    texts = [file_text(file) if file else "", piped_text() or ""]
     parts = ["" if prompt == "-" else prompt, *(text.strip("\n") for text in texts)]
     if not any(parts):
         raise UsageError("no prompt given", hint='give one with -p "...", with -f FILE, or pipe it into stdin')
     return "\n\n".join(part for part in parts if part)
 
 
-def _text_of(file: Path) -> str:
+def file_text(file: Path) -> str:
+    """The text of a file, or of a pipe that the shell hands over as one."""
     try:
         return read_text(file, 4 * MAX_TEXT, streams=True)
     except FileNotFoundError:
-        raise UsageError(f"prompt file not found: {file}") from None
+        raise UsageError(f"text file not found: {file}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{file} is not UTF-8 text: {error}") from None
     except OSError as error:

@@ -21,7 +21,7 @@ from edgeq.errors import EdgeqError, MemoryBudgetError, UsageError
 from edgeq.files.leftovers import Leftover, Workspace, find_leftovers
 from edgeq.files.rename import exchange, rename_new
 
-__all__ = ["MayReplace", "check_room", "new_file", "new_folder", "real_place"]
+__all__ = ["MayReplace", "check_free", "check_room", "new_file", "new_folder", "real_place"]
 
 MayReplace = Callable[[Path], None]
 """Raises EdgeqError if what is at the path must not be replaced."""
@@ -58,6 +58,20 @@ def real_place(out: Path) -> Path:
     return out.parent.resolve() / out.name
 
 
+def check_free(out: Path, place: Path, may_replace: MayReplace | None) -> None:
+    """Find out before the work what is certain to be refused after it: `out`, which is `place`, is there already.
+
+    UsageError if nothing may be replaced; otherwise whatever `may_replace` raises.
+    """
+    if not os.path.lexists(place):
+        return
+    if may_replace is None:
+        raise UsageError(
+            f"{out} exists", hint="choose another name, or overwrite it with --force (force=True in Python)"
+        )
+    may_replace(place)
+
+
 def check_room(out: Path, nbytes: int) -> None:
     """MemoryBudgetError if the disk of `out` cannot take `nbytes` more."""
     place = next(p for p in out.absolute().parents if p.exists())
@@ -73,7 +87,7 @@ def check_room(out: Path, nbytes: int) -> None:
 def _published(out: Path, room: int, may_replace: MayReplace | None, alone: bool) -> Iterator[Path]:
     with _told(out):
         place = real_place(out)
-        _check_free(out, place, may_replace)
+        check_free(out, place, may_replace)
         _clear_leftovers(out, place, alone)
         check_room(out, room)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -83,17 +97,6 @@ def _published(out: Path, room: int, may_replace: MayReplace | None, alone: bool
             _put(workspace, out, may_replace)
             with suppress(OSError):  # the result is there and whole; not every system can do this
                 _sync_one(place.parent)
-
-
-def _check_free(out: Path, place: Path, may_replace: MayReplace | None) -> None:
-    """Find out before the work what is certain to be refused after it."""
-    if not os.path.lexists(place):
-        return
-    if may_replace is None:
-        raise UsageError(
-            f"{out} exists", hint="choose another name, or overwrite it with --force (force=True in Python)"
-        )
-    may_replace(place)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from typing import Protocol
 from edgeq.errors import MemoryBudgetError, ModelError
 from edgeq.inputs import open_file
 from edgeq.printable import printable
+from edgeq.shortage import limits
 
 __all__ = ["Guard", "check_whole", "guard_when_mapped", "is_mapped", "map_file", "reading_on", "set_guard"]
 
@@ -125,19 +126,9 @@ def check_whole(mapping: mmap.mmap, path: Path) -> None:
 
 
 def _does_not_fit(path: Path, nbytes: int) -> MemoryBudgetError:
-    limit = _address_space()
+    limit = limits().get("ulimit -v")
     bound = "" if limit is None else f"; ulimit -v allows {limit / 1e9:.2f} GB in all"
     return MemoryBudgetError(
         f"{path} does not fit: mapping it takes {nbytes / 1e9:.2f} GB of address space{bound}",
         hint="raise the limit, or use a smaller model",
     )
-
-
-def _address_space() -> int | None:
-    """This process's limit, bytes; None if there is none."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such module
-        return None
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return None if limit == resource.RLIM_INFINITY else limit
