@@ -1,8 +1,8 @@
 """Where a result may go: what `--force` replaces, and what nothing replaces.
 
-Never replaced are the files that a run reads, by whatever name or link; what is no plain file or folder (devices,
-pipes, sockets, symbolic links: name what a link points to); and folders that hold anything but a model. Two results of
-one run have two names, which differ in more than case.
+Never replaced are the files that a run reads, by whatever name or link, and single files of any other model; what is no
+plain file or folder (devices, pipes, sockets, symbolic links: name what a link points to); and folders that hold
+anything but a model. Two results of one run have two names, which differ in more than case.
 """
 
 from __future__ import annotations
@@ -106,6 +106,8 @@ class FileTarget:
             self._check_file(place)
         if place.suffix.lower() != ".gguf" and _within(place, self._source):
             raise UsageError(f"{self.out} would be part of the source {self._source}", hint="write it elsewhere")
+        if _known(place.name) and _holds_model(place.parent):
+            raise UsageError(f"{self.out} would be part of the model in {place.parent}", hint="choose another name")
         _check_there(self.out, place, self.may_replace)
 
     def _check_file(self, path: Path) -> None:
@@ -169,6 +171,15 @@ def _check_kind(out: Path, path: Path, right: object, wanted: str) -> None:
 
 def _known(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in MODEL_FILES)
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether a folder has what a model needs, whatever else is in it."""
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError:
+        return False
+    return bool(names) and _missing(names) is None
 
 
 def _missing(names: Iterable[str]) -> str | None:

@@ -451,6 +451,23 @@ class TestWhatForceNeverReplaces:
         assert "are the same" in self.refused(capsys, "quantize", model, "-o", tmp_path / "out", *report)
         assert names(tmp_path) == ["a.gguf", "b.gguf", "model"]
 
+    def test_files_of_another_model(self, model: Path, tmp_path: Path, capsys: Any) -> None:
+        """No model survives an export in place of its weights, nor a new shard beside them."""
+        quantize(model, tmp_path / "other")
+        before = content(tmp_path / "other")
+        (tmp_path / "link").symlink_to("other")
+        for name in (
+            "other/model.safetensors",
+            "other/config.json",
+            "link/tokenizer.json",
+            "other/model-2.safetensors",
+        ):
+            for command in (["export", model, "-o"], ["quantize", model, "--dry-run", "--report"]):
+                error = self.refused(capsys, *command, tmp_path / name, "--force")
+                assert "would be part of the model in" in error
+        assert content(tmp_path / "other") == before
+        quantize(model, None, dry_run=True, report=tmp_path / "other/report.json")
+
     def test_one_result_within_the_other(self, model: Path, tmp_path: Path, capsys: Any) -> None:
         for one, two in (("y.gguf", "y.gguf/m.gguf"), ("y.gguf/x.gguf", "y.gguf"), ("a/../y", "y/b/m.gguf")):
             outputs = ["-o", tmp_path / one, "--mmproj", tmp_path / two]
