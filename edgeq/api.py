@@ -8,9 +8,11 @@ chat = model.chat(thinking=True)                  # see edgeq.session.chat
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from edgeq.backends import select
 from edgeq.backends.ops import Ops
@@ -136,7 +138,7 @@ class Model:
         `options` are fields of GenerationSettings (temperature, top_p, max_tokens, seed, stop, ...). Special tokens
         spelled in a text are text; give ids to use them. `ignore_eos` keeps generating after an end token.
         """
-        ids = self.language.need_tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.language.need_tokenizer().encode(prompt) if isinstance(prompt, str) else _listed(prompt)
         chosen = (settings or GenerationSettings()).replace(**options)
         context = Context(self.engine, on_prefill=on_prefill)
         decoding = Decoding(
@@ -156,3 +158,11 @@ class Model:
         return Chat(
             self, thinking=thinking, system=system, tools=tools, settings=settings, on_prefill=on_prefill, **options
         )
+
+
+def _listed(ids: object) -> list[int]:
+    """Token ids as a list; UsageError for what is neither text nor ids."""
+    found: list[Any] = list(ids) if isinstance(ids, Iterable) and not isinstance(ids, bytes | bytearray) else [None]
+    if not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in found):
+        raise UsageError("a prompt must be a text or a sequence of token ids", hint="decode bytes first")
+    return found

@@ -26,7 +26,9 @@ from edgeq.memory.ledger import Ledger
 from edgeq.memory.plan import prefill_chunk
 from edgeq.model import text
 from edgeq.model.layers import spans
-from edgeq.state import DeltaState, KVCache, LayerState, State
+from edgeq.numbers import Range
+from edgeq.printable import brief
+from edgeq.state import DeltaState, KVCache, State
 
 __all__ = ["Engine", "Feed", "Ids", "Output"]
 
@@ -91,7 +93,11 @@ class Engine(Generic[A, M]):
         if ops.maps_files:
             self.ledger.open("weights", lambda: self.weights.nbytes(mapped=False))
         self.ledger.open_all(ops.held)
-        self._attention = [i for i, kind in enumerate(self.config.layer_types) if kind == "full_attention"]
+        c = self.config
+        self._delta_shapes = [
+            (c.linear_conv_kernel_dim - 1, c.conv_dim),
+            (c.linear_num_value_heads, c.linear_value_head_dim, c.linear_key_head_dim),
+        ]
 
     def state(self) -> State[A]:
         """The state of an empty sequence."""
@@ -159,26 +165,30 @@ class Engine(Generic[A, M]):
             )
         if not self._whole(state) or (not state.origin and not self._fits(state)):
             raise UsageError(
-                f"the state does not fit the model: expected {len(self.config.layer_types)} layers that hold "
-                f"{state.length} tokens, found {len(state.layers)}",
+                f"the state does not fit the model: expected {len(self.config.layer_types)} whole layers that hold "
+                f"{brief(state.length)} tokens, the next of them at position {brief(state.next_position)}",
                 hint="begin with model.state()",
             )
 
     def _whole(self, state: State[A]) -> bool:
-        """Whether it has every layer, and every cache all of its tokens."""
-        if len(state.layers) != len(self.config.layer_types):
+        """Whether it has every layer, each of its kind and size, and every cache all of its tokens."""
+        length, position, layers = state.length, state.next_position, state.layers
+        if not (type(length) is int and type(position) is int and 0 <= position <= self.config.max_position_embeddings):
             return False
-        caches = [state.layers[i] for i in self._attention]
-        return all([isinstance(cache, KVCache) and cache.length == state.length for cache in caches])
+        if not isinstance(layers, tuple) or len(layers) != len(self.config.layer_types):
+            return False
+        return all(
+            [
+                isinstance(layer, KVCache) and layer.length == length
+                if kind == "full_attention"
+                else isinstance(layer, DeltaState) and _shapes(layer) == self._delta_shapes
+                for kind, layer in zip(self.config.layer_types, layers, strict=True)
+            ]
+        )
 
     def _fits(self, state: State[A]) -> bool:
-        """Whether the layers of a state of unknown origin are this model's in kind and shape."""
-        for mine, theirs in zip(self.state().layers, state.layers, strict=True):
-            if type(mine) is not type(theirs):
-                return False
-            if isinstance(mine, DeltaState) and _shapes(mine) != _shapes(theirs):
-                return False
-        return True
+        """Whether the caches of a state of unknown origin are this backend's."""
+        return all(type(mine) is type(theirs) for mine, theirs in zip(self.state().layers, state.layers, strict=True))
 
     def _embed(self, feeds: Sequence[Feed[A]]) -> A:
         if all(feed.embeddings is None for feed in feeds):
@@ -219,8 +229,8 @@ class Engine(Generic[A, M]):
         return logits
 
 
-def _shapes(state: LayerState[Any]) -> list[tuple[int, ...]]:
-    return [x.shape for x in state] if isinstance(state, DeltaState) else []
+def _shapes(state: DeltaState[Any]) -> list[tuple[int, ...] | None]:
+    return [getattr(x, "shape", None) for x in state]
 
 
 def _positions(feeds: Sequence[Feed[A]]) -> NDArray[np.int32]:
@@ -234,6 +244,6 @@ def _positions(feeds: Sequence[Feed[A]]) -> NDArray[np.int32]:
 def _context_limit(asked: int | None, most: int) -> int:
     if asked is None:
         return most
-    if not 1 <= asked <= most:
-        raise UsageError(f"the context must be 1 to {most} tokens, got {asked}")
+    if not Range(1, most, whole=True).holds(asked):
+        raise UsageError(f"the context must be 1 to {most} tokens, got {brief(asked)}")
     return asked

@@ -89,9 +89,13 @@ def expand_user(path: Path) -> Path:
 
 
 def check_output(path: Path) -> None:
-    """UsageError unless `path` ends in a name that can be given to a new file or folder."""
+    """UsageError unless `path` ends in a name that can be given to a new file or folder, and leads somewhere."""
     if path.name in ("", "..") or "\0" in str(path):
         raise UsageError(f"{str(path)!r} is no name for a new file or folder", hint="give another name")
+    try:
+        path.absolute()
+    except FileNotFoundError:
+        raise UsageError("the current folder is gone", hint="go to another, or give a path from /") from None
 
 
 def _mode(path: Path) -> int | None:

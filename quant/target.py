@@ -1,8 +1,8 @@
 """Where a result may go: what `--force` replaces, and what nothing replaces.
 
-Never replaced are the files that a run reads, by whatever name or link; what is no plain file or folder (devices,
-pipes, sockets, symbolic links: name what a link points to); and folders that hold anything but a model. Two results of
-one run have two names, which differ in more than case.
+Never replaced are the files that a run reads, by whatever name or link, and single files of any other model; what is no
+plain file or folder (devices, pipes, sockets, symbolic links: name what a link points to); and folders that hold
+anything but a model. Two results of one run have two names, which differ in more than case.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import os
 import stat
 import unicodedata
 from collections.abc import Iterable
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from edgeq.errors import UsageError
 from edgeq.files.publish import MayReplace, check_free, real_place
+from edgeq.printable import one_line
 
 __all__ = ["MODEL_FILES", "FileTarget", "FolderTarget", "files_of"]
 
@@ -59,8 +61,10 @@ class FolderTarget:
 
     def check(self) -> None:
         """UsageError if the run is going to be refused its output."""
-        place = real_place(self.out)
+        place = _place(self.out)
         _check_kind(self.out, place, stat.S_ISDIR, "a folder")
+        if place.is_dir() and os.path.ismount(place):
+            raise UsageError(f"{self.out} is a mount point, which cannot be replaced", hint="choose a folder inside it")
         if _within(place, self._source) or _within(self._source, place):
             raise UsageError(
                 f"the output {self.out} and the source {self._source} overlap", hint="choose a folder elsewhere"
@@ -95,16 +99,15 @@ class FileTarget:
 
     def check(self) -> None:
         """UsageError if the run is going to be refused its output."""
-        place = real_place(self.out)
+        place = _place(self.out)
         for other in self._outputs:
-            if _same_place(place, real_place(other)):
-                raise UsageError(f"{self.out} and {other} are the same", hint="give each result a name of its own")
-            if _within(place, other):
-                raise UsageError(f"{self.out} lies in {other}, which is written too", hint="write it elsewhere")
+            _check_apart(self.out, other)
         if os.path.lexists(place):
             self._check_file(place)
         if place.suffix.lower() != ".gguf" and _within(place, self._source):
             raise UsageError(f"{self.out} would be part of the source {self._source}", hint="write it elsewhere")
+        if _known(place.name) and _holds_model(place.parent):
+            raise UsageError(f"{self.out} would be part of the model in {place.parent}", hint="choose another name")
         check_free(self.out, place, self.may_replace)
 
     def _check_file(self, path: Path) -> None:
@@ -119,6 +122,27 @@ def files_of(source: Path) -> list[Path]:
     if not source.is_dir():
         return [source]
     return [path for path in source.iterdir() if path.is_file() and path.suffix.lower() != ".gguf"]
+
+
+def _check_apart(out: Path, other: Path) -> None:
+    """UsageError if one of two results would be, or lie in, the other."""
+    if _same_place(real_place(out), real_place(other)):
+        raise UsageError(f"{out} and {other} are the same", hint="give each result a name of its own")
+    for inner, outer in ((out, other), (other, out)):
+        if _within(real_place(inner), outer):
+            raise UsageError(f"{inner} lies in {outer}, which is written too", hint="write it elsewhere")
+
+
+def _place(out: Path) -> Path:
+    """Where `out` is or will be; UsageError if nothing can be there, such as below a file or behind a loop of links."""
+    try:
+        place = real_place(out)
+        with suppress(FileNotFoundError):
+            place.lstat()
+    except (OSError, RuntimeError) as error:  # the latter is Python's word for a loop
+        problem = getattr(error, "strerror", None) or one_line(error)
+        raise UsageError(f"{out} cannot be written: {problem}", hint="choose another name") from None
+    return place
 
 
 def _check_kind(out: Path, path: Path, right: object, wanted: str) -> None:
@@ -137,6 +161,15 @@ def _check_kind(out: Path, path: Path, right: object, wanted: str) -> None:
 
 def _known(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in MODEL_FILES)
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether a folder has what a model needs, whatever else is in it."""
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError:
+        return False
+    return bool(names) and _missing(names) is None
 
 
 def _missing(names: Iterable[str]) -> str | None:

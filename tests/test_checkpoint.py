@@ -219,6 +219,18 @@ class TestFolder:
         with pytest.raises(ModelError, match=r"lacks model\.safetensors-00002-of-00002"):
             read(tmp_path)
 
+    @pytest.mark.parametrize("indexed", [False, True])
+    def test_a_tensor_in_two_files(self, tmp_path: Path, indexed: bool) -> None:
+        """What an earlier download or conversion left beside a model: whose tensors are the model's?"""
+        write_checkpoint(tmp_path / "other", seed=1)
+        write_checkpoint(tmp_path)
+        (tmp_path / "other/model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
+        if indexed:
+            weight_map = {"a": "model.safetensors", "b": "model-00001-of-00001.safetensors"}
+            (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(ModelError, match=r"model-00001-of-00001\.safetensors and model\.safetensors both hold "):
+            read(tmp_path)
+
     def test_an_index_cannot_point_outside(self, tmp_path: Path) -> None:
         write_checkpoint(tmp_path)
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))

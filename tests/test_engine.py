@@ -173,6 +173,23 @@ class TestStates:
         for nothing in (None, 3, (state.layers, 3, 3), "state"):
             self.refused(model, nothing, "a state is expected")
 
+    def test_changed_by_hand(self, model: Model) -> None:
+        state = model.advance([1, 2, 3], model.state())
+        first, rest = state.layers[0], state.layers[1:]
+        assert isinstance(first, DeltaState)
+        layers: list[Any] = [
+            None, list(state.layers), (None, *rest), (tuple(first), *rest), (first._replace(conv=None), *rest),
+            (first._replace(conv=first.conv[:1]), *rest), (first._replace(matrix=first.matrix[:1]), *rest),
+            (DeltaState(first.matrix, first.conv), *rest),
+        ]  # fmt: skip
+        numbers: list[Any] = [-1, 4, 10**9, 10**30, 1.5, 3.0, float("nan"), "3", None, True]
+        broken = [state._replace(layers=wrong) for wrong in layers]
+        broken += [state._replace(next_position=wrong) for wrong in numbers if wrong != 4]
+        broken += [state._replace(length=wrong) for wrong in numbers]
+        for wrong in broken:
+            self.refused(model, wrong, "does not fit the model")
+            self.refused(model, wrong._replace(origin=""), "does not fit the model")
+
     def test_without_an_origin_the_shapes_decide(self, model: Model) -> None:
         state = model.advance([1, 2, 3], model.state())
         assert np.array_equal(model.forward([4], state)[0], model.forward([4], state._replace(origin=""))[0])
@@ -247,3 +264,18 @@ def test_shared_memory_is_counted_once(model: Model) -> None:
     kv = [layer for layer in state.layers if isinstance(layer, KVCache)]
     assert all(layer.nbytes == sum(nbytes for _, nbytes in layer.memory()) for layer in kv)
     assert isinstance(state, State)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 2.5, 4.0, "4", True, 10**30, float("nan")], ids=repr)
+def test_numbers_that_a_model_is_loaded_with(folder: Path, wrong: Any) -> None:
+    with pytest.raises(UsageError, match="context must be"):
+        edgeq.load(folder, backend="numpy", context=wrong)
+    if next(b for b in available() if b.name == "cpu").ops is not None:
+        with pytest.raises(UsageError, match="threads must be"):
+            edgeq.load(folder, backend="cpu", threads=wrong)
+
+
+@pytest.mark.parametrize("wrong", [5, None, b"hi", ["a"], [1.5], [[1]], [True], [None], object()], ids=repr)
+def test_what_is_no_prompt(model: Model, wrong: Any) -> None:
+    with pytest.raises(UsageError, match="a prompt must be a text or a sequence of token ids"):
+        model.generate(wrong)

@@ -149,6 +149,21 @@ class TestPublishing:
             (tmp_path / "out").unlink()
         assert content(tmp_path) == {"out": b"new"}
 
+    def test_what_the_system_does_not_let_go(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Such as a file that something is mounted on: the work of hours is not thrown away for it."""
+
+        def busy(*_: object) -> bool:
+            raise OSError(errno.EBUSY, "busy")
+
+        (tmp_path / "out").write_text("old")
+        monkeypatch.setattr(publish, "exchange", busy)
+        with (
+            pytest.raises(EdgeqError, match=r"could not be replaced \(busy\).*result is in .*out-2"),
+            new_file(tmp_path / "out", may_replace=anything) as path,
+        ):
+            path.write_text("new")
+        assert content(tmp_path) == {"out": b"old", "out-2": b"new"}
+
     def test_unknown_errors_of_the_system(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for number, kind in (
             (errno.EIO, EdgeqError),
@@ -435,6 +450,59 @@ class TestWhatForceNeverReplaces:
         report = ["--report", tmp_path / "Out"]
         assert "are the same" in self.refused(capsys, "quantize", model, "-o", tmp_path / "out", *report)
         assert names(tmp_path) == ["a.gguf", "b.gguf", "model"]
+
+    def test_files_of_another_model(self, model: Path, tmp_path: Path, capsys: Any) -> None:
+        """No model survives an export in place of its weights, nor a new shard beside them."""
+        quantize(model, tmp_path / "other")
+        before = content(tmp_path / "other")
+        (tmp_path / "link").symlink_to("other")
+        for name in (
+            "other/model.safetensors",
+            "other/config.json",
+            "link/tokenizer.json",
+            "other/model-2.safetensors",
+        ):
+            for command in (["export", model, "-o"], ["quantize", model, "--dry-run", "--report"]):
+                error = self.refused(capsys, *command, tmp_path / name, "--force")
+                assert "would be part of the model in" in error
+        assert content(tmp_path / "other") == before
+        quantize(model, None, dry_run=True, report=tmp_path / "other/report.json")
+
+    def test_one_result_within_the_other(self, model: Path, tmp_path: Path, capsys: Any) -> None:
+        for one, two in (("y.gguf", "y.gguf/m.gguf"), ("y.gguf/x.gguf", "y.gguf"), ("a/../y", "y/b/m.gguf")):
+            outputs = ["-o", tmp_path / one, "--mmproj", tmp_path / two]
+            assert "which is written too" in self.refused(capsys, "export", model, *outputs, "--force")
+        for out, report in (("r/out", "r"), ("out", "out/r.json"), ("r/a/b/out", "r/a")):
+            outputs = ["-o", tmp_path / out, "--report", tmp_path / report]
+            assert "which is written too" in self.refused(capsys, "quantize", model, *outputs)
+        assert names(tmp_path) == ["model"]
+
+    @pytest.mark.parametrize(
+        "name", ["model/config.json/x", "model/config.json/x/y", "loop/x", "n" * 300, "ok/" * 2000]
+    )
+    def test_where_nothing_can_be(self, model: Path, tmp_path: Path, capsys: Any, name: str) -> None:
+        (tmp_path / "loop").symlink_to("loop")
+        for command in (["quantize", model], ["export", model], ["quantize", model, "--dry-run", "--report"]):
+            option = [] if "--report" in command else ["-o"]
+            for more in ([], ["--force"]):
+                assert "cannot be written" in self.refused(capsys, *command, *option, tmp_path / name, *more)
+        assert names(tmp_path) == ["loop", "model"]
+
+    def test_a_current_folder_that_is_gone(
+        self, model: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "gone").mkdir()
+        monkeypatch.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+        for command in ("quantize", "export"):
+            assert "the current folder is gone" in self.refused(capsys, command, model, "-o", "out")
+        quantize(model, tmp_path / "out")
+
+    def test_a_mount_point(self, model: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "out").mkdir()
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "out")
+        error = self.refused(capsys, "quantize", model, "-o", tmp_path / "out", "--force")
+        assert "is a mount point" in error
 
     def test_what_is_no_plain_file(self, model: Path, tmp_path: Path, capsys: Any) -> None:
         os.mkfifo(tmp_path / "pipe")

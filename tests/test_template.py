@@ -10,6 +10,7 @@ import pytest
 import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from edgeq.errors import ModelError, UsageError
 from edgeq.generate import preset
@@ -156,6 +157,10 @@ ENDLESS = {
     "comparisons": "{% set s = 'a' * 9000000 %}{% for i in range(99999) %}{% if s == s ~ '' %}{% endif %}{% endfor %}",
     "slices": "{% set s = 'a' * 9000000 %}{% for i in range(99999) %}{% set t = s[1:] %}{% endfor %}",
     "large output": "{{ 'a' * 20000000 }}",
+    "replace in a loop": DOUBLING.replace("START", "'aa'").replace("MORE", "ns.x.replace('a', 'aa')"),
+    "str.join in a loop": DOUBLING.replace("START", "'aa'").replace("MORE", "ns.x.join([ns.x, ns.x])"),
+    "tuples as keys": DOUBLING.replace("START", "(1,)").replace("MORE", "(ns.x, ns.x, {ns.x: 1}|length)"),
+    "dates": "{{ strftime_now('%c' * 1000) }}",
 }
 ESCAPES = {
     "class": "{{ ''.__class__.__mro__ }}",
@@ -191,6 +196,34 @@ WIDE = {  # each takes seconds and hundreds of megabytes to compile
     "texts": "{{ ''" + " ''" * 80_000 + " }}",
 }
 ALL_HOSTILE = {**ENDLESS, **ESCAPES, **BROKEN, **{f"wide {name}": source for name, source in WIDE.items()}}
+
+
+CALLS = (
+    "s.replace('a', 'b')", "s.replace('a', 'b', 1)", "s.replace('', '-')", "s|replace('a', 'b', 1)", "l|join(s)",
+    "s.join(l)", "s.split('a')", "s.rsplit('a', maxsplit=1)", "s.startswith(('x', 'a'))", "s.endswith('b')",
+    "d.items()|list", "d.get('y', 5)", "s.strip('a')", "m(s)", "m(s=s)", "dict(a=s)", "range(3)|list",
+    "namespace(x=s).x", "l|map('upper')|list", "('a', s)", "('a', s)[1]", "{('a', 1): s}", "s in ('aab', 'c')", "d|dictsort",
+    "l.index('b')", "s.find('b')",
+)  # fmt: skip
+MACROS = "{% macro m(s) %}<{{ s.replace('a', 'q') }}>{% endmacro %}{% macro w() %}{{ caller() }}{% endmacro %}"
+PLACES = (
+    "{{ X }}", "{% for i in l %}{{ X }}{% endfor %}", "{% for i in l recursive %}{{ X }}{% endfor %}",
+    "{% for a, b in d.items() %}{{ X }}{% endfor %}", "{% block b %}{{ X }}{% endblock %}",
+    "{% block b %}{% for i in l %}{{ X }}{% endfor %}{% endblock %}", "{% filter upper %}{{ X }}{% endfilter %}",
+    "{% set ns = namespace(v=1) %}{% for i in l %}{% set ns.v = X %}{% endfor %}{{ ns.v }}",
+    "{% macro n(s, l, d) %}{% for i in l %}{{ X }}{% endfor %}{% endmacro %}{{ n(s, l, d) }}",
+    "{% set q %}{{ X }}{% endset %}{{ q }}", "{% call w() %}{{ X }}{% endcall %}", "{% if X %}yes{% endif %}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_calls_mean_the_same_everywhere(call: str) -> None:
+    """What plain Jinja makes of them, in loops and blocks and macros too."""
+    values: dict[str, Any] = {"s": "aab", "l": ["a", "b", "c"], "d": {"x": 1, "y": [2, "z"]}}
+    for place in PLACES:
+        source = MACROS + place.replace("X", call)
+        plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
+        assert ChatTemplate(source).render([], add_generation_prompt=True, **values) == plain.render(values), place
 
 
 @pytest.mark.parametrize("source", ALL_HOSTILE.values(), ids=ALL_HOSTILE)

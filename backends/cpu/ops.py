@@ -21,6 +21,8 @@ from edgeq.errors import UsageError
 from edgeq.formats.bf16 import Array, Float32
 from edgeq.formats.qmatrix import TwoLevel
 from edgeq.model.layers import kept_caches
+from edgeq.numbers import Range
+from edgeq.printable import brief
 from edgeq.state import DeltaState, KVCache, LayerState
 from edgeq.weights import AttentionWeights, DeltaNetWeights, LayerWeights, Matrix, MLPWeights, QMatrix
 
@@ -68,8 +70,8 @@ class CpuOps(ArrayOps[_native.Matrix]):
         super().__init__(kv_dtype)
         instruction_set()
         if threads is not None:
-            if not 1 <= threads <= 1024:
-                raise UsageError(f"threads must be 1 to 1024, got {threads}")
+            if not Range(1, 1024, whole=True).holds(threads):
+                raise UsageError(f"threads must be 1 to 1024, got {brief(threads)}")
             _native.set_thread_count(threads)
         start_threads()
 

@@ -11,7 +11,7 @@ Three things differ between them, and none is guessed from values:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -66,7 +66,7 @@ class FolderCheckpoint(Checkpoint):
         values = read_json(path / "config.json")
         self.config = parse_config(values)
         self.files = tuple(SafetensorsFile(file) for file in _weight_files(path))
-        self._where = {name: file for file in self.files for name in file.tensors}
+        self._where = _by_tensor(self.files)
         self.layout: Layout = self._find_layout()
         self.quantization = _QuantizationTable(values)
         self.tensors = self._match_table()
@@ -309,6 +309,20 @@ def _file_shape(spec: TensorSpec, layout: Layout) -> tuple[int, ...]:
     if layout == "mlx" and spec.role in (Role.CONV, Role.PATCH):
         return (spec.shape[0], *spec.shape[2:], spec.shape[1])
     return spec.shape
+
+
+def _by_tensor(files: Iterable[SafetensorsFile]) -> dict[str, SafetensorsFile]:
+    """The file that holds each tensor; ModelError for one that two hold, for nothing says which is the model's."""
+    where: dict[str, SafetensorsFile] = {}
+    for file in files:
+        for name in file.tensors:
+            if name in where:
+                raise ModelError(
+                    f"{where[name].path} and {file.path.name} both hold {name}",
+                    hint="move the file away that is not of this model",
+                )
+            where[name] = file
+    return where
 
 
 def _weight_files(path: Path) -> list[Path]:

@@ -26,6 +26,7 @@ __all__ = ["MayReplace", "check_free", "check_room", "new_file", "new_folder", "
 MayReplace = Callable[[Path], None]
 """Raises EdgeqError if what is at the path must not be replaced."""
 
+_MOUNTED = (errno.EBUSY, errno.EXDEV)  # what a rename says of a mount point
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -155,6 +156,10 @@ def _put(workspace: Workspace, out: Path, may_replace: MayReplace | None) -> Non
             continue
         except FileExistsError:  # only where names cannot be exchanged: something came in between
             break
+        except OSError as error:
+            if error.errno not in _MOUNTED:
+                raise
+            raise _kept(workspace, out, f"could not be replaced ({error.strerror or error})") from None
         except EdgeqError as error:
             raise _kept(workspace, out, f"changed while this run was working ({error.message})") from None
     raise _kept(workspace, out, "changed while this run was working")

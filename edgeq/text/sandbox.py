@@ -32,6 +32,8 @@ MAX_SOURCE = 1 << 18  # characters of a template; the family's have 8,000
 MAX_TOKENS = 1 << 14  # of the template's syntax, each of which costs some 2 kB to compile; the family's have 1,700
 MAX_OUTPUT = 1 << 24  # characters of a rendering; a full context is some 10^6
 _MAX_INT_BITS = 1024
+_MAX_DATE = 256  # characters of a date's format, each of which can make 256 of the date
+_OF_JINJA = ("_loop_vars", "_block_vars")  # what compiled templates add to the arguments of calls in loops and blocks
 
 
 def _names(text: str) -> frozenset[str]:
@@ -90,7 +92,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             "namespace": _OpaqueNamespace,
             "raise_exception": _raise_exception,
             "range": safe_range,
-            "strftime_now": lambda format: datetime.now().strftime(format),
+            "strftime_now": _strftime_now,
         }
 
     def compile_template(self, source: str) -> jinja2.Template:
@@ -161,12 +163,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         self, owner = __self, getattr(__obj, "__self__", None)
+        given = {name: value for name, value in kwargs.items() if name not in _OF_JINJA}
         self.spend(self._step)
-        self.pay([owner, *args, *kwargs.values()])
+        self.pay([owner, *args, *given.values()])
         if isinstance(owner, str) and __obj.__name__ == "join":
             return self._join(args[0], owner)
         if isinstance(owner, str) and __obj.__name__ == "replace":
-            return self._replace(owner, *args, **kwargs)
+            return self._replace(owner, *args, **given)
         return super().call(__context, __obj, *args, **kwargs)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -268,7 +271,7 @@ class _Metering(NodeTransformer):
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
         if node.ctx != "load":  # the names that a loop or `set` assigns to
             return self._visit(node)
-        return self.visit(nodes.List(node.items, lineno=node.lineno))  # type: ignore[no-any-return]
+        return _filter(self._visit(node), " paid")
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         if isinstance(node.arg, nodes.Slice):
@@ -298,6 +301,12 @@ def _finalize(context: Context, value: object) -> str:
     environment = context.environment
     assert isinstance(environment, Sandbox)
     return environment.text(value)
+
+
+def _strftime_now(format: str) -> str:
+    if len(format) > _MAX_DATE:
+        raise SecurityError(f"strftime_now: the format has {len(format)} characters, expected at most {_MAX_DATE}")
+    return datetime.now().strftime(format)
 
 
 def _raise_exception(message: object) -> NoReturn:
