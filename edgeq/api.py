@@ -67,6 +67,8 @@ class Model:
         self.language = Language(checkpoint)
         self.engine = Engine(checkpoint, ops, context=context)
         self.checkpoint, self.ops, self.config = checkpoint, ops, checkpoint.config
+        if tokenizer := self.language.tokenizer:
+            self.engine.ledger.open("tokenizer tables", lambda: tokenizer.nbytes, mapped=True)
 
     @property
     def context_limit(self) -> int:

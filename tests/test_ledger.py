@@ -20,6 +20,7 @@ from edgeq.memory.plan import SCRATCH_NBYTES, plan_memory, prefill_chunk
 from edgeq.quant import quantize
 from edgeq.quant.gguf_export import export_gguf
 from edgeq.session.context import Context
+from edgeq.state import KVCache
 from edgeq.testing import config_values, write_checkpoint
 from edgeq.weights import Part
 
@@ -160,3 +161,24 @@ def test_a_ledger_counts_when_it_is_asked() -> None:
     assert ledger.holdings() == [Holding("a", 1), Holding("file", 10, True)]
     size[0] = 5
     assert (ledger.nbytes(), ledger.nbytes(mapped=True), ledger.nbytes(mapped=False)) == (15, 10, 5)
+
+
+def test_the_tokenizer_s_tables_have_an_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeq.text.bpe.WORTH_A_TABLE", 0)  # the demo's is small
+    model = edgeq.load("demo", backend="numpy")
+    tables = next(holding for holding in model.engine.ledger.holdings() if holding.owner == "tokenizer tables")
+    assert tables.mapped
+    assert model.tokenizer is not None
+    assert tables.nbytes == model.tokenizer.nbytes > 10_000
+
+
+def test_mlx_counts_its_own_buffers(folders: dict[str, Path]) -> None:
+    pytest.importorskip("mlx.core", reason="MLX is not installed")
+    from edgeq.backends.mlx import MlxOps
+
+    model = Model(open_checkpoint(folders["q4"]), MlxOps("float16"))
+    context = Context(model.engine)
+    for tokens in (1, 300):
+        context.feed([5] * (tokens - context.position))
+        caches = [layer for layer in context.state.layers if isinstance(layer, KVCache)]
+        assert sum(cache.nbytes for cache in caches) == model.ops.kv_nbytes(model.config.text, tokens)

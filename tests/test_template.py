@@ -202,8 +202,8 @@ CALLS = (
     "s.replace('a', 'b')", "s.replace('a', 'b', 1)", "s.replace('', '-')", "s|replace('a', 'b', 1)", "l|join(s)",
     "s.join(l)", "s.split('a')", "s.rsplit('a', maxsplit=1)", "s.startswith(('x', 'a'))", "s.endswith('b')",
     "d.items()|list", "d.get('y', 5)", "s.strip('a')", "m(s)", "m(s=s)", "dict(a=s)", "range(3)|list",
-    "namespace(x=s).x", "l|map('upper')|list", "('a', s)", "('a', s)[1]", "{('a', 1): s}", "s in ('aab', 'c')", "d|dictsort",
-    "l.index('b')", "s.find('b')",
+    "namespace(x=s).x", "l|map('upper')|list", "('a', s)", "('a', s)[1]", "{('a', 1): s}", "s in ('aab', 'c')",
+    "d|dictsort", "l.index('b')", "s.find('b')",
 )  # fmt: skip
 MACROS = "{% macro m(s) %}<{{ s.replace('a', 'q') }}>{% endmacro %}{% macro w() %}{{ caller() }}{% endmacro %}"
 PLACES = (

@@ -99,6 +99,10 @@ class MlxOps(BaseOps[mx.array, MlxMatrix]):
     def limit_memory(self, nbytes: int | None = None) -> None:
         limit_memory(nbytes)
 
+    def kv_nbytes(self, c: TextConfig, tokens: int) -> int:
+        entries = 2 * c.num_key_value_heads * c.head_dim * c.layer_types.count("full_attention")
+        return entries * capacity_for(tokens) * self.dtype.size
+
     def held(self) -> Mapping[str, int]:
         return {"MLX, weights included": used_memory().active}
 

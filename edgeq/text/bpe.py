@@ -61,6 +61,10 @@ class Bpe(Protocol):
         """How many tokens there are, without the added ones."""
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of its mapped tables; 0 where the library holds them."""
+
+    @property
     def added(self) -> Mapping[int, AddedToken]:
         """The added tokens by id."""
 
@@ -76,6 +80,8 @@ class Bpe(Protocol):
 
 class LibraryBpe:
     """The `tokenizers` library's. `description` is the text of a tokenizer.json; ModelError if it is not one."""
+
+    nbytes = 0
 
     def __init__(self, description: str, name: str = "the tokenizer description") -> None:
         require(_LIBRARY_TAKES * len(description), "the tokenizer")  # where Rust gets no memory, the process is gone
@@ -118,6 +124,7 @@ class TableBpe:
     def __init__(self, file: SafetensorsFile) -> None:
         names = ("pairs", "ranks", "products", "ends", "spellings")
         self._pairs, self._ranks, self._products, self._ends, self._spellings = (file.array(n).data for n in names)
+        self.nbytes = sum(info.end - info.start for info in file.tensors.values())
         rest = json.loads(file.metadata["rest"])
         self.size = len(self._ends)
         self.added = {entry["id"]: AddedToken(entry["content"], True) for entry in rest.pop("added_tokens")}

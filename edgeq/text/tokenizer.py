@@ -59,6 +59,11 @@ class Tokenizer:
         """Build one from the text of a tokenizer.json and the fields of a tokenizer_config.json."""
         return cls(bpe_of(json_text), config)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its mapped tables."""
+        return self._bpe.nbytes
+
     def encode(self, text: str, *, control: bool = False) -> list[int]:
         """Token ids of `text`; special tokens spelled in it are recognised only with `control=True`."""
         check_length(text)
