@@ -94,10 +94,11 @@ class Engine(Generic[A, M]):
             self.ledger.open("weights", lambda: self.weights.nbytes(mapped=False))
         self.ledger.open_all(ops.held)
         c = self.config
-        self._delta_shapes = [
+        self._attends = [kind == "full_attention" for kind in c.layer_types]
+        self._delta_shapes = (
             (c.linear_conv_kernel_dim - 1, c.conv_dim),
             (c.linear_num_value_heads, c.linear_value_head_dim, c.linear_key_head_dim),
-        ]
+        )
 
     def state(self) -> State[A]:
         """The state of an empty sequence."""
@@ -177,14 +178,13 @@ class Engine(Generic[A, M]):
             return False
         if not isinstance(layers, tuple) or len(layers) != len(self.config.layer_types):
             return False
-        return all(
-            [
-                isinstance(layer, KVCache) and layer.length == length
-                if kind == "full_attention"
-                else isinstance(layer, DeltaState) and _shapes(layer) == self._delta_shapes
-                for kind, layer in zip(self.config.layer_types, layers, strict=True)
-            ]
-        )
+        for layer, attends in zip(layers, self._attends, strict=True):  # plain, because every token pays for it
+            if attends:
+                if not isinstance(layer, KVCache) or layer.length != length:
+                    return False
+            elif type(layer) is not DeltaState or _shapes(layer) != self._delta_shapes:
+                return False
+        return True
 
     def _fits(self, state: State[A]) -> bool:
         """Whether the caches of a state of unknown origin are this backend's."""
@@ -229,8 +229,9 @@ class Engine(Generic[A, M]):
         return logits
 
 
-def _shapes(state: DeltaState[Any]) -> list[tuple[int, ...] | None]:
-    return [getattr(x, "shape", None) for x in state]
+def _shapes(state: DeltaState[Any]) -> tuple[object, object]:
+    conv, matrix = state
+    return getattr(conv, "shape", None), getattr(matrix, "shape", None)
 
 
 def _positions(feeds: Sequence[Feed[A]]) -> NDArray[np.int32]:

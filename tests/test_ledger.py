@@ -141,10 +141,8 @@ class TestPlan:
         assert chunk == model.engine.chunk == 512
         wide = replace(c, intermediate_size=9216, hidden_size=2560)
         narrower = prefill_chunk(wide, model.ops)
-        assert narrower % 64 == 0
-        assert (
-            model.ops.scratch_nbytes(wide, narrower) <= SCRATCH_NBYTES < model.ops.scratch_nbytes(wide, narrower + 64)
-        )
+        assert narrower in (64, 128, 256)
+        assert model.ops.scratch_nbytes(wide, narrower) <= SCRATCH_NBYTES < model.ops.scratch_nbytes(wide, 2 * narrower)
         assert prefill_chunk(replace(c, intermediate_size=1 << 20), model.ops) == 64
 
     def test_an_untied_embedding_counts_the_rows_that_are_read(self, tmp_path: Path) -> None:

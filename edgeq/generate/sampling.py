@@ -12,6 +12,7 @@ tokens.) At temperature 0 the penalties still hold, and the largest score wins.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import isfinite
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,7 @@ class Sampler:
         self._penalty = np.zeros(vocab_size, dtype=np.float32)  # presence + frequency * count, where count > 0
         self._seen = np.zeros(vocab_size, dtype=np.bool_)  # in the prompt or the reply
         self._scores = np.full((-(-vocab_size // _BLOCK), _BLOCK), -np.inf, dtype=np.float32)
+        self._flat = self._scores.reshape(-1)[:vocab_size]
 
     def observe_prompt(self, ids: Sequence[int]) -> None:
         """Begin a new reply to `ids`, which from now on count as seen (repetition penalty only).
@@ -67,7 +69,7 @@ class Sampler:
         scores = self._penalized(logits)
         if self.settings.temperature == 0:
             return int(np.argmax(scores))
-        ids, probabilities = self._distribution(scores)
+        ids, probabilities = self._distribution(self._in_blocks(scores))
         cumulative = np.cumsum(probabilities)
         drawn = self._random.random() * cumulative[-1]
         return int(ids[np.searchsorted(cumulative, drawn, side="right")])
@@ -77,24 +79,32 @@ class Sampler:
         scores = self._penalized(logits)
         if self.settings.temperature == 0:
             return np.array([np.argmax(scores)], dtype=np.int64), np.ones(1)
-        return self._distribution(scores)
+        return self._distribution(self._in_blocks(scores))
 
     def _penalized(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Scores [blocks, _BLOCK], flat index = token id: logits with penalties, -inf for what cannot be drawn.
+        """Scores of the tokens [V]: logits with penalties, -inf for what cannot be drawn.
 
-        One buffer, overwritten by the next call.
+        The logits themselves where nothing changes them, else a buffer that the next call overwrites.
         """
         if logits.ndim != 1 or len(logits) < self._vocab_size:
             raise ModelError(f"the model gives logits of shape {logits.shape} for a vocabulary of {self._vocab_size}")
-        scores = self._scores.reshape(-1)[: self._vocab_size]
-        with np.errstate(over="ignore"):
-            np.subtract(self._repetition_penalized(logits[: self._vocab_size]), self._penalty, out=scores)
-        if not np.isfinite(scores).all():
-            raise ModelError(
-                f"the model's logits are not finite ({_first_not_finite(scores)})",
-                hint="check the files with `edgeq info MODEL --verify`, or download the model again",
-            )
-        scores[self._suppressed] = -np.inf
+        settings = self.settings
+        scores = self._repetition_penalized(logits[: self._vocab_size])
+        if settings.presence_penalty or settings.frequency_penalty:
+            with np.errstate(over="ignore"):
+                scores = np.subtract(scores, self._penalty, out=self._flat)
+        if not (isfinite(scores.max()) and isfinite(scores.min())):  # the fastest two passes; NaN is both
+            _require_finite(scores)
+        if len(self._suppressed):
+            self._flat[:] = scores
+            scores = self._flat
+            scores[self._suppressed] = -np.inf
+        return scores
+
+    def _in_blocks(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Scores [V] as [blocks, _BLOCK], flat index = token id, -inf behind the last."""
+        if scores is not self._flat:
+            self._flat[:] = scores
         return self._scores
 
     def _repetition_penalized(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -163,7 +173,11 @@ def _nucleus(probabilities: NDArray[np.float64], top_p: float) -> NDArray[np.boo
     return keep
 
 
-def _first_not_finite(scores: NDArray[np.float32]) -> str:
-    """The first entry of scores [n] that is not finite, in words."""
-    token = int(np.flatnonzero(~np.isfinite(scores))[0])
-    return f"token {token} has {scores[token]}"
+def _require_finite(scores: NDArray[np.float32]) -> None:
+    """ModelError that names the first entry of scores [n] that is not finite, if there is one."""
+    wrong = np.flatnonzero(~np.isfinite(scores))
+    if len(wrong):
+        raise ModelError(
+            f"the model's logits are not finite (token {wrong[0]} has {scores[wrong[0]]})",
+            hint="check the files with `edgeq info MODEL --verify`, or download the model again",
+        )

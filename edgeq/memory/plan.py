@@ -67,8 +67,8 @@ def _rows_not_read(checkpoint: Checkpoint, context: int) -> int:
 
 
 def prefill_chunk(c: TextConfig, ops: Ops[Any, Any]) -> int:
-    """Tokens of a prompt that go through the model together: as many as SCRATCH_NBYTES allow, in steps of 64."""
+    """Tokens of a prompt that go through the model together: a power of two, as many as SCRATCH_NBYTES allow."""
     chunk = LARGEST_CHUNK
     while chunk > SMALLEST_CHUNK and ops.scratch_nbytes(c, chunk) > SCRATCH_NBYTES:
-        chunk -= SMALLEST_CHUNK
+        chunk //= 2
     return chunk
