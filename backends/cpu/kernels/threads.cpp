@@ -1,6 +1,7 @@
 #include "kernels/threads.h"
 
 #include <pthread.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
@@ -214,18 +215,27 @@ Process& here() {
     return *process;
 }
 
-// The pool, which has `threads` threads where the system gives so many. Where it does not, what each of them takes of
-// the address space (a stack, an arena of the allocator) is wanted for the work: at most half of what it gave, and no
-// more than there are cores. The caller holds p.callers.
+// Whether there is address space for what the allocator maps for so many threads: 64 MB for each that uses it, up to
+// eight for a core. Where only the work would find out that there is none, it would fail for it.
+bool room_beside(int threads) {
+    const size_t nbytes = (size_t(64) << 20) * std::min(threads, 8 * default_thread_count());
+    void* p = mmap(nullptr, nbytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return p != MAP_FAILED && munmap(p, nbytes) == 0;
+}
+
+// The pool, which has `threads` threads where the system gives so many and, beyond the number of cores, room beside
+// them. Where it does not, what each takes of the address space is wanted for the work: at most half of what it gave,
+// and no more than there are cores. The caller holds p.callers.
 Pool& pool_of(Process& p, int threads) {
     if (p.pool && p.pool->threads() == threads) return *p.pool;
     delete p.pool;
     p.pool = nullptr;
     p.pool = new Pool(threads);
-    if (const int found = p.pool->threads(); found < threads) {
+    const int found = p.pool->threads(), cores = default_thread_count();
+    if (found < threads || (threads > cores && !room_beside(threads))) {
         delete p.pool;
         p.pool = nullptr;
-        p.pool = new Pool(std::max(1, std::min(found / 2, default_thread_count())));
+        p.pool = new Pool(std::max(1, std::min(found / 2, cores)));
         p.threads.compare_exchange_strong(threads, p.pool->threads());
     }
     return *p.pool;
