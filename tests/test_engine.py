@@ -121,6 +121,15 @@ class TestCut:
         assert np.array_equal(cold, warm)
         assert state.length == again.length
 
+    @pytest.mark.parametrize("name", [backend.name for backend in available() if backend.ops is not None])
+    def test_on_every_backend_the_same_calls_give_the_same_bits(self, folder: Path, name: str) -> None:
+        model = edgeq.load(folder, backend=name)
+        chunk, tokens = model.engine.chunk, ids(model.engine.chunk + 40).tolist()
+        cold, again = (model.forward(tokens, model.state())[0] for _ in range(2))
+        assert np.array_equal(cold, again)
+        warm, _ = model.forward(tokens[chunk:], model.advance(tokens[:chunk], model.state()))
+        assert np.array_equal(cold, warm)
+
     def test_progress_and_interruption(self, model: Model) -> None:
         chunk, seen = model.engine.chunk, list[tuple[int, int]]()
 
