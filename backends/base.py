@@ -7,8 +7,8 @@ from typing import TypeVar
 import numpy as np
 
 from edgeq.backends.ops import ArrayLike, Ops
-from edgeq.formats.bf16 import Float32
-from edgeq.model import layers
+from edgeq.formats.bf16 import Array, Float32
+from edgeq.model import layers, vision
 
 __all__ = ["BaseOps"]
 
@@ -19,6 +19,12 @@ M = TypeVar("M")
 class BaseOps(Ops[A, M]):
     """Operations of which only the small ones are left to define. What is overridden must agree with what is here."""
 
+    def embedding_bag(self, table: M, ids: Array, weights: Float32) -> A:
+        total = np.float32(0)
+        for column, weight in zip(np.ascontiguousarray(ids.T), weights.T, strict=True):
+            total = total + self.numpy(self.embed(table, self.array(column))) * weight[:, None]
+        return self.array(np.asarray(total))
+
     def read_out(self, x: A, head: M) -> tuple[Float32, bool]:
         logits = self.numpy(self.linear(x, head))
         return logits, bool(np.isfinite(logits.sum()) or np.isfinite(logits).all())  # one pass where all is well
@@ -27,3 +33,4 @@ class BaseOps(Ops[A, M]):
     delta_net = layers.delta_net
     gated_attention = layers.gated_attention
     decoder_layers = layers.decoder_layers
+    vision_blocks = vision.vision_blocks

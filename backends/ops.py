@@ -9,9 +9,9 @@ Shapes: T tokens; Hq, Hkv attention heads of width D; Hk, Hv DeltaNet heads of w
 T may hold the tokens of several sequences one after another (`Batch.lengths`); only `delta_net` and
 `gated_attention` care, and hand each sequence to the stateful operations by itself.
 
-The larger pieces (`linears`, `mlp`, `delta_net`, `gated_attention`, `decoder_layers`) have a body in terms of the small
-ones, which backends inherit (`edgeq.backends.base`); they override one only where they have something fused, and must
-agree with the body.
+The larger pieces (`linears`, `mlp`, `delta_net`, `gated_attention`, `decoder_layers`, `vision_blocks`) have a body in
+terms of the small ones, which backends inherit (`edgeq.backends.base`); they override one only where they have
+something fused, and must agree with the body.
 
 **Exactness.** On every backend: an operation is a function of its arguments; the same call gives the same bits; a state
 that was given is left as it was; prompts are cut at absolute multiples of the chunk (`Engine.cut`), so that going on
@@ -39,10 +39,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from edgeq.config import RopeConfig, TextConfig
+from edgeq.config import RopeConfig, TextConfig, VisionConfig
 from edgeq.formats.bf16 import Array, Float32
 from edgeq.state import DeltaState, KVCache, LayerState, State
-from edgeq.weights import AttentionWeights, DeltaNetWeights, LayerWeights, Matrix, MLPWeights
+from edgeq.weights import (
+    AttentionWeights,
+    DeltaNetWeights,
+    LayerWeights,
+    Matrix,
+    MLPWeights,
+    VisionBlockWeights,
+)
 
 __all__ = ["Angles", "ArrayLike", "Ops"]
 
@@ -109,6 +116,10 @@ class Ops(ABC, Generic[A, M]):
         widest = max(2 * c.intermediate_size, c.conv_dim + 2 * c.value_dim, 2 * (c.attention_dim + c.kv_dim))
         return 4 * tokens * (widest + 4 * c.hidden_size)
 
+    def vision_scratch_nbytes(self, c: VisionConfig, patches: int) -> int:
+        """What a call with `patches` patches of the vision tower takes to work in, hidden states included."""
+        return 4 * patches * (8 * c.hidden_size + c.intermediate_size)
+
     # What it costs now.
 
     def held(self) -> Mapping[str, int]:
@@ -172,7 +183,25 @@ class Ops(ABC, Generic[A, M]):
         """Several projections of the same input."""
         return tuple(self.linear(x, w) for w in ws)
 
+    @abstractmethod
+    def affine(self, x: A, w: M, bias: A) -> A:
+        """y = x @ w^T + bias: x [T, in], w [out, in], bias [out] -> [T, out]."""
+
+    @abstractmethod
+    def embedding_bag(self, table: M, ids: Array, weights: Float32) -> A:
+        """Weighted sums of rows, sum_i weights[t, i] * table[ids[t, i]]: table [rows, hidden], ids int32 [T, n],
+        weights float32 [T, n] -> [T, hidden]."""
+
     # --- norms and pointwise -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def layer_norm(self, x: A, gain: A, bias: A, eps: float) -> A:
+        """y = (x - mean) / sqrt(variance + eps) * gain + bias over the last axis: x [..., n], gain, bias [n]."""
+
+    @abstractmethod
+    def gelu(self, x: A, exact: bool) -> A:
+        """x * P(X <= x) for a standard normal X (Hendrycks & Gimpel, arXiv:1606.08415): by the error function where
+        `exact`, x / 2 (1 + erf(x / sqrt(2))), else x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
 
     @abstractmethod
     def rms_norm(self, x: A, gain: A, eps: float) -> A:
@@ -216,6 +245,13 @@ class Ops(ABC, Generic[A, M]):
     @abstractmethod
     def attention(self, q: A, k: A, v: A, cache: KVCache[A]) -> tuple[A, KVCache[A]]:
         """Append k, v [T, Hkv, D] of one sequence and attend causally, scale D^-0.5: q [T, Hq, D] -> [T, Hq, D]."""
+
+    @abstractmethod
+    def full_attention(self, q: A, k: A, v: A, lengths: Sequence[int]) -> A:
+        """Attend to everything within each span of `lengths`, scale D^-0.5: q, k, v [T, H, D] -> [T, H, D].
+
+        Never holds the scores of a whole picture: its 65,000 patches would have 17 GB of them for each head.
+        """
 
     # --- DeltaNet ----------------------------------------------------------------------------------------------------
 
@@ -271,3 +307,10 @@ class Ops(ABC, Generic[A, M]):
         states[l][i] is the state of sequence i before layer l of `ws`; the result has keep[i] + 1 states in its place,
         the last of them after all of the sequence's tokens.
         """
+
+    @abstractmethod
+    def vision_blocks(
+        self, x: A, ws: Sequence[VisionBlockWeights[A, M]], c: VisionConfig, angles: Angles[A], lengths: Sequence[int]
+    ) -> A:
+        """The blocks of the vision tower after one another: x [T, hidden] -> [T, hidden], T patches of frames of
+        `lengths`, which do not attend to one another."""

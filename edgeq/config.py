@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -111,6 +112,26 @@ class VisionConfig:
     spatial_merge_size: int
     num_position_embeddings: int
     out_hidden_size: int
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers that a patch is made of: colours * frames * height * width."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def merged_size(self) -> int:
+        """Width of the patches that become a token, side by side."""
+        return self.hidden_size * self.spatial_merge_size**2
+
+    @property
+    def position_side(self) -> int:
+        """Rows, and columns, of the table of positions."""
+        return isqrt(self.num_position_embeddings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,9 +235,10 @@ def parse_config(values: Mapping[str, Any], name: str = "config.json") -> ModelC
             f"{name}: model_type is {brief(model_type)}, expected 'qwen3_5' or 'qwen3_5_text'",
             hint="use a Qwen3.5 model: 0.8B, 2B or 4B",
         )
+    text, sees = _text_config(top.section("text_config"), top), values.get("vision_config") is not None
     return ModelConfig(
-        text=_text_config(top.section("text_config"), top),
-        vision=_vision_config(top.section("vision_config")) if values.get("vision_config") is not None else None,
+        text=text,
+        vision=_vision_config(top.section("vision_config"), text.hidden_size) if sees else None,
         name=_name(values),
         image_token_id=top.token_id("image_token_id"),
         video_token_id=top.token_id("video_token_id"),
@@ -317,10 +339,10 @@ def _check_heads(text: _Section, config: TextConfig) -> None:
             raise text.error(key, heads, f"a multiple of {of} = {groups}")
 
 
-def _vision_config(vision: _Section) -> VisionConfig:
+def _vision_config(vision: _Section, hidden_size: int) -> VisionConfig:
     vision.expect("hidden_act", "gelu_pytorch_tanh")
-    vision.expect("deepstack_visual_indexes", [])
-    return VisionConfig(
+    vision.expect("deepstack_visual_indexes", [], None)
+    config = VisionConfig(
         depth=vision.size("depth", high=_MAX_LAYERS),
         hidden_size=vision.size("hidden_size"),
         intermediate_size=vision.size("intermediate_size"),
@@ -332,3 +354,11 @@ def _vision_config(vision: _Section) -> VisionConfig:
         num_position_embeddings=vision.size("num_position_embeddings"),
         out_hidden_size=vision.size("out_hidden_size"),
     )
+    if config.hidden_size % config.num_heads or config.head_dim % 4:  # a quarter for each of two axes' pairs
+        expected = f"a number of heads of 4, 8, 12, ... entries each in hidden_size = {config.hidden_size}"
+        raise vision.error("num_heads", config.num_heads, expected)
+    if config.position_side**2 != config.num_position_embeddings:
+        raise vision.error("num_position_embeddings", config.num_position_embeddings, "a square number")
+    if config.out_hidden_size != hidden_size:
+        raise vision.error("out_hidden_size", config.out_hidden_size, f"the text's hidden_size = {hidden_size}")
+    return config

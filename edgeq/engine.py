@@ -8,6 +8,7 @@ exactness contract of `edgeq.backends.ops`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,17 +19,19 @@ from numpy.typing import NDArray
 
 from edgeq.backends.ops import ArrayLike, Ops
 from edgeq.checkpoint import Checkpoint
-from edgeq.config import TextConfig
+from edgeq.config import TextConfig, VisionConfig
 from edgeq.errors import MemoryBudgetError, ModelError, UsageError
 from edgeq.formats.bf16 import Float32
 from edgeq.loading import LoadedWeights
 from edgeq.memory.ledger import Ledger
 from edgeq.memory.plan import prefill_chunk
-from edgeq.model import text
+from edgeq.model import text, vision
 from edgeq.model.layers import spans
+from edgeq.model.vision import Grid
 from edgeq.numbers import Range
 from edgeq.printable import brief
 from edgeq.state import DeltaState, KVCache, State
+from edgeq.weights import Part
 
 __all__ = ["Engine", "Feed", "Ids", "Output"]
 
@@ -134,6 +137,34 @@ class Engine(Generic[A, M]):
             logits = self._read_out(hidden, [(end, feed.rows) for end, feed in zip(ends, feeds, strict=True)])
         return [Output(*both) for both in zip(logits, states, strict=True)]
 
+    @property
+    def sees(self) -> bool:
+        """Whether the checkpoint has a vision tower."""
+        return self.checkpoint.config.vision is not None and Part.VISION in self.weights.parts
+
+    def see(self, pixels: Float32, grid: Grid) -> A:
+        """What the model sees of an image, or of the frames of a video.
+
+        pixels: float32 [patches, colours * 2 frames * height * width of a patch], in block order; grid: frames (of two
+        pictures), rows and columns of patches. Returns [tokens, hidden], a token for every square of patches, to be fed
+        in place of its placeholders. The tower is loaded for the first picture.
+
+        Raises UsageError for a model without vision tower and for patches that do not fit the grid, ModelError where
+        the result is not numbers.
+        """
+        weights, c = self.weights.vision, self.checkpoint.config.vision
+        if weights is None or c is None:
+            raise UsageError(f"{self.checkpoint.path} has no vision tower", hint="use a checkpoint that has one")
+        _check_patches(pixels, grid, c)
+        with np.errstate(all="ignore"):  # as in `run`
+            features = vision.see(self.ops, c, weights, pixels, [grid])
+        if not np.isfinite(self.ops.numpy(features)).all():
+            raise ModelError(
+                f"{self.checkpoint.path}: the vision tower's output is NaN or infinite",
+                hint="download the checkpoint, or quantize it, again",
+            )
+        return features
+
     def checked_ids(self, ids: Sequence[int] | NDArray[Any], state: State[A]) -> Ids:
         """`ids` as an array, if the vocabulary has them and the context has room for them after `state`."""
         try:
@@ -227,6 +258,25 @@ class Engine(Generic[A, M]):
                 hint="download the checkpoint, or quantize it, again",
             )
         return logits
+
+
+def _check_patches(pixels: Float32, grid: Grid, c: VisionConfig) -> None:
+    square = c.spatial_merge_size
+    if not (
+        len(grid) == 3 and all(isinstance(n, int | np.integer) and n > 0 for n in grid)
+        and grid[1] % square == grid[2] % square == 0
+    ):  # fmt: skip
+        raise UsageError(
+            f"the grid is {brief(grid)}, expected (frames, rows, columns) of patches, "
+            f"rows and columns in multiples of {square}"
+        )
+    expected = (math.prod(grid), c.patch_values)
+    if getattr(pixels, "shape", None) != expected or pixels.dtype != np.float32:
+        found = f"{getattr(pixels, 'dtype', type(pixels).__name__)} {brief(getattr(pixels, 'shape', ''))}"
+        raise UsageError(
+            f"the patches of the grid {brief(grid)} are {found}, expected float32 {expected}",
+            hint="make both with edgeq.vision.preprocess",
+        )
 
 
 def _shapes(state: DeltaState[Any]) -> tuple[object, object]:

@@ -6,6 +6,7 @@ The composites are compared with their default bodies in `edgeq.model.layers` on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,13 +16,21 @@ from gguf_forms import FORMS, Form, gguf_matrix
 
 from edgeq.backends import available
 from edgeq.backends.ops import Ops
-from edgeq.config import RopeConfig, TextConfig
+from edgeq.config import RopeConfig, TextConfig, VisionConfig
 from edgeq.formats.affine import dequantize, pack
 from edgeq.formats.bf16 import Array, from_float32, round_to, to_float32
-from edgeq.model import layers
+from edgeq.model import layers, vision
 from edgeq.state import DeltaState
 from edgeq.testing import nmse
-from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights, QMatrix
+from edgeq.weights import (
+    Affine,
+    AttentionWeights,
+    DeltaNetWeights,
+    Matrix,
+    MLPWeights,
+    QMatrix,
+    VisionBlockWeights,
+)
 
 LENGTHS = (1, 2, 63, 64, 65, 257)
 
@@ -37,11 +46,14 @@ BOUNDS: dict[tuple[str, str], float] = {
     # Keys and values are kept as float16: 2^-11 of relative error, 8e-8 squared and averaged; scores amplify it.
     ("cpu", "attention"): 1e-6,
     ("cpu", "kv"): 1e-6,
+    ("cpu", "full attention"): 1e-6,  # likewise, where a fused kernel keeps them in 16 bits
     # An int8 rounding of an activation may fall the other way after a last-bit difference: a rare step of 1/127.
     ("cpu", "composite"): 1e-6,
+    ("cpu", "vision blocks"): 1e-5,  # both: roundings to 16 and to 8 bits fall otherwise after a last-bit difference
 }
 DEFAULTS = {
     "linear quantized": SUMS, "linear": SUMS, "attention": SUMS, "kv": EXACT, "composite": RECURRENT,
+    "full attention": SUMS, "vision blocks": RECURRENT,
 }  # fmt: skip
 
 
@@ -165,6 +177,23 @@ def test_linears(ops: Ops[Any, Any], rng: np.random.Generator, T: int) -> None:
         assert nmse(ops.numpy(ops.linear(ops.array(x), ops.matrix(w))), ops.numpy(y)) <= SUMS
 
 
+@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize("bits", [8, None], ids=["int8", "bf16"])
+def test_affine(ops: Ops[Any, Any], rng: np.random.Generator, T: int, bits: int | None) -> None:
+    x, bias = normal(rng, T, 192), normal(rng, 33)
+    w = from_float32(normal(rng, 33, 192)) if bits is None else quantized(rng, 33, 192, bits, 64, np.uint16)
+    y = ops.numpy(ops.affine(ops.array(x), ops.matrix(w), ops.vector(bias)))
+    expected = x.astype(np.float64) @ dense(w).T + bias
+    assert nmse(expected, y) <= bound(ops, "linear" if bits is None else "linear quantized")
+
+
+def test_embedding_bag(ops: Ops[Any, Any], rng: np.random.Generator) -> None:
+    ids, weights = rng.integers(0, 37, (19, 4)).astype(np.int32), rng.random((19, 4), np.float32)
+    for table in (from_float32(normal(rng, 37, 96)), quantized(rng, 37, 96, 8, 32, np.uint16)):
+        y = ops.numpy(ops.embedding_bag(ops.matrix(table), ids, weights))
+        assert nmse((dense(table)[ids] * weights[:, :, None]).sum(axis=1), y) <= POINTWISE
+
+
 # --- norms and pointwise ---------------------------------------------------------------------------------------------
 
 
@@ -212,6 +241,28 @@ def test_delta_gates(ops: Ops[Any, Any], rng: np.random.Generator, T: int) -> No
     g, beta = ops.delta_gates(ops.array(a), ops.array(b), ops.vector(A), ops.vector(bias))
     assert nmse(A * np.logaddexp(a.astype(np.float64) + bias, 0), ops.numpy(g)) <= POINTWISE
     assert nmse(sigmoid(b), ops.numpy(beta)) <= POINTWISE
+
+
+@pytest.mark.parametrize("size", [64, 768])
+@pytest.mark.parametrize("mean", [0, 3], ids=["around 0", "around 3"])
+def test_layer_norm(ops: Ops[Any, Any], rng: np.random.Generator, size: int, mean: float) -> None:
+    x, gain, bias = normal(rng, 5, 2, size) + np.float32(mean), normal(rng, size), normal(rng, size)
+    wide = x.astype(np.float64)
+    centred = wide - wide.mean(-1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * gain + bias
+    y = ops.numpy(ops.layer_norm(ops.array(x), ops.vector(gain), ops.vector(bias), 1e-6))
+    assert nmse(expected, y) <= SUMS
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["erf", "tanh"])
+def test_gelu(ops: Ops[Any, Any], rng: np.random.Generator, exact: bool) -> None:
+    x = np.concatenate([normal(rng, 4000) * 3, np.linspace(-12, 12, 2401, dtype=np.float32)]).reshape(1, -1)
+    wide = x.astype(np.float64)
+    inner = np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)
+    share = np.vectorize(math.erf)(wide / np.sqrt(2)) if exact else np.tanh(inner)
+    y = ops.numpy(ops.gelu(ops.array(x), exact))
+    assert nmse(wide / 2 * (1 + share), y) <= POINTWISE
+    assert np.abs(wide / 2 * (1 + share) - y).max() <= 2e-6  # the tail, too; the other GELU is 5e-4 off
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -299,6 +350,20 @@ def test_attention_caches_are_values(ops: Ops[Any, Any], rng: np.random.Generato
         assert nmse(np.stack([k[rows], v[rows]]), held(cache)) <= bound(ops, "kv")
         assert cache.length == len(rows)
         assert cache.nbytes > 0
+
+
+@pytest.mark.parametrize("lengths", [(1,), (65,), (2, 1, 70)], ids=str)
+@pytest.mark.parametrize("dim", [16, 64, 72])
+def test_full_attention(ops: Ops[Any, Any], rng: np.random.Generator, lengths: tuple[int, ...], dim: int) -> None:
+    q, k, v = (normal(rng, sum(lengths), 3, dim) for _ in range(3))
+    y = ops.numpy(ops.full_attention(ops.array(q), ops.array(k), ops.array(v), lengths))
+    expected = np.zeros(q.shape)
+    for span in layers.spans(lengths):
+        for t in range(span.start, span.stop):
+            for h in range(3):
+                weights = np.exp(k[span, h].astype(np.float64) @ q[t, h] * dim**-0.5)
+                expected[t, h] = weights @ v[span, h] / weights.sum()
+    assert nmse(expected, y) <= bound(ops, "full attention")
 
 
 # --- DeltaNet --------------------------------------------------------------------------------------------------------
@@ -469,3 +534,30 @@ def test_gated_attention(
         assert cache.length == default.length == old.length + length
         for side, side_default in zip(cache.arrays(), default.arrays(), strict=True):
             assert nmse(ops.numpy(side_default), ops.numpy(side)) <= bound(ops, "composite")
+
+
+@pytest.mark.parametrize("bits", [8, None], ids=["int8", "bf16"])
+@pytest.mark.parametrize("grid", [(1, 2, 2), (1, 10, 14), (3, 4, 6)], ids=str)
+def test_vision_blocks(
+    ops: Ops[Any, Any], rng: np.random.Generator, grid: tuple[int, int, int], bits: int | None
+) -> None:
+    c = VisionConfig(
+        depth=2, hidden_size=192, intermediate_size=320, num_heads=3, in_channels=3, patch_size=16,
+        temporal_patch_size=2, spatial_merge_size=2, num_position_embeddings=64, out_hidden_size=64,
+    )  # fmt: skip
+
+    def affine(out: int, width: int) -> Affine[Any, Any]:
+        return Affine(matrix(ops, rng, out, width, bits), ops.vector(normal(rng, out)))
+
+    def norm() -> Affine[Any, Any]:
+        return Affine(ops.vector(normal(rng, 192)), ops.vector(normal(rng, 192)))
+
+    ws = [
+        VisionBlockWeights(norm(), norm(), affine(576, 192), affine(192, 192), affine(320, 192), affine(192, 320))
+        for _ in range(2)
+    ]
+    frames, height, width = grid
+    x, lengths = ops.array(normal(rng, math.prod(grid), 192)), [height * width] * frames
+    angles = vision.vision_angles(ops, c, grid)
+    y = ops.numpy(ops.vision_blocks(x, ws, c, angles, lengths))
+    assert nmse(ops.numpy(vision.vision_blocks(ops, x, ws, c, angles, lengths)), y) <= bound(ops, "vision blocks")

@@ -11,6 +11,7 @@ inside, norms, softmax, exponentials and everything of the delta rule are float3
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from importlib.metadata import version
@@ -25,13 +26,13 @@ from edgeq.backends.mlx.delta import cpu_streams, delta_metal, delta_products
 from edgeq.backends.mlx.kv import Buffer, BufferedKV, StepKV, capacity_for
 from edgeq.backends.mlx.memory import limit_memory, used_memory
 from edgeq.backends.ops import Angles
-from edgeq.config import RopeConfig, TextConfig
+from edgeq.config import RopeConfig, TextConfig, VisionConfig
 from edgeq.errors import UsageError
 from edgeq.formats.affine import mlx_layout
 from edgeq.formats.bf16 import Array, Float32
-from edgeq.model import layers
+from edgeq.model import layers, vision
 from edgeq.state import DeltaState, KVCache, State
-from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights, QMatrix
+from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights, QMatrix, VisionBlockWeights
 
 __all__ = ["Dtype", "MlxOps", "MlxQMatrix"]
 
@@ -90,6 +91,7 @@ class MlxOps(BaseOps[mx.array, MlxMatrix]):
         self._metal = mx.metal.is_available() and not on_cpu
         self._weighted_silu, self._silu_mul = self._fused(_weighted_silu), self._fused(_silu_mul)
         self._sigmoid_mul, self._delta_gates = self._fused(_sigmoid_mul), self._fused(_delta_gates)
+        self._gelu, self._gelu_tanh = self._fused(_gelu), self._fused(_gelu_tanh)
 
     @classmethod
     def describe(cls) -> str:
@@ -161,7 +163,20 @@ class MlxOps(BaseOps[mx.array, MlxMatrix]):
             y = _as_stored(x, w) @ w.T
         return y.astype(x.dtype)
 
+    def affine(self, x: mx.array, w: MlxMatrix, bias: mx.array) -> mx.array:
+        return self.linear(x, w) + bias.astype(x.dtype)
+
+    def embedding_bag(self, table: MlxMatrix, ids: Array, weights: Float32) -> mx.array:
+        rows = self.embed(table, mx.array(ids.reshape(-1))).reshape(*ids.shape, -1)
+        return (rows * mx.array(weights)[..., None]).sum(axis=1)
+
     # --- norms and pointwise -----------------------------------------------------------------------------------------
+
+    def layer_norm(self, x: mx.array, gain: mx.array, bias: mx.array, eps: float) -> mx.array:
+        return mx.fast.layer_norm(x, gain.astype(x.dtype), bias.astype(x.dtype), eps)
+
+    def gelu(self, x: mx.array, exact: bool) -> mx.array:
+        return self._gelu(x) if exact else self._gelu_tanh(x)
 
     def rms_norm(self, x: mx.array, gain: mx.array, eps: float) -> mx.array:
         return mx.fast.rms_norm(x, gain.astype(x.dtype), eps)
@@ -224,6 +239,16 @@ class MlxOps(BaseOps[mx.array, MlxMatrix]):
             )
             outputs.append(o[0].swapaxes(0, 1))
         return self.concat(outputs).astype(q.dtype), longer
+
+    def full_attention(self, q: mx.array, k: mx.array, v: mx.array, lengths: Sequence[int]) -> mx.array:
+        scale, outputs = q.shape[-1] ** -0.5, []
+        for span in layers.spans(lengths):
+            queries, keys, values = (x[span].swapaxes(0, 1)[None] for x in (q, k, v))  # [1, H, T, D]
+            heads, tokens = queries.shape[1:3]
+            for rows in _row_blocks(tokens, _SCORES // (heads * tokens)):
+                o = mx.fast.scaled_dot_product_attention(queries[:, :, rows], keys, values, scale=scale)
+                outputs.append(o[0].swapaxes(0, 1))
+        return self.concat(outputs)
 
     # --- DeltaNet ----------------------------------------------------------------------------------------------------
 
@@ -289,6 +314,13 @@ class MlxOps(BaseOps[mx.array, MlxMatrix]):
         y, longer.buffer.keys, longer.buffer.values = piece(x, w, angles, *held)
         return y, [longer]
 
+    def vision_blocks(
+        self, x: mx.array, ws: Sequence[VisionBlockWeights[mx.array, MlxMatrix]], c: VisionConfig,
+        angles: Angles[mx.array], lengths: Sequence[int],
+    ) -> mx.array:  # fmt: skip
+        """In the type of activations, which patches, numbers from outside, do not have yet."""
+        return vision.vision_blocks(self, x.astype(self.dtype), ws, c, angles, lengths)
+
     def _fused(self, f: F) -> F:
         """A pointwise function as one kernel, for all shapes at once."""
         return cast(F, mx.compile(f, shapeless=True)) if self._compiled else f
@@ -336,6 +368,17 @@ def _silu_mul(gate: mx.array, up: mx.array) -> mx.array:
 
 def _sigmoid_mul(x: mx.array, gate: mx.array) -> mx.array:
     return (x * mx.sigmoid(gate.astype(mx.float32))).astype(x.dtype)
+
+
+def _gelu(x: mx.array) -> mx.array:
+    wide = x.astype(mx.float32)
+    return (wide * 0.5 * (1 + mx.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+
+
+def _gelu_tanh(x: mx.array) -> mx.array:
+    wide = x.astype(mx.float32)
+    inner = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide * wide * wide)
+    return (wide * 0.5 * (1 + mx.tanh(inner))).astype(x.dtype)
 
 
 def _delta_gates(a: mx.array, b: mx.array, A: mx.array, dt_bias: mx.array) -> tuple[mx.array, mx.array]:
