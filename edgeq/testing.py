@@ -98,8 +98,12 @@ def random_values(spec: TensorSpec, rng: np.random.Generator) -> Array:
             return np.log(rng.uniform(0.5, 16, spec.shape)).astype(np.float32)
         case Role.CONV:
             return x * np.float32(0.5)
-        case Role.VECTOR if spec.part is not Part.VISION:
-            return x
+        case Role.LAYER_NORM:
+            return 1 + x * np.float32(0.2)
+        case Role.VECTOR:
+            return x * np.float32(0.1) if spec.part is Part.VISION else x
+        case Role.PATCH:
+            return x * np.float32(1 / np.sqrt(spec.size / spec.shape[0]))
         case _:
             return x * np.float32(1 / np.sqrt(spec.shape[-1]))  # larger amplifies float noise from layer to layer
 
