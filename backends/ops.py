@@ -117,8 +117,8 @@ class Ops(ABC, Generic[A, M]):
         return 4 * tokens * (widest + 4 * c.hidden_size)
 
     def vision_scratch_nbytes(self, c: VisionConfig, patches: int) -> int:
-        """What a call with `patches` patches of the vision tower takes to work in, hidden states included."""
-        return 4 * patches * (8 * c.hidden_size + c.intermediate_size)
+        """What `patches` patches take to work in that go through the vision tower together, hidden states included."""
+        return 4 * patches * (2 * c.hidden_size + 4 * c.intermediate_size)
 
     # What it costs now.
 

@@ -27,7 +27,7 @@ from edgeq.memory.ledger import Ledger
 from edgeq.memory.plan import prefill_chunk
 from edgeq.model import text, vision
 from edgeq.model.layers import spans
-from edgeq.model.vision import Grid
+from edgeq.model.vision import Grid, Pixels
 from edgeq.numbers import Range
 from edgeq.printable import brief
 from edgeq.state import DeltaState, KVCache, State
@@ -39,6 +39,7 @@ A = TypeVar("A", bound=ArrayLike)
 M = TypeVar("M")
 Ids = NDArray[np.int32]
 
+KEPT_COPIES = 16_000_000  # bytes of the tower's weights that stay in memory after a picture: norms and biases
 READ_OUT = 64  # rows of logits computed at a time where a whole text's are wanted: 64 MB of them
 
 
@@ -92,9 +93,8 @@ class Engine(Generic[A, M]):
         self.weights = LoadedWeights(checkpoint, ops)
         self._text = self.weights.text
         self.ledger = Ledger()
-        self.ledger.open("weights, mapped", lambda: self.weights.nbytes(mapped=True), mapped=True)
-        if ops.maps_files:
-            self.ledger.open("weights", lambda: self.weights.nbytes(mapped=False))
+        for owner, parts in (("weights", (Part.TEXT, Part.MTP)), ("vision tower", (Part.VISION,))):
+            self._open_account(owner, *parts)
         self.ledger.open_all(ops.held)
         c = self.config
         self._attends = [kind == "full_attention" for kind in c.layer_types]
@@ -102,6 +102,12 @@ class Engine(Generic[A, M]):
             (c.linear_conv_kernel_dim - 1, c.conv_dim),
             (c.linear_num_value_heads, c.linear_value_head_dim, c.linear_key_head_dim),
         )
+
+    def _open_account(self, owner: str, *parts: Part) -> None:
+        if not self.weights.parts.isdisjoint(parts):
+            self.ledger.open(f"{owner}, mapped", lambda: self.weights.nbytes(*parts, mapped=True), mapped=True)
+            if self.ops.maps_files:
+                self.ledger.open(owner, lambda: self.weights.nbytes(*parts, mapped=False))
 
     def state(self) -> State[A]:
         """The state of an empty sequence."""
@@ -142,23 +148,35 @@ class Engine(Generic[A, M]):
         """Whether the checkpoint has a vision tower."""
         return self.checkpoint.config.vision is not None and Part.VISION in self.weights.parts
 
-    def see(self, pixels: Float32, grid: Grid) -> A:
+    def see(self, pixels: Pixels, grid: Grid) -> A:
         """What the model sees of an image, or of the frames of a video.
 
         pixels: float32 [patches, colours * 2 frames * height * width of a patch], in block order; grid: frames (of two
         pictures), rows and columns of patches. Returns [tokens, hidden], a token for every square of patches, to be fed
-        in place of its placeholders. The tower is loaded for the first picture.
+        in place of its placeholders.
+
+        The tower and the language model are not needed at the same time: pages of the file are let go in between, and
+        so are copies of the tower's weights, unless they are the backend's own. The next picture finds them again.
 
         Raises UsageError for a model without vision tower and for patches that do not fit the grid, ModelError where
         the result is not numbers.
         """
-        weights, c = self.weights.vision, self.checkpoint.config.vision
-        if weights is None or c is None:
+        c = self.checkpoint.config.vision
+        if not self.sees or c is None:
             raise UsageError(f"{self.checkpoint.path} has no vision tower", hint="use a checkpoint that has one")
         _check_patches(pixels, grid, c)
-        with np.errstate(all="ignore"):  # as in `run`
-            features = vision.see(self.ops, c, weights, pixels, [grid])
-        if not np.isfinite(self.ops.numpy(features)).all():
+        self.checkpoint.drop_pages()
+        try:
+            weights = self.weights.vision
+            assert weights is not None
+            with np.errstate(all="ignore"):  # as in `run`
+                features = vision.see(self.ops, c, weights, pixels, [grid])
+            finite = np.isfinite(self.ops.numpy(features)).all()
+        finally:
+            self.checkpoint.drop_pages()
+            if self.ops.maps_files and self.weights.nbytes(Part.VISION, mapped=False) > KEPT_COPIES:
+                self.weights.release(Part.VISION)
+        if not finite:
             raise ModelError(
                 f"{self.checkpoint.path}: the vision tower's output is NaN or infinite",
                 hint="download the checkpoint, or quantize it, again",
@@ -260,7 +278,7 @@ class Engine(Generic[A, M]):
         return logits
 
 
-def _check_patches(pixels: Float32, grid: Grid, c: VisionConfig) -> None:
+def _check_patches(pixels: Pixels, grid: Grid, c: VisionConfig) -> None:
     square = c.spatial_merge_size
     if not (
         len(grid) == 3 and all(isinstance(n, int | np.integer) and n > 0 for n in grid)

@@ -44,9 +44,9 @@ class LoadedWeights(Generic[A, M]):
         self._trees: dict[Part, Any] = {}
         self._nbytes: dict[Part, dict[bool, int]] = {}  # of every part, mapped and not
 
-    def nbytes(self, *, mapped: bool) -> int:
-        """Bytes of the weights loaded: those used where the file is mapped, or those that are copies."""
-        return sum(nbytes[mapped] for nbytes in self._nbytes.values())
+    def nbytes(self, *parts: Part, mapped: bool) -> int:
+        """Bytes of the weights loaded, of some parts: those used where the file is mapped, or those that are copies."""
+        return sum(self._nbytes[part][mapped] for part in parts if part in self._nbytes)
 
     @property
     def text(self) -> TextWeights[A, M]:
@@ -84,9 +84,6 @@ class LoadedWeights(Generic[A, M]):
     def _leaf(self, spec: TensorSpec) -> A | M:
         if not spec.is_matrix:
             return self.ops.vector(self._counted(spec, self.checkpoint.dense(spec.name)))
-        if spec.role is Role.PATCH:
-            patches = self.checkpoint.dense(spec.name)
-            return self.ops.matrix(self._counted(spec, patches.reshape(len(patches), -1)))
         return self.ops.matrix(self._counted(spec, self._checked(spec)))
 
     def _counted(self, spec: TensorSpec, weight: W) -> W:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tracemalloc
 from pathlib import Path
 from subprocess import run
 from typing import Any
@@ -20,9 +21,10 @@ from edgeq.config import VisionConfig
 from edgeq.engine import Engine
 from edgeq.errors import ModelError, UsageError
 from edgeq.formats.bf16 import Float32
+from edgeq.memory.plan import plan_memory
 from edgeq.model import text, vision
 from edgeq.testing import config_values, nmse, write_checkpoint
-from edgeq.weights import Part
+from edgeq.weights import Affine, Part, VisionBlockWeights
 
 SHAPES = ("narrow", "wide", "table-up", "table-down", "untied")
 PROMPTS = ("image", "two", "smallest", "video", "mixed")
@@ -179,12 +181,42 @@ def test_frames_do_not_depend_on_their_band(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_tower_is_loaded_when_something_is_seen_and_let_go() -> None:
     e, c = engine(NumpyOps(), DATA / "narrow"), case(DATA / "narrow" / "golden.safetensors", "image")
     assert e.sees
-    before = e.weights.nbytes(mapped=True)
+    assert e.weights.nbytes(Part.VISION, mapped=True) == 0
     first = features(e, c)
-    assert e.weights.nbytes(mapped=True) > before
+    assert e.weights.nbytes(Part.VISION, mapped=True) > 0
     e.weights.release(Part.VISION)
-    assert e.weights.nbytes(mapped=True) == before
+    assert e.weights.nbytes(Part.VISION, mapped=True) == 0
     assert np.array_equal(features(e, c), first)
+
+
+def test_the_plan_knows_what_a_picture_costs() -> None:
+    """NumPy tells tracemalloc of its memory: between half of what is planned and all of it."""
+    c, grid, ops = config(hidden_size=64, intermediate_size=256, num_heads=1), (1, 60, 60), NumpyOps()
+    rng = np.random.default_rng(3)
+
+    def affine(out: int, width: int) -> Any:
+        return Affine(rng.standard_normal((out, width), np.float32), np.ones(out, np.float32))
+
+    norm = Affine(np.ones(64, np.float32), np.zeros(64, np.float32))
+    w = VisionBlockWeights(norm, norm, affine(192, 64), affine(64, 64), affine(256, 64), affine(64, 256))
+    x, angles = rng.standard_normal((3600, 64), np.float32), vision.vision_angles(ops, c, grid)
+    tracemalloc.start()
+    ops.vision_blocks(x, [w], c, angles, [3600])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    planned = ops.vision_scratch_nbytes(c, 3600)
+    assert planned / 2 <= peak <= planned
+    assert planned < 3600 * 3600 * 4 * 2  # scores of the whole picture would take more
+
+
+def test_the_tower_and_the_text_are_planned_one_after_the_other() -> None:
+    checkpoint, ops = open_checkpoint(DEMO), NumpyOps()
+    text_only = plan_memory(checkpoint, ops, 256)
+    one, two = (plan_memory(checkpoint, ops, 256, grids=[(1, 6, 6)] * n) for n in (1, 2))
+    assert text_only.total < one.total < two.total
+    assert two.pictures - one.pictures == 4 * 36 * (1536 + 256 // 4)  # pixels and features
+    everything = sum(storage.nbytes for _, storage in checkpoint.storage())
+    assert one.pictures < everything + ops.vision_scratch_nbytes(checkpoint.config.vision or config(), 36)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

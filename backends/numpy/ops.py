@@ -15,7 +15,7 @@ from edgeq.backends.numpy.delta import delta_chunk, delta_step
 from edgeq.backends.numpy.kv import Page, PagedKV
 from edgeq.backends.numpy.kv_types import check_kv_dtype
 from edgeq.backends.ops import Angles
-from edgeq.config import RopeConfig, TextConfig
+from edgeq.config import RopeConfig, TextConfig, VisionConfig
 from edgeq.formats.affine import dequantize
 from edgeq.formats.bf16 import Array, Float32, to_float32
 from edgeq.model import layers
@@ -105,6 +105,10 @@ class ArrayOps(BaseOps[Array, M]):
 
     def __init__(self, kv_dtype: str = "f32") -> None:
         self.kv_dtype = check_kv_dtype(kv_dtype)
+
+    def vision_scratch_nbytes(self, c: VisionConfig, patches: int) -> int:
+        """The feed-forward and its GELU's parts are widest, and then there are scores and what they are made of."""
+        return super().vision_scratch_nbytes(c, patches) + 4 * 4 * SCORES
 
     # --- the edge ----------------------------------------------------------------------------------------------------
 

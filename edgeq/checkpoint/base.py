@@ -41,7 +41,8 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def matrix(self, name: str) -> Matrix[Array]:
-        """A matrix [out, in] as stored, without copying where the format allows it."""
+        """A matrix [out, in] as stored, without copying where the format allows it; of the patch embedding,
+        [hidden, colours * frames * height * width]."""
 
     def rows(self, name: str, rows: slice | Array) -> Float32:
         """Some rows of a matrix as float32; nothing of it is kept."""

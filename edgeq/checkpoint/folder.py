@@ -90,6 +90,9 @@ class FolderCheckpoint(Checkpoint):
 
     def matrix(self, name: str) -> Matrix[Array]:
         tensor = self.tensors[name]
+        if tensor.spec.role is Role.PATCH:
+            patches = self._array(tensor.file_name)
+            return self._channels_first(patches).reshape(len(patches), -1)
         if tensor.quantization is None:
             return self._array(tensor.file_name)
         module = tensor.file_name.removesuffix(".weight")
@@ -111,10 +114,13 @@ class FolderCheckpoint(Checkpoint):
                 return x.reshape(x.shape[0], -1)
             case Role.DECAY:
                 return -np.exp(x)
-            case Role.PATCH if self.layout == "mlx":
-                return np.array(np.moveaxis(x, -1, 1), order="C")
+            case Role.PATCH:
+                return np.array(self._channels_first(x), order="C")
             case _:
                 return np.array(x, order="C")
+
+    def _channels_first(self, patches: Array) -> Array:
+        return np.moveaxis(patches, -1, 1) if self.layout == "mlx" else patches
 
     def storage(self) -> Iterator[tuple[TensorSpec, Storage]]:
         return ((tensor.spec, self._stored(tensor)) for tensor in self.tensors.values())

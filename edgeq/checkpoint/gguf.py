@@ -96,6 +96,10 @@ class GGUFCheckpoint(Checkpoint):
         coding = tensor.infos[0].type.coding
         if coding is not None:
             return self._quantized(tensor, coding)
+        if tensor.spec.role is Role.PATCH:
+            return np.stack([tensor.blocks(half) for half in range(len(tensor.names))], axis=2).reshape(
+                len(tensor.blocks()), -1
+            )
         order = self._order(name)
         return tensor.blocks() if order is None else order.from_file(tensor.blocks())
 

@@ -8,11 +8,14 @@ lies between them. tests/test_memory.py measures how near it comes.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from edgeq.backends.ops import Ops
 from edgeq.checkpoint import Checkpoint
 from edgeq.config import TextConfig
+from edgeq.model.vision import Grid, largest_band
 from edgeq.weights import Part
 
 __all__ = ["Plan", "plan_memory", "prefill_chunk"]
@@ -29,6 +32,8 @@ class Plan(NamedTuple):
     process: the interpreter, NumPy, edgeq and what they import, the tokenizer's tables.
     states: DeltaNet states. kv_cache: keys and values of the context.
     scratch: the work of a chunk, and the logits.
+    pictures: what seeing adds: pixels and features, and what the vision tower needs beyond all the above but the
+    process, for it is not needed at the same time.
     """
 
     weights: int
@@ -36,6 +41,7 @@ class Plan(NamedTuple):
     states: int
     kv_cache: int
     scratch: int
+    pictures: int = 0
 
     @property
     def total(self) -> int:
@@ -43,20 +49,41 @@ class Plan(NamedTuple):
         return sum(self)
 
 
-def plan_memory(checkpoint: Checkpoint, ops: Ops[Any, Any], context: int, chunk: int | None = None) -> Plan:
-    """What `context` tokens of one sequence cost on a backend; `chunk` tokens of a prompt at a time."""
+def plan_memory(
+    checkpoint: Checkpoint, ops: Ops[Any, Any], context: int, chunk: int | None = None, grids: Sequence[Grid] = ()
+) -> Plan:
+    """What `context` tokens of one sequence cost on a backend; `chunk` tokens of a prompt at a time.
+
+    grids: of the images and videos among them (frames of two pictures, rows and columns of patches).
+    """
     c = checkpoint.config.text
     chunk = min(context, chunk or prefill_chunk(c, ops))
-    weights = sum(
-        checkpoint.memory_nbytes(spec) if spec.is_matrix else 4 * spec.size
-        for spec, _ in checkpoint.storage()
-        if spec.part is Part.TEXT
-    )
+    weights = _weights(checkpoint, Part.TEXT)
     if not c.tie_word_embeddings:
         weights -= _rows_not_read(checkpoint, context)
     logits = 2 * 4 * c.vocab_size  # what the head computes, and what the sampler makes of it
     scratch = ops.scratch_nbytes(c, chunk) + logits
-    return Plan(weights, ops.process_nbytes, 2 * ops.state_nbytes(c), ops.kv_nbytes(c, context), scratch)
+    plan = Plan(weights, ops.process_nbytes, 2 * ops.state_nbytes(c), ops.kv_nbytes(c, context), scratch)
+    return plan._replace(pictures=_pictures(checkpoint, ops, plan, grids)) if grids else plan
+
+
+def _pictures(checkpoint: Checkpoint, ops: Ops[Any, Any], text: Plan, grids: Sequence[Grid]) -> int:
+    """What seeing them adds to a text's peak. The tower runs beside a state and its keys and values, at most."""
+    v = checkpoint.config.vision
+    if v is None:
+        return 0
+    patches = sum(map(math.prod, grids))
+    held = 4 * patches * (v.patch_values + v.out_hidden_size // v.spatial_merge_size**2)
+    seeing = _weights(checkpoint, Part.VISION) + ops.vision_scratch_nbytes(v, largest_band(grids))
+    return held + max(0, seeing - text.weights - text.states // 2 - text.scratch)
+
+
+def _weights(checkpoint: Checkpoint, part: Part) -> int:
+    return sum(
+        checkpoint.memory_nbytes(spec) if spec.is_matrix else 4 * spec.size
+        for spec, _ in checkpoint.storage()
+        if spec.part is part
+    )
 
 
 def _rows_not_read(checkpoint: Checkpoint, context: int) -> int:

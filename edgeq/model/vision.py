@@ -10,8 +10,9 @@ al. (arXiv:2010.11929) with a rotary embedding over rows and columns (Heo et al.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +28,33 @@ Grid = tuple[int, int, int]
 """Frames (of two pictures each), rows and columns of patches."""
 Index = NDArray[np.int32]
 
-__all__ = ["BAND", "Grid", "largest_band", "patch_places", "position_taps", "see", "vision_angles", "vision_blocks"]
+__all__ = [
+    "BAND",
+    "Grid",
+    "Pixels",
+    "largest_band",
+    "patch_places",
+    "position_taps",
+    "see",
+    "vision_angles",
+    "vision_blocks",
+]
 
-BAND = 4096  # patches that go through the blocks together, or one frame if that has more
+BAND = 4096  # patches that go through the tower together; through its blocks a whole frame has to
 
 _EPS = 1e-6  # of every layer norm; fixed by the architecture, not by the configuration
 _THETA = 10000.0  # likewise, of the rotary embedding
+
+
+class Pixels(Protocol):
+    """The values of patches [patches, values]: a float32 array, or what makes some rows of one when they are asked for
+    (of a long video the whole would be large)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    def __getitem__(self, rows: slice, /) -> Float32: ...
 
 
 class _Frames(NamedTuple):
@@ -48,24 +70,24 @@ class _Frames(NamedTuple):
         return [height * width] * frames
 
     @property
-    def rows(self) -> slice:
-        """Their patches among all."""
-        return slice(self.first, self.first + sum(self.lengths))
+    def patches(self) -> int:
+        """Patches of all of them."""
+        return math.prod(self.grid)
 
 
-def see(ops: Ops[A, M], c: VisionConfig, w: VisionWeights[A, M], pixels: Float32, grids: Sequence[Grid]) -> A:
+def see(ops: Ops[A, M], c: VisionConfig, w: VisionWeights[A, M], pixels: Pixels, grids: Sequence[Grid]) -> A:
     """What the language model sees of some images and videos.
 
     pixels: float32 [patches, colours * 2 frames * height * width of a patch], in block order, all grids one after
     another. Returns [tokens, out_hidden_size], a token for every square of spatial_merge_size^2 patches.
 
-    Frames do not attend to one another: they go through the tower a band of at most BAND patches at a time.
+    Frames do not attend to one another: they go through the tower some at a time, about BAND patches.
     """
     features = []
     for frames in _bands(grids):
-        x = _embed_patches(ops, c, w, pixels[frames.rows], frames.grid)
+        x = _embed_patches(ops, c, w, pixels, frames)
         x = ops.vision_blocks(x, w.blocks, c, vision_angles(ops, c, frames.grid), frames.lengths)
-        x = _merge(ops, c, w.merger, x)
+        x = ops.concat([_merge(ops, c, w.merger, x[rows]) for rows in _pieces(frames.patches)])
         ops.start(x, [])
         features.append(x)
     return ops.concat(features)
@@ -79,19 +101,28 @@ def _bands(grids: Sequence[Grid]) -> Iterator[_Frames]:
         for done in range(0, frames, at_a_time):
             band = _Frames((min(at_a_time, frames - done), height, width), first)
             yield band
-            first = band.rows.stop
+            first += band.patches
 
 
 def largest_band(grids: Sequence[Grid]) -> int:
     """The most patches that go through the blocks together: what the memory depends on."""
-    return max(sum(frames.lengths) for frames in _bands(grids))
+    return max(frames.patches for frames in _bands(grids))
 
 
-def _embed_patches(ops: Ops[A, M], c: VisionConfig, w: VisionWeights[A, M], pixels: Float32, grid: Grid) -> A:
+def _pieces(patches: int) -> Iterator[slice]:
+    """Rows of `patches` patches, some at a time: where each is by itself, the work of all at once would be large."""
+    return (slice(start, min(start + BAND, patches)) for start in range(0, patches, BAND))
+
+
+def _embed_patches(ops: Ops[A, M], c: VisionConfig, w: VisionWeights[A, M], pixels: Pixels, frames: _Frames) -> A:
     """Each patch's projection and its place: [patches, hidden]."""
-    x = ops.affine(ops.array(pixels), *w.patch_embed)
-    taps, weights = position_taps(c, grid)
-    return ops.add(x, ops.embedding_bag(w.pos_embed, taps, weights))
+    taps, weights = position_taps(c, frames.grid)
+    embedded = []
+    for rows in _pieces(frames.patches):
+        values = ops.array(pixels[frames.first + rows.start : frames.first + rows.stop])
+        place = ops.embedding_bag(w.pos_embed, taps[rows], weights[rows])
+        embedded.append(ops.add(ops.affine(values, *w.patch_embed), place))
+    return ops.concat(embedded)
 
 
 def patch_places(c: VisionConfig, grid: Grid) -> tuple[Index, Index]:
