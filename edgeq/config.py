@@ -9,18 +9,36 @@ names it; nothing is guessed.
 from __future__ import annotations
 
 import json
+<<<<<<< HEAD
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
+=======
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import log, nan
+>>>>>>> e7b26c5 (A stretched context is read in every spelling: YaRN and linear scaling in rope_parameters, rope_scaling, GGUF, and by --rope-scaling; frequencies equal torch's bits; logits past the original length equal transformers' (NMSE < 1e-9))
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from edgeq.errors import ModelError
+from edgeq.errors import ModelError, UsageError
 from edgeq.inputs import TEXT_LIMIT, read_text
 from edgeq.numbers import number, whole_number
 from edgeq.printable import brief, one_line
 
-__all__ = ["LayerKind", "ModelConfig", "RopeConfig", "TextConfig", "VisionConfig", "read_config", "read_json"]
+__all__ = [
+    "LayerKind",
+    "Linear",
+    "ModelConfig",
+    "RopeConfig",
+    "TextConfig",
+    "VisionConfig",
+    "Yarn",
+    "read_config",
+    "read_json",
+    "stretched",
+    "yarn_attention_factor",
+]
 
 LayerKind = Literal["linear_attention", "full_attention"]
 
@@ -30,6 +48,8 @@ _MAX_LAYERS = 1 << 10
 _MAX_POSITIONS = 1 << 26
 _MAX_HEAD = 1 << 10  # DeltaNet's state is their product, which no tensor of the file has to justify
 _MAX_IDS = 1 << 10  # that end a text
+_MAX_FACTOR = 1024.0  # by which a context is stretched
+_TINY = 1e-9
 _MIN_EPS = 1e-20  # less is 0 in float32, or its square root is
 _HINT = "download the config.json of a Qwen3.5 checkpoint again"
 
@@ -37,16 +57,48 @@ T = TypeVar("T", bool, str)
 
 
 @dataclass(frozen=True, slots=True)
+class Linear:
+    """Rotary positions divided by `factor`."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Yarn:
+    """Slow frequencies divided by `factor`, fast ones left as they are, with a ramp between, and attention sharpened
+    (Peng et al., arXiv:2309.00071).
+
+    original_context: tokens that the model was trained for.
+    attention_factor: by which cosines and sines are multiplied; its square sharpens the scores.
+    beta_fast, beta_slow: turns within the original context between which the ramp lies.
+    truncate: the ramp begins and ends at whole frequencies.
+    """
+
+    factor: float
+    original_context: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class RopeConfig:
     """Partial, interleaved multimodal rotary embedding (mRoPE).
 
     The first `dim` of every head's entries rotate; `sections` says how many of the `dim // 2` frequencies follow
-    the time, height and width axis.
+    the time, height and width axis. `scaling` stretches them for a longer context.
     """
 
     theta: float
     dim: int
     sections: tuple[int, int, int]
+    scaling: Linear | Yarn | None = None
+
+    @property
+    def attention_factor(self) -> float:
+        """By which cosines and sines are multiplied."""
+        return self.scaling.attention_factor if isinstance(self.scaling, Yarn) else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +123,14 @@ class TextConfig:
     tie_word_embeddings: bool
     mtp_num_hidden_layers: int
     eos_token_ids: tuple[int, ...]
+
+    @property
+    def longest_context(self) -> int:
+        """Most tokens of a sequence: what the configuration says, or what YaRN stretches it to."""
+        scaling = self.rope.scaling
+        if not isinstance(scaling, Yarn):
+            return self.max_position_embeddings
+        return max(self.max_position_embeddings, int(scaling.factor * scaling.original_context))
 
     @property
     def key_dim(self) -> int:
@@ -259,6 +319,7 @@ def _text_config(text: _Section, top: _Section) -> TextConfig:
     text.expect("mtp_use_dedicated_embeddings", False)
     text.expect("output_gate_type", "swish", None)
     head_dim = text.size("head_dim")
+    longest = text.size("max_position_embeddings", high=_MAX_POSITIONS)
     config = TextConfig(
         vocab_size=text.size("vocab_size"),
         hidden_size=text.size("hidden_size"),
@@ -273,8 +334,8 @@ def _text_config(text: _Section, top: _Section) -> TextConfig:
         linear_value_head_dim=text.size("linear_value_head_dim", high=_MAX_HEAD),
         linear_conv_kernel_dim=text.size("linear_conv_kernel_dim", low=2, high=64),
         rms_norm_eps=text.number("rms_norm_eps", _MIN_EPS, 1),
-        rope=_rope_config(text, head_dim),
-        max_position_embeddings=text.size("max_position_embeddings", high=_MAX_POSITIONS),
+        rope=_rope_config(text, top, head_dim, longest),
+        max_position_embeddings=longest,
         tie_word_embeddings=_tied(text, top),
         mtp_num_hidden_layers=text.size("mtp_num_hidden_layers", 0, low=0, high=1),
         eos_token_ids=_eos_token_ids(text, top),
@@ -297,19 +358,144 @@ def _layer_types(text: _Section) -> tuple[LayerKind, ...]:
     return tuple(kinds)
 
 
-def _rope_config(text: _Section, head_dim: int) -> RopeConfig:
-    rope = text.section("rope_parameters")
-    rope.expect("rope_type", "default")
+def _rope_config(text: _Section, top: _Section, head_dim: int, longest: int) -> RopeConfig:
+    rope = _rope_section(text, top)
     rope.expect("mrope_interleaved", True)
-    dim = int(head_dim * rope.number("partial_rotary_factor", 0, 1, 1.0))
+    dim = int(head_dim * rope.number("partial_rotary_factor", 0, 1, 0.25))
     if dim % 2 or dim < 2:
         raise rope.error("partial_rotary_factor", rope.values.get("partial_rotary_factor"), "an even rotary width")
     theta = rope.number("rope_theta", 1, 1e12)
-    return RopeConfig(theta, dim, _rope_sections(rope, dim // 2))
+    return RopeConfig(theta, dim, _rope_sections(rope, dim // 2), _rope_scaling(rope, longest))
+
+
+def _rope_section(text: _Section, top: _Section) -> _Section:
+    """Everything said of the rotary embedding, wherever it stands: `rope_parameters` (transformers 5), over it
+    `rope_scaling` (4), under both the keys that stood beside that."""
+    places = (text,) if text is top else (top, text)
+    beside = {key: place.values[key] for place in places for key in _ROPE_BESIDE if place.values.get(key) is not None}
+    keys = ((place, key) for key in ("rope_parameters", "rope_scaling") for place in places)
+    sections = [_with_rope_type(place.section(key)) for place, key in keys if place.values.get(key) is not None]
+    if not sections and not beside:
+        text.section("rope_parameters")  # says that it is missing
+    values = dict(beside)
+    for section in sections:
+        values |= section.values
+    stretching = [section for section in sections if section.values.get("rope_type") not in _NOT_STRETCHED]
+    if stretching:
+        values["rope_type"] = _only_way(stretching).values["rope_type"]
+    where = sections[-1].where if sections else text.where
+    for key in values.keys() - _ROPE_KEYS:
+        raise ModelError(f"{where}{key} is not known to edgeq, and may change what positions mean", hint=_HINT)
+    return _Section(values, where)
+
+
+def _with_rope_type(section: _Section) -> _Section:
+    """Without what is null, and with `type` by its present name."""
+    values = {key: value for key, value in section.values.items() if value is not None}
+    if "type" in values:
+        values.setdefault("rope_type", values.pop("type"))
+    return _Section(values, section.where)
+
+
+def _only_way(stretching: Sequence[_Section]) -> _Section:
+    """The section that stretches the context; ModelError if another does so in another way."""
+    first, *others = stretching
+    for other in others:
+        if any(first.values.get(key) != other.values.get(key) for key in ("rope_type", "factor")):
+            raise ModelError(
+                f"{first.where}rope_type and {other.where}rope_type stretch the context in two ways",
+                hint="remove one of them from the file",
+            )
+    return first
+
+
+_NOT_STRETCHED = (None, "default", "mrope")
+# Of the rotary embedding: what may stand beside its object, and what in it.
+_ROPE_BESIDE = ("rope_theta", "partial_rotary_factor")
+_YARN_KEYS = {
+    "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+    "truncate",
+}  # fmt: skip
+_ROPE_KEYS = {
+    *_ROPE_BESIDE,
+    *_YARN_KEYS,
+    "rope_type",
+    "type",
+    "mrope_section",
+    "mrope_interleaved",
+    "factor",
+    "finetuned",
+}
+
+
+def _rope_scaling(rope: _Section, longest: int) -> Linear | Yarn | None:
+    kind = rope.values.get("rope_type", "default")
+    if kind == "linear":
+        return Linear(rope.number("factor", 1 - _TINY, _MAX_FACTOR))
+    if kind == "yarn":
+        return _yarn(rope, longest)
+    if kind not in _NOT_STRETCHED:
+        raise rope.error("rope_type", kind, "'default', 'linear' or 'yarn'")
+    if rope.values.get("factor", 1) != 1:
+        raise ModelError(
+            f"{rope.where}factor is {brief(rope.values['factor'])}, but no rope_type says what it scales",
+            hint="add a rope_type of 'yarn' or 'linear', or remove the factor",
+        )
+    return None
+
+
+def _yarn(rope: _Section, longest: int) -> Yarn:
+    """As transformers reads it: what is not given follows from the factor."""
+    original = rope.size("original_max_position_embeddings", longest, high=_MAX_POSITIONS)
+    implied = longest / original if "original_max_position_embeddings" in rope.values else None
+    factor = rope.number("factor", 1 - _TINY, _MAX_FACTOR, implied)
+    mscale, mscale_all = (rope.number(key, -_TINY, 100, 0) for key in ("mscale", "mscale_all_dim"))
+    attention = (
+        yarn_attention_factor(factor, mscale) / yarn_attention_factor(factor, mscale_all)
+        if mscale and mscale_all
+        else None
+    )
+    fast, slow = rope.number("beta_fast", 0, 1e6, 32), rope.number("beta_slow", 0, 1e6, 1)
+    if fast < slow:
+        raise rope.error("beta_fast", fast, f"at least beta_slow = {slow:g}")
+    sharpening = rope.number("attention_factor", 0, 100, attention or yarn_attention_factor(factor))
+    return Yarn(factor, original, sharpening, fast, slow, rope.get("truncate", bool, True))
+
+
+def yarn_attention_factor(factor: float, weight: float = 1.0) -> float:
+    """By which YaRN multiplies cosines and sines, unless a file says otherwise (arXiv:2309.00071, 3.4)."""
+    return 0.1 * weight * log(factor) + 1 if factor > 1 else 1.0
+
+
+def stretched(config: ModelConfig, scaling: str) -> ModelConfig:
+    """The same model with its context stretched in another way than the file says: "yarn:4", "linear:2", or "none".
+
+    UsageError for anything else.
+    """
+    kind, _, amount = scaling.partition(":")
+    text, hint = config.text, "for example --rope-scaling yarn:4"
+    try:
+        factor = float(amount) if amount else 1.0
+    except ValueError:
+        factor = nan
+    if kind not in ("yarn", "linear", "none") or not 1 <= factor <= _MAX_FACTOR or (kind == "none") == bool(amount):
+        raise UsageError(
+            f"a rope scaling is yarn:FACTOR, linear:FACTOR or none, with a factor from 1 to {_MAX_FACTOR:g}, "
+            f"got {brief(scaling)}", hint=hint,
+        )  # fmt: skip
+    before = text.rope.scaling
+    way: Linear | Yarn | None = None
+    original = longest = before.original_context if isinstance(before, Yarn) else text.max_position_embeddings
+    if kind == "linear":
+        way, longest = Linear(factor), min(int(original * factor), _MAX_POSITIONS)
+    elif kind == "yarn":
+        way = Yarn(factor, original, yarn_attention_factor(factor))
+    rope = replace(text.rope, scaling=way)
+    return replace(config, text=replace(text, rope=rope, max_position_embeddings=longest))
 
 
 def _rope_sections(rope: _Section, frequencies: int) -> tuple[int, int, int]:
-    sections = rope.values.get("mrope_section")
+    sections = rope.values.get("mrope_section", [11, 11, 10])
     expected = f"three numbers that add up to {frequencies}"
     if not isinstance(sections, list) or len(sections) != 3:
         raise rope.error("mrope_section", sections, expected)

@@ -86,7 +86,7 @@ class Engine(Generic[A, M]):
     def __init__(self, checkpoint: Checkpoint, ops: Ops[A, M], *, context: int | None = None) -> None:
         self.checkpoint, self.ops = checkpoint, ops
         self.config: TextConfig = checkpoint.config.text
-        self.context_limit = _context_limit(context, self.config.max_position_embeddings)
+        self.context_limit = _context_limit(context, self.config.longest_context)
         self.chunk = prefill_chunk(self.config, ops)
         self.fingerprint = f"{checkpoint.fingerprint()} {ops.name} {ops.kv_dtype}"
         ops.limit_memory()
@@ -223,7 +223,7 @@ class Engine(Generic[A, M]):
     def _whole(self, state: State[A]) -> bool:
         """Whether it has every layer, each of its kind and size, and every cache all of its tokens."""
         length, position, layers = state.length, state.next_position, state.layers
-        if not (type(length) is int and type(position) is int and 0 <= position <= self.config.max_position_embeddings):
+        if not (type(length) is int and type(position) is int and 0 <= position <= self.config.longest_context):
             return False
         if not isinstance(layers, tuple) or len(layers) != len(self.config.layer_types):
             return False

@@ -55,7 +55,7 @@ def state_from_arrays(ops: Ops[A, Any], c: TextConfig, arrays: Mapping[str, Arra
     Raises ModelError for a state of another model: other shapes, more or fewer layers, more tokens than its context
     window has; and for what no model can have written, such as NaN.
     """
-    length = _count(arrays, "length", c.max_position_embeddings)
+    length = _count(arrays, "length", c.longest_context)
     next_position = _count(arrays, "next_position", length)  # images take more tokens than positions
     if length and not next_position:
         raise ModelError(f"the saved state's next_position is 0 after {length} tokens", hint=_HINT)

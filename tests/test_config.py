@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
+from math import log
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeq.config import parse_config, read_config
-from edgeq.errors import ModelError
+from edgeq.config import Linear, RopeConfig, Yarn, parse_config, read_config, stretched
+from edgeq.errors import ModelError, UsageError
 from edgeq.testing import config_values
 from edgeq.weights import all_tensors, mtp_tensors, text_tensors, vision_tensors
 
@@ -104,7 +106,23 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_type": "yarn"}, "rope_type is 'yarn'"),
+        *(
+            ({"rope_type": x}, f"rope_type is '{x}', expected")
+            for x in ("dynamic", "longrope", "llama3", "proportional")
+        ),
+        ({"rope_type": ["yarn"]}, "rope_type is \\['yarn'\\], expected"),
+        ({"type": "llama3", "rope_type": None}, "rope_type is 'llama3', expected"),
+        ({"rope_type": "yarn"}, "factor is missing"),
+        ({"rope_type": "linear"}, "factor is missing"),
+        ({"factor": 4.0}, "factor is 4.0, but no rope_type says what it scales"),
+        *(
+            ({"rope_type": kind, "factor": x}, "a number above .* and at most 1024")
+            for kind in ("yarn", "linear")
+            for x in (NAN, INF, 0.5, "4", True, 1e9)
+        ),
+        ({"rope_type": "yarn", "factor": 4, "beta_fast": 0.5}, "beta_fast is 0.5, expected at least beta_slow = 1"),
+        ({"rope_type": "yarn", "factor": 4, "truncate": 1}, "truncate is 1, expected a value of type bool"),
+        ({"rope_type": "yarn", "factor": 4, "long_factor": [1.0]}, "long_factor is not known to edgeq"),
         ({"mrope_section": [1, 1]}, "three numbers that add up to 4"),
         ({"mrope_section": [2, 2, 1]}, "three numbers that add up to 4"),
         ({"mrope_section": [4, 0, True]}, "mrope_section is True, expected a whole number from 0 to 4"),
@@ -159,3 +177,84 @@ def test_any_change_is_understood_or_refused(data: st.DataObject) -> None:
         parse_config(json.loads(json.dumps(values)))
     except ModelError as error:
         assert "\n" not in error.message
+
+
+class TestRopeScaling:
+    """The same scaling in every spelling that people have is read, or refused; never ignored."""
+
+    YARN: ClassVar[dict[str, Any]] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+    OLD: ClassVar[dict[str, Any]] = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+
+    @staticmethod
+    def spelled(change: Callable[[dict[str, Any], dict[str, Any]], None], *, text_only: bool = False) -> RopeConfig:
+        values = config_values()
+        text = values["text_config"]
+        change(values, text)
+        return parse_config(text | {"model_type": "qwen3_5_text"} if text_only else values).text.rope
+
+    def expected(self) -> RopeConfig:
+        return self.spelled(lambda values, text: text["rope_parameters"].update(self.YARN))
+
+    def test_in_rope_parameters(self) -> None:
+        scaling = self.expected().scaling
+        assert scaling == Yarn(4.0, 1024, 0.1 * log(4) + 1)
+
+    @pytest.mark.parametrize("text_only", [False, True])
+    @pytest.mark.parametrize("said", ["YARN", "OLD"])
+    def test_beside_rope_parameters(self, said: str, text_only: bool) -> None:
+        change = lambda values, text: text.update(rope_scaling=getattr(self, said))  # noqa: E731
+        assert self.spelled(change, text_only=text_only) == self.expected()
+
+    @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+    def test_at_the_top(self, key: str) -> None:
+        assert self.spelled(lambda values, text: values.update({key: self.OLD})) == self.expected()
+
+    @pytest.mark.parametrize("top", [False, True])
+    def test_as_transformers_4_wrote_it(self, top: bool) -> None:
+        def change(values: dict[str, Any], text: dict[str, Any]) -> None:
+            rope, place = text.pop("rope_parameters"), values if top else text
+            for key in ("rope_theta", "partial_rotary_factor"):
+                place[key] = rope.pop(key)
+            place["rope_scaling"] = rope | {"rope_type": None} | self.OLD
+
+        assert self.spelled(change) == self.expected()
+
+    def test_null_is_nothing(self) -> None:
+        assert self.spelled(lambda values, text: text.update(rope_scaling=None)).scaling is None
+
+    def test_older_multimodal_type(self) -> None:
+        change = lambda values, text: text.update(rope_scaling={"type": "mrope", "mrope_section": [2, 1, 1]})  # noqa: E731
+        assert self.spelled(change) == self.spelled(lambda values, text: None)
+
+    def test_two_ways_are_refused(self) -> None:
+        def change(values: dict[str, Any], text: dict[str, Any]) -> None:
+            text["rope_parameters"] |= self.YARN
+            values["rope_scaling"] = {"type": "linear", "factor": 2.0}
+
+        with pytest.raises(ModelError, match=r"rope_parameters.* and .*rope_scaling.* two ways"):
+            self.spelled(change)
+
+    def test_the_factor_may_follow_from_the_two_lengths(self) -> None:
+        yarn = {key: value for key, value in self.YARN.items() if key != "factor"}
+        rope = self.spelled(lambda values, text: text["rope_parameters"].update(yarn))  # 4096 tokens
+        assert rope == self.expected()
+
+    def test_the_context_grows_with_the_factor(self) -> None:
+        values = config_values(max_position_embeddings=1024)
+        values["text_config"]["rope_scaling"] = {"type": "yarn", "factor": 4.0}
+        assert parse_config(values).text.longest_context == 4096
+
+    @pytest.mark.parametrize(
+        ("asked", "scaling", "longest"),
+        [("yarn:4", Yarn(4.0, 4096, 0.1 * log(4) + 1), 16384), ("linear:2", Linear(2.0), 8192), ("none", None, 4096)],
+    )
+    def test_stretched_on_request(self, asked: str, scaling: object, longest: int) -> None:
+        text = stretched(parse_config(config_values()), asked).text
+        assert (text.rope.scaling, text.longest_context) == (scaling, longest)
+
+    @pytest.mark.parametrize(
+        "asked", ["", "yarn", "yarn:", "yarn:x", "yarn:0.5", "yarn:nan", "llama3:8", "none:2", "4"]
+    )
+    def test_a_wrong_request(self, asked: str) -> None:
+        with pytest.raises(UsageError, match="a rope scaling is yarn:FACTOR, linear:FACTOR or none"):
+            stretched(parse_config(config_values()), asked)

@@ -8,6 +8,7 @@ import struct
 import time
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from tiny_tokenizer import build_tiny_tokenizer, link_real_tokenizer
 from typer.testing import CliRunner
 
+import edgeq
 from edgeq.api import Model
 from edgeq.backends import available
 from edgeq.backends.numpy import NumpyOps
@@ -26,6 +28,7 @@ from edgeq.backends.numpy.ops import matrix_rows
 from edgeq.checkpoint import FolderCheckpoint, open_checkpoint
 from edgeq.checkpoint.gguf import GGUFCheckpoint
 from edgeq.checkpoint.gguf_layout import head_order
+from edgeq.config import Yarn, yarn_attention_factor
 from edgeq.errors import EdgeqError, ModelError, UsageError
 from edgeq.formats.affine import dequantize, pack
 from edgeq.formats.bf16 import Array, Float32
@@ -303,6 +306,108 @@ class TestExport:
         assert read(tmp_path / "m.gguf").config.vision is not None
         result = CliRunner().invoke(app, [str(tmp_path / "model"), "-o", str(tmp_path / "n.gguf"), "--type", "q9"])
         assert isinstance(result.exception, UsageError)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+
+
+class TestRopeScaling:
+    """A longer context survives export and quantization, and is the same model in every file."""
+
+    @pytest.mark.parametrize(
+        "scaling",
+        [
+            YARN,
+            YARN | {"attention_factor": 1.5, "beta_fast": 8.0, "beta_slow": 2.0},
+            {"rope_type": "linear", "factor": 2.0},
+        ],
+    )
+    @pytest.mark.parametrize("where", ["rope_parameters", "rope_scaling"])
+    def test_goes_through_every_file(self, where: str, scaling: dict[str, Any], tmp_path: Path) -> None:
+        values = config_values(max_position_embeddings=1024)
+        values["text_config"][where] = values["text_config"].get(where, {}) | scaling
+        folder = tmp_path / "folder"
+        write_checkpoint(folder, values)
+        source = open_checkpoint(folder).config.text
+        assert source.rope.scaling is not None
+        export_gguf(open_checkpoint(folder), tmp_path / "out.gguf", "f16")
+        quantize(folder, tmp_path / "q8", bits=8)
+        for path in (tmp_path / "out.gguf", tmp_path / "q8"):
+            found = open_checkpoint(path).config.text
+            factor = source.rope.attention_factor  # in GGUF a float32
+            assert found.rope.attention_factor == pytest.approx(factor, rel=1e-7)
+            if isinstance(found.rope.scaling, Yarn):
+                found = replace(
+                    found, rope=replace(found.rope, scaling=replace(found.rope.scaling, attention_factor=factor))
+                )
+            assert found.rope == source.rope
+            assert found.longest_context == source.longest_context
+
+    def test_changes_the_logits(self, tmp_path: Path) -> None:
+        plain, stretched = tmp_path / "plain", tmp_path / "stretched"
+        write_checkpoint(plain, config_values())
+        values = config_values()
+        values["text_config"]["rope_scaling"] = {"type": "yarn", "factor": 4.0}
+        write_checkpoint(stretched, values)
+        ids = list(range(1, 40))
+        one, other = (edgeq.load(path, backend="numpy").logits(ids) for path in (plain, stretched))
+        asked = edgeq.load(plain, backend="numpy", rope_scaling="yarn:4")
+        assert nmse(one, other) > 1e-6
+        assert np.array_equal(asked.logits(ids), other)
+        assert asked.context_limit == 4 * 4096
+
+    def test_a_state_is_of_one_scaling(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path, config_values())
+        state = edgeq.load(tmp_path, backend="numpy").state()
+        with pytest.raises(UsageError, match="another model"):
+            edgeq.load(tmp_path, backend="numpy", rope_scaling="yarn:2").forward([1], state)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"type": "longrope", "factor": 2.0}, "rope_type is 'longrope'"),
+            ({"type": "yarn", "factor": 4.0, "yarn_log_multiplier": 0.1}, "yarn_log_multiplier"),
+            ({"type": "yarn", "factor": 4.0, "yarn_ext_factor": 0.5}, "yarn_ext_factor"),
+            ({"type": "yarn", "factor": -1.0}, "factor is -1.0"),
+        ],
+    )
+    def test_what_is_not_implemented_is_refused(self, change: dict[str, Any], message: str, tmp_path: Path) -> None:
+        folder, path = tmp_path / "folder", tmp_path / "out.gguf"
+        write_checkpoint(folder, config_values())
+        export_gguf(open_checkpoint(folder), path, "f16")
+        with pytest.raises(ModelError, match=message):
+            open_checkpoint(with_metadata(path, {f"qwen35.rope.scaling.{key}": x for key, x in change.items()}))
+
+    def test_gguf_keys_as_llama_cpp_writes_them(self, tmp_path: Path) -> None:
+        folder, path = tmp_path / "folder", tmp_path / "out.gguf"
+        write_checkpoint(folder, config_values(max_position_embeddings=1024))
+        export_gguf(open_checkpoint(folder), path, "f16")
+        keys = {"type": "yarn", "factor": 4.0, "original_context_length": 1024}
+        rope = open_checkpoint(
+            with_metadata(path, {f"qwen35.rope.scaling.{k}": x for k, x in keys.items()})
+        ).config.text
+        assert rope.rope.scaling == Yarn(4.0, 1024, yarn_attention_factor(4.0))
+
+
+def with_metadata(path: Path, values: dict[str, Any]) -> Path:
+    """The file with further entries in its metadata, numbers as float32 or uint32."""
+    raw = path.read_bytes()
+    version, tensors, count = struct.unpack("<IQQ", raw[4:24])
+    entries = b""
+    for key, value in values.items():
+        entries += string(key.encode())
+        if isinstance(value, str):
+            entries += struct.pack("<I", 8) + string(value.encode())
+        else:
+            entries += struct.pack("<If", 6, value) if isinstance(value, float) else struct.pack("<II", 4, value)
+    # the data begins at a multiple of 32: an entry fills up what is missing
+    pad = -(len(entries) + 8 + len("pad") + 4 + 8) % 32
+    entries += string(b"pad") + struct.pack("<I", 8) + string(b"x" * pad)
+    assert len(entries) % 32 == 0
+    head = raw[:4] + struct.pack("<IQQ", version, tensors, count + len(values) + 1)
+    out = path.with_name("changed.gguf")
+    out.write_bytes(head + entries + raw[24:])
+    return out
 
 
 class TestSampling:

@@ -15,6 +15,7 @@ from edgeq.backends.numpy import NumpyOps
 from edgeq.config import RopeConfig
 from edgeq.formats.affine import pack
 from edgeq.formats.bf16 import Array, to_float32
+from edgeq.model import rotary
 from edgeq.testing import nmse
 from edgeq.weights import MLPWeights, QMatrix
 
@@ -396,6 +397,7 @@ def test_a_page_is_read_and_copied(rng: np.random.Generator) -> None:
 
 def test_rope_angles_of_any_view_of_positions(rng: np.random.Generator) -> None:
     rope = RopeConfig(dim=20, theta=1e4, sections=(4, 3, 3))
+    frequencies = rotary.frequencies(rope)
     text = np.broadcast_to(np.arange(70_000, 70_009, dtype=np.int32), (3, 9))
     image = rng.integers(0, 500, (3, 18)).astype(np.int32)[:, ::2]
     for positions in (text, image, np.asfortranarray(image)):
@@ -404,7 +406,9 @@ def test_rope_angles_of_any_view_of_positions(rng: np.random.Generator) -> None:
             assert nmse(a, b) <= SUMS
     for bad in (text[:2], text[:, 1:]):
         with pytest.raises(ValueError, match="positions: expected shape"):
-            native.rope_angles(bad, 1e4, (4, 3, 3), *(np.empty((9, 10), np.float32) for _ in range(2)))
+            native.rope_angles(bad, frequencies, 1.0, rope.sections, *(np.empty((9, 10), np.float32) for _ in range(2)))
+    with pytest.raises(ValueError, match="frequencies: expected shape"):
+        native.rope_angles(text, frequencies[1:], 1.0, rope.sections, *(np.empty((9, 10), np.float32) for _ in "cs"))
 
 
 def test_mixers_check_their_weights(rng: np.random.Generator) -> None:

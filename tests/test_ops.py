@@ -16,10 +16,17 @@ from gguf_forms import FORMS, Form, gguf_matrix
 
 from edgeq.backends import available
 from edgeq.backends.ops import Ops
+<<<<<<< HEAD
 from edgeq.config import RopeConfig, TextConfig, VisionConfig
 from edgeq.formats.affine import dequantize, pack
 from edgeq.formats.bf16 import Array, from_float32, round_to, to_float32
 from edgeq.model import layers, vision
+=======
+from edgeq.config import Linear, RopeConfig, TextConfig, Yarn
+from edgeq.formats.affine import dequantize, pack
+from edgeq.formats.bf16 import Array, from_float32, round_to, to_float32
+from edgeq.model import layers, rotary
+>>>>>>> e7b26c5 (A stretched context is read in every spelling: YaRN and linear scaling in rope_parameters, rope_scaling, GGUF, and by --rope-scaling; frequencies equal torch's bits; logits past the original length equal transformers' (NMSE < 1e-9))
 from edgeq.state import DeltaState
 from edgeq.testing import nmse
 from edgeq.weights import (
@@ -267,10 +274,15 @@ def test_gelu(ops: Ops[Any, Any], rng: np.random.Generator, exact: bool) -> None
 
 # --- attention -------------------------------------------------------------------------------------------------------
 
-ROPES = (RopeConfig(1e7, 64, (11, 11, 10)), RopeConfig(1e7, 16, (3, 3, 2)))
+ROPES = {
+    "real": RopeConfig(1e7, 64, (11, 11, 10)),
+    "tiny": RopeConfig(1e7, 16, (3, 3, 2)),
+    "yarn": RopeConfig(1e7, 64, (11, 11, 10), Yarn(4.0, 262144, 1.25)),
+    "linear": RopeConfig(1e4, 16, (3, 3, 2), Linear(3.0)),
+}
 
 
-@pytest.mark.parametrize("rope", ROPES, ids=["real", "tiny"])
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
 def test_rope(ops: Ops[Any, Any], rng: np.random.Generator, rope: RopeConfig) -> None:
     T, pairs = 9, rope.dim // 2
     positions = rng.integers(0, 262144, (3, T)).astype(np.int32)
@@ -279,11 +291,11 @@ def test_rope(ops: Ops[Any, Any], rng: np.random.Generator, rope: RopeConfig) ->
     for t in range(T):
         for i in range(pairs):
             axis = i % 3 if i < 3 * rope.sections[i % 3] else 0
-            frequency = np.float32(1.0 / rope.theta ** (2 * i / rope.dim))
-            angle = np.float32(positions[axis, t]) * frequency  # the angle itself is float32, as in the reference
+            # the angle itself is float32, as in the reference
+            angle = np.float32(positions[axis, t]) * rotary.frequencies(rope)[i]
             first, second = x[t, :, i].astype(np.float64), x[t, :, i + pairs].astype(np.float64)
-            expected[t, :, i] = first * np.cos(float(angle)) - second * np.sin(float(angle))
-            expected[t, :, i + pairs] = second * np.cos(float(angle)) + first * np.sin(float(angle))
+            cos, sin = (rope.attention_factor * f(float(angle)) for f in (np.cos, np.sin))
+            expected[t, :, i], expected[t, :, i + pairs] = first * cos - second * sin, second * cos + first * sin
     y = ops.numpy(ops.rope(ops.array(x), ops.rope_angles(ops.array(positions), rope)))
     assert nmse(expected, y) <= POINTWISE
     assert np.array_equal(y[:, :, rope.dim :], x[:, :, rope.dim :])
@@ -457,7 +469,7 @@ def config(ratio: int) -> TextConfig:
         vocab_size=64, hidden_size=128, intermediate_size=192, layer_types=("linear_attention", "full_attention"),
         num_attention_heads=4, num_key_value_heads=2, head_dim=64, linear_num_key_heads=2,
         linear_num_value_heads=2 * ratio, linear_key_head_dim=32, linear_value_head_dim=32,
-        linear_conv_kernel_dim=4, rms_norm_eps=1e-6, rope=ROPES[1], max_position_embeddings=4096,
+        linear_conv_kernel_dim=4, rms_norm_eps=1e-6, rope=ROPES["tiny"], max_position_embeddings=4096,
         tie_word_embeddings=True, mtp_num_hidden_layers=0, eos_token_ids=(0,),
     )  # fmt: skip
 

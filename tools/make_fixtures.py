@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make tests/data/models: tiny random models and what Hugging Face transformers computes with them.
 
-    python tools/make_fixtures.py            # needs torch and transformers; the tests that use the result do not
+    python tools/make_fixtures.py [SHAPE...]   # needs torch and transformers; the tests that use the result do not
 
 For each shape: config.json and model.safetensors (bfloat16), and golden.safetensors with, in float32 and eager
 attention, the logits of a 257-token text, the last logits of shorter ones, the hidden states after every layer, and
@@ -44,6 +44,24 @@ SHAPES: dict[str, dict[str, Any]] = {
         "linear_key_head_dim": 24, "linear_value_head_dim": 40, "head_dim": 48, "hidden_size": 96,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5,
                             "mrope_interleaved": True, "mrope_section": [5, 4, 3]},
+    },
+    "yarn": {
+        "max_position_embeddings": 64, "layer_types": [LINEAR, FULL, FULL], "head_dim": 48,
+        "rope_parameters": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 48,
+                            "rope_theta": 1e4, "partial_rotary_factor": 1.0,
+                            "mrope_interleaved": True, "mrope_section": [8, 8, 8]},
+    },
+    "yarn-spelled-out": {
+        "max_position_embeddings": 384, "layer_types": [FULL, FULL],
+        "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 96,
+                            "rope_theta": 1e3, "partial_rotary_factor": 1.0, "beta_fast": 4.0, "beta_slow": 0.5,
+                            "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False,
+                            "mrope_interleaved": True, "mrope_section": [8, 4, 4]},
+    },
+    "linear-scaling": {
+        "layer_types": [LINEAR, FULL],
+        "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e7, "partial_rotary_factor": 0.25,
+                            "mrope_interleaved": True, "mrope_section": [2, 1, 1]},
     },
 }  # fmt: skip
 SMALL = {"vocab_size": 160, "intermediate_size": 96}
@@ -122,6 +140,8 @@ def trace(model: Qwen3_5ForCausalLM, ids: np.ndarray, length: int = 65) -> dict[
 def main() -> None:
     torch.manual_seed(0)
     for seed, (name, overrides) in enumerate(SHAPES.items()):
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         folder = ROOT / "tests" / "data" / "models" / name
         config = write_checkpoint(folder, config_values(**{**SMALL, **overrides}), seed=seed)
         ids = np.random.default_rng(seed).integers(0, config.text.vocab_size, max(LENGTHS))

@@ -77,7 +77,9 @@ def delta_rule(
     after: Iterable[Float32],
     out: Float32,
 ) -> None: ...
-def rope_angles(positions: Ids, theta: float, sections: tuple[int, int, int], cos: Float32, sin: Float32) -> None: ...
+def rope_angles(
+    positions: Ids, frequencies: Float32, factor: float, sections: tuple[int, int, int], cos: Float32, sin: Float32
+) -> None: ...  # fmt: skip
 def rope(x: Float32, cos: Float32, sin: Float32, out: Float32) -> None: ...
 
 @final

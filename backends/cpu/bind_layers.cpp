@@ -144,20 +144,22 @@ void read_page_(const Page& page, const Out& keys, const Out& values) {
 
 using Positions = nb::ndarray<const int32_t, nb::ndim<2>, nb::device::cpu>;
 
-void rope_angles_(const Positions& positions, double theta, const std::tuple<int, int, int>& sections, const Out& cos,
-                  const Out& sin) {
+void rope_angles_(const Positions& positions, const In& frequencies, float factor,
+                  const std::tuple<int, int, int>& sections, const Out& cos, const Out& sin) {
     require(cos.ndim() == 2, "cos", "2 axes");
     const Index T = cos.shape(0), pairs = cos.shape(1);
     require_shape(positions, "positions", {3, T});
     require_aligned(positions, "positions");
+    require_shape(frequencies, "frequencies", {pairs});
+    require_contiguous(frequencies, "frequencies");
     for (const auto& [array, name] : {std::pair(cos, "cos"), std::pair(sin, "sin")}) {
         require_shape(array, name, {T, pairs});
         require_contiguous(array, name);
     }
     const int parts[] = {std::get<0>(sections), std::get<1>(sections), std::get<2>(sections)};
     nb::gil_scoped_release release;
-    rope_angles(positions.data(), positions.stride(0), positions.stride(1), T, theta, parts, pairs, cos.data(),
-                sin.data());
+    rope_angles(positions.data(), positions.stride(0), positions.stride(1), T, frequencies.data(), factor, parts,
+                pairs, cos.data(), sin.data());
 }
 
 nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> empty(size_t nbytes) {
@@ -215,7 +217,7 @@ void bind_layers(nb::module_& m) {
           "beta"_a.noconvert(), "state"_a.noconvert(), "after"_a, "out"_a.noconvert());
     m.def("attention", &attention_, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "past"_a, "pages"_a,
           "out"_a.noconvert());
-    m.def("rope_angles", &rope_angles_, "positions"_a.noconvert(), "theta"_a, "sections"_a, "cos"_a.noconvert(),
+    m.def("rope_angles", &rope_angles_, "positions"_a.noconvert(), "frequencies"_a.noconvert(), "factor"_a, "sections"_a, "cos"_a.noconvert(),
           "sin"_a.noconvert(), "positions int32 [3, T] -> cos, sin float32 [T, pairs].");
     bind_pages(m);
     bind_mixers(m);

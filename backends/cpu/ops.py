@@ -20,6 +20,7 @@ from edgeq.config import RopeConfig, TextConfig
 from edgeq.errors import UsageError
 from edgeq.formats.bf16 import Array, Float32
 from edgeq.formats.qmatrix import TwoLevel
+from edgeq.model import rotary
 from edgeq.model.layers import kept_caches
 from edgeq.numbers import Range
 from edgeq.printable import brief
@@ -163,7 +164,7 @@ class CpuOps(ArrayOps[_native.Matrix]):
 
     def rope_angles(self, positions: Array, rope: RopeConfig) -> Angles[Array]:
         cos, sin = (np.empty((positions.shape[1], rope.dim // 2), np.float32) for _ in range(2))
-        _native.rope_angles(positions, rope.theta, rope.sections, cos, sin)
+        _native.rope_angles(positions, rotary.frequencies(rope), rope.attention_factor, rope.sections, cos, sin)
         return cos, sin
 
     def rope(self, x: Array, angles: Angles[Array]) -> Array:

@@ -30,7 +30,7 @@ from edgeq.config import RopeConfig, TextConfig, VisionConfig
 from edgeq.errors import UsageError
 from edgeq.formats.affine import mlx_layout
 from edgeq.formats.bf16 import Array, Float32
-from edgeq.model import layers, vision
+from edgeq.model import layers, rotary, vision
 from edgeq.state import DeltaState, KVCache, State
 from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights, QMatrix, VisionBlockWeights
 
@@ -203,9 +203,10 @@ class MlxOps(BaseOps[mx.array, MlxMatrix]):
     # --- attention ---------------------------------------------------------------------------------------------------
 
     def rope_angles(self, positions: mx.array, rope: RopeConfig) -> Angles[mx.array]:
-        frequency, axis = _rope_tables(rope)
-        angles = positions.astype(mx.float32)[axis].T * frequency  # [T, pairs]
-        return mx.cos(angles), mx.sin(angles)
+        frequencies, axes = _rope_tables(rope)
+        angles = positions.astype(mx.float32)[axes].T * frequencies  # [T, pairs]
+        cos, sin, factor = mx.cos(angles), mx.sin(angles), rope.attention_factor
+        return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
     def rope(self, x: mx.array, angles: Angles[mx.array]) -> mx.array:
         # mx.fast.rope turns by one position for each token; mRoPE has three
@@ -391,12 +392,7 @@ def _delta_gates(a: mx.array, b: mx.array, A: mx.array, dt_bias: mx.array) -> tu
 @cache
 def _rope_tables(rope: RopeConfig) -> tuple[mx.array, mx.array]:
     """The frequency of every pair, and which of time, height and width it follows."""
-    pairs = rope.dim // 2
-    frequency = (1.0 / rope.theta ** (np.arange(pairs) * 2 / rope.dim)).astype(np.float32)
-    axis = np.zeros(pairs, np.int32)
-    for i in (1, 2):
-        axis[i : 3 * rope.sections[i] : 3] = i
-    return mx.array(frequency), mx.array(axis)
+    return mx.array(rotary.frequencies(rope)), mx.array(rotary.axes(rope).astype(np.int32))
 
 
 def _as_stored(x: mx.array, weights: mx.array) -> mx.array:

@@ -18,7 +18,7 @@ from edgeq.backends.ops import Angles
 from edgeq.config import RopeConfig, TextConfig, VisionConfig
 from edgeq.formats.affine import dequantize
 from edgeq.formats.bf16 import Array, Float32, to_float32
-from edgeq.model import layers
+from edgeq.model import layers, rotary
 from edgeq.state import DeltaState, KVCache
 from edgeq.weights import DeltaNetWeights, Matrix, QMatrix
 
@@ -173,13 +173,9 @@ class ArrayOps(BaseOps[Array, M]):
     # --- attention ---------------------------------------------------------------------------------------------------
 
     def rope_angles(self, positions: Array, rope: RopeConfig) -> Angles[Array]:
-        pairs = rope.dim // 2
-        frequency = (1.0 / rope.theta ** (np.arange(pairs) * 2 / rope.dim)).astype(np.float32)
-        axis = np.zeros(pairs, np.intp)  # which of time, height, width a frequency follows
-        for i in (1, 2):
-            axis[i : 3 * rope.sections[i] : 3] = i
-        angles = positions.astype(np.float32)[axis].T * frequency  # [T, pairs]
-        return np.cos(angles), np.sin(angles)
+        angles = positions.astype(np.float32)[rotary.axes(rope)].T * rotary.frequencies(rope)  # [T, pairs]
+        factor = np.float32(rope.attention_factor)
+        return np.cos(angles) * factor, np.sin(angles) * factor
 
     def rope(self, x: Array, angles: Angles[Array]) -> Array:
         cos, sin = (a[:, None, :] for a in angles)  # the same for every head

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.checkpoint.generation import checked_sampling
-from edgeq.config import TextConfig, VisionConfig
+from edgeq.config import Linear, RopeConfig, TextConfig, VisionConfig, yarn_attention_factor
 from edgeq.errors import ModelError
 from edgeq.formats.bf16 import Array
 from edgeq.formats.gguf import GGUFFile
@@ -217,8 +217,8 @@ def text_values(file: GGUFFile) -> dict[str, Any]:
             "mtp_use_dedicated_embeddings": False,
             "tie_word_embeddings": tied,
             "eos_token_id": file.get("tokenizer.ggml.eos_token_id", int) if "tokenizer.ggml.tokens" in file else None,
-            "rope_parameters": {
-                "rope_type": "default",
+            "rope_parameters": _rope_scaling(file)
+            | {
                 "rope_theta": _short(file.get(f"{ARCH}.rope.freq_base", float)),
                 "partial_rotary_factor": get("rope.dimension_count") / max(get("attention.key_length"), 1),
                 "mrope_interleaved": True,
@@ -226,6 +226,58 @@ def text_values(file: GGUFFile) -> dict[str, Any]:
             },
         },
     }
+
+
+def _rope_scaling(file: GGUFFile) -> dict[str, Any]:
+    """How the file stretches the context, in config.json's terms. What no reader here implements is refused."""
+    prefix = f"{ARCH}.rope.scaling"
+    kind = file.get(f"{prefix}.type", str, "none")
+    if kind == "none":
+        return {"rope_type": "default"}
+    if file.get(f"{prefix}.yarn_log_multiplier", float, 0.0) or file.get(f"{prefix}.yarn_ext_factor", float, 1.0) != 1:
+        raise ModelError(
+            f"{file.path}: {prefix}.yarn_log_multiplier or .yarn_ext_factor changes how YaRN works, which edgeq does "
+            "not implement",
+            hint="convert the original checkpoint again",
+        )
+    values: dict[str, Any] = {"rope_type": kind, "factor": _short(file.get(f"{prefix}.factor", float, 1.0))}
+    if (original := f"{prefix}.original_context_length") in file:
+        values["original_max_position_embeddings"] = file.get(original, int)
+    if kind == "yarn":
+        for key in ("beta_fast", "beta_slow"):
+            if (name := f"{prefix}.yarn_{key}") in file:
+                values[key] = _short(file.get(name, float))
+        sharper = 1.0
+        for key in ("attn_factor", "yarn_attn_factor"):
+            sharper *= file.get(f"{prefix}.{key}", float, 1.0)
+        if sharper != 1:  # a further factor beside YaRN's own
+            values["attention_factor"] = _short(sharper) * yarn_attention_factor(max(values["factor"], 1.0))
+    return values
+
+
+def _scaling_metadata(rope: RopeConfig) -> dict[str, Any]:
+    """The inverse of `_rope_scaling`."""
+    scaling = rope.scaling
+    if scaling is None:
+        return {}
+    if isinstance(scaling, Linear):
+        return {"rope.scaling.type": "linear", "rope.scaling.factor": scaling.factor}
+    metadata = {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": scaling.factor,
+        "rope.scaling.original_context_length": scaling.original_context,
+        "rope.scaling.yarn_beta_fast": scaling.beta_fast,
+        "rope.scaling.yarn_beta_slow": scaling.beta_slow,
+    }
+    own = yarn_attention_factor(scaling.factor)
+    if scaling.attention_factor != own:
+        metadata["rope.scaling.yarn_attn_factor"] = scaling.attention_factor / own
+    if not scaling.truncate:
+        raise ModelError(
+            "rope_parameters.truncate is False, for which GGUF has no place",
+            hint="quantize to a folder instead, or remove it from config.json",
+        )
+    return metadata
 
 
 def _embedding_rows(file: GGUFFile) -> int:
@@ -285,7 +337,7 @@ def text_metadata(c: TextConfig, *, mtp: bool) -> dict[str, Any]:
     heads = [kind == "linear_attention" for kind in c.layer_types] + [False] * mtp
     metadata = {
         "block_count": len(heads),
-        "context_length": c.max_position_embeddings,
+        "context_length": c.longest_context,
         "embedding_length": c.hidden_size,
         "feed_forward_length": c.intermediate_size,
         "attention.head_count": c.num_attention_heads,
@@ -298,6 +350,7 @@ def text_metadata(c: TextConfig, *, mtp: bool) -> dict[str, Any]:
         "rope.dimension_count": c.rope.dim,
         "rope.dimension_sections": [*c.rope.sections, 0],
         "rope.freq_base": c.rope.theta,
+        **_scaling_metadata(c.rope),
         "ssm.conv_kernel": c.linear_conv_kernel_dim,
         "ssm.state_size": c.linear_key_head_dim,
         "ssm.group_count": c.linear_num_key_heads,

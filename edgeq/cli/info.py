@@ -12,6 +12,7 @@ from edgeq.checkpoint import Checkpoint, open_checkpoint
 from edgeq.cli.console import show_json
 from edgeq.cli.facts import description, lines, versions
 from edgeq.cli.options import OptionalModelArgument, option
+from edgeq.config import TextConfig
 from edgeq.errors import UsageError
 from edgeq.hub import find_model
 from edgeq.weights import Part
@@ -86,7 +87,7 @@ def _model(checkpoint: Checkpoint) -> dict[str, Any]:
         "DeltaNet heads": f"{text.linear_num_value_heads} value x {text.linear_value_head_dim}, "
         f"{text.linear_num_key_heads} key x {text.linear_key_head_dim}",
         "vocabulary": f"{text.vocab_size:,} rows" + (f", {tokenizer.vocab_size:,} tokens" if tokenizer else ""),
-        "context": f"{text.max_position_embeddings:,} tokens",
+        "context": _context(text),
         "head": "tied to the embedding" if text.tie_word_embeddings else "its own",
         "MTP head": "yes" if Part.MTP in parts else "no",
         "vision tower": "yes" if Part.VISION in parts else "no",
@@ -96,6 +97,12 @@ def _model(checkpoint: Checkpoint) -> dict[str, Any]:
         else "none",
         "tensors": _by_type(stored),
     }
+
+
+def _context(text: TextConfig) -> str:
+    scaling = text.rope.scaling
+    stretched = "" if scaling is None else f", {type(scaling).__name__.lower()} scaling by {scaling.factor:g}"
+    return f"{text.longest_context:,} tokens{stretched}"
 
 
 def _by_type(stored: list[Any]) -> dict[str, str]:

@@ -99,6 +99,14 @@ class ModelOptions:
         ),
     ] = None  # fmt: skip
 
+    rope_scaling: Annotated[
+        str | None,
+        option(
+            "--rope-scaling", metavar="KIND:FACTOR", default="what the checkpoint says",
+            help="Stretch the context, as in yarn:4; also linear:FACTOR, none.",
+        ),
+    ] = None  # fmt: skip
+
     @property
     def name(self) -> str:
         """The model as the user calls it."""
@@ -112,7 +120,10 @@ class ModelOptions:
         """The loaded model."""
         from edgeq.api import load
 
-        return load(self.name, backend=self.backend, threads=self.threads, context=self.context, kv_bits=self.kv_bits)
+        return load(
+            self.name, backend=self.backend, threads=self.threads, context=self.context, kv_bits=self.kv_bits,
+            rope_scaling=self.rope_scaling,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

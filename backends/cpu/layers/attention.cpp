@@ -320,15 +320,14 @@ void attention(const Attention& a, const std::vector<KvSequence>& sequences) {
     share_out(a, sequences, blocks, std::min(ranges, (wanted + Index(blocks.size()) - 1) / Index(blocks.size())));
 }
 
-void rope_angles(const int32_t* positions, Index axis_stride, Index stride, Index T, double theta, const int* sections,
-                 Index pairs, float* cos, float* sin) {
+void rope_angles(const int32_t* positions, Index axis_stride, Index stride, Index T, const float* frequencies,
+                 float factor, const int* sections, Index pairs, float* cos, float* sin) {
     for (Index i = 0; i < pairs; i++) {
-        const float frequency = float(1.0 / std::pow(theta, double(2 * i) / double(2 * pairs)));
         const Index axis = i % 3 && i < 3 * sections[i % 3] ? i % 3 : 0;
         for (Index t = 0; t < T; t++) {
-            const float angle = float(positions[axis * axis_stride + t * stride]) * frequency;
-            cos[t * pairs + i] = std::cos(angle);
-            sin[t * pairs + i] = std::sin(angle);
+            const float angle = float(positions[axis * axis_stride + t * stride]) * frequencies[i];
+            cos[t * pairs + i] = std::cos(angle) * factor;
+            sin[t * pairs + i] = std::sin(angle) * factor;
         }
     }
 }

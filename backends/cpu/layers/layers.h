@@ -230,11 +230,11 @@ void attention(const Attention& a, const std::vector<KvSequence>& sequences);
 // Appending alone: keys and values of rows start ... start + s.tokens - 1.
 void append_kv(const Attention& a, const KvSequence& s, Index start);
 
-// Cosines and sines of interleaved mRoPE, each [T, pairs]: a frequency follows the time, or the height or the width
-// where its number modulo 3 is 1 or 2 and less than 3 * sections[1] or [2]. Position of token t on an axis:
+// Cosines and sines of interleaved mRoPE times `factor`, each [T, pairs]: a frequency follows the time, or the height or
+// the width where its number modulo 3 is 1 or 2 and less than 3 * sections[1] or [2]. Position of token t on an axis:
 // positions[axis * axis_stride + t * stride].
-void rope_angles(const int32_t* positions, Index axis_stride, Index stride, Index T, double theta, const int* sections,
-                 Index pairs, float* cos, float* sin);
+void rope_angles(const int32_t* positions, Index axis_stride, Index stride, Index T, const float* frequencies,
+                 float factor, const int* sections, Index pairs, float* cos, float* sin);
 
 // The first `tokens` tokens of a page as float32 keys and values, each [tokens, heads, D].
 void read_page(const uint8_t* page, KvType type, Index heads, Index D, Index tokens, float* keys, float* values);
