@@ -23,18 +23,24 @@ REPORT = {
     "speed": [
         {
             "bits": 4, "threads": 2, "busy": 0, "test": "decode 64", "read_gb_per_s": 41.23,
-            "tok_per_s": {"edgeq q4": 71.04, "llama Q4_0": 40.4, "llama Q4_K_M": 50.0},
-            "gb_per_s": {"edgeq q4": 33.06, "llama Q4_0": 20.0, "llama Q4_K_M": 21.0},
+            "tok_per_s": {"edgeq q4": 71.04, "llama.cpp Q4_0": 40.4, "llama.cpp Q4_K_M": 50.0},
+            "gb_per_s": {"edgeq q4": 33.06, "llama.cpp Q4_0": 20.0, "llama.cpp Q4_K_M": 21.0},
         },
-        {"bits": 4, "threads": 2, "busy": 1, "test": "decode 64", "tok_per_s": {"edgeq q4": 60.0, "llama Q4_0": 9.0}},
+        {
+            "bits": 4, "threads": 2, "busy": 1, "test": "decode 64",
+            "tok_per_s": {"edgeq q4": 60.0, "llama.cpp Q4_0": 9.0},
+        },
     ],
     "memory": [
         {
             "bits": 4, "threads": 2, "context": 4096,
-            "peak_nbytes": {"edgeq q4": 606e6, "llama Q4_0": 970e6, "llama Q4_0 small": 650e6, "llama Q4_K_M": 980e6},
+            "peak_nbytes": {
+                "edgeq q4": 606e6, "llama.cpp Q4_0": 970e6, "llama.cpp Q4_K_M": 980e6,
+                "llama.cpp, smallest Q4_0": 650e6,
+            },
         }
     ],
-    "start": [{"bits": 4, "threads": 2, "seconds": {"edgeq q4": [0.3, 0.5, 0.4], "llama Q4_0": [0.9]}}],
+    "start": [{"bits": 4, "threads": 2, "seconds": {"edgeq q4": [0.3, 0.5, 0.4], "llama.cpp Q4_0": [0.9]}}],
     "quantize": [
         {"bits": 4, "threads": 2, "seconds": 18.2, "peak_nbytes": 222e6, "nbytes": 434e6, "bits_per_weight": 4.61729}
     ],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -107,7 +107,7 @@ def _commit() -> str:
 
 
 def rows_of(report: dict[str, list[Any]], model: str) -> list[Row]:
-    """The rows of a report; a peer's value is that of its better file."""
+    """The rows of a report, by engine: the value of the better one of its files."""
     rows: list[Row] = []
     for found in report["speed"]:
         facts = (model, found["bits"], found["threads"], found["test"])
@@ -117,12 +117,9 @@ def rows_of(report: dict[str, list[Any]], model: str) -> list[Row]:
             rows.append(Row(*facts, "GB/s", rates, found["busy"]))
     for found in report["memory"]:
         facts = (model, found["bits"], found["threads"], f"peak memory {found['context']}")
-        default = {form: n / 1e6 for form, n in found["peak_nbytes"].items() if not form.endswith("small")}
-        small = {form: n / 1e6 for form, n in found["peak_nbytes"].items() if form.endswith("small")}
-        smallest = {"llama.cpp, smallest": _best(small, min)["llama.cpp"]} if small else {}
-        rows.append(Row(*facts, "MB", {**_best(default, min), **smallest}))
+        rows.append(Row(*facts, "MB", _best({name: n / 1e6 for name, n in found["peak_nbytes"].items()}, min)))
     for found in report["start"]:
-        seconds = {form: median(samples) for form, samples in found["seconds"].items()}
+        seconds = {name: median(samples) for name, samples in found["seconds"].items()}
         rows.append(Row(model, found["bits"], found["threads"], "first token", "s", _best(seconds, min)))
     for found in report["quantize"]:
         facts = (model, found["bits"], found["threads"], "quantize")
@@ -134,13 +131,17 @@ def rows_of(report: dict[str, list[Any]], model: str) -> list[Row]:
     return rows
 
 
-def _best(values: dict[str, float], better: Any) -> dict[str, float]:
-    """By engine: edgeq's own value, and the better one of the peer's files."""
+def best_of(values: dict[str, float], better: Callable[[float, float], float]) -> dict[str, float]:
+    """By engine, from values by "engine form": that of the better form."""
     best: dict[str, float] = {}
-    for engine, prefix in (("edgeq", "edgeq"), ("llama.cpp", "llama")):
-        if found := [value for form, value in values.items() if form.startswith(prefix)]:
-            best[engine] = _short(better(found))
+    for name, value in values.items():
+        engine = name.rpartition(" ")[0]
+        best[engine] = better(best[engine], value) if engine in best else value
     return best
+
+
+def _best(values: dict[str, float], better: Callable[[float, float], float]) -> dict[str, float]:
+    return {engine: _short(value) for engine, value in best_of(values, better).items()}
 
 
 def _short(value: float) -> float:
