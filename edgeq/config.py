@@ -9,15 +9,9 @@ names it; nothing is guessed.
 from __future__ import annotations
 
 import json
-<<<<<<< HEAD
-from collections.abc import Mapping
-from dataclasses import dataclass
-from math import isqrt
-=======
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import log, nan
->>>>>>> e7b26c5 (A stretched context is read in every spelling: YaRN and linear scaling in rope_parameters, rope_scaling, GGUF, and by --rope-scaling; frequencies equal torch's bits; logits past the original length equal transformers' (NMSE < 1e-9))
+from math import isqrt, log, nan
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 

@@ -16,17 +16,10 @@ from gguf_forms import FORMS, Form, gguf_matrix
 
 from edgeq.backends import available
 from edgeq.backends.ops import Ops
-<<<<<<< HEAD
-from edgeq.config import RopeConfig, TextConfig, VisionConfig
+from edgeq.config import Linear, RopeConfig, TextConfig, VisionConfig, Yarn
 from edgeq.formats.affine import dequantize, pack
 from edgeq.formats.bf16 import Array, from_float32, round_to, to_float32
-from edgeq.model import layers, vision
-=======
-from edgeq.config import Linear, RopeConfig, TextConfig, Yarn
-from edgeq.formats.affine import dequantize, pack
-from edgeq.formats.bf16 import Array, from_float32, round_to, to_float32
-from edgeq.model import layers, rotary
->>>>>>> e7b26c5 (A stretched context is read in every spelling: YaRN and linear scaling in rope_parameters, rope_scaling, GGUF, and by --rope-scaling; frequencies equal torch's bits; logits past the original length equal transformers' (NMSE < 1e-9))
+from edgeq.model import layers, rotary, vision
 from edgeq.state import DeltaState
 from edgeq.testing import nmse
 from edgeq.weights import (
