@@ -194,10 +194,14 @@ class _Plan:
 
     def config(self) -> dict[str, Any]:
         """The output's config.json."""
+        text = self.source.config.text
         values = self.source.config_values()
-        if "text_config" in values:  # mlx-lm looks for the flag only there
-            tied = {"tie_word_embeddings": self.source.config.text.tie_word_embeddings}
-            values["text_config"] = values["text_config"] | tied
+        known = {  # what the tensors know better (and mlx-lm looks for the flag only in text_config)
+            "tie_word_embeddings": text.tie_word_embeddings, "mtp_num_hidden_layers": text.mtp_num_hidden_layers
+        }  # fmt: skip
+        if "text_config" in values:
+            values["text_config"] = values["text_config"] | known
+        values |= {"tie_word_embeddings": text.tie_word_embeddings} if "text_config" in values else known
         if self.recipe.base is None:
             return values
         block: dict[str, Any] = {"group_size": self.recipe.base.group_size, "bits": self.recipe.base.bits}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import tracemalloc
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import edgeq
 from edgeq.checkpoint import FolderCheckpoint, open_checkpoint
 from edgeq.errors import ModelError
 from edgeq.formats.bf16 import Array, from_float32, to_float32
 from edgeq.formats.names import hub_name
 from edgeq.formats.safetensors import SafetensorsFile, SafetensorsWriter
+from edgeq.quant import quantize
 from edgeq.testing import config_values, file_weights, write_checkpoint
 from edgeq.weights import QMatrix, Role, all_tensors
 
@@ -230,6 +233,78 @@ class TestFolder:
             (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(ModelError, match=r"model-00001-of-00001\.safetensors and model\.safetensors both hold "):
             read(tmp_path)
+
+    @staticmethod
+    def beside_an_index(folder: Path, seed: int, *, keep: int = 2) -> None:
+        """A checkpoint with seed 0, beside an index of two shards of another, of which `keep` are there."""
+        write_checkpoint(folder)
+        write_checkpoint(folder / "other", seed=seed)
+        file = SafetensorsFile(folder / "other/model.safetensors")
+        names = sorted(file.tensors)
+        weight_map = dict[str, str]()
+        for i, part in enumerate((names[::2], names[1::2])):
+            shard = f"model-0000{i + 1}-of-00002.safetensors"
+            weight_map |= dict.fromkeys(part, shard)
+            if i < keep:
+                save(folder / shard, {name: np.array(file.array(name)) for name in part})
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    @pytest.mark.parametrize("keep", [0, 1])
+    def test_an_index_whose_shards_are_gone(self, tmp_path: Path, keep: int) -> None:
+        self.beside_an_index(tmp_path, seed=1, keep=keep)
+        with pytest.warns(UserWarning, match=r"lacks model-0000.*: model\.safetensors is used"):
+            found = read(tmp_path)
+        (tmp_path / "model.safetensors.index.json").unlink()
+        for shard in tmp_path.glob("model-*"):
+            shard.unlink()
+        assert np.array_equal(found.dense("norm.weight"), read(tmp_path).dense("norm.weight"))
+
+    def test_two_models_in_one_folder(self, tmp_path: Path) -> None:
+        self.beside_an_index(tmp_path, seed=1)
+        with pytest.raises(
+            ModelError, match=r"model\.safetensors and model\.safetensors\.index\.json are two models"
+        ) as e:
+            read(tmp_path)
+        assert "move one of them away" in str(e.value.hint)
+
+    def test_the_same_model_twice(self, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+        self.beside_an_index(tmp_path, seed=0)
+        assert read(tmp_path).tensors
+        assert not recwarn.list
+
+    def test_a_tied_checkpoint_with_a_head_of_its_own(self, tmp_path: Path) -> None:
+        """Fine-tunes keep the flag: the head that is stored counts."""
+        folder = tmp_path / "model"
+        write_checkpoint(folder, config_values(tie_word_embeddings=True))
+        embedding = hub_name("embed_tokens.weight")
+        ids = [1, 2, 3]
+        tied = edgeq.load(folder, backend="numpy").logits(ids)
+        rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": np.array(tensors[embedding])}))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # an equal copy is nothing to speak of
+            assert np.array_equal(edgeq.load(folder, backend="numpy").logits(ids), tied)
+        rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors[embedding][::-1].copy()}))
+        with pytest.warns(UserWarning, match="lm_head is not its embedding"):
+            untied = edgeq.load(folder, backend="numpy")
+        np.testing.assert_allclose(untied.logits(ids), tied[:, ::-1], atol=1e-5)
+        with pytest.warns(UserWarning, match="lm_head is not its embedding"):
+            quantize(folder, tmp_path / "out", bits=8)
+        back = read(tmp_path / "out")
+        assert "lm_head.weight" in back.tensors
+        assert not back.config.text.tie_word_embeddings
+
+    def test_an_mtp_head_that_the_configuration_does_not_count(self, tmp_path: Path) -> None:
+        folder = tmp_path / "model"
+        write_checkpoint(folder, config_values(mtp=True))
+        values = json.loads((folder / "config.json").read_text())
+        del values["text_config"]["mtp_num_hidden_layers"]
+        (folder / "config.json").write_text(json.dumps(values))
+        assert read(folder).config.text.mtp_num_hidden_layers == 1
+        quantize(folder, tmp_path / "out", bits=8)
+        assert "mtp.fc.weight" in read(tmp_path / "out").tensors
+        rewrite(folder, lambda tensors: tensors.pop("mtp.fc.weight"))
+        with pytest.warns(UserWarning, match="MTP head is not whole, and is left out"):
+            assert read(folder).config.text.mtp_num_hidden_layers == 0
 
     def test_an_index_cannot_point_outside(self, tmp_path: Path) -> None:
         write_checkpoint(tmp_path)

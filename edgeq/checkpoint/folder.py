@@ -11,8 +11,9 @@ Three things differ between them, and none is guessed from values:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from edgeq.checkpoint.base import Checkpoint, Storage
 from edgeq.checkpoint.generation import read_sampling, read_stop_ids
-from edgeq.config import parse_config, read_json
+from edgeq.config import ModelConfig, parse_config, read_json
 from edgeq.errors import ModelError
 from edgeq.formats.affine import BITS, GROUP_SIZES
 from edgeq.formats.bf16 import Array, Float32, to_float32
@@ -28,7 +29,7 @@ from edgeq.formats.names import neutral_module, neutral_name
 from edgeq.formats.safetensors import SafetensorsFile, TensorInfo
 from edgeq.inputs import TOKENIZER_LIMIT, exists
 from edgeq.printable import brief
-from edgeq.weights import Matrix, Part, QMatrix, Role, TensorSpec, all_tensors
+from edgeq.weights import Matrix, Part, QMatrix, Role, TensorSpec, all_tensors, mtp_tensors
 
 if TYPE_CHECKING:
     from edgeq.text.template import ChatTemplate
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["FolderCheckpoint", "Quantization"]
 
 _FLOATS = ("F32", "F16", "BF16")
+_COMPARED = 1 << 20  # weights at a time
 _SHOWN = 12  # problems listed before "and N more"
 
 Layout = Literal["hub", "mlx"]
@@ -67,6 +69,7 @@ class FolderCheckpoint(Checkpoint):
         self.config = parse_config(values)
         self.files = tuple(SafetensorsFile(file) for file in _weight_files(path))
         self._where = _by_tensor(self.files)
+        self.config = self._config_of_tensors()
         self.layout: Layout = self._find_layout()
         self.quantization = _QuantizationTable(values)
         self.tensors = self._match_table()
@@ -176,6 +179,34 @@ class FolderCheckpoint(Checkpoint):
         return self._where[file_name].tensors[file_name]
 
     # --- opening -----------------------------------------------------------------------------------------------------
+
+    def _config_of_tensors(self) -> ModelConfig:
+        """The configuration with what the tensors know better: fine-tunes store a head of their own and keep the flag
+        that ties it to the embedding, and tools drop the line that counts MTP layers."""
+        found = {neutral_name(name) for name in self._where}
+        text = self.config.text
+        if text.tie_word_embeddings and "lm_head.weight" in found and not self._same("lm_head", "embed_tokens"):
+            warnings.warn(
+                f"{self.path}: its lm_head is not its embedding, although config.json ties them: the lm_head is used",
+                stacklevel=2,
+            )
+            text = replace(text, tie_word_embeddings=False)
+        if not text.mtp_num_hidden_layers and any(name and name.startswith("mtp.") for name in found):
+            with_mtp = replace(text, mtp_num_hidden_layers=1)
+            if {spec.name for spec in mtp_tensors(with_mtp)} <= found:
+                text = with_mtp
+            else:
+                warnings.warn(f"{self.path}: its MTP head is not whole, and is left out", stacklevel=2)
+        return replace(self.config, text=text)
+
+    def _same(self, one: str, other: str) -> bool:
+        """Whether two modules are stored as the same bytes."""
+        files = {neutral_name(name): name for name in self._where}
+        for part in ("weight", "scales", "biases"):
+            a, b = (files.get(f"{module}.{part}") for module in (one, other))
+            if (a is None) != (b is None) or (a and b and not _same(self._where[a], a, self._where[b], b)):
+                return False
+        return True
 
     def _find_layout(self) -> Layout:
         """mlx-lm's rule: its files have the convolution's channel axis last but one. Without one, the file's mark."""
@@ -331,6 +362,25 @@ def _by_tensor(files: Iterable[SafetensorsFile]) -> dict[str, SafetensorsFile]:
     return where
 
 
+def _same_tensors(one: Path, others: Sequence[Path]) -> bool:
+    """Whether a file holds the very tensors that some others hold together."""
+    file, where = SafetensorsFile(one), _by_tensor(SafetensorsFile(path) for path in others)
+    return file.tensors.keys() == where.keys() and all(_same(file, name, where[name], name) for name in where)
+
+
+def _same(file: SafetensorsFile, name: str, other: SafetensorsFile, other_name: str) -> bool:
+    """Whether two tensors are the same, byte for byte."""
+    a, b = file.tensors[name], other.tensors[other_name]
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    x, y = file.array(name).reshape(-1), other.array(other_name).reshape(-1)
+    pieces = (slice(i, i + _COMPARED) for i in range(0, x.size, _COMPARED))
+    same = all(np.array_equal(x[piece].view(np.uint8), y[piece].view(np.uint8)) for piece in pieces)
+    file.drop_pages()
+    other.drop_pages()
+    return same
+
+
 def _weight_files(path: Path) -> list[Path]:
     """The index names the files; without one they are the folder's model*.safetensors, as everywhere in this field."""
     index = path / "model.safetensors.index.json"
@@ -349,6 +399,15 @@ def _weight_files(path: Path) -> list[Path]:
         if Path(name).name != name:
             raise ModelError(f"{index} names {name!r}, which is outside of the folder")
     absent = [name for name in names if not exists(path / name)]
+    if (single := path / "model.safetensors").name not in names and exists(single):
+        if not absent and not _same_tensors(single, [path / name for name in names]):
+            raise ModelError(
+                f"{single} and {index.name} are two models",
+                hint=f"move one of them away: {single.name}, or {index.name} with the files that it names",
+            )
+        if absent:
+            warnings.warn(f"{path} lacks {absent[0]}, which {index.name} names: {single.name} is used", stacklevel=2)
+        return [single]
     if absent:
         raise ModelError(f"{path} lacks {', '.join(absent)}", hint="download the missing files")
     return [path / name for name in names]
