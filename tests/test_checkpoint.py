@@ -252,7 +252,7 @@ class TestFolder:
     @pytest.mark.parametrize("keep", [0, 1])
     def test_an_index_whose_shards_are_gone(self, tmp_path: Path, keep: int) -> None:
         self.beside_an_index(tmp_path, seed=1, keep=keep)
-        with pytest.warns(UserWarning, match=r"lacks model-0000.*: model\.safetensors is used"):
+        with pytest.warns(UserWarning, match=r"lacks 'model-0000.*: model\.safetensors is used"):
             found = read(tmp_path)
         (tmp_path / "model.safetensors.index.json").unlink()
         for shard in tmp_path.glob("model-*"):

@@ -234,6 +234,11 @@ class TestNamesOfModels:
         shutil.copytree(chat_folder, tmp_path / "model")
         index = {"weight_map": {"model.norm.weight": name}}
         (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+        if ".." not in name and "/" not in name:
+            with pytest.warns(UserWarning) as warned:
+                open_checkpoint(tmp_path / "model")
+            assert "\n" not in str(warned[0].message)
+        (tmp_path / "model" / "model.safetensors").unlink()
         with pytest.raises(ModelError) as caught:
             open_checkpoint(tmp_path / "model")
         assert "\n" not in caught.value.message

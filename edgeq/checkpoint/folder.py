@@ -406,7 +406,9 @@ def _weight_files(path: Path) -> list[Path]:
                 hint=f"move one of them away: {single.name}, or {index.name} with the files that it names",
             )
         if absent:
-            warnings.warn(f"{path} lacks {absent[0]}, which {index.name} names: {single.name} is used", stacklevel=2)
+            warnings.warn(
+                f"{path} lacks {brief(absent[0])}, which {index.name} names: {single.name} is used", stacklevel=2
+            )
         return [single]
     if absent:
         raise ModelError(f"{path} lacks {', '.join(absent)}", hint="download the missing files")
