@@ -237,6 +237,7 @@ class TestNamesOfModels:
         index = {"weight_map": {"model.norm.weight": name}}
         (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
         with warnings.catch_warnings(record=True) as warned, suppress(ModelError):
+            warnings.simplefilter("always")
             open_checkpoint(tmp_path / "model")  # beside it lies a whole model
         assert not any("\n" in str(warning.message) for warning in warned)
         (tmp_path / "model" / "model.safetensors").unlink()
