@@ -129,6 +129,19 @@ class Model:
         """Logits after each of `ids` from an empty state: float32 [len(ids), vocab_size]."""
         return Context(self.engine).feed(ids, rows=len(ids))
 
+    def mtp_logits(self, ids: Sequence[int]) -> Float32:
+        """What the MTP head says after each token but the first: float32 [len(ids) - 1, vocab_size], whose row k
+        predicts token k + 2. Raises UsageError where there is no head.
+        """
+        return self.engine.mtp_logits(ids)
+
+    def mtp_draft(self, ids: Sequence[int], n: int) -> tuple[list[int], Float32]:
+        """The MTP head's n greedy drafts of what follows `ids` and the model's own most likely next token, each made
+        from the one before; and what they were chosen by, float32 [n, vocab_size]. Raises UsageError where there is no
+        head.
+        """
+        return self.engine.mtp_draft(ids, n)
+
     def _context(self, state: State[Any]) -> Context:
         self.engine.check_state(state)  # None would stand for an empty one
         return Context(self.engine, state)

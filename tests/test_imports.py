@@ -33,6 +33,7 @@ ORDER = [
     "edgeq.hub",
     "edgeq.loading",
     "edgeq.memory",
+    "edgeq.draft_head",
     "edgeq.engine",
     "edgeq.state_io",
     "edgeq.generate",
