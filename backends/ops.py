@@ -166,7 +166,7 @@ class Ops(ABC, Generic[A, M]):
     def concat(self, xs: Sequence[A], axis: int = 0) -> A:
         """Join along an axis."""
 
-    def start(self, hidden: A | None, states: Sequence[State[A]]) -> None:
+    def start(self, hidden: A, states: Sequence[State[A]]) -> None:
         """The model has been called and these are its results: a lazy backend sets them going, without waiting.
 
         Without this the graph of a long prompt, or of states that nobody reads, would grow without end.
@@ -195,6 +195,7 @@ class Ops(ABC, Generic[A, M]):
         """Weighted sums of rows, sum_i weights[t, i] * table[ids[t, i]]: table [rows, hidden], ids int32 [T, n],
         weights float32 [T, n] -> [T, hidden]."""
 
+    @abstractmethod
     def rows(self, w: M, rows: slice | NDArray[np.int32]) -> M:
         """Some rows of a matrix as a matrix of its own: the first ones (a slice from 0) in the memory that they have,
         where the backend can; those of a list of row numbers gathered into new memory."""
@@ -260,6 +261,7 @@ class Ops(ABC, Generic[A, M]):
         Never holds the scores of a whole picture: its 65,000 patches would have 17 GB of them for each head.
         """
 
+    @abstractmethod
     def append(self, k: A, v: A, cache: KVCache[A]) -> KVCache[A]:
         """The cache with k, v [T, Hkv, D] of one sequence behind it: `attention` that nobody asks."""
 

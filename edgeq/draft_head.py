@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Collection
+from typing import Any, ClassVar, Generic, TypeVar
+from weakref import WeakSet
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeq.backends.ops import ArrayLike, Ops
 from edgeq.config import TextConfig
 from edgeq.loading import LoadedWeights
 from edgeq.model import mtp, text
-from edgeq.state import DraftState, Rows, State
+from edgeq.state import DraftState, Rows, State, joined
 from edgeq.weights import MTPWeights
 
-__all__ = ["FEW", "DraftHead"]
+__all__ = ["FEW", "DraftHead", "DraftVocabulary"]
 
 A = TypeVar("A", bound=ArrayLike)
 M = TypeVar("M")
+Ids = NDArray[np.int32]
 
+PREFIX = 1 << 15
 FEW = 16  # tokens that may wait unread: they go through the whole layer when something is drafted
 
 
@@ -43,13 +47,13 @@ class DraftHead(Generic[A, M]):
         """With all tokens read but the last, which has to wait for the one that follows."""
         if draft.waiting < 2:
             return draft
-        unread = self._unread(draft)
+        unread = joined(self.ops, draft)
         cache = mtp.remember(self.ops, self.config, self._weights, _pairs(unread), draft.cache)
         return DraftState(cache, (_last(unread),))
 
     def read(self, draft: DraftState[A]) -> tuple[A, DraftState[A]]:
         """The same by the whole layer: what it says after each token read, [waiting - 1, hidden]; at least one."""
-        unread = self._unread(draft)
+        unread = joined(self.ops, draft)
         hidden, cache = mtp.predict(self.ops, self.config, self._weights, _pairs(unread), draft.cache)
         return hidden, DraftState(cache, (_last(unread),))
 
@@ -60,7 +64,7 @@ class DraftHead(Generic[A, M]):
         """
         assert state.draft is not None
         draft = state.draft if state.draft.waiting <= FEW else self.caught_up(state.draft)
-        unread = self._unread(draft)
+        unread = joined(self.ops, draft)
         vectors = self._embed(token)
         if draft.waiting > 1:
             vectors = self.ops.concat([unread.vectors[1:], vectors])
@@ -80,12 +84,48 @@ class DraftHead(Generic[A, M]):
     def _embed(self, token: int) -> A:
         return text.embed(self.ops, self._loaded.text, np.array([token], np.int32))
 
-    def _unread(self, draft: DraftState[A]) -> Rows[A]:
-        """The unread tokens in one piece."""
-        if len(draft.unread) == 1:
-            return draft.unread[0]
-        vectors, hidden, positions = zip(*draft.unread, strict=True)
-        return Rows(self.ops.concat(vectors), self.ops.concat(hidden), np.concatenate(positions, axis=1))
+
+class DraftVocabulary(Generic[A, M]):
+    """The tokens that a sequence's drafts are chosen among, so that a draft need not read the whole head.
+
+    They are the first `PREFIX` ids, whose rows of the head are used where they are (ids of a byte-level BPE are in the
+    order of its merges, roughly the most frequent first), and others whose rows are gathered: `always` (control tokens)
+    and all that the sequence holds.
+
+    tokens: how many ids exist; the rows behind them are padding.
+    """
+
+    alive: ClassVar[WeakSet[DraftVocabulary[Any, Any]]] = WeakSet()
+
+    def __init__(self, ops: Ops[A, M], head: M, tokens: int, row_nbytes: int, always: Collection[int] = ()) -> None:
+        self._ops, self._head, self._tokens, self._row_nbytes = ops, head, tokens, row_nbytes
+        self._prefix = min(PREFIX, tokens)
+        self._others = dict.fromkeys(sorted(i for i in always if self._prefix <= i < tokens))
+        self._matrices = [ops.rows(head, slice(0, self._prefix))]
+        self._gathered = np.empty(0, np.int32)
+        self.alive.add(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows that were gathered."""
+        return len(self._gathered) * self._row_nbytes
+
+    def include(self, ids: Ids) -> None:
+        """Tokens of the sequence, which from now on can be drafted."""
+        for i in np.unique(ids[(ids >= self._prefix) & (ids < self._tokens)]).tolist():
+            self._others[i] = None
+
+    def choose(self, hidden: A) -> int:
+        """The likeliest of them for what the MTP head says, [1, hidden]."""
+        new = len(self._others) - len(self._gathered)
+        if new > len(self._gathered) // 64:  # so that a text of many rare words does not gather them for each
+            self._gathered = np.fromiter(self._others, np.int32)
+            self._matrices[1:] = [self._ops.rows(self._head, self._gathered)]
+        first, *others = (self._ops.numpy(y)[0] for y in self._ops.linears(hidden, self._matrices))
+        best = int(first.argmax())
+        if others and others[0].max() > first[best]:
+            return int(self._gathered[others[0].argmax()])
+        return best
 
 
 def _pairs(rows: Rows[A]) -> Rows[A]:

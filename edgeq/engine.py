@@ -9,7 +9,7 @@ exactness contract of `edgeq.backends.ops`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edgeq.backends.ops import ArrayLike, Ops
 from edgeq.checkpoint import Checkpoint
 from edgeq.config import TextConfig, VisionConfig
-from edgeq.draft_head import FEW, DraftHead
+from edgeq.draft_head import FEW, DraftHead, DraftVocabulary
 from edgeq.errors import MemoryBudgetError, ModelError, UsageError
 from edgeq.formats.bf16 import Float32
 from edgeq.loading import LoadedWeights
@@ -30,6 +30,7 @@ from edgeq.model import text, vision
 from edgeq.model.layers import spans
 from edgeq.model.vision import Grid, Pixels
 from edgeq.numbers import Range
+from edgeq.pace import Pace
 from edgeq.printable import brief
 from edgeq.state import DeltaState, DraftState, KVCache, Rows, State
 from edgeq.weights import Part
@@ -83,6 +84,7 @@ class Engine(Generic[A, M]):
     context_limit: most tokens of a sequence.
     ledger: what the weights and the backend hold now.
     head: the MTP head; None for a checkpoint without one.
+    pace: what is known of how fast passes with drafts are, and how often those are right.
     """
 
     def __init__(self, checkpoint: Checkpoint, ops: Ops[A, M], *, context: int | None = None) -> None:
@@ -99,6 +101,9 @@ class Engine(Generic[A, M]):
             self._open_account(owner, *parts)
         self.ledger.open_all(ops.held)
         self.head = DraftHead(ops, self.config, self.weights) if Part.MTP in self.weights.parts else None
+        if self.head is not None and ops.maps_files:
+            self.ledger.open("draft vocabulary", lambda: sum(v.nbytes for v in DraftVocabulary.alive))
+        self.pace = Pace()
         c = self.config
         self._attends = [kind == "full_attention" for kind in c.layer_types]
         self._delta_shapes = (
@@ -153,8 +158,15 @@ class Engine(Generic[A, M]):
             hidden, states = self._forward(feeds)
             ends = accumulate(len(feed.ids) for feed in feeds)
             logits = self._read_out(hidden, [(end, feed.rows) for end, feed in zip(ends, feeds, strict=True)])
-            states = [self._caught_up(kept) for kept in states]
+            states = [self._caught_up(hidden, kept) for kept in states]
         return [Output(*both) for both in zip(logits, states, strict=True)]
+
+    def draft_vocabulary(self, tokens: int, always: Collection[int] = ()) -> DraftVocabulary[A, M]:
+        """The tokens that a sequence's drafts are chosen among: see `DraftVocabulary`."""
+        name = "embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+        nbytes = next(stored.nbytes for spec, stored in self.checkpoint.storage() if spec.name == name)
+        row_nbytes = nbytes // self.config.vocab_size
+        return DraftVocabulary(self.ops, self._text.lm_head, tokens, row_nbytes, always)
 
     def mtp_logits(self, ids: Sequence[int]) -> Float32:
         """What the MTP head says of a text: row k, read after the tokens up to k + 1, predicts token k + 2.
@@ -207,7 +219,7 @@ class Engine(Generic[A, M]):
             ]
         return hidden, states
 
-    def _caught_up(self, states: tuple[State[A], ...]) -> tuple[State[A], ...]:
+    def _caught_up(self, hidden: A, states: tuple[State[A], ...]) -> tuple[State[A], ...]:
         """The states, their MTP heads caught up where many tokens wait."""
         last = states[-1].draft
         if self.head is None or last is None or last.waiting <= FEW:
@@ -215,7 +227,7 @@ class Engine(Generic[A, M]):
         after = tuple(
             state._replace(draft=self.head.caught_up(state.draft)) if state.draft else state for state in states
         )
-        self.ops.start(None, after)
+        self.ops.start(hidden, after)
         return after
 
     @property

@@ -9,15 +9,15 @@ cut back, speculation asks for the states after each of the last tokens, too, an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 A = TypeVar("A")
 
-__all__ = ["DeltaState", "DraftState", "KVCache", "LayerState", "Rows", "State", "held_nbytes"]
+__all__ = ["DeltaState", "DraftState", "KVCache", "LayerState", "Rows", "State", "held_nbytes", "joined"]
 
 
 class DeltaState(NamedTuple, Generic[A]):
@@ -58,6 +58,12 @@ class KVCache(ABC, Generic[A]):
 LayerState: TypeAlias = DeltaState[A] | KVCache[A]
 
 
+class Joins(Protocol[A]):
+    """What can join arrays: the operations of a backend."""
+
+    def concat(self, xs: Sequence[A], axis: int = 0, /) -> A: ...
+
+
 class Rows(NamedTuple, Generic[A]):
     """Tokens in a row as the MTP head reads them.
 
@@ -92,6 +98,14 @@ class DraftState(NamedTuple, Generic[A]):
     def length(self) -> int:
         """Tokens that it knows of."""
         return self.cache.length + self.waiting
+
+
+def joined(ops: Joins[A], draft: DraftState[A]) -> Rows[A]:
+    """The unread tokens in one piece; there is at least one."""
+    if len(draft.unread) == 1:
+        return draft.unread[0]
+    vectors, hidden, positions = zip(*draft.unread, strict=True)
+    return Rows(ops.concat(vectors), ops.concat(hidden), np.concatenate(positions, axis=1))
 
 
 class State(NamedTuple, Generic[A]):

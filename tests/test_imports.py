@@ -34,6 +34,7 @@ ORDER = [
     "edgeq.loading",
     "edgeq.memory",
     "edgeq.draft_head",
+    "edgeq.pace",
     "edgeq.engine",
     "edgeq.state_io",
     "edgeq.generate",

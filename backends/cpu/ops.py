@@ -137,8 +137,8 @@ class CpuOps(ArrayOps[_native.Matrix]):
     def rows(self, w: _native.Matrix, rows: slice | Array) -> _native.Matrix:
         if not w.bits:
             return _native.Matrix(plain(w.arrays[0][rows]))
-        codes, scales, *others = (plain(x[rows]) if x is not None else None for x in w.arrays)
-        biases, block_scales, block_biases = others
+        parts: Any = (plain(x[rows]) if x is not None else None for x in w.arrays)
+        codes, scales, biases, block_scales, block_biases = parts
         return _native.Matrix(
             codes, scales, biases, w.bits, w.group_size, block_scales, block_biases, w.zero, w.iq4
         )  # fmt: skip

@@ -143,7 +143,7 @@ class MlxOps(BaseOps[mx.array, MlxMatrix]):
     def concat(self, xs: Sequence[mx.array], axis: int = 0) -> mx.array:
         return xs[0] if len(xs) == 1 else mx.concatenate(list(xs), axis=axis)
 
-    def start(self, hidden: mx.array | None, states: Sequence[State[mx.array]]) -> None:
+    def start(self, hidden: mx.array, states: Sequence[State[mx.array]]) -> None:
         mx.async_eval(hidden, list(_arrays(states)))  # type: ignore[no-untyped-call]
 
     # --- matrices ----------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class MlxOps(BaseOps[mx.array, MlxMatrix]):
     def rows(self, w: MlxMatrix, rows: slice | Array) -> MlxMatrix:
         at = rows if isinstance(rows, slice) else mx.array(rows)
         if isinstance(w, MlxQMatrix):
-            return MlxQMatrix(*(x[at] for x in w[:3]), w.bits, w.group_size)
+            return MlxQMatrix(w.codes[at], w.scales[at], w.biases[at], w.bits, w.group_size)
         return w[at]
 
     # --- norms and pointwise -----------------------------------------------------------------------------------------
