@@ -39,6 +39,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgeq.config import RopeConfig, TextConfig, VisionConfig
 from edgeq.formats.bf16 import Array, Float32
 from edgeq.state import DeltaState, KVCache, LayerState, State
@@ -160,8 +163,8 @@ class Ops(ABC, Generic[A, M]):
         """A cache that holds `keys` and `values`, each [length, Hkv, D]; length may be 0."""
 
     @abstractmethod
-    def concat(self, xs: Sequence[A]) -> A:
-        """Join along the first axis."""
+    def concat(self, xs: Sequence[A], axis: int = 0) -> A:
+        """Join along an axis."""
 
     def start(self, hidden: A, states: Sequence[State[A]]) -> None:
         """The model has been called and these are its results: a lazy backend sets them going, without waiting.
@@ -191,6 +194,11 @@ class Ops(ABC, Generic[A, M]):
     def embedding_bag(self, table: M, ids: Array, weights: Float32) -> A:
         """Weighted sums of rows, sum_i weights[t, i] * table[ids[t, i]]: table [rows, hidden], ids int32 [T, n],
         weights float32 [T, n] -> [T, hidden]."""
+
+    @abstractmethod
+    def rows(self, w: M, rows: slice | NDArray[np.int32]) -> M:
+        """Some rows of a matrix as a matrix of its own: the first ones (a slice from 0) in the memory that they have,
+        where the backend can; those of a list of row numbers gathered into new memory."""
 
     # --- norms and pointwise -----------------------------------------------------------------------------------------
 
@@ -252,6 +260,10 @@ class Ops(ABC, Generic[A, M]):
 
         Never holds the scores of a whole picture: its 65,000 patches would have 17 GB of them for each head.
         """
+
+    @abstractmethod
+    def append(self, k: A, v: A, cache: KVCache[A]) -> KVCache[A]:
+        """The cache with k, v [T, Hkv, D] of one sequence behind it: `attention` that nobody asks."""
 
     # --- DeltaNet ----------------------------------------------------------------------------------------------------
 

@@ -129,6 +129,19 @@ class Model:
         """Logits after each of `ids` from an empty state: float32 [len(ids), vocab_size]."""
         return Context(self.engine).feed(ids, rows=len(ids))
 
+    def mtp_logits(self, ids: Sequence[int]) -> Float32:
+        """What the MTP head says after each token but the first: float32 [len(ids) - 1, vocab_size], whose row k
+        predicts token k + 2. Raises UsageError where there is no head.
+        """
+        return self.engine.mtp_logits(ids)
+
+    def mtp_draft(self, ids: Sequence[int], n: int) -> tuple[list[int], Float32]:
+        """The MTP head's n greedy drafts of what follows `ids` and the model's own most likely next token, each made
+        from the one before; and what they were chosen by, float32 [n, vocab_size]. Raises UsageError where there is no
+        head.
+        """
+        return self.engine.mtp_draft(ids, n)
+
     def _context(self, state: State[Any]) -> Context:
         self.engine.check_state(state)  # None would stand for an empty one
         return Context(self.engine, state)
@@ -137,16 +150,19 @@ class Model:
 
     def generate(
         self, prompt: str | Sequence[int], *, settings: GenerationSettings | None = None, ignore_eos: bool = False,
-        on_prefill: Progress | None = None, **options: Any,
+        draft: str | int = "auto", on_prefill: Progress | None = None, **options: Any,
     ) -> Reply:  # fmt: skip
         """Continue a text or token ids as they are, without a chat template; iterate over the result's pieces.
+
+        draft: how tokens are drafted, which changes the speed and not the text: "auto", "off", "mtp", "ngram", or a
+        number of drafts for every pass (docs/guides/drafts.md).
 
         `options` are fields of GenerationSettings (temperature, top_p, max_tokens, seed, stop, ...). Special tokens
         spelled in a text are text; give ids to use them. `ignore_eos` keeps generating after an end token.
         """
         ids = self.language.need_tokenizer().encode(prompt) if isinstance(prompt, str) else _listed(prompt)
         chosen = (settings or GenerationSettings()).replace(**options)
-        context = Context(self.engine, on_prefill=on_prefill)
+        context = Context(self.engine, speculation=self.language.speculation(self.engine, draft), on_prefill=on_prefill)
         decoding = Decoding(
             ids, self.language.sampler(chosen), room=context.room, eos_ids=() if ignore_eos else self.eos_ids
         )
@@ -156,13 +172,20 @@ class Model:
     def chat(
         self, *, thinking: bool | None = None, system: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None, settings: GenerationSettings | None = None,
-        on_prefill: Progress | None = None, **options: Any,
+        draft: str | int = "auto", on_prefill: Progress | None = None, **options: Any,
     ) -> Chat:  # fmt: skip
         """Start a conversation. thinking: None is the chat template's default. See `edgeq.session.chat.Chat`."""
         from edgeq.session.chat import Chat  # its templates' library takes 25 ms and 8 MB
 
         return Chat(
-            self, thinking=thinking, system=system, tools=tools, settings=settings, on_prefill=on_prefill, **options
+            self,
+            thinking=thinking,
+            system=system,
+            tools=tools,
+            settings=settings,
+            draft=draft,
+            on_prefill=on_prefill,
+            **options,
         )
 
 

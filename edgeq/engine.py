@@ -9,7 +9,7 @@ exactness contract of `edgeq.backends.ops`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from edgeq.backends.ops import ArrayLike, Ops
 from edgeq.checkpoint import Checkpoint
 from edgeq.config import TextConfig, VisionConfig
+from edgeq.draft_head import FEW, DraftHead, DraftVocabulary
 from edgeq.errors import MemoryBudgetError, ModelError, UsageError
 from edgeq.formats.bf16 import Float32
 from edgeq.loading import LoadedWeights
@@ -29,8 +30,9 @@ from edgeq.model import text, vision
 from edgeq.model.layers import spans
 from edgeq.model.vision import Grid, Pixels
 from edgeq.numbers import Range
+from edgeq.pace import Pace
 from edgeq.printable import brief
-from edgeq.state import DeltaState, KVCache, State
+from edgeq.state import DeltaState, DraftState, KVCache, Rows, State
 from edgeq.weights import Part
 
 __all__ = ["Engine", "Feed", "Ids", "Output"]
@@ -81,6 +83,8 @@ class Engine(Generic[A, M]):
     chunk: prompts are cut at multiples of it, counted from the beginning of the sequence.
     context_limit: most tokens of a sequence.
     ledger: what the weights and the backend hold now.
+    head: the MTP head; None for a checkpoint without one.
+    pace: what is known of how fast passes with drafts are, and how often those are right.
     """
 
     def __init__(self, checkpoint: Checkpoint, ops: Ops[A, M], *, context: int | None = None) -> None:
@@ -96,6 +100,10 @@ class Engine(Generic[A, M]):
         for owner, parts in (("weights", (Part.TEXT, Part.MTP)), ("vision tower", (Part.VISION,))):
             self._open_account(owner, *parts)
         self.ledger.open_all(ops.held)
+        self.head = DraftHead(ops, self.config, self.weights) if Part.MTP in self.weights.parts else None
+        if self.head is not None and ops.maps_files:
+            self.ledger.open("draft vocabulary", lambda: sum(v.nbytes for v in DraftVocabulary.alive))
+        self.pace = Pace()
         c = self.config
         self._attends = [kind == "full_attention" for kind in c.layer_types]
         self._delta_shapes = (
@@ -109,9 +117,22 @@ class Engine(Generic[A, M]):
             if self.ops.maps_files:
                 self.ledger.open(owner, lambda: self.weights.nbytes(*parts, mapped=False))
 
-    def state(self) -> State[A]:
-        """The state of an empty sequence."""
-        return text.initial_state(self.ops, self.config)._replace(origin=self.fingerprint)
+    def state(self, *, draft: bool = False) -> State[A]:
+        """The state of an empty sequence; `draft`: with the MTP head's part, which all that follow from it then have.
+
+        Raises UsageError where there is no head.
+        """
+        state = text.initial_state(self.ops, self.config)._replace(origin=self.fingerprint)
+        return state._replace(draft=self.need_head().state()) if draft else state
+
+    def need_head(self) -> DraftHead[A, M]:
+        """The MTP head, or a UsageError that says what to do without one."""
+        if self.head is None:
+            raise UsageError(
+                f"{self.checkpoint.path} has no MTP head to draft with",
+                hint='use draft="ngram" (--draft ngram), which needs none, or a checkpoint that has kept its head',
+            )
+        return self.head
 
     def cut(self, start: int, tokens: int) -> Iterator[slice]:
         """Pieces of `tokens` tokens that follow `start` others, cut at absolute multiples of the chunk.
@@ -133,15 +154,81 @@ class Engine(Generic[A, M]):
         for feed in feeds:
             self.check_state(feed.state)
             assert max(feed.rows, feed.keep) <= len(feed.ids), "more would be its neighbour's in the call"
-        lengths = [len(feed.ids) for feed in feeds]
         with np.errstate(all="ignore"):  # a damaged checkpoint shows in its logits, in one clear message
-            hidden, states = text.run_layers(
-                self.ops, self.config, self._text, self._embed(feeds), _positions(feeds), lengths,
-                [feed.state for feed in feeds], [feed.keep for feed in feeds],
-            )  # fmt: skip
-            ends = accumulate(lengths)
+            hidden, states = self._forward(feeds)
+            ends = accumulate(len(feed.ids) for feed in feeds)
             logits = self._read_out(hidden, [(end, feed.rows) for end, feed in zip(ends, feeds, strict=True)])
+            states = [self._caught_up(hidden, kept) for kept in states]
         return [Output(*both) for both in zip(logits, states, strict=True)]
+
+    def draft_vocabulary(self, tokens: int, always: Collection[int] = ()) -> DraftVocabulary[A, M]:
+        """The tokens that a sequence's drafts are chosen among: see `DraftVocabulary`."""
+        name = "embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+        nbytes = next(stored.nbytes for spec, stored in self.checkpoint.storage() if spec.name == name)
+        row_nbytes = nbytes // self.config.vocab_size
+        return DraftVocabulary(self.ops, self._text.lm_head, tokens, row_nbytes, always)
+
+    def mtp_logits(self, ids: Sequence[int]) -> Float32:
+        """What the MTP head says of a text: row k, read after the tokens up to k + 1, predicts token k + 2.
+
+        float32 [len(ids) - 1, vocabulary]. Raises UsageError where there is no head.
+        """
+        state, logits = self.state(draft=True), [np.empty((0, self.config.vocab_size), np.float32)]
+        head, tokens = self.need_head(), self.checked_ids(ids, state)
+        for piece in self.cut(0, len(tokens)):
+            _, [(state,)] = self._forward([Feed(state, tokens[piece])])
+            if state.draft is not None and state.draft.waiting > 1:
+                hidden, draft = head.read(state.draft)
+                state = state._replace(draft=draft)
+                logits.append(self._many_logits(hidden))
+        return np.concatenate(logits)
+
+    def mtp_draft(self, ids: Sequence[int], n: int) -> tuple[list[int], Float32]:
+        """The MTP head's n greedy drafts of what follows `ids` and the model's own most likely next token, each made
+        from the one before; and what they were chosen by, float32 [n, vocabulary].
+
+        Raises UsageError where there is no head.
+        """
+        head, state, logits = self.need_head(), self.state(draft=True), list[Float32]()
+        tokens = self.checked_ids(ids, state)
+        if not Range(1, self.context_limit, whole=True).holds(n):
+            raise UsageError(f"drafts must be 1 to {self.context_limit}, got {brief(n)}")
+
+        def choose(hidden: A) -> int:
+            logits.append(self._logits(hidden))
+            return int(logits[-1].argmax())
+
+        for piece in self.cut(0, len(tokens)):
+            (output,) = self.run([Feed(state, tokens[piece])])
+            state = output.state
+        drafts, _ = head.draft(state, int(output.logits.argmax()), n, choose)
+        return drafts, np.concatenate(logits)
+
+    def _forward(self, feeds: Sequence[Feed[A]]) -> tuple[A, list[tuple[State[A], ...]]]:
+        """All feeds through the layers: hidden states [T, hidden], and each feed's states."""
+        x, positions, lengths = self._embed(feeds), _positions(feeds), [len(feed.ids) for feed in feeds]
+        hidden, states = text.run_layers(
+            self.ops, self.config, self._text, x, positions, lengths,
+            [feed.state for feed in feeds], [feed.keep for feed in feeds],
+        )  # fmt: skip
+        if any(feed.state.draft for feed in feeds):
+            parts = [Rows(x[span], hidden[span], positions[:, span]) for span in spans(lengths)]
+            states = [
+                tuple(_with_rows(state, rows, state.length - feed.state.length) for state in kept)
+                for feed, rows, kept in zip(feeds, parts, states, strict=True)
+            ]
+        return hidden, states
+
+    def _caught_up(self, hidden: A, states: tuple[State[A], ...]) -> tuple[State[A], ...]:
+        """The states, their MTP heads caught up where many tokens wait."""
+        last = states[-1].draft
+        if self.head is None or last is None or last.waiting <= FEW:
+            return states
+        after = tuple(
+            state._replace(draft=self.head.caught_up(state.draft)) if state.draft else state for state in states
+        )
+        self.ops.start(hidden, after)
+        return after
 
     @property
     def sees(self) -> bool:
@@ -233,7 +320,16 @@ class Engine(Generic[A, M]):
                     return False
             elif type(layer) is not DeltaState or _shapes(layer) != self._delta_shapes:
                 return False
-        return True
+        return state.draft is None or self._drafts(state.draft, length)
+
+    def _drafts(self, draft: DraftState[A], length: int) -> bool:
+        """Whether an MTP head may have made `draft` in a sequence of `length` tokens."""
+        if self.head is None or not isinstance(draft, DraftState) or not isinstance(draft.cache, KVCache):
+            return False
+        if not all(isinstance(rows, Rows) and rows.vectors.shape == rows.hidden.shape for rows in draft.unread):
+            return False
+        wide = all(rows.hidden.shape == (rows.positions.shape[1], self.config.hidden_size) for rows in draft.unread)
+        return wide and draft.length <= length and (draft.cache.length == 0 or draft.waiting > 0)
 
     def _fits(self, state: State[A]) -> bool:
         """Whether the caches of a state of unknown origin are this backend's."""
@@ -295,6 +391,15 @@ def _check_patches(pixels: Pixels, grid: Grid, c: VisionConfig) -> None:
             f"the patches of the grid {brief(grid)} are {found}, expected float32 {expected}",
             hint="make both with edgeq.vision.preprocess",
         )
+
+
+def _with_rows(state: State[A], rows: Rows[A], tokens: int) -> State[A]:
+    """A state whose MTP head, if it has one, is shown the first `tokens` of `rows`."""
+    if state.draft is None or not tokens:
+        return state
+    if tokens < rows.positions.shape[1]:
+        rows = Rows(rows.vectors[:tokens], rows.hidden[:tokens], rows.positions[:, :tokens])
+    return state._replace(draft=state.draft._replace(unread=(*state.draft.unread, rows)))
 
 
 def _shapes(state: DeltaState[Any]) -> tuple[object, object]:

@@ -9,12 +9,15 @@ cut back, speculation asks for the states after each of the last tokens, too, an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 A = TypeVar("A")
 
-__all__ = ["DeltaState", "KVCache", "LayerState", "State", "held_nbytes"]
+__all__ = ["DeltaState", "DraftState", "KVCache", "LayerState", "Rows", "State", "held_nbytes", "joined"]
 
 
 class DeltaState(NamedTuple, Generic[A]):
@@ -55,18 +58,70 @@ class KVCache(ABC, Generic[A]):
 LayerState: TypeAlias = DeltaState[A] | KVCache[A]
 
 
+class Joins(Protocol[A]):
+    """What can join arrays: the operations of a backend."""
+
+    def concat(self, xs: Sequence[A], axis: int = 0, /) -> A: ...
+
+
+class Rows(NamedTuple, Generic[A]):
+    """Tokens in a row as the MTP head reads them.
+
+    vectors: [T, hidden], what the model was fed: embeddings, or an image's.
+    hidden: [T, hidden], the model's hidden states after the final norm.
+    positions: int32 [3, T], where they stand.
+    """
+
+    vectors: A
+    hidden: A
+    positions: NDArray[np.int32]
+
+
+class DraftState(NamedTuple, Generic[A]):
+    """What the MTP head remembers of a sequence: the keys and values of the tokens that it has read, and the latest
+    ones that it has not.
+
+    It reads a token together with the one that follows. So the last is always unread, and the others are read when
+    there is something to draft, or when they have become many: a reply without drafts costs it next to nothing.
+    `unread` holds them in pieces, as they came. A head that joins a sequence later knows only what came since.
+    """
+
+    cache: KVCache[A]
+    unread: tuple[Rows[A], ...] = ()
+
+    @property
+    def waiting(self) -> int:
+        """How many tokens are unread."""
+        return sum(rows.positions.shape[1] for rows in self.unread)
+
+    @property
+    def length(self) -> int:
+        """Tokens that it knows of."""
+        return self.cache.length + self.waiting
+
+
+def joined(ops: Joins[A], draft: DraftState[A]) -> Rows[A]:
+    """The unread tokens in one piece; there is at least one."""
+    if len(draft.unread) == 1:
+        return draft.unread[0]
+    vectors, hidden, positions = zip(*draft.unread, strict=True)
+    return Rows(ops.concat(vectors), ops.concat(hidden), np.concatenate(positions, axis=1))
+
+
 class State(NamedTuple, Generic[A]):
     """A sequence: one LayerState per layer, the number of tokens, and where the next token stands.
 
     `next_position` differs from `length` after an image, whose tokens share positions (mRoPE).
     `origin` names the model and backend that made it (`Engine.fingerprint`), which alone can go on from it; empty where
     nobody has said.
+    `draft` is the MTP head's part; None where nobody drafts.
     """
 
     layers: tuple[LayerState[A], ...]
     length: int
     next_position: int
     origin: str = ""
+    draft: DraftState[A] | None = None
 
 
 def held_nbytes(states: Iterable[State[Any]]) -> int:
@@ -76,4 +131,7 @@ def held_nbytes(states: Iterable[State[Any]]) -> int:
         for layer in state.layers:
             memory = layer.memory() if isinstance(layer, KVCache) else ((id(x), x.nbytes) for x in layer)
             pieces.update(memory)
+        if state.draft is not None:
+            pieces.update(state.draft.cache.memory())
+            pieces.update((id(x), x.nbytes) for rows in state.draft.unread for x in rows)
     return sum(pieces.values())

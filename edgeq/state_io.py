@@ -16,7 +16,7 @@ from edgeq.errors import ModelError
 from edgeq.formats.bf16 import Array
 from edgeq.numbers import whole_number
 from edgeq.printable import brief
-from edgeq.state import DeltaState, KVCache, LayerState, State
+from edgeq.state import DeltaState, DraftState, KVCache, LayerState, Rows, State, joined
 
 if TYPE_CHECKING:
     from edgeq.backends.ops import ArrayLike, Ops
@@ -36,7 +36,11 @@ _PARTS: dict[LayerKind, tuple[str, str]] = {
 
 
 def state_arrays(ops: Ops[A, Any], state: State[A]) -> dict[str, Array]:
-    """The state as arrays: layers.N.conv and .matrix, or .keys and .values [length, Hkv, D]; and two numbers."""
+    """The state as arrays: layers.N.conv and .matrix, or .keys and .values [length, Hkv, D]; and two numbers.
+
+    With an MTP head's part also draft.keys and .values of what it has read, and draft.vectors, .hidden [T, hidden] and
+    .positions [3, T] of what it has not.
+    """
     arrays: dict[str, Array] = {
         "length": np.array(state.length, np.int64),
         "next_position": np.array(state.next_position, np.int64),
@@ -46,6 +50,13 @@ def state_arrays(ops: Ops[A, Any], state: State[A]) -> dict[str, Array]:
         parts = layer.arrays() if isinstance(layer, KVCache) else layer
         for name, part in zip(_PARTS[kind], parts, strict=True):
             arrays[f"layers.{i}.{name}"] = np.ascontiguousarray(ops.numpy(part))  # files need it so
+    if state.draft is not None:
+        own = dict(zip(("keys", "values"), state.draft.cache.arrays(), strict=True))
+        if state.draft.unread:
+            unread = joined(ops, state.draft)
+            own |= {"vectors": unread.vectors, "hidden": unread.hidden}
+            arrays["draft.positions"] = np.ascontiguousarray(unread.positions)
+        arrays |= {f"draft.{name}": np.ascontiguousarray(ops.numpy(part)) for name, part in own.items()}
     return arrays
 
 
@@ -70,7 +81,37 @@ def state_from_arrays(ops: Ops[A, Any], c: TextConfig, arrays: Mapping[str, Arra
             return ops.kv_cache(first, second)
         return DeltaState(ops.array(first), ops.array(second))
 
-    return State(tuple(layer(i, kind) for i, kind in enumerate(c.layer_types)), length, next_position)
+    layers = tuple(layer(i, kind) for i, kind in enumerate(c.layer_types))
+    return State(layers, length, next_position, draft=_draft(ops, c, arrays, length))
+
+
+def _draft(ops: Ops[A, Any], c: TextConfig, arrays: Mapping[str, Array], length: int) -> DraftState[A] | None:
+    """The MTP head's part, if there is one."""
+    if not any(name.startswith("draft.") for name in arrays):
+        return None
+    read, waiting = _tokens(arrays, "draft.keys", 0), _tokens(arrays, "draft.positions", 1)
+    if not c.mtp_num_hidden_layers or read + waiting > length or (read and not waiting):
+        raise ModelError(
+            f"the saved state's MTP head has read {read} tokens and {waiting} wait, of {length}", hint=_HINT
+        )  # fmt: skip
+    held = (read, c.num_key_value_heads, c.head_dim)
+    cache = ops.kv_cache(_checked(arrays, "draft.keys", held), _checked(arrays, "draft.values", held))
+    if not waiting:
+        return DraftState(cache)
+    vectors, hidden = (_checked(arrays, f"draft.{name}", (waiting, c.hidden_size)) for name in ("vectors", "hidden"))
+    positions = arrays["draft.positions"]
+    if positions.shape != (3, waiting) or positions.dtype != np.int32:
+        what = f"the saved state's draft.positions is {_what(positions)}"
+        raise ModelError(f"{what}, expected int32 {[3, waiting]}", hint=_HINT)
+    if positions.min() < 0 or positions.max() >= c.max_position_embeddings:
+        raise ModelError("the saved state's draft.positions are outside of the context window", hint=_HINT)
+    return DraftState(cache, (Rows(ops.array(vectors), ops.array(hidden), positions),))
+
+
+def _tokens(arrays: Mapping[str, Array], name: str, axis: int) -> int:
+    """How many tokens an array of the MTP head is of; 0 for what is not there."""
+    found = arrays.get(name)
+    return found.shape[axis] if isinstance(found, np.ndarray) and found.ndim > axis else 0
 
 
 def _shapes(c: TextConfig, kind: LayerKind, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -33,6 +33,8 @@ ORDER = [
     "edgeq.hub",
     "edgeq.loading",
     "edgeq.memory",
+    "edgeq.draft_head",
+    "edgeq.pace",
     "edgeq.engine",
     "edgeq.state_io",
     "edgeq.generate",

@@ -96,6 +96,17 @@ size_t nbytes(const BoundMatrix& m) {
     return total;
 }
 
+nb::tuple arrays_of(const BoundMatrix& w) {
+    auto next = w.arrays.begin();
+    auto taken = [&](bool there) -> nb::object {
+        return there ? nb::cast(nb::ndarray<nb::numpy, nb::ro>(*next++)) : nb::none();
+    };
+    if (!w.matrix.bits) return nb::make_tuple(taken(true));
+    nb::object codes = taken(true), scales = taken(true), biases = taken(w.matrix.biases);
+    nb::object block_scales = taken(w.matrix.block_scales);
+    return nb::make_tuple(codes, scales, biases, block_scales, taken(w.matrix.block_biases));
+}
+
 // --- operations ------------------------------------------------------------------------------------------------------
 
 void check_product(const Input& x, const Matrix& w, const Output& y) {
@@ -179,6 +190,13 @@ void bind_linear(nb::module_& m) {
         .def_prop_ro("shape", [](const BoundMatrix& w) { return nb::make_tuple(w.matrix.out, w.matrix.in); })
         .def_prop_ro(
             "bits", [](const BoundMatrix& w) { return w.matrix.bits; }, "0 for a plain matrix.")
+        .def_prop_ro(
+            "group_size", [](const BoundMatrix& w) { return w.matrix.group; }, "0 for a plain matrix.")
+        .def_prop_ro("zero", [](const BoundMatrix& w) { return w.matrix.zero; })
+        .def_prop_ro("iq4", [](const BoundMatrix& w) { return w.matrix.iq4; })
+        .def_prop_ro("arrays", &arrays_of,
+                     "What it is made of: (values,), or codes, scales, biases, block_scales and block_biases, None for "
+                     "what is not there.")
         .def_prop_ro("nbytes", &nbytes, "What one token reads of it.");
     m.def("linear", &linear_one, "x"_a.noconvert(), "w"_a, "out"_a.noconvert(),
           "out = x @ w^T: x float32 [T, in], w Matrix [out, in], out float32 [T, out].");

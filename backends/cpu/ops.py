@@ -134,6 +134,15 @@ class CpuOps(ArrayOps[_native.Matrix]):
         _native.linears(x, list(ws), ys)
         return tuple(ys)
 
+    def rows(self, w: _native.Matrix, rows: slice | Array) -> _native.Matrix:
+        if not w.bits:
+            return _native.Matrix(plain(w.arrays[0][rows]))
+        parts: Any = (plain(x[rows]) if x is not None else None for x in w.arrays)
+        codes, scales, biases, block_scales, block_biases = parts
+        return _native.Matrix(
+            codes, scales, biases, w.bits, w.group_size, block_scales, block_biases, w.zero, w.iq4
+        )  # fmt: skip
+
     # --- norms and pointwise -----------------------------------------------------------------------------------------
 
     def rms_norm(self, x: Array, gain: Array, eps: float) -> Array:
@@ -175,6 +184,10 @@ class CpuOps(ArrayOps[_native.Matrix]):
         longer = _longer(cache, len(q))
         _native.attention(q, k, v, cache.length, longer.pages, out := like(q))
         return out, longer
+
+    def append(self, k: Array, v: Array, cache: KVCache[Array]) -> KVCache[Array]:
+        assert isinstance(cache, NativeKV)
+        return cache.appended(k, v)
 
     # --- DeltaNet ----------------------------------------------------------------------------------------------------
 

@@ -140,8 +140,8 @@ class MlxOps(BaseOps[mx.array, MlxMatrix]):
         mx.eval(cache.buffer.keys, cache.buffer.values)
         return cache
 
-    def concat(self, xs: Sequence[mx.array]) -> mx.array:
-        return xs[0] if len(xs) == 1 else mx.concatenate(list(xs))
+    def concat(self, xs: Sequence[mx.array], axis: int = 0) -> mx.array:
+        return xs[0] if len(xs) == 1 else mx.concatenate(list(xs), axis=axis)
 
     def start(self, hidden: mx.array, states: Sequence[State[mx.array]]) -> None:
         mx.async_eval(hidden, list(_arrays(states)))  # type: ignore[no-untyped-call]
@@ -169,6 +169,12 @@ class MlxOps(BaseOps[mx.array, MlxMatrix]):
     def embedding_bag(self, table: MlxMatrix, ids: Array, weights: Float32) -> mx.array:
         rows = self.embed(table, mx.array(ids.reshape(-1))).reshape(*ids.shape, -1)
         return (rows * mx.array(weights)[..., None]).sum(axis=1)
+
+    def rows(self, w: MlxMatrix, rows: slice | Array) -> MlxMatrix:
+        at = rows if isinstance(rows, slice) else mx.array(rows)
+        if isinstance(w, MlxQMatrix):
+            return MlxQMatrix(w.codes[at], w.scales[at], w.biases[at], w.bits, w.group_size)
+        return w[at]
 
     # --- norms and pointwise -----------------------------------------------------------------------------------------
 
@@ -250,6 +256,10 @@ class MlxOps(BaseOps[mx.array, MlxMatrix]):
                 o = mx.fast.scaled_dot_product_attention(queries[:, :, rows], keys, values, scale=scale)
                 outputs.append(o[0].swapaxes(0, 1))
         return self.concat(outputs)
+
+    def append(self, k: mx.array, v: mx.array, cache: KVCache[mx.array]) -> KVCache[mx.array]:
+        assert isinstance(cache, BufferedKV)
+        return cache.appended(k, v)
 
     # --- DeltaNet ----------------------------------------------------------------------------------------------------
 
@@ -435,7 +445,7 @@ def _row_blocks(T: int, size: int) -> Iterator[slice]:
 def _arrays(states: Sequence[State[mx.array]]) -> Iterator[mx.array]:
     """All arrays of some states."""
     for state in states:
-        for layer in state.layers:
+        for layer in (*state.layers, state.draft.cache) if state.draft else state.layers:
             if isinstance(layer, BufferedKV):
                 yield from (layer.buffer.keys, layer.buffer.values)
             else:

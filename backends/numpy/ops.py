@@ -127,8 +127,8 @@ class ArrayOps(BaseOps[Array, M]):
     def kv_cache(self, keys: Float32, values: Float32) -> KVCache[Array]:
         return PagedKV(keys.shape[1], keys.shape[2], self.kv_dtype).appended(keys, values)
 
-    def concat(self, xs: Sequence[Array]) -> Array:
-        return xs[0] if len(xs) == 1 else np.concatenate(xs)
+    def concat(self, xs: Sequence[Array], axis: int = 0) -> Array:
+        return xs[0] if len(xs) == 1 else np.concatenate(xs, axis=axis)
 
     # --- matrices ----------------------------------------------------------------------------------------------------
 
@@ -213,6 +213,10 @@ class ArrayOps(BaseOps[Array, M]):
                 out[rows] = (weights @ values).swapaxes(0, 1)
         return out
 
+    def append(self, k: Array, v: Array, cache: KVCache[Array]) -> KVCache[Array]:
+        assert isinstance(cache, PagedKV)
+        return cache.appended(k, v)
+
     # --- DeltaNet ----------------------------------------------------------------------------------------------------
 
     def causal_conv_silu(self, x: Array, w: Array, tail: Array, keep: int = 0) -> tuple[Array, tuple[Array, ...]]:
@@ -276,3 +280,6 @@ class NumpyOps(ArrayOps[Matrix[Array]]):
     def linear(self, x: Array, w: Matrix[Array]) -> Array:
         parts = [x @ matrix_rows(w, rows).T for rows in tiles(w, x.shape[1])]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    def rows(self, w: Matrix[Array], rows: slice | Array) -> Matrix[Array]:
+        return w.map(lambda x: x[rows]) if isinstance(w, QMatrix) else w[rows]

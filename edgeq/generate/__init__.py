@@ -4,9 +4,12 @@ from edgeq.generate.decode import THINKING_CUT, Decoding, Finish, ThinkTokens, T
 from edgeq.generate.loop_guard import LoopGuard
 from edgeq.generate.sampling import Sampler
 from edgeq.generate.settings import GenerationSettings, preset
+from edgeq.generate.speculate import DRAFT_HINT, MOST_DRAFTS, Tally, check_draft, look_up
 from edgeq.generate.stop import StopReason, StopStrings
 
 __all__ = [
+    "DRAFT_HINT",
+    "MOST_DRAFTS",
     "THINKING_CUT",
     "Decoding",
     "Finish",
@@ -15,7 +18,10 @@ __all__ = [
     "Sampler",
     "StopReason",
     "StopStrings",
+    "Tally",
     "ThinkTokens",
     "Token",
+    "check_draft",
+    "look_up",
     "preset",
 ]

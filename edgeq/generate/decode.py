@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from edgeq.errors import MemoryBudgetError, UsageError
 from edgeq.generate.loop_guard import LoopGuard
 from edgeq.generate.sampling import Sampler
+from edgeq.generate.speculate import Tally
 from edgeq.generate.stop import StopReason
 
 __all__ = ["THINKING_CUT", "Decoding", "Finish", "ThinkTokens", "Token"]
@@ -74,6 +75,8 @@ class Decoding:
     context (see `Finish.reason`); or when nobody goes on (INTERRUPTED), or calls `stop` with a reason that only the
     caller can know, such as a stop string in the text.
 
+    `tally` counts what whoever drives it has drafted.
+
     **Thinking** (if `think` is given) has rules of its own. A stop token inside it is dropped and taken for
     `</think>`; the `thinking_budget`, or a loop, closes it with `think.cut` and `</think>`. The answer follows. There
     is one block: after its end, or if `<think>` never comes, everything is answer. `starts_in_thinking`: the prompt
@@ -111,6 +114,7 @@ class Decoding:
         self._answer_tokens = 0
         self._thinking_cut: StopReason | None = None
         self._reason: StopReason | None = None
+        self.tally = Tally()
         self._enforce_thinking_limit()
 
     @property
@@ -143,6 +147,15 @@ class Decoding:
     def unseen(self, seen: int) -> tuple[int, ...]:
         """Ids of prompt and reply after the first `seen`: what the model is fed next, or a next turn begins with."""
         return tuple(self._ids[seen:])
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that it can still say at most, as far as is known: drafts beyond them would be for nothing."""
+        if self._thinking:
+            said, limit = self._thinking_tokens, self._settings.thinking_budget
+        else:
+            said, limit = self._answer_tokens, self._settings.max_tokens
+        return self._room if limit is None else min(self._room, limit - said)
 
     @property
     def finish(self) -> Finish:

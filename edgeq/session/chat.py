@@ -47,13 +47,14 @@ class Chat:
     thinking: whether the model thinks before it answers; None is the template's default.
     settings: replaces what the checkpoint (generation_config.json) or else the model card recommends for the mode;
     `options` (fields of GenerationSettings) go over either.
+    draft: as in `Model.generate`.
     on_prefill(done, total): called while a long prompt goes through the model.
     """
 
     def __init__(
         self, model: Speaker, *, thinking: bool | None = None, system: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None, settings: GenerationSettings | None = None,
-        on_prefill: Progress | None = None, **options: Any,
+        draft: str | int = "auto", on_prefill: Progress | None = None, **options: Any,
     ) -> None:  # fmt: skip
         tokenizer, template = model.language.need_tokenizer(), model.language.need_template()
         check_thinking(thinking)
@@ -63,7 +64,9 @@ class Chat:
         self.system = system
         self._settings = settings
         self._tools, self._on_prefill = tools, on_prefill
-        self._context = Context(model.engine, on_prefill=on_prefill)
+        self.draft = draft
+        speculation = model.language.speculation(model.engine, draft)
+        self._context = Context(model.engine, speculation=speculation, on_prefill=on_prefill)
         self._conversation = Conversation(tokenizer, template, system=system, tools=tools)
         self._last: _Turn | None = None
         self._reply: Reply | None = None
@@ -116,7 +119,7 @@ class Chat:
         """A new, empty conversation with the same model and settings."""
         return Chat(
             self.model, thinking=self.thinking, system=system, tools=self._tools, settings=self._settings,
-            on_prefill=self._on_prefill, **self.options,
+            draft=self.draft, on_prefill=self._on_prefill, **self.options,
         )  # fmt: skip
 
     def _start(self, turn: _Turn) -> Reply:

@@ -10,6 +10,7 @@ import numpy as np
 from edgeq.engine import Engine, Feed
 from edgeq.formats.bf16 import Float32
 from edgeq.generate import Decoding, Token
+from edgeq.session.speculation import Speculation
 from edgeq.state import State
 
 __all__ = ["Context", "Progress"]
@@ -19,13 +20,20 @@ Progress = Callable[[int, int], None]
 
 
 class Context:
-    """A sequence on an engine: its state, and the only place where prompts are run."""
+    """A sequence on an engine: its state, and the only place where prompts are run.
+
+    speculation: drafts for its replies; None generates a token at a time.
+    """
 
     def __init__(
-        self, engine: Engine[Any, Any], state: State[Any] | None = None, *, on_prefill: Progress | None = None
-    ) -> None:
+        self, engine: Engine[Any, Any], state: State[Any] | None = None, *, speculation: Speculation | None = None,
+        on_prefill: Progress | None = None,
+    ) -> None:  # fmt: skip
         self.engine = engine
-        self.state = state if state is not None else engine.state()
+        self._speculation = speculation
+        if state is None:
+            state = engine.state(draft=speculation is not None and speculation.with_head)
+        self.state = state
         self._on_prefill = on_prefill
 
     @property
@@ -61,9 +69,25 @@ class Context:
     def tokens(self, decoding: Decoding) -> Iterator[Token]:
         """Drive a reply to a prompt that comes next in this context; leaving early leaves nothing to repair."""
         start = self.position
-        while not decoding.finished:
-            token = decoding.forced()
-            if token is None:
-                token = decoding.take(self.feed(decoding.unseen(self.position - start))[-1])
-            if token is not None:
-                yield token
+        try:
+            while not decoding.finished:
+                token = decoding.forced()
+                if token is None:
+                    token = decoding.take(self._logits_after(decoding.unseen(self.position - start), decoding))
+                if token is not None:
+                    yield token
+        finally:
+            if self._speculation is not None:
+                self._speculation.settle()
+
+    def _logits_after(self, ids: Sequence[int], decoding: Decoding) -> Float32:
+        """Append `ids`; return the logits after them, float32 [vocabulary], which drafts may have brought already."""
+        start, drafts = self.position, self._speculation
+        if drafts is None or len(ids) > 1 or not start:
+            logits: Float32 = self.feed(ids)[-1]
+            if drafts is not None:
+                drafts.observe(start, ids)
+            return logits
+        drafts.observe(start, ids)
+        logits, self.state = drafts.advance(self.state, ids[0], decoding.remaining, decoding.tally)
+        return logits

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgeq.checkpoint import Checkpoint
+from edgeq.engine import Engine
 from edgeq.errors import ModelError
-from edgeq.generate import THINKING_CUT, GenerationSettings, Sampler, ThinkTokens, preset
+from edgeq.generate import THINKING_CUT, GenerationSettings, Sampler, ThinkTokens, check_draft, preset
+from edgeq.session.speculation import Speculation
 
 if TYPE_CHECKING:
     from edgeq.text.template import ChatTemplate
@@ -28,6 +30,11 @@ class Language:
                 f"{checkpoint.path}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model {self.vocab_size}",
                 hint="the tokenizer files belong to another model; copy those of this one",
             )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that exist; the rows of the embedding behind them are padding."""
+        return min(self.tokenizer.vocab_size, self.vocab_size) if self.tokenizer else self.vocab_size
 
     @cached_property
     def template(self) -> ChatTemplate | None:
@@ -60,8 +67,15 @@ class Language:
 
     def sampler(self, settings: GenerationSettings) -> Sampler:
         """A sampler over the tokens that exist; the vocabulary's padding rows are never drawn."""
-        tokens = self.tokenizer.vocab_size if self.tokenizer else self.vocab_size
-        return Sampler(settings, vocab_size=min(tokens, self.vocab_size))
+        return Sampler(settings, vocab_size=self.tokens)
+
+    def speculation(self, engine: Engine[Any, Any], draft: str | int) -> Speculation | None:
+        """Drafts for a new sequence; None for "off"."""
+        draft = check_draft(draft)
+        if draft == "off":
+            return None
+        control = self.tokenizer.control_ids if self.tokenizer else ()
+        return Speculation(engine, draft, tokens=self.tokens, always={*self.eos_ids, *control})
 
     def think_tokens(self) -> ThinkTokens | None:
         """The ids around a thinking block and of its forced end, if the tokenizer has thinking."""

@@ -44,7 +44,11 @@ class PlainText:
 
 
 class Usage(NamedTuple):
-    """What a reply took. Tokens of the prompt that the state already held count as cached."""
+    """What a reply took. Tokens of the prompt that the state already held count as cached.
+
+    passes: calls of the model after the prompt, with the drafts (`drafted_tokens`) that they verified; those accepted
+    (`accepted_tokens`) came in addition to one token a pass. All three are 0 where drafting is off.
+    """
 
     prompt_tokens: int
     cached_tokens: int
@@ -52,10 +56,23 @@ class Usage(NamedTuple):
     answer_tokens: int
     prompt_seconds: float
     generate_seconds: float
+    passes: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def generated_tokens(self) -> int:
         return self.thinking_tokens + self.answer_tokens
+
+    @property
+    def acceptance(self) -> float:
+        """Part of the drafts that were accepted; 0 without any."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens that a pass gave on average; 1 without drafts."""
+        return 1 + self.accepted_tokens / self.passes if self.passes else 1.0
 
     @property
     def prompt_tok_per_s(self) -> float:
@@ -104,6 +121,11 @@ class Reply:
         return list(self._decoding.reply_ids)
 
     @property
+    def accepted(self) -> int:
+        """Drafts that were accepted so far."""
+        return self._decoding.tally.accepted
+
+    @property
     def finish(self) -> Finish:
         """How the reply ended, or would if it were left now."""
         return self._decoding.finish
@@ -111,10 +133,10 @@ class Reply:
     @property
     def usage(self) -> Usage:
         """What it took so far."""
-        finish = self.finish
+        finish, tally = self.finish, self._decoding.tally
         return Usage(
             self._prompt, self._cached, finish.thinking_tokens, finish.answer_tokens,
-            self._prompt_seconds, self._generate_seconds,
+            self._prompt_seconds, self._generate_seconds, tally.passes, tally.drafted, tally.accepted,
         )  # fmt: skip
 
     def start(self) -> None:

@@ -1,0 +1,72 @@
+"""Drafts from the text itself, and what is counted of drafts.
+
+The n-gram drafter looks for the last few tokens earlier in the context and proposes what followed them there ("prompt
+lookup", Saxena 2023; the same in spirit as LLMA, Yang et al., arXiv:2304.04487). It costs next to nothing, needs no
+head, and is right where a text repeats itself: quotations, edited code, JSON.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.errors import UsageError
+from edgeq.printable import brief
+
+__all__ = ["DRAFT_HINT", "MOST_DRAFTS", "Tally", "check_draft", "look_up"]
+
+MOST_DRAFTS = 8
+"""Drafts of a pass, where a number is asked for: a pass of up to 16 rows gives the bits of single tokens."""
+
+DRAFT_HINT = f"use auto, off, mtp, ngram or a number of drafts from 1 to {MOST_DRAFTS}"
+
+SHORTEST = 3
+"""Tokens that have to be repeated before what follows them is taken for a draft."""
+
+LONGEST = 8
+"""Tokens that are compared: of several earlier places, the one that agrees longest wins, of equals the latest."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a reply's drafts came to.
+
+    passes: calls of the model after the prompt's. drafted: tokens drafted. accepted: those that the model said too.
+    """
+
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+def check_draft(draft: str | int) -> str | int:
+    """`draft` as one of "auto", "off", "mtp", "ngram" and the numbers 1 to MOST_DRAFTS; 0 is "off"."""
+    if isinstance(draft, str) and draft.isdecimal():
+        draft = int(draft)
+    if draft in ("auto", "off", "mtp", "ngram") and isinstance(draft, str):
+        return draft
+    if type(draft) is not int or not 0 <= draft <= MOST_DRAFTS:
+        raise UsageError(f"draft must be a way or a number of drafts, got {brief(draft)}", hint=DRAFT_HINT)
+    return draft or "off"
+
+
+def look_up(ids: NDArray[np.int32], most: int) -> list[int]:
+    """Up to `most` tokens that followed the last ones of `ids` where they stood before; none if they are new."""
+    end = len(ids)
+    if end <= SHORTEST or most < 1:
+        return []
+    found = np.flatnonzero(ids[: end - 1] == ids[-1])  # where an earlier copy of the end may end
+    for length in range(2, LONGEST + 1):
+        longer = found[found >= length - 1]
+        longer = longer[ids[longer - (length - 1)] == ids[end - length]] if length <= end else longer[:0]
+        if not len(longer):
+            length -= 1
+            break
+        found = longer
+    if length < SHORTEST or not len(found):
+        return []
+    start = int(found[-1]) + 1
+    drafts: list[int] = ids[start : start + most].tolist()
+    return drafts

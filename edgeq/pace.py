@@ -1,0 +1,139 @@
+"""How many tokens to draft: what a pass costs on this machine, and how often drafts are right.
+
+A pass with n drafts gives 1 + a_1 + a_1 a_2 + ... tokens, where a_i is the chance that draft i is right if those before
+it were (Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192), and takes the
+time that such passes took here. The choice is the n with the most tokens a second. Both sides are running averages over
+all replies of a model, so that they follow the text and the machine.
+
+An estimate can be wrong, so every draft is paid out of an allowance: what drafting has lost against plain passes, less
+what it has gained, stays below `LOSS` of the time plus `CREDIT` passes. What it has gained beyond that is not saved up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+__all__ = ["Pace"]
+
+LOSS = 0.008
+"""Time that may be lost by drafts that were not worth it, as a part of the time of plain passes."""
+
+CREDIT = 0.8
+"""The same in plain passes: what may be lost before anything has been earned."""
+
+_FORGET = 0.96
+"""Weight of an acceptance one draft later: about the last 25 count."""
+
+_LEAST_WEIGHT = 0.1
+"""Weight of the latest time of a kind of pass, once there are some."""
+
+_PRIOR, _PRIOR_WEIGHT = 0.6, 2.0
+"""Chance that a draft is right, before anything is known, and as how many drafts that counts."""
+
+_STEP = {"mtp": 0.2, "ngram": 0.1}
+"""What another draft costs, in plain passes, before it is known."""
+
+
+class _Mean:
+    """A running average, whose first values count alike and later ones less and less."""
+
+    def __init__(self) -> None:
+        self.value, self.count = 0.0, 0
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        self.value += (value - self.value) * max(1 / self.count, _LEAST_WEIGHT)
+
+
+class Pace:
+    """Running averages of one model on this machine, and the choice that follows from them.
+
+    A source of drafts is "mtp" or "ngram"; a pass of `drafts` 0 is plain and has none ("").
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[str, int], _Mean] = {}
+        self._right: dict[str, list[list[float]]] = {}  # by source and place: drafts that were right, and all
+        self._begun: set[str] = set()
+        self._credit = CREDIT
+
+    @property
+    def plain(self) -> float | None:
+        """Seconds of a pass without drafts, once that is known."""
+        mean = self._seconds.get(("", 0))
+        return mean.value if mean is not None and mean.count > 1 else None
+
+    def choose(self, most: Mapping[str, int]) -> tuple[str, int]:
+        """The source and number of drafts for the next pass, given how many each source may have: ("", 0) for none."""
+        if self.plain is None or self._credit <= 0:
+            return "", 0
+        rated = [(self.gain(source, n), source, n) for source, high in most.items() for n in range(1, high + 1)]
+        if not rated:
+            return "", 0
+        gain, source, n = max(rated)
+        if gain > 1:
+            return source, n
+        if self._credit >= CREDIT:  # the text may have changed: look whether the likeliest is right now
+            _, source = max((self.gain(source, 1), source) for _, source, n in rated if n == 1)
+            return source, 1
+        return "", 0
+
+    def gain(self, source: str, drafts: int) -> float:
+        """Tokens a second of passes with so many drafts, as a multiple of plain ones."""
+        chance = tokens = 1.0
+        for place in range(drafts):
+            chance *= self.acceptance(source, place)
+            tokens += chance
+        return tokens / self.cost(source, drafts)
+
+    def acceptance(self, source: str, place: int) -> float:
+        """The chance that the draft at `place` is right if those before it were."""
+        chance = _PRIOR
+        for right, tried in self._right.get(source, [])[: place + 1]:
+            chance = (right + _PRIOR_WEIGHT * chance) / (tried + _PRIOR_WEIGHT)
+        return chance
+
+    def cost(self, source: str, drafts: int) -> float:
+        """What a pass with so many drafts takes, making them included, in plain passes; from the nearest kind known."""
+        plain = self.plain or 1.0
+        known = [n for name, n in self._seconds if name == source and n]
+        if not known:
+            return 1 + drafts * _STEP[source]
+        nearest = min(known, key=lambda n: (abs(n - drafts), n))
+        there = self._seconds[source, nearest].value / plain
+        each = max(0.0, there - 1) / nearest
+        return there + (drafts - nearest) * each
+
+    def record(self, source: str, drafts: int, seconds: float, accepted: int, *, chosen: bool = True) -> None:
+        """A pass took so long, and so many of its drafts were right. Only what was chosen here is paid out of the
+        allowance."""
+        if drafts:
+            self._judge(source, drafts, accepted)
+            expected = self.cost(source, drafts) * (self.plain or seconds)
+            spent = min(seconds, 2 * expected) if source in self._begun else expected  # the first finds cold weights
+            if self.plain is not None and chosen:
+                self._credit += (1 + LOSS) * (1 + accepted) - spent / self.plain
+        else:
+            self._credit += LOSS
+        self._credit = min(self._credit, CREDIT)
+        if not drafts or source in self._begun:
+            self._time(source, drafts, seconds)
+        self._begun.add(source)
+
+    def _judge(self, source: str, drafts: int, accepted: int) -> None:
+        places = self._right.setdefault(source, [])
+        for place in range(min(drafts, accepted + 1)):
+            if place == len(places):
+                places.append([0.0, 0.0])
+            right, tried = places[place]
+            places[place] = [_FORGET * right + (place < accepted), _FORGET * tried + 1]
+
+    def _time(self, source: str, drafts: int, seconds: float) -> None:
+        """Take a time into its average; where the machine has become faster or slower, the others follow slowly."""
+        mean = self._seconds.setdefault((source, drafts), _Mean())
+        if mean.count > 1:
+            drift = min(2.0, max(0.5, seconds / mean.value)) ** (_LEAST_WEIGHT / 2)
+            for key, other in self._seconds.items():
+                if key != (source, drafts):
+                    other.value *= drift
+        mean.add(seconds)
