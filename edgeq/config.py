@@ -20,7 +20,17 @@ from edgeq.inputs import TEXT_LIMIT, read_text
 from edgeq.numbers import number, whole_number
 from edgeq.printable import brief, one_line
 
-__all__ = ["LayerKind", "ModelConfig", "RopeConfig", "TextConfig", "VisionConfig", "read_config", "read_json"]
+__all__ = [
+    "LayerKind",
+    "ModelConfig",
+    "RopeConfig",
+    "TextConfig",
+    "VisionConfig",
+    "parse_config",
+    "parse_vision_config",
+    "read_config",
+    "read_json",
+]
 
 LayerKind = Literal["linear_attention", "full_attention"]
 
@@ -245,6 +255,11 @@ def parse_config(values: Mapping[str, Any], name: str = "config.json") -> ModelC
         vision_start_token_id=top.token_id("vision_start_token_id"),
         vision_end_token_id=top.token_id("vision_end_token_id"),
     )
+
+
+def parse_vision_config(values: Mapping[str, Any], hidden_size: int, name: str) -> VisionConfig:
+    """Turn the fields of a `vision_config` into one for a language model of `hidden_size`; ModelError as above."""
+    return _vision_config(_Section(values, f"{name}: "), hidden_size)
 
 
 def _name(values: Mapping[str, Any]) -> str | None:

@@ -99,6 +99,14 @@ class ModelOptions:
         ),
     ] = None  # fmt: skip
 
+    mmproj: Annotated[
+        Path | None,
+        option(
+            "--mmproj", "-mm", metavar="FILE", default="the one in the model's file or folder",
+            help="Vision tower of a .gguf model.",
+        ),
+    ] = None  # fmt: skip
+
     @property
     def name(self) -> str:
         """The model as the user calls it."""
@@ -112,7 +120,10 @@ class ModelOptions:
         """The loaded model."""
         from edgeq.api import load
 
-        return load(self.name, backend=self.backend, threads=self.threads, context=self.context, kv_bits=self.kv_bits)
+        return load(
+            self.name, backend=self.backend, threads=self.threads, context=self.context, kv_bits=self.kv_bits,
+            mmproj=self.mmproj,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
