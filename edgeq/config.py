@@ -28,6 +28,8 @@ __all__ = [
     "TextConfig",
     "VisionConfig",
     "Yarn",
+    "parse_config",
+    "parse_vision_config",
     "read_config",
     "read_json",
     "stretched",
@@ -299,6 +301,11 @@ def parse_config(values: Mapping[str, Any], name: str = "config.json") -> ModelC
         vision_start_token_id=top.token_id("vision_start_token_id"),
         vision_end_token_id=top.token_id("vision_end_token_id"),
     )
+
+
+def parse_vision_config(values: Mapping[str, Any], hidden_size: int, name: str) -> VisionConfig:
+    """Turn the fields of a `vision_config` into one for a language model of `hidden_size`; ModelError as above."""
+    return _vision_config(_Section(values, f"{name}: "), hidden_size)
 
 
 def _name(values: Mapping[str, Any]) -> str | None:

@@ -148,7 +148,10 @@ def export_mmproj(
         for half, name in enumerate(names):
             values = partial(_vision_blocks, checkpoint, spec.name, half if len(names) > 1 else None)
             tensors.append(_Tensor(name, file_shape(spec), _vision_type(spec, kind), values))
-    metadata = {**_general(checkpoint, specs, "mmproj", kind), **vision_metadata(vision)}
+    metadata = {
+        **_general(checkpoint, specs, "mmproj", kind),
+        **vision_metadata(vision, checkpoint.processor_values()[0]),
+    }
     return _write(out, checkpoint, VISION_ARCH, metadata, tensors, (), force, progress)
 
 

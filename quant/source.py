@@ -128,7 +128,7 @@ class _GGUFSource(WeightSource):
     def __init__(self, checkpoint: GGUFCheckpoint) -> None:
         self._checkpoint = checkpoint
         self.path, self.config = checkpoint.path, checkpoint.config
-        self.files = [file.path for file in (checkpoint.file, checkpoint.mmproj) if file is not None]
+        self.files = checkpoint.weight_files()
         self.tensors = [(t.spec, hub_name(t.spec.name)) for t in checkpoint.tensors.values()]
         types = {spec.name: storage.type for spec, storage in checkpoint.storage()}
         self.scale_type = "F16" if types["embed_tokens.weight"] == "F16" else "BF16"

@@ -73,6 +73,11 @@ class Checkpoint(ABC):
         """The contents of tokenizer.json and tokenizer_config.json, stored so or not; None if there is no tokenizer."""
 
     @abstractmethod
+    def processor_values(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """How images, and how videos, become patches: what preprocessor_config.json and video_preprocessor_config.json
+        say, stored so or not; empty where nothing is said."""
+
+    @abstractmethod
     def drop_pages(self) -> None:
         """Let the system forget the pages read so far (they count as this process's memory until it does)."""
 

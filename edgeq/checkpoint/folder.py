@@ -161,6 +161,16 @@ class FolderCheckpoint(Checkpoint):
         spec = checked_components(read_json(file, TOKENIZER_LIMIT), str(file))
         return spec, read_json(self.path / "tokenizer_config.json")
 
+    def processor_values(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        both = {"image_processor": "preprocessor_config.json", "video_processor": "video_preprocessor_config.json"}
+        file = self.path / "processor_config.json"  # where newer tools put all of it
+        joint = read_json(file) if exists(file) else {}
+        image, video = (
+            read_json(self.path / name) if exists(self.path / name) else _object(joint, key, file)
+            for key, name in both.items()
+        )
+        return image, video
+
     def weight_files(self) -> list[Path]:
         return [file.path for file in self.files]
 
@@ -339,6 +349,14 @@ class _QuantizationTable:
                 f"expected bits of {BITS} and group_size of {GROUP_SIZES}"
             )
         return Quantization(bits, group)
+
+
+def _object(values: Mapping[str, Any], key: str, file: Path) -> dict[str, Any]:
+    """An object in a JSON file; empty if it is not there."""
+    value = values.get(key)
+    if not isinstance(value, dict | None):
+        raise ModelError(f"{file}: {key} is {brief(value)}, expected an object")
+    return value or {}
 
 
 def _file_shape(spec: TensorSpec, layout: Layout) -> tuple[int, ...]:

@@ -26,9 +26,9 @@ from edgeq.checkpoint.gguf_layout import (
     head_order,
     sampling_values,
     text_values,
-    vision_values,
 )
 from edgeq.checkpoint.gguf_tokenizer import token_ids, tokenizer_spec
+from edgeq.checkpoint.gguf_vision import find_tower, is_vision
 from edgeq.config import parse_config
 from edgeq.errors import ModelError
 from edgeq.formats.affine import IQ4, apply_groups, group_numbers, one_level, pack
@@ -36,7 +36,7 @@ from edgeq.formats.bf16 import Array, Float32, to_float32
 from edgeq.formats.ggml import Coding, decode
 from edgeq.formats.gguf import GGUFFile, TensorInfo
 from edgeq.formats.qmatrix import TwoLevel
-from edgeq.weights import Matrix, Part, QMatrix, Role, TensorSpec, all_tensors
+from edgeq.weights import Matrix, Part, QMatrix, Role, TensorSpec, mtp_tensors, text_tensors, vision_tensors
 
 if TYPE_CHECKING:
     from edgeq.text.template import ChatTemplate
@@ -52,7 +52,7 @@ _MATRICES = (Role.LINEAR, Role.EMBEDDING, Role.GATE)
 
 
 class _Tensor(NamedTuple):
-    """Where a tensor of the table is stored: under one name, or in two halves."""
+    """Where a tensor of the table is stored: under one name, or in parts."""
 
     spec: TensorSpec
     file: GGUFFile
@@ -62,27 +62,30 @@ class _Tensor(NamedTuple):
     def infos(self) -> list[TensorInfo]:
         return [self.file.tensors[name] for name in self.names]
 
-    def blocks(self, half: int = 0) -> Array:
-        """A view of the mapped file: values as they are shaped, or a matrix's blocks [out, blocks of a row]."""
-        info = self.infos[half]
-        return (
-            self.file.data(self.names[half])
-            .view(info.type.layout)
-            .reshape(*info.shape[:-1], info.shape[-1] // info.type.block)
-        )
+    def blocks(self) -> Array:
+        """Values as they are shaped, or a matrix's blocks [out, blocks of a row]: a view of the mapped file, unless it
+        has the tensor in parts."""
+        parts = [self._view(name) for name in self.names]
+        if self.spec.role is Role.PATCH:
+            return np.stack(parts, axis=2) if len(parts) > 1 else parts[0].reshape(self.spec.shape)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _view(self, name: str) -> Array:
+        info = self.file.tensors[name]
+        blocks = info.shape[-1] // info.type.block
+        return self.file.data(name).view(info.type.layout).reshape(*info.shape[:-1], blocks)
 
 
 class GGUFCheckpoint(Checkpoint):
-    """A .gguf file of architecture qwen35, and the mmproj file beside it."""
+    """A .gguf file of architecture qwen35, and its vision tower: `mmproj`, or what is in it or beside it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, mmproj: Path | None = None) -> None:
         self.path = path
         self.file = _open_model(path)
         self.config_values = text_values(self.file)
-        self.mmproj: GGUFFile | None = None
-        if tower := _find_mmproj(self.file):
-            self.mmproj, vision = tower
-            self.config_values |= {"vision_config": vision} | _image_tokens(self.file)
+        self.tower = find_tower(self.file, mmproj)
+        if self.tower:
+            self.config_values |= {"vision_config": self.tower.values} | _image_tokens(self.file)
         self.config = parse_config(self.config_values, path.name)
         self.tensors = self._match_table()
         self.eos_token_ids = self.config.text.eos_token_ids
@@ -97,9 +100,7 @@ class GGUFCheckpoint(Checkpoint):
         if coding is not None:
             return self._quantized(tensor, coding)
         if tensor.spec.role is Role.PATCH:
-            return np.stack([tensor.blocks(half) for half in range(len(tensor.names))], axis=2).reshape(
-                len(tensor.blocks()), -1
-            )
+            return tensor.blocks().reshape(tensor.spec.shape[0], -1)
         order = self._order(name)
         return tensor.blocks() if order is None else order.from_file(tensor.blocks())
 
@@ -116,8 +117,7 @@ class GGUFCheckpoint(Checkpoint):
         tensor, order = self.tensors[name], self._order(name)
         if tensor.infos[0].type.coding is not None:
             return self.rows(name, slice(None))
-        halves = [to_float32(tensor.blocks(half)) for half in range(len(tensor.names))]
-        x = halves[0] if len(halves) == 1 else np.stack(halves, axis=2)
+        x = to_float32(tensor.blocks())
         if not np.isfinite(x).all():
             raise self._damaged(tensor)
         return np.array(x) if order is None else order.from_file(x)
@@ -147,15 +147,23 @@ class GGUFCheckpoint(Checkpoint):
         return tokenizer_spec(self.file)
 
     def weight_files(self) -> list[Path]:
-        return [file.path for file in (self.file, self.mmproj) if file is not None]
+        return [file.path for file in self._files]
 
     def check_whole(self) -> None:
-        for file in filter(None, (self.file, self.mmproj)):
+        for file in self._files:
             file.check_whole()
 
     def drop_pages(self) -> None:
-        for file in filter(None, (self.file, self.mmproj)):
+        for file in self._files:
             file.drop_pages()
+
+    def processor_values(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return (self.tower.processor if self.tower else {}), {}
+
+    @property
+    def _files(self) -> list[GGUFFile]:
+        """The model's, and the tower's if it has one of its own."""
+        return [self.file] + ([self.tower.file] if self.tower and self.tower.file is not self.file else [])
 
     def folder_files(self) -> dict[str, str]:
         """What a checkpoint folder has beside its weights, by file name: configuration, tokenizer, chat template."""
@@ -165,6 +173,8 @@ class GGUFCheckpoint(Checkpoint):
         if tokenizer := self.tokenizer_files():
             files["tokenizer.json"] = json.dumps(tokenizer[0], ensure_ascii=False)
             files["tokenizer_config.json"] = json.dumps(tokenizer[1], ensure_ascii=False, indent=2)
+        if self.tower:
+            files["preprocessor_config.json"] = json.dumps(self.tower.processor, indent=2)
         if source := self.file.get("tokenizer.chat_template", str, ""):
             files["chat_template.jinja"] = source
         return files
@@ -174,7 +184,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def _quantized(self, tensor: _Tensor, coding: Coding) -> QMatrix[Array]:
         """Decode a matrix, some rows at a time, into the layout of `QMatrix`."""
-        out, width = tensor.infos[0].shape
+        out, width = tensor.spec.shape
 
         def packed(rows: slice) -> QMatrix[Array]:
             w = self._decode(tensor, coding, rows)
@@ -230,23 +240,21 @@ class GGUFCheckpoint(Checkpoint):
         layers, problems = len(self.config.text.layer_types), list[str]()
         tensors, absent = dict[str, _Tensor](), list[TensorSpec]()
         known: set[str] = set()
-        for spec in all_tensors(self.config):
-            file = self.mmproj if spec.part is Part.VISION and self.mmproj else self.file
-            tensor = _Tensor(spec, file, file_names(spec.name, layers))
-            if all(name in file.tensors for name in tensor.names):
+        for spec in (*text_tensors(self.config.text), *mtp_tensors(self.config.text)):
+            tensor = _Tensor(spec, self.file, file_names(spec.name, layers))
+            if all(name in self.file.tensors for name in tensor.names):
                 tensors[spec.name] = tensor
                 known.update(tensor.names)
                 problems += self._problems(tensor)
             else:
                 absent.append(spec)
-        required = {tensor.spec.part for tensor in tensors.values()} | {Part.TEXT, Part.VISION}
+        required = {tensor.spec.part for tensor in tensors.values()} | {Part.TEXT}
         problems += [
             f"missing {' and '.join(file_names(spec.name, layers))} {list(spec.shape)}"
             for spec in absent
             if spec.part in required
         ]
-        held = [*self.file.tensors, *(self.mmproj.tensors if self.mmproj else ())]
-        problems += [f"unexpected {name}" for name in held if name not in known]
+        problems += [f"unexpected {name}" for name in self.file.tensors if name not in known and not is_vision(name)]
         if problems:
             more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
             raise ModelError(
@@ -254,6 +262,9 @@ class GGUFCheckpoint(Checkpoint):
                 details=[*problems[:_SHOWN], *more],
                 hint="download the file again, or convert the model again with a current llama.cpp",
             )
+        if self.tower:  # whose tensors have been checked
+            specs = vision_tensors(self.tower.config)
+            tensors |= {spec.name: _Tensor(spec, self.tower.file, self.tower.names[spec.name]) for spec in specs}
         return tensors
 
     def _problems(self, tensor: _Tensor) -> Iterator[str]:
@@ -263,7 +274,7 @@ class GGUFCheckpoint(Checkpoint):
             coding = info.type.coding
             if info.shape != shape:
                 yield f"{name} is {list(info.shape)}, expected {list(shape)}"
-            elif coding is not None and (len(shape) != 2 or spec.role not in (*_MATRICES, Role.POSITION)):
+            elif coding is not None and (len(shape) != 2 or spec.role not in _MATRICES):
                 yield f"{name} is {info.type.name}, which edgeq supports for matrices only"
             elif coding is not None and shape[1] % 32:
                 yield f"{name} is {info.type.name} in rows of {shape[1]}, expected a multiple of 32"
@@ -300,16 +311,6 @@ def _open_model(path: Path) -> GGUFFile:
     if file.get("split.count", int, 1) > 1:
         raise ModelError(f"{path} is one part of a split model", hint="join the parts with `llama-gguf-split --merge`")
     return file
-
-
-def _find_mmproj(model: GGUFFile) -> tuple[GGUFFile, dict[str, Any]] | None:
-    """The vision tower: the first mmproj file in the model's folder whose width matches."""
-    for path in sorted(model.path.parent.glob("*mmproj*.gguf")):
-        file = GGUFFile(path)
-        values = vision_values(file) if file.get("general.architecture", str) == VISION_ARCH else None
-        if values is not None and values["out_hidden_size"] == model.get(f"{ARCH}.embedding_length", int):
-            return file, values
-    return None
 
 
 def _image_tokens(model: GGUFFile) -> dict[str, int | None]:

@@ -23,6 +23,7 @@ from edgeq.weights import Role, TensorSpec
 
 __all__ = [
     "ARCH",
+    "PROJECTOR",
     "VISION_ARCH",
     "HeadOrder",
     "file_names",
@@ -30,10 +31,10 @@ __all__ = [
     "head_order",
     "sampling_metadata",
     "sampling_values",
+    "shortest",
     "text_metadata",
     "text_values",
     "vision_metadata",
-    "vision_values",
 ]
 
 ARCH, VISION_ARCH, PROJECTOR = "qwen35", "clip", "qwen3vl_merger"
@@ -211,7 +212,7 @@ def text_values(file: GGUFFile) -> dict[str, Any]:
             "linear_conv_kernel_dim": get("ssm.conv_kernel"),
             "mamba_ssm_dtype": "float32",
             "hidden_act": "silu",
-            "rms_norm_eps": _short(file.get(f"{ARCH}.attention.layer_norm_rms_epsilon", float)),
+            "rms_norm_eps": shortest(file.get(f"{ARCH}.attention.layer_norm_rms_epsilon", float)),
             "max_position_embeddings": get("context_length"),
             "mtp_num_hidden_layers": mtp,
             "mtp_use_dedicated_embeddings": False,
@@ -219,7 +220,7 @@ def text_values(file: GGUFFile) -> dict[str, Any]:
             "eos_token_id": file.get("tokenizer.ggml.eos_token_id", int) if "tokenizer.ggml.tokens" in file else None,
             "rope_parameters": _rope_scaling(file)
             | {
-                "rope_theta": _short(file.get(f"{ARCH}.rope.freq_base", float)),
+                "rope_theta": shortest(file.get(f"{ARCH}.rope.freq_base", float)),
                 "partial_rotary_factor": get("rope.dimension_count") / max(get("attention.key_length"), 1),
                 "mrope_interleaved": True,
                 "mrope_section": file.integers(f"{ARCH}.rope.dimension_sections")[:3],
@@ -240,18 +241,18 @@ def _rope_scaling(file: GGUFFile) -> dict[str, Any]:
             "not implement",
             hint="convert the original checkpoint again",
         )
-    values: dict[str, Any] = {"rope_type": kind, "factor": _short(file.get(f"{prefix}.factor", float, 1.0))}
+    values: dict[str, Any] = {"rope_type": kind, "factor": shortest(file.get(f"{prefix}.factor", float, 1.0))}
     if (original := f"{prefix}.original_context_length") in file:
         values["original_max_position_embeddings"] = file.get(original, int)
     if kind == "yarn":
         for key in ("beta_fast", "beta_slow"):
             if (name := f"{prefix}.yarn_{key}") in file:
-                values[key] = _short(file.get(name, float))
+                values[key] = shortest(file.get(name, float))
         sharper = 1.0
         for key in ("attn_factor", "yarn_attn_factor"):
             sharper *= file.get(f"{prefix}.{key}", float, 1.0)
         if sharper != 1:  # a further factor beside YaRN's own
-            values["attention_factor"] = _short(sharper) * yarn_attention_factor(max(values["factor"], 1.0))
+            values["attention_factor"] = shortest(sharper) * yarn_attention_factor(max(values["factor"], 1.0))
     return values
 
 
@@ -300,34 +301,7 @@ def _layer_types(file: GGUFFile, layers: int) -> list[str]:
     return ["linear_attention" if flag else "full_attention" for flag in recurrent]
 
 
-def vision_values(file: GGUFFile) -> dict[str, Any] | None:
-    """The fields of `vision_config`, out of an mmproj file's metadata; None if it is of another kind of model."""
-    if file.get("clip.projector_type", str, "") != PROJECTOR or "v.position_embd.weight" not in file.tensors:
-        return None
-
-    def get(key: str) -> int:
-        return file.get(f"clip.vision.{key}", int)
-
-    if file.array("clip.vision.is_deepstack_layers").any() if "clip.vision.is_deepstack_layers" in file else False:
-        return None
-    return {
-        "model_type": "qwen3_5",
-        "depth": get("block_count"),
-        "hidden_size": get("embedding_length"),
-        "intermediate_size": get("feed_forward_length"),
-        "num_heads": get("attention.head_count"),
-        "in_channels": 3,
-        "patch_size": get("patch_size"),
-        "temporal_patch_size": 2,
-        "spatial_merge_size": get("spatial_merge_size"),
-        "num_position_embeddings": file.tensors["v.position_embd.weight"].shape[0],
-        "out_hidden_size": get("projection_dim"),
-        "hidden_act": "gelu_pytorch_tanh",
-        "deepstack_visual_indexes": [],
-    }
-
-
-def _short(value: float) -> float:
+def shortest(value: float) -> float:
     """A float32 as the decimal number it was written from: 1e-6, not 9.99999997e-07."""
     return float(str(np.float32(value))) if math.isfinite(value) else value
 
@@ -365,21 +339,24 @@ def _interval(c: TextConfig) -> int:
     return c.layer_types.index("full_attention") + 1 if "full_attention" in c.layer_types else len(c.layer_types) + 1
 
 
-def vision_metadata(v: VisionConfig) -> dict[str, Any]:
-    """The metadata of a vision tower: the inverse of `vision_values`."""
+def vision_metadata(v: VisionConfig, processor: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of a vision tower, and of how its pictures are made ready (as preprocessor_config.json has it)."""
+    size = processor.get("size") or {}
+    limits = {"image_min_pixels": size.get("shortest_edge"), "image_max_pixels": size.get("longest_edge")}
     values = {
         "projection_dim": v.out_hidden_size,
-        "image_size": math.isqrt(v.num_position_embeddings) * v.patch_size,
+        "image_size": v.position_side * v.patch_size,
         "patch_size": v.patch_size,
         "embedding_length": v.hidden_size,
         "feed_forward_length": v.intermediate_size,
         "block_count": v.depth,
         "attention.head_count": v.num_heads,
         "attention.layer_norm_epsilon": 1e-6,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
+        "image_mean": [float(x) for x in processor.get("image_mean") or [0.5] * 3],
+        "image_std": [float(x) for x in processor.get("image_std") or [0.5] * 3],
         "spatial_merge_size": v.spatial_merge_size,
         "is_deepstack_layers": [False] * v.depth,
+        **{key: value for key, value in limits.items() if value},  # llama.cpp has limits of its own
     }
     top = {"has_vision_encoder": True, "projector_type": PROJECTOR, "use_gelu": True}
     return {

@@ -107,6 +107,14 @@ class ModelOptions:
         ),
     ] = None  # fmt: skip
 
+    mmproj: Annotated[
+        Path | None,
+        option(
+            "--mmproj", "-mm", metavar="FILE", default="the one in the model's file or folder",
+            help="Vision tower of a .gguf model.",
+        ),
+    ] = None  # fmt: skip
+
     @property
     def name(self) -> str:
         """The model as the user calls it."""
@@ -123,6 +131,7 @@ class ModelOptions:
         return load(
             self.name, backend=self.backend, threads=self.threads, context=self.context, kv_bits=self.kv_bits,
             rope_scaling=self.rope_scaling,
+            mmproj=self.mmproj,
         )  # fmt: skip
 
 
