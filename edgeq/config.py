@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isqrt, log, nan
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -19,6 +19,7 @@ from edgeq.errors import ModelError, UsageError
 from edgeq.inputs import TEXT_LIMIT, read_text
 from edgeq.numbers import number, whole_number
 from edgeq.printable import brief, one_line
+from edgeq.processor import ProcessorConfig
 
 __all__ = [
     "LayerKind",
@@ -199,6 +200,7 @@ class ModelConfig:
     video_token_id: int | None = None
     vision_start_token_id: int | None = None
     vision_end_token_id: int | None = None
+    processor: ProcessorConfig | None = field(default=None, repr=False)  # of pictures; no state depends on it
 
 
 class _Section:

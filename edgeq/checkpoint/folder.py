@@ -12,7 +12,7 @@ Three things differ between them, and none is guessed from values:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -28,6 +28,8 @@ from edgeq.formats.names import neutral_module, neutral_name
 from edgeq.formats.safetensors import SafetensorsFile, TensorInfo
 from edgeq.inputs import TOKENIZER_LIMIT, exists
 from edgeq.printable import brief
+from edgeq.processor import parse_processor
+from edgeq.vision.settings import processor_values
 from edgeq.weights import Matrix, Part, QMatrix, Role, TensorSpec, all_tensors
 
 if TYPE_CHECKING:
@@ -65,6 +67,8 @@ class FolderCheckpoint(Checkpoint):
         self.path = path
         values = read_json(path / "config.json")
         self.config = parse_config(values)
+        if vision := self.config.vision:
+            self.config = replace(self.config, processor=parse_processor(*processor_values(path), vision))
         self.files = tuple(SafetensorsFile(file) for file in _weight_files(path))
         self._where = _by_tensor(self.files)
         self.layout: Layout = self._find_layout()
