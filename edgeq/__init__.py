@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeq.errors import (
     EdgeqError,
+    MediaError,
     MemoryBudgetError,
     ModelError,
     NetworkError,
@@ -47,6 +48,7 @@ __all__ = [
     "Chat",
     "EdgeqError",
     "GenerationSettings",
+    "MediaError",
     "MemoryBudgetError",
     "Model",
     "ModelError",
@@ -65,6 +67,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
+    if name == "vision":
+        return import_module("edgeq.vision")
     if name not in _LAZY:
         raise AttributeError(f"module 'edgeq' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)

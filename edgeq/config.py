@@ -9,8 +9,8 @@ names it; nothing is guessed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import isqrt, log, nan
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -19,6 +19,7 @@ from edgeq.errors import ModelError, UsageError
 from edgeq.inputs import TEXT_LIMIT, read_text
 from edgeq.numbers import number, whole_number
 from edgeq.printable import brief, one_line
+from edgeq.processor import ProcessorConfig
 
 __all__ = [
     "LayerKind",
@@ -201,6 +202,12 @@ class ModelConfig:
     video_token_id: int | None = None
     vision_start_token_id: int | None = None
     vision_end_token_id: int | None = None
+    read_processor: Callable[[], ProcessorConfig | None] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def processor(self) -> ProcessorConfig | None:
+        """How pictures become patches, as the checkpoint's files say; None where there are none."""
+        return self.read_processor() if self.read_processor else None
 
 
 class _Section:

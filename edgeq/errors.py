@@ -4,6 +4,7 @@
     ├── UsageError              2  the request itself makes no sense
     ├── MemoryBudgetError       3  it does not fit: memory, address space or the disk
     ├── ModelError              4  a model file is damaged, incomplete or of an unknown kind
+    ├── MediaError              4  so is an image or a video, or it is too large to be opened
     ├── NetworkError            5  a download failed, or is not allowed offline
     └── QualityError            6  a quantized result fails its check
 
@@ -19,7 +20,15 @@ from typing import ClassVar
 
 from edgeq.printable import printable
 
-__all__ = ["EdgeqError", "MemoryBudgetError", "ModelError", "NetworkError", "QualityError", "UsageError"]
+__all__ = [
+    "EdgeqError",
+    "MediaError",
+    "MemoryBudgetError",
+    "ModelError",
+    "NetworkError",
+    "QualityError",
+    "UsageError",
+]
 
 
 class EdgeqError(Exception):
@@ -47,6 +56,12 @@ class MemoryBudgetError(EdgeqError):
 
 class ModelError(EdgeqError):
     """A model is damaged, incomplete, inconsistent or not supported."""
+
+    exit_code = 4
+
+
+class MediaError(EdgeqError):
+    """An image or a video is damaged, incomplete, of an unknown kind, or larger than may be opened."""
 
     exit_code = 4
 

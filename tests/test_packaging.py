@@ -16,7 +16,15 @@ import edgeq
 
 PROJECT: dict[str, Any] = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
 REQUIRED = {re.split(r"[^\w.-]", requirement)[0] for requirement in PROJECT["dependencies"]}
-IMPORTED = {name.partition(".")[0] for module in modules() for name, _ in imports(module)}
+OPTIONAL = {
+    re.split(r"[^\w.-]", requirement)[0]
+    for extra in ("video",)
+    for requirement in PROJECT["optional-dependencies"][extra]
+}
+CALLED = {"PIL": "pillow"}  # by its package
+IMPORTED = {
+    CALLED.get(top, top) for top in (name.partition(".")[0] for module in modules() for name, _ in imports(module))
+}
 ALSO_INSTALLED = {"click": "typer"}  # what one is imported for comes with the other
 
 
@@ -26,7 +34,7 @@ def test_every_required_library_is_imported() -> None:
 
 def test_every_imported_library_is_required() -> None:
     libraries = {ALSO_INSTALLED.get(name, name) for name in IMPORTED - sys.stdlib_module_names - {"edgeq"}}
-    assert libraries <= REQUIRED
+    assert libraries <= REQUIRED | OPTIONAL
 
 
 def test_the_version_is_written_once() -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ERRORS = {"EdgeqError", "UsageError", "MemoryBudgetError", "ModelError", "NetworkError", "QualityError"}
+ERRORS = {"EdgeqError", "MediaError", "UsageError", "MemoryBudgetError", "ModelError", "NetworkError", "QualityError"}
 OURS = ("edgeq", "quant", "backends")
 
 

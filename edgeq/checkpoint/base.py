@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from edgeq.config import ModelConfig
 from edgeq.formats.affine import dequantize
 from edgeq.formats.bf16 import Array, Float32, all_finite, to_float32
+from edgeq.processor import ProcessorConfig, parse_processor
 from edgeq.weights import Matrix, QMatrix, TensorSpec, text_tensors
 
 if TYPE_CHECKING:
@@ -76,6 +77,12 @@ class Checkpoint(ABC):
     def processor_values(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """How images, and how videos, become patches: what preprocessor_config.json and video_preprocessor_config.json
         say, stored so or not; empty where nothing is said."""
+
+    def processor(self) -> ProcessorConfig | None:
+        """How pictures become patches; None for a model that does not see. ModelError where the files say what edgeq
+        does not do: that is found when a picture comes, and stops no text."""
+        vision = self.config.vision
+        return parse_processor(*self.processor_values(), vision) if vision else None
 
     @abstractmethod
     def drop_pages(self) -> None:

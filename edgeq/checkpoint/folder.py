@@ -29,6 +29,7 @@ from edgeq.formats.names import neutral_module, neutral_name
 from edgeq.formats.safetensors import SafetensorsFile, TensorInfo
 from edgeq.inputs import TOKENIZER_LIMIT, exists
 from edgeq.printable import brief
+from edgeq.vision.settings import processor_values
 from edgeq.weights import Matrix, Part, QMatrix, Role, TensorSpec, all_tensors, mtp_tensors
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class FolderCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         values = read_json(path / "config.json")
-        self.config = parse_config(values)
+        self.config = replace(parse_config(values), read_processor=self.processor)
         self.files = tuple(SafetensorsFile(file) for file in _weight_files(path))
         self._where = _by_tensor(self.files)
         self.config = self._config_of_tensors()
@@ -162,14 +163,7 @@ class FolderCheckpoint(Checkpoint):
         return spec, read_json(self.path / "tokenizer_config.json")
 
     def processor_values(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        both = {"image_processor": "preprocessor_config.json", "video_processor": "video_preprocessor_config.json"}
-        file = self.path / "processor_config.json"  # where newer tools put all of it
-        joint = read_json(file) if exists(file) else {}
-        image, video = (
-            read_json(self.path / name) if exists(self.path / name) else _object(joint, key, file)
-            for key, name in both.items()
-        )
-        return image, video
+        return processor_values(self.path)
 
     def weight_files(self) -> list[Path]:
         return [file.path for file in self.files]
@@ -349,14 +343,6 @@ class _QuantizationTable:
                 f"expected bits of {BITS} and group_size of {GROUP_SIZES}"
             )
         return Quantization(bits, group)
-
-
-def _object(values: Mapping[str, Any], key: str, file: Path) -> dict[str, Any]:
-    """An object in a JSON file; empty if it is not there."""
-    value = values.get(key)
-    if not isinstance(value, dict | None):
-        raise ModelError(f"{file}: {key} is {brief(value)}, expected an object")
-    return value or {}
 
 
 def _file_shape(spec: TensorSpec, layout: Layout) -> tuple[int, ...]:

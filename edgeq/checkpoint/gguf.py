@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -86,7 +87,7 @@ class GGUFCheckpoint(Checkpoint):
         self.tower = find_tower(self.file, mmproj)
         if self.tower:
             self.config_values |= {"vision_config": self.tower.values} | _image_tokens(self.file)
-        self.config = parse_config(self.config_values, path.name)
+        self.config = replace(parse_config(self.config_values, path.name), read_processor=self.processor)
         self.tensors = self._match_table()
         self.eos_token_ids = self.config.text.eos_token_ids
         self.sampling = sampling_values(self.file)
