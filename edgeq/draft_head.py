@@ -88,7 +88,7 @@ class DraftHead(Generic[A, M]):
 class DraftVocabulary(Generic[A, M]):
     """The tokens that a sequence's drafts are chosen among, so that a draft need not read the whole head.
 
-    They are the first `PREFIX` ids, whose rows of the head are used where they are (ids of a byte-level BPE are in the
+    They are the first `prefix` ids, whose rows of the head are used where they are (ids of a byte-level BPE are in the
     order of its merges, roughly the most frequent first), and others whose rows are gathered: `always` (control tokens)
     and all that the sequence holds.
 
@@ -97,9 +97,11 @@ class DraftVocabulary(Generic[A, M]):
 
     alive: ClassVar[WeakSet[DraftVocabulary[Any, Any]]] = WeakSet()
 
-    def __init__(self, ops: Ops[A, M], head: M, tokens: int, row_nbytes: int, always: Collection[int] = ()) -> None:
+    def __init__(
+        self, ops: Ops[A, M], head: M, tokens: int, row_nbytes: int, always: Collection[int] = (), prefix: int = PREFIX,
+    ) -> None:  # fmt: skip
         self._ops, self._head, self._tokens, self._row_nbytes = ops, head, tokens, row_nbytes
-        self._prefix = min(PREFIX, tokens)
+        self._prefix = min(prefix, tokens)
         self._others = dict.fromkeys(sorted(i for i in always if self._prefix <= i < tokens))
         self._matrices = [ops.rows(head, slice(0, self._prefix))]
         self._gathered = np.empty(0, np.int32)
