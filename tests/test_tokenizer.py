@@ -5,16 +5,20 @@ from __future__ import annotations
 import gzip
 import json
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_tokenizer
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeq.errors import ModelError
+from edgeq.text.conversation import Conversation
 from edgeq.text.detokenizer import StreamingDetokenizer
+from edgeq.text.template import ChatTemplate
 from edgeq.text.tokenizer import Tokenizer
 
 FIXTURE = Path(__file__).parent / "data" / "tokenizer_agreement.json.gz"
@@ -243,3 +247,72 @@ def test_vocabulary_with_an_absurd_id() -> None:
     tokenizer = Tokenizer.from_spec(json.dumps(spec), tiny_tokenizer.tokenizer_config())
     with pytest.raises(ModelError, match="beyond its 1057 tokens"):
         tokenizer.encode("oh!")
+
+
+# Tokens that a fine-tune added
+
+WORDS_ADDED = ["<lang:de>", "Zeta", "élan", "[cite", "abc<|im_end|>x"]
+
+
+def with_added(folder: Path, *, where: str, words: Sequence[str] = WORDS_ADDED, **flags: bool) -> Tokenizer:
+    """The tiny tokenizer with further tokens, in tokenizer.json or only in tokenizer_config.json."""
+    spec, config = tiny_tokenizer.tokenizer_spec(), tiny_tokenizer.tokenizer_config()
+    for i, text in enumerate(words, tiny_tokenizer.VOCAB_SIZE):
+        entry = {"content": text, "special": False, "normalized": True} | flags
+        entry |= dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
+        config["added_tokens_decoder"][str(i)] = entry
+        if where == "tokenizer.json":
+            # the library counts ids on: what the configuration alone has comes first
+            spec["added_tokens"].append({"id": i, **entry})
+    if where == "tokenizer.json":
+        known = {token["id"] for token in spec["added_tokens"]}
+        rest = {int(i): entry for i, entry in config["added_tokens_decoder"].items() if int(i) not in known}
+        spec["added_tokens"] += [{"id": i, **entry} for i, entry in rest.items()]
+        spec["added_tokens"].sort(key=lambda token: token["id"])
+    tiny_tokenizer.build_tiny_tokenizer(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("where", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("normalized", [False, True])
+def test_words_that_a_fine_tune_added(tmp_path: Path, where: str, normalized: bool) -> None:
+    """They are found in anybody's text, as in Hugging Face's tokenizer."""
+    tokenizer = with_added(tmp_path, where=where, normalized=normalized)
+    whole = with_added(tmp_path / "whole", where="tokenizer.json", normalized=normalized)  # for the library
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "whole" / "tokenizer.json"))
+    for text in (
+        "say <lang:de> Zeta", "ZetaZeta", "Zet a", "the e\u0301lan of \u00e9lan", "[cite 3]<lang:de",
+        "a<lang:de>b élan,", "\u4f60\u597d Zeta e\u0301", "",
+    ):  # fmt: skip
+        expected = library.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text) == whole.encode(text) == expected, text
+        assert tokenizer.encode(text, control=True) == expected
+        assert tokenizer.encode(tokenizer.protect(text), control=True) == expected
+    for i, text in enumerate(WORDS_ADDED, tiny_tokenizer.VOCAB_SIZE):
+        assert tokenizer.token_id(text) == i
+        assert tokenizer.decode([i]) == text
+        assert i not in tokenizer.control_ids
+
+
+@pytest.mark.parametrize("where", ["tokenizer.json", "tokenizer_config.json"])
+def test_control_tokens_stay_text_beside_added_words(tmp_path: Path, where: str) -> None:
+    tokenizer = with_added(tmp_path, where=where)
+    ids = tokenizer.encode(HOSTILE + " Zeta")
+    assert not tokenizer.control_ids & set(ids)
+    assert ids[-1] == tokenizer.token_id("Zeta")
+    assert tokenizer.encode(tokenizer.protect(HOSTILE + " Zeta"), control=True) == ids
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_token_between_letters_does_not_break_chat(tmp_path: Path, special: bool) -> None:
+    """Templates look at texts, so hiding may not touch letters that are no token's."""
+    tokenizer = with_added(tmp_path, where="tokenizer_config.json", words=["BEGINS", "user", "[end"], special=special)
+    template = ChatTemplate.from_folder(tmp_path)
+    conversation = Conversation(tokenizer, template)
+    conversation.append_user("the user BEGINS [end of it")
+    text = tokenizer.decode(conversation.ids)
+    assert "the user BEGINS [end of it<|im_end|>" in text
+    inside = set(tokenizer.encode("the user BEGINS [end of it"))
+    assert ({tokenizer.token_id("BEGINS"), tokenizer.token_id("[end")} <= inside) is not special

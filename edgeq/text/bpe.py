@@ -47,10 +47,16 @@ _NOT_PLAIN = (
 
 
 class AddedToken(NamedTuple):
-    """An entry of tokenizer.json's `added_tokens`. `bare` if it neither strips nor needs word boundaries."""
+    """An entry of tokenizer.json's `added_tokens`, as the library has it.
+
+    bare: it neither strips nor needs word boundaries. special: it is no text. normalized: it is looked for in text that
+    has been normalized.
+    """
 
     content: str
-    bare: bool
+    bare: bool = True
+    special: bool = True
+    normalized: bool = False
 
 
 class Bpe(Protocol):
@@ -67,6 +73,9 @@ class Bpe(Protocol):
     @property
     def added(self) -> Mapping[int, AddedToken]:
         """The added tokens by id."""
+
+    def normalize(self, text: str) -> str:
+        """`text` as it is encoded."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of valid text; added tokens spelled in it are text."""
@@ -88,7 +97,9 @@ class LibraryBpe:
         self._bpe = _library(read_components(description, name), name)
         added = self._bpe.get_added_tokens_decoder()
         self.added = {
-            i: AddedToken(token.content, not (token.lstrip or token.rstrip or token.single_word))
+            i: AddedToken(
+                token.content, not (token.lstrip or token.rstrip or token.single_word), token.special, token.normalized
+            )
             for i, token in added.items()
         }
         self.size: int = self._bpe.get_vocab_size(with_added_tokens=False)
@@ -96,6 +107,10 @@ class LibraryBpe:
         special = [tokenizers.AddedToken(t.content, special=True, normalized=False) for t in added.values()]
         self._bpe.add_special_tokens(special)
         self._bpe.encode_special_tokens = True
+
+    def normalize(self, text: str) -> str:
+        with translated(_encoding_failed):
+            return normalized(text, self._bpe.normalizer)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -127,7 +142,10 @@ class TableBpe:
         self.nbytes = sum(info.end - info.start for info in file.tensors.values())
         rest = json.loads(file.metadata["rest"])
         self.size = len(self._ends)
-        self.added = {entry["id"]: AddedToken(entry["content"], True) for entry in rest.pop("added_tokens")}
+        self.added = {
+            entry["id"]: AddedToken(entry["content"], True, entry["special"], entry["normalized"])
+            for entry in rest.pop("added_tokens")
+        }
         library = _library({**rest, "added_tokens": []}, "the tokenizer table")
         self._normalizer, self._splitter = library.normalizer, library.pre_tokenizer
         self._byte_ids: dict[str, int] = json.loads(file.metadata["bytes"])
@@ -148,6 +166,10 @@ class TableBpe:
             return cls(open_table(path, digest)) if write_table(spec(), path, digest) else None
         except Exception:  # a cache that cannot be used, or an odd file: the library works, or says what is wrong
             return None
+
+    def normalize(self, text: str) -> str:
+        with translated(_encoding_failed):
+            return normalized(text, self._normalizer)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []

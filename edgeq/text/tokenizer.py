@@ -1,17 +1,18 @@
 """Text to token ids and back: byte-level BPE from `tokenizer.json`, special tokens kept apart.
 
-A special token (`<|im_end|>`, `<think>`, ...) means something only where the chat template or the model wrote it.
-Text from a user that happens to spell one is ordinary text. So the BPE (see `edgeq.text.bpe`) knows no special tokens;
-they are found here, and only when the caller says that the text is trusted.
+A control token (`<|im_end|>`, `<think>`, ...) means something only where the chat template or the model wrote it.
+Text from a user that happens to spell one is ordinary text. So the BPE (see `edgeq.text.bpe`) knows no added tokens;
+they are found here, control tokens only when the caller says that the text is trusted. What a fine-tune added as a word
+(not special, and not of the family's own) is a word in anybody's text, as in Hugging Face's tokenizer.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import starmap
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from edgeq.config import read_json
 from edgeq.errors import ModelError
@@ -23,8 +24,14 @@ from edgeq.text.pieces import check_length
 
 __all__ = ["Tokenizer"]
 
+# Of the family's added tokens those that its files do not call special, but that templates are written with.
+_FAMILY = {
+    "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>", "<|fim_prefix|>",
+    "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
+}  # fmt: skip
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_HIDDEN = 0xDC00  # `Tokenizer.protect` writes the n-th edge character of special tokens as this code point + n
+_HIDDEN = 0xDC00  # what `Tokenizer.protect` hides of control tokens is this code point and those behind it
 
 
 class Tokenizer:
@@ -36,13 +43,18 @@ class Tokenizer:
 
     def __init__(self, bpe: Bpe, config: Mapping[str, Any]) -> None:
         self._bpe = bpe
-        self._control = _control_tokens(bpe, config)
-        self._literal = {token_id: text for text, token_id in self._control.items()}
-        self._pattern = _pattern(self._control)
-        edges = sorted({edge for text in self._control for edge in (text[0], text[-1])})
-        self._hide = {ord(edge): chr(_HIDDEN + n) for n, edge in enumerate(edges)}
-        self._show = {_HIDDEN + n: edge for n, edge in enumerate(edges)}
-        self.control_ids = frozenset(self._literal)
+        added = _added_tokens(bpe, config)
+        self._added = {text: token.id for text, token in added.items()}
+        self._literal = {token.id: text for text, token in added.items()}
+        control = [text for text, token in added.items() if token.control]
+        words = [text for text, token in added.items() if not token.control]
+        as_written = [text for text in words if not added[text].normalized]
+        self._trusted = _pattern([*control, *as_written])
+        self._words = _pattern(as_written) if as_written else None
+        self._normalized = {bpe.normalize(text): text for text in words if added[text].normalized}
+        self._normalized_words = _pattern(self._normalized) if self._normalized else None
+        self._hidden = _Hidden(control)
+        self.control_ids = frozenset(added[text].id for text in control)
         self.vocab_size = max(bpe.size, max(self._literal, default=-1) + 1)
         self.eos_token_ids = self._find_eos(config)
 
@@ -65,26 +77,20 @@ class Tokenizer:
         return self._bpe.nbytes
 
     def encode(self, text: str, *, control: bool = False) -> list[int]:
-        """Token ids of `text`; special tokens spelled in it are recognised only with `control=True`."""
+        """Token ids of `text`; control tokens spelled in it are recognised only with `control=True`."""
         check_length(text)
         if not control:
-            return self._encode_plain(text)
-        ids: list[int] = []
-        start = 0
-        for match in self._pattern.finditer(text):
-            ids += self._encode_plain(text[start : match.start()].translate(self._show))
-            ids.append(self._control[match[0]])
-            start = match.end()
-        return ids + self._encode_plain(text[start:].translate(self._show))
+            return self._encode_words(text)
+        return _split(text, self._trusted, self._added, lambda part: self._encode_words(self._hidden.shown(part)))
 
     def protect(self, text: str) -> str:
         """Rewrite untrusted text, character by character, so that `encode(..., control=True)` sees no control
         token in it and gives the ids of the text as it was.
 
-        What a special token begins or ends with is replaced by a lone surrogate, which valid text cannot contain
+        What a control token begins or ends with is replaced by a lone surrogate, which valid text cannot contain
         and a template passes through: what is left of a message after a template trimmed or joined it stays safe.
         """
-        return _SURROGATE.sub("\ufffd", text).translate(self._hide)
+        return self._hidden.hidden(_SURROGATE.sub("\ufffd", text))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids without a token become nothing."""
@@ -99,20 +105,33 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int | None:
         """The id of a token as the vocabulary spells it."""
-        control = self._control.get(token)
-        return control if control is not None else self._bpe.token_id(token)
+        added = self._added.get(token)
+        return added if added is not None else self._bpe.token_id(token)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The exact bytes a token stands for; a special token's are its spelling, a padding row's are none."""
+        """The exact bytes a token stands for; an added token's are its spelling, a padding row's are none."""
         token = self.token(token_id)
         if token is None:
             return b""
-        if token_id in self.control_ids:
+        if token_id in self._literal:
             return token.encode()
         try:
             return bytes(BYTE_OF[char] for char in token)
         except KeyError:  # not spelled in the byte alphabet: the library's decoder takes it literally, and so do we
             return token.encode()
+
+    def _encode_words(self, text: str) -> list[int]:
+        """Token ids of text in which added words are words."""
+        if self._words is not None:
+            return _split(text, self._words, self._added, self._encode_normalized_words)
+        return self._encode_normalized_words(text)
+
+    def _encode_normalized_words(self, text: str) -> list[int]:
+        if self._normalized_words is None:
+            return self._encode_plain(text)
+        ids = {written: self._added[text] for written, text in self._normalized.items()}
+        text = self._bpe.normalize(_SURROGATE.sub("\ufffd", text))
+        return _split(text, self._normalized_words, ids, self._encode_plain)
 
     def _encode_plain(self, text: str) -> list[int]:
         if not text:
@@ -127,37 +146,54 @@ class Tokenizer:
         name = config.get("eos_token")
         if isinstance(name, Mapping):
             name = name.get("content")
-        if name is not None and not (isinstance(name, str) and name in self._control):
+        if name is not None and not (isinstance(name, str) and name in self._added):
             raise ModelError(f"tokenizer_config.json: eos_token is {brief(name)}, which is not a special token")
         names = dict.fromkeys([name, "<|endoftext|>"])
-        return tuple(self._control[name] for name in names if name in self._control)
+        return tuple(self._added[name] for name in names if name in self._added)
 
 
-def _control_tokens(bpe: Bpe, config: Mapping[str, Any]) -> dict[str, int]:
-    """Spelling -> id of the added tokens of both files; ModelError if they contradict each other."""
-    found: dict[str, int] = {}
+class _Added(NamedTuple):
+    """An added token. control: only trusted text means it; normalized: it is found in normalized text."""
+
+    id: int
+    control: bool
+    normalized: bool
+
+
+def _added_tokens(bpe: Bpe, config: Mapping[str, Any]) -> dict[str, _Added]:
+    """The added tokens of both files by spelling; ModelError if they contradict each other."""
+    eos = config.get("eos_token")
+    eos = eos.get("content") if isinstance(eos, Mapping) else eos
+    control = _FAMILY | ({eos} if isinstance(eos, str) else set())
+    found: dict[str, _Added] = {}
     for token_id, token in bpe.added.items():
         if not token.bare:
             raise ModelError(f"tokenizer.json: token {token.content!r} strips or needs word boundaries: not supported")
-        found[token.content] = token_id
-    for text, token_id in _config_tokens(config):
-        if found.setdefault(text, token_id) != token_id:
+        found[token.content] = _Added(token_id, token.special or token.content in control, token.normalized)
+    for text, token_id, special, normalized in _config_tokens(config):
+        if found.setdefault(text, _Added(token_id, special or text in control, normalized)).id != token_id:
             raise ModelError(
-                f"tokenizer_config.json: token {text!r} has id {token_id}, tokenizer.json gives it {found[text]}"
+                f"tokenizer_config.json: token {text!r} has id {token_id}, tokenizer.json gives it {found[text].id}"
             )
-    if len(set(found.values())) != len(found):
+    ids = [token.id for token in found.values()]
+    if len(set(ids)) != len(ids):
         raise ModelError("tokenizer_config.json: one id is given to two special tokens")
-    if found and max(found.values()) >= MAX_TOKENS:
-        raise ModelError(f"tokenizer: token id {max(found.values())}, expected less than {MAX_TOKENS}")
+    if ids and max(ids) >= MAX_TOKENS:
+        raise ModelError(f"tokenizer: token id {max(ids)}, expected less than {MAX_TOKENS}")
     return found
 
 
-def _config_tokens(config: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """(spelling, id) of the `added_tokens_decoder` of a tokenizer_config.json."""
+def _config_tokens(config: Mapping[str, Any]) -> list[tuple[str, int, bool, bool]]:
+    """(spelling, id, special, normalized) of the `added_tokens_decoder` of a tokenizer_config.json. What it does not
+    say is as in Hugging Face's: not special, and normalized unless special."""
     table = config.get("added_tokens_decoder", {})
     if not isinstance(table, Mapping) or len(table) > MAX_ADDED or not all(starmap(_is_token, table.items())):
         raise ModelError('tokenizer_config.json: added_tokens_decoder is not a table of {"id": {"content": text}}')
-    return [(entry["content"], int(key)) for key, entry in table.items()]
+    return [
+        (entry["content"], int(key), special, bool(entry.get("normalized", not special)))
+        for key, entry in table.items()
+        for special in [bool(entry.get("special", False))]
+    ]
 
 
 def _is_token(key: object, entry: object) -> bool:
@@ -166,7 +202,44 @@ def _is_token(key: object, entry: object) -> bool:
     return number and isinstance(text, str) and 0 < len(text) <= MAX_ADDED_SPELLING and not _SURROGATE.search(text)
 
 
-def _pattern(control: Iterable[str]) -> re.Pattern[str]:
-    """Finds special tokens, the longest where several begin at the same place; an empty table matches nothing."""
-    longest_first = sorted(control, key=len, reverse=True)
+def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Finds added tokens, the longest where several begin at the same place; an empty table matches nothing."""
+    longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _split(text: str, tokens: re.Pattern[str], ids: Mapping[str, int], encode: Callable[[str], list[int]]) -> list[int]:
+    """Ids of the tokens found in `text`, and of what is between them as `encode` has it."""
+    found: list[int] = []
+    start = 0
+    for match in tokens.finditer(text):
+        found += encode(text[start : match.start()])
+        found.append(ids[match[0]])
+        start = match.end()
+    return found + encode(text[start:])
+
+
+class _Hidden:
+    """Takes control tokens out of a text by writing some of its characters as lone surrogates, and puts them back.
+
+    Those are the characters that control tokens begin and end with, so that no part of one is left either. Letters and
+    digits stay readable, because templates look at texts: of a token that begins and ends with them, only whole
+    occurrences are broken.
+    """
+
+    def __init__(self, control: Sequence[str]) -> None:
+        edges = {edge for text in control for edge in (text[0], text[-1]) if not edge.isalnum()}
+        bare = [text for text in control if not {text[0], text[-1]} & edges]
+        characters = sorted(edges | {text[0] for text in bare})
+        self._hide = {ord(edge): chr(_HIDDEN + n) for n, edge in enumerate(characters) if edge in edges}
+        self._first = {edge: chr(_HIDDEN + n) for n, edge in enumerate(characters)}
+        self._show = {_HIDDEN + n: edge for n, edge in enumerate(characters)}
+        self._bare = _pattern(bare) if bare else None
+
+    def hidden(self, text: str) -> str:
+        if self._bare is not None:
+            text = self._bare.sub(lambda match: self._first[match[0][0]] + match[0][1:], text)
+        return text.translate(self._hide)
+
+    def shown(self, text: str) -> str:
+        return text.translate(self._show)
