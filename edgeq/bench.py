@@ -2,7 +2,8 @@
 
 Tests are llama-bench's: `pp512` runs a prompt of 512 tokens, `tg128` then generates 128 tokens one at a time,
 `pp512+tg128` does both and counts all tokens; `@ d4096` begins behind 4,096 tokens. Token ids are random, logits are
-computed as for a reply, nothing is sampled. A run that is not counted goes first.
+computed as for a reply, nothing is sampled. A run that is not counted goes first. With drafts the model says its own
+tokens instead, sampled with the settings of a completion, after a text.
 
 Generation reads every weight once per token, so its limit is the memory. `token_nbytes` counts what a token has to
 read, and `read_rate` measures what the machine can; their quotient says how much is left to gain.
@@ -14,6 +15,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
 from functools import cache
 from statistics import fmean, stdev
 from time import perf_counter
@@ -24,10 +26,27 @@ from numpy.typing import NDArray
 
 from edgeq.api import Model
 from edgeq.errors import UsageError
+from edgeq.generate import Decoding, GenerationSettings, Tally
+from edgeq.session.context import Context
 from edgeq.state import State
 from edgeq.weights import Part, Role
 
 __all__ = ["Result", "Test", "measure", "model_size", "read_rate", "run_test", "token_nbytes"]
+
+TEXT = """The harbour was quiet before sunrise. Gulls sat on the wall, and the boats that had come in at night lay low
+in the water. Anna counted the crates, wrote the figures into her book and compared them with the list from the office:
+forty of herring, twelve of cod, three of something that nobody had ordered. She closed the book. "It will have to do,"
+she said, and went to find the driver, who was asleep in his van with the radio on.
+
+def total(crates):
+    weight = 0
+    for crate in crates:
+        if crate.kind in ("herring", "cod"):
+            weight += crate.weight
+    return weight
+
+"""
+"""What a model goes on from where its tokens are drafted: prose and code."""
 
 PROBE_NBYTES = 256 << 20  # read for the memory's rate: many times what caches hold
 PROBE_PASSES = 5
@@ -35,16 +54,18 @@ PIECES = 8  # per thread: large, because handing one out takes tens of microseco
 
 
 class Test(NamedTuple):
-    """Tokens of a prompt, tokens generated one at a time after it, and tokens in the context before both."""
+    """Tokens of a prompt, tokens generated after it, and tokens in the context before both; how tokens are drafted."""
 
     prompt: int
     generate: int
     depth: int = 0
+    draft: str | int = "off"
 
     @property
     def name(self) -> str:
         parts = [f"{kind}{tokens}" for kind, tokens in (("pp", self.prompt), ("tg", self.generate)) if tokens]
-        return "+".join(parts) + (f" @ d{self.depth}" if self.depth else "")
+        drafts = f", {self.draft}" if self.draft != "off" else ""
+        return "+".join(parts) + (f" @ d{self.depth}" if self.depth else "") + drafts
 
     @property
     def tokens(self) -> int:
@@ -52,13 +73,15 @@ class Test(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Seconds of every repetition; for pure generation also the bytes a token reads and the memory's rate."""
+    """Seconds of every repetition; for pure generation also the bytes a token reads and the memory's rate; with drafts
+    what they came to in all."""
 
     test: Test
     threads: int | None
     seconds: tuple[float, ...]
     token_nbytes: float | None = None
     read_rate: float | None = None
+    tally: Tally | None = None
 
     @property
     def rates(self) -> list[float]:
@@ -92,6 +115,9 @@ def measure(model: Model, tests: Sequence[Test], *, repetitions: int) -> Iterato
             raise UsageError(f"{test.name} does not fit the context of {model.context_limit} tokens")
     states: dict[int, State[Any]] = {}
     for test in tests:
+        if test.draft != "off" and test.generate:
+            yield _drafting(model, test, repetitions)
+            continue
         if test.depth not in states:
             states = {test.depth: _state_behind(model, test.depth)}
         yield run_test(model, test, states[test.depth], repetitions=repetitions)
@@ -108,6 +134,39 @@ def run_test(model: Model, test: Test, state: State[Any], *, repetitions: int) -
     seconds = tuple(_seconds(model, ids, test.generate, state) for _ in range(repetitions))
     rate = max(before, read_rate(threads))
     return Result(test, threads, seconds, token_nbytes(model, test.depth + test.generate / 2), rate)
+
+
+def _drafting(model: Model, test: Test, repetitions: int) -> Result:
+    """A test whose tokens the model says itself, after `TEXT`: drafts of random tokens would be none."""
+    _say(model, test._replace(generate=1), 0)  # not counted
+    runs = [_say(model, test, seed) for seed in range(repetitions)]
+    total = Tally(*(sum(counts) for counts in zip(*(astuple(tally) for _, tally in runs), strict=True)))
+    return Result(test, model.ops.threads, tuple(seconds for seconds, _ in runs), tally=total)
+
+
+def _say(model: Model, test: Test, seed: int) -> tuple[float, Tally]:
+    """Time of the test's prompt and generation, and its drafts. A test without prompt begins with the second token."""
+    context = Context(model.engine, speculation=model.language.speculation(model.engine, test.draft))
+    settings = GenerationSettings(seed=seed, max_tokens=test.generate + (not test.prompt), loop_guard=False)
+    ids = _text_ids(model, test.depth + test.prompt or 1)
+    start = test.depth if test.prompt else len(ids) - 1
+    if start:
+        context.feed(ids[:start], rows=0)
+    decoding = Decoding(ids[start:], model.language.sampler(settings), room=context.room, eos_ids=())
+    tokens, started = context.tokens(decoding), perf_counter()
+    if not test.prompt:
+        next(tokens)
+        started = perf_counter()
+    deque(tokens, maxlen=0)
+    return perf_counter() - started, decoding.tally
+
+
+def _text_ids(model: Model, count: int) -> list[int]:
+    """The last `count` tokens of `TEXT` over and over; random ones for a model without tokenizer."""
+    if model.tokenizer is None:
+        return _random_ids(model, count)
+    once = model.tokenizer.encode(TEXT)
+    return (once * -(-count // len(once)))[-count:]
 
 
 def _seconds(model: Model, ids: Sequence[int], generate: int, state: State[Any]) -> float:

@@ -15,10 +15,24 @@ from edgeq.bench import Result, Test, measure, model_size
 from edgeq.cli.console import new_bar, peak_memory
 from edgeq.cli.options import BackendOption, ModelArgument, option
 from edgeq.errors import UsageError
+from edgeq.generate import check_draft
 
 __all__ = ["bench"]
 
-_COLUMNS = ("model", "size", "params", "backend", "threads", "kv", "test", "t/s", "GB/s", "of memory")
+_COLUMNS = (
+    "model",
+    "size",
+    "params",
+    "backend",
+    "threads",
+    "kv",
+    "test",
+    "t/s",
+    "GB/s",
+    "of memory",
+    "accepted",
+    "tokens/pass",
+)
 
 
 def bench(
@@ -59,6 +73,16 @@ def bench(
     output: Annotated[
         str, option("--output", "-o", metavar="FORMAT", env=False, help="Output format: md, json or csv.")
     ] = "md",
+    draft: Annotated[
+        str,
+        option(
+            "--draft",
+            "--spec-type",
+            metavar="HOW,...",
+            env=False,
+            help="Generate with drafts as well: off, auto, mtp, ngram or 1 to 8 a pass.",
+        ),
+    ] = "off",
     backend: BackendOption = "auto",
 ) -> None:
     """Benchmark prefill and decode, as llama-bench does.
@@ -67,11 +91,14 @@ def bench(
     edgeq bench q2b -p 512,2048 -n 128 -d 0,4096 -t 1,2,4
 
     Speeds are in tokens/s. GB/s counts the weights and states that decode reads; "of memory" compares it with the
-    memory bandwidth of as many threads, measured right before and after the test.
+    memory bandwidth of as many threads, measured right before and after the test. With --draft the model says its own
+    tokens after a text; "accepted" is the part of the drafts that were right.
     """
     if output not in ("md", "json", "csv"):
         raise UsageError(f"--output must be md, json or csv, got {output!r}")
-    tests = _tests(_numbers("--n-prompt", n_prompt), _numbers("--n-gen", n_gen), pg or [], _numbers("-d", n_depth))
+    ways = [check_draft(way) for way in draft.split(",")]
+    plain = _tests(_numbers("--n-prompt", n_prompt), _numbers("--n-gen", n_gen), pg or [], _numbers("-d", n_depth))
+    tests = [test._replace(draft=way) for test in plain for way in (ways if test.generate else ["off"])]
     counts = [None] if threads is None else _numbers("--threads", threads, least=1)
     kv = [None] if kv_bits is None else _numbers("--kv-bits", kv_bits)
     rows = _measure_all(model, backend, tests, list(product(counts, kv)), repetitions)
@@ -125,8 +152,8 @@ def _measure_all(
 
 
 def _print_table(rows: Iterator[tuple[Model, Result]]) -> None:
-    """llama-bench's Markdown table, and three columns more."""
-    widths = (18, 11, 9, 7, 7, 4, 16, 16, 6, 9)
+    """llama-bench's Markdown table, and five columns more."""
+    widths = (18, 11, 9, 7, 7, 4, 16, 16, 6, 9, 8, 11)
     print(_table_row(_COLUMNS, widths))
     print(_table_row([":" + "-" * (w - 1) if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)], widths))
     for model, result in rows:
@@ -134,9 +161,13 @@ def _print_table(rows: Iterator[tuple[Model, Result]]) -> None:
         speed = f"{result.tok_per_s:.2f} ± {result.deviation:.2f}"
         rate = f"{result.gb_per_s:.1f}" if result.gb_per_s else ""
         share = f"{result.share:.0%}" if result.share else ""
+        tally = result.tally
+        accepted = f"{tally.accepted / tally.drafted:.0%}" if tally and tally.drafted else ""
+        more = f"{tally.tokens_per_pass:.2f}" if tally else ""
         cells = (
             _describe(model), f"{nbytes / 2**20:.2f} MiB", f"{weights / 1e6:.2f} M", model.ops.name,
             result.threads or "", model.ops.kv_dtype, result.test.name, speed, rate, share,
+            accepted, more,
         )  # fmt: skip
         print(_table_row(cells, widths), flush=True)
 
@@ -189,6 +220,11 @@ def _record(model: Model, result: Result) -> dict[str, Any]:
         "token_nbytes": round(result.token_nbytes) if result.token_nbytes else None,
         "gb_per_s": result.gb_per_s,
         "read_gb_per_s": result.read_rate,
+        "draft": result.test.draft,
+        "n_passes": result.tally.passes if result.tally else None,
+        "n_drafted": result.tally.drafted if result.tally else None,
+        "n_accepted": result.tally.accepted if result.tally else None,
+        "tokens_per_pass": result.tally.tokens_per_pass if result.tally else None,
         "peak_nbytes": peak_memory(),
         "backend_peak_nbytes": model.ops.peak_memory(),
     }

@@ -40,7 +40,7 @@ def chat(
     options = {**conversation.given(), **sampling.given()}
     loaded = model.load()
     with prefill_bar() as bar:
-        talk = loaded.chat(on_prefill=bar, **options)
+        talk = loaded.chat(draft=model.draft, on_prefill=bar, **options)
         if one_shot:
             answer_once(talk, text, as_json=as_json)
         else:

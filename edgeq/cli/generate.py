@@ -36,7 +36,7 @@ def generate(
     text, options = prompt.text(), sampling.given()
     loaded = model.load()
     with prefill_bar() as bar:
-        reply = loaded.generate(text, ignore_eos=ignore_eos, on_prefill=bar, **options)
+        reply = loaded.generate(text, ignore_eos=ignore_eos, draft=model.draft, on_prefill=bar, **options)
         for piece in reply:
             if not as_json:
                 print(for_terminal(piece.text, sys.stdout), end="", flush=True)

@@ -33,6 +33,7 @@ __all__ = [
     "MODEL_HELP",
     "BackendOption",
     "ConversationOptions",
+    "DraftOption",
     "ModelArgument",
     "ModelOptions",
     "OptionalModelArgument",
@@ -70,6 +71,15 @@ ThreadsOption = Annotated[
     int | None,
     option("--threads", "-t", metavar="N", default="chosen by the backend", minimum=1, help="Number of CPU threads."),
 ]
+
+
+DraftOption = Annotated[
+    str,
+    option(
+        "--draft", "--spec-type", metavar="HOW",
+        help="Draft tokens ahead, which changes the speed and not the text: auto, off, mtp, ngram or 1 to 8 a pass.",
+    ),
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +124,7 @@ class ModelOptions:
             help="Vision tower of a .gguf model.",
         ),
     ] = None  # fmt: skip
+    draft: DraftOption = "auto"
 
     @property
     def name(self) -> str:
@@ -127,7 +138,9 @@ class ModelOptions:
     def load(self) -> Model:
         """The loaded model."""
         from edgeq.api import load
+        from edgeq.generate import check_draft
 
+        check_draft(self.draft)  # before a model is downloaded and loaded for nothing
         return load(
             self.name, backend=self.backend, threads=self.threads, context=self.context, kv_bits=self.kv_bits,
             rope_scaling=self.rope_scaling,

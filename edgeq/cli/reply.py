@@ -34,6 +34,11 @@ def usage_line(reply: Reply, ops: Ops[Any, Any]) -> str:
         f"generated {usage.generated_tokens} tokens, {usage.generate_tok_per_s:.1f} tokens/s",
         peak_memory_text() + (f" ({ops.name} {backend / 1e6:,.0f} MB)" if backend is not None else ""),
     ]
+    if usage.drafted_tokens:
+        parts.append(
+            f"{usage.accepted_tokens} of {usage.drafted_tokens} drafts accepted, "
+            f"{usage.tokens_per_pass:.2f} tokens a pass"
+        )
     if finish.thinking_cut in _CUTS:
         parts.append(_CUTS[finish.thinking_cut])
     if finish.reason in _ENDINGS:
@@ -65,12 +70,12 @@ def show_reply(reply: Reply, ops: Ops[Any, Any]) -> bool:
 
 def reply_object(reply: Reply) -> dict[str, object]:
     """A finished reply as one JSON object, for programs."""
-    finish = reply.finish
+    finish, usage = reply.finish, reply.usage
     return {
         "text": reply.text,
         "thinking": reply.thinking,
         "ids": reply.ids,
         "finish_reason": finish.reason.value,
         "thinking_cut": finish.thinking_cut.value if finish.thinking_cut else None,
-        "usage": reply.usage._asdict(),
+        "usage": {**usage._asdict(), "acceptance": usage.acceptance, "tokens_per_pass": usage.tokens_per_pass},
     }

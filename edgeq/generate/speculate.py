@@ -20,6 +20,8 @@ __all__ = ["DRAFT_HINT", "MOST_DRAFTS", "Tally", "check_draft", "look_up"]
 MOST_DRAFTS = 8
 """Drafts of a pass, where a number is asked for: a pass of up to 16 rows gives the bits of single tokens."""
 
+_ALIASES = {"none": "off", "draft-mtp": "mtp", "ngram-simple": "ngram"}  # of llama.cpp's --spec-type
+
 DRAFT_HINT = f"use auto, off, mtp, ngram or a number of drafts from 1 to {MOST_DRAFTS}"
 
 SHORTEST = 3
@@ -40,11 +42,16 @@ class Tally:
     drafted: int = 0
     accepted: int = 0
 
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens that a pass gave on average; 1 without drafts."""
+        return 1 + self.accepted / self.passes if self.passes else 1.0
+
 
 def check_draft(draft: str | int) -> str | int:
     """`draft` as one of "auto", "off", "mtp", "ngram" and the numbers 1 to MOST_DRAFTS; 0 is "off"."""
-    if isinstance(draft, str) and draft.isdecimal():
-        draft = int(draft)
+    if isinstance(draft, str):
+        draft = int(draft) if draft.isascii() and draft.isdecimal() else _ALIASES.get(draft, draft)
     if draft in ("auto", "off", "mtp", "ngram") and isinstance(draft, str):
         return draft
     if type(draft) is not int or not 0 <= draft <= MOST_DRAFTS:

@@ -52,6 +52,8 @@ class Context:
         They are run a chunk at a time, so that an interruption loses one chunk at most.
         """
         tokens = self.engine.checked_ids(ids, self.state)
+        if self._speculation is not None:
+            self._speculation.observe(self.state.length, tokens)
         total, logits = len(tokens), list[Float32]()
         pieces = list(self.engine.cut(self.state.length, total))
         for piece in pieces:
@@ -82,12 +84,8 @@ class Context:
 
     def _logits_after(self, ids: Sequence[int], decoding: Decoding) -> Float32:
         """Append `ids`; return the logits after them, float32 [vocabulary], which drafts may have brought already."""
-        start, drafts = self.position, self._speculation
-        if drafts is None or len(ids) > 1 or not start:
+        if self._speculation is None or len(ids) > 1 or not self.position:
             logits: Float32 = self.feed(ids)[-1]
-            if drafts is not None:
-                drafts.observe(start, ids)
             return logits
-        drafts.observe(start, ids)
-        logits, self.state = drafts.advance(self.state, ids[0], decoding.remaining, decoding.tally)
+        logits, self.state = self._speculation.advance(self.state, ids[0], decoding.remaining, decoding.tally)
         return logits

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from time import perf_counter
 from typing import NamedTuple, Protocol
 
-from edgeq.generate import Decoding, Finish, StopReason, StopStrings, Token
+from edgeq.generate import Decoding, Finish, StopReason, StopStrings, Tally, Token
 from edgeq.text.channels import Piece
 from edgeq.text.detokenizer import StreamingDetokenizer
 from edgeq.text.tokenizer import Tokenizer
@@ -72,7 +72,7 @@ class Usage(NamedTuple):
     @property
     def tokens_per_pass(self) -> float:
         """Tokens that a pass gave on average; 1 without drafts."""
-        return 1 + self.accepted_tokens / self.passes if self.passes else 1.0
+        return Tally(self.passes, self.drafted_tokens, self.accepted_tokens).tokens_per_pass
 
     @property
     def prompt_tok_per_s(self) -> float:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edgeq.engine import Engine, Feed
+from edgeq.engine import Engine, Feed, Ids
 from edgeq.formats.bf16 import Float32
 from edgeq.generate import Tally, look_up
 from edgeq.state import State
@@ -67,7 +67,7 @@ class Speculation:
         self.bend: Callable[[int, list[int]], list[int]] | None = None
         """For measurements: what stands in for the drafts made of the tokens from a place on."""
 
-    def observe(self, place: int, ids: Sequence[int]) -> None:
+    def observe(self, place: int, ids: Sequence[int] | Ids) -> None:
         """The sequence's tokens from `place` on, those known before at these places and behind them being gone."""
         end = place + len(ids)
         if end > len(self._ids):
@@ -76,10 +76,11 @@ class Speculation:
         self._included = min(self._included, place)
 
     def advance(self, state: State[Any], token: int, remaining: int, tally: Tally) -> tuple[Float32, State[Any]]:
-        """The logits after `token`, which follows `state`, and the state after it; observed before.
+        """The logits after `token`, which follows `state`, and the state after it.
 
         remaining: tokens that can still be wanted after it.
         """
+        self.observe(state.length, [token])
         if self._ahead and state is self._state and self._ahead[0].token == token:
             _, logits, self._state = self._ahead.popleft()
             self._accepted += 1
