@@ -25,6 +25,9 @@ class DeltaState(NamedTuple, Generic[A]):
 
     conv: [width - 1, channels], the last raw inputs of the causal convolution, oldest first.
     matrix: float32 [value heads, V, K], the associative memory; a row per value entry.
+
+    A backend's arrays, or what becomes one when it is read (the native backend's kept states are one matrix and what
+    each token did to it); such a part tells by `memory` what it holds, as a KVCache does.
     """
 
     conv: A
@@ -129,8 +132,8 @@ def held_nbytes(states: Iterable[State[Any]]) -> int:
     pieces: dict[int, int] = {}
     for state in states:
         for layer in state.layers:
-            memory = layer.memory() if isinstance(layer, KVCache) else ((id(x), x.nbytes) for x in layer)
-            pieces.update(memory)
+            for part in [layer] if isinstance(layer, KVCache) else layer:
+                pieces.update(part.memory() if hasattr(part, "memory") else {id(part): part.nbytes})
         if state.draft is not None:
             pieces.update(state.draft.cache.memory())
             pieces.update((id(x), x.nbytes) for rows in state.draft.unread for x in rows)

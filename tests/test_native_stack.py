@@ -83,11 +83,55 @@ def test_one_call_gives_the_bits_of_layer_by_layer(
 
 def test_states_after_have_memory_of_their_own(engine: Engine[Any, Any]) -> None:
     out = engine.run([Feed(engine.state(), token_ids(3), keep=3)])[0]
-    matrices = [arrays(state.layers[0])[1] for state in out.states]
+    matrices = [np.asarray(arrays(state.layers[0])[1]) for state in out.states]
     for matrix in matrices:
         matrix[:] = 1  # one that shared memory would be 1 before its turn
         assert all(np.all(other != 1) for other in matrices if other is not matrix)
         matrix[:] = 0
+
+
+def test_a_state_s_parts_are_arrays_to_whoever_reads_them(engine: Engine[Any, Any]) -> None:
+    out = engine.run([Feed(engine.state(), token_ids(5), keep=4)])[0]
+    first, last = (state.layers[0] for state in (out.states[0], out.state))
+    assert isinstance(first, DeltaState)
+    assert isinstance(last, DeltaState)
+    for part in (*first, *last):
+        whole = np.asarray(part)
+        assert (part.shape, part.dtype, part.nbytes, len(part)) == (whole.shape, np.float32, whole.nbytes, len(whole))
+        assert np.array_equal(part[1:], whole[1:])
+        assert np.array_equal(part.reshape(-1), whole.ravel())
+        assert np.array_equal(part * 2 - whole, part.copy())
+        assert np.asarray(part, np.float64).dtype == np.float64
+        assert (part == whole).all()
+        whole[:] = 0
+        assert np.any(part != whole)  # it was a copy
+        with pytest.raises(ValueError, match="copy"):
+            np.asarray(part, copy=False)
+    mixed = DeltaState(last.conv, first.matrix)  # of two states, and as somebody's own arrays
+    plain = DeltaState(*map(np.asarray, mixed))
+    after = [
+        engine.run([Feed(out.state._replace(layers=(layer, *out.state.layers[1:])), token_ids(2))])[0].logits
+        for layer in (mixed, plain)
+    ]
+    assert np.array_equal(after[0], after[1])
+
+
+def test_kept_states_share_what_they_can(engine: Engine[Any, Any]) -> None:
+    """A state written and the updates since, not a state for every token; other branches have memory of their own."""
+    out = engine.run([Feed(engine.state(), token_ids(5), keep=4)])[0]
+    pieces = [matrix_pieces(state) for state in out.states]
+    assert len({piece[0] for piece in pieces}) == 1
+    assert [len(piece) for piece in pieces] == [1, 2, 3, 4, 5]
+    again = matrix_pieces(engine.run([Feed(out.states[2], token_ids(1))])[0].state)
+    assert len(again) == 1
+    assert again[0] != pieces[0][0]
+
+
+def matrix_pieces(state: State[Any]) -> list[tuple[int, int]]:
+    """What the first layer's matrix holds."""
+    layer = state.layers[0]
+    assert isinstance(layer, DeltaState)
+    return list(layer.matrix.memory())
 
 
 def test_signals_are_handled_in_the_midst_of_a_long_call(engine: Engine[Any, Any]) -> None:

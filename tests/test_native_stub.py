@@ -23,6 +23,8 @@ def declared(body: Iterable[ast.stmt], prefix: str = "") -> Iterator[tuple[str, 
             yield from declared(node.body, f"{prefix}{node.name}.")
         elif isinstance(node, ast.FunctionDef):
             name = "__init__" if node.name in CONSTRUCTORS else node.name
+            if name.startswith("__") and name != "__init__":
+                continue
             names = [a.arg for a in node.args.args]
             yield prefix + name, tuple(names[1:] if prefix else names)
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):

@@ -99,7 +99,20 @@ void delta_rule_(const In& q, const In& k, const In& v, const In& g, const In& b
     require_contiguous(state, "state");
     const Outputs states(kept, "after", keep + 1, {Hv, V, K});
     nb::gil_scoped_release release;
-    delta_rule(rule, {T, keep, nullptr, state.data(), {}, states.pointers});
+    DeltaSequence s{};
+    s.tokens = T, s.keep = keep, s.state = state.data();
+    for (Index i = 0; i < states_written(keep); i++) s.states_after.push_back(states.pointers[i * delta_most]);
+    const Index k_size = Hk * K, d_size = Hv * V, update_size = k_size + d_size + Hv;
+    Floats updates(keep * update_size);
+    for (float* at = updates.data(); Index(s.updates.size()) < keep; at += update_size)
+        s.updates.push_back({at, at + k_size, at + k_size + d_size});
+    delta_rule(rule, s);
+    for (Index i = 1; i <= keep; i++) {  // those that were not written, each from the one before
+        if (i % delta_most == 0 && i / delta_most < states_written(keep)) continue;
+        DeltaSequence before{};
+        before.state = states.pointers[i - 1], before.pending = {s.updates[i - 1]};
+        apply_updates(Hk, Hv, K, V, before, states.pointers[i]);
+    }
 }
 
 // --- attention -------------------------------------------------------------------------------------------------------

@@ -83,8 +83,9 @@ struct Outputs {
 
 // A block that goes back when it is let go.
 struct Owned {
+    const size_t nbytes;
     Block block;
-    explicit Owned(size_t nbytes) : block(take_block(nbytes)) {}
+    explicit Owned(size_t nbytes) : nbytes(nbytes), block(take_block(nbytes)) {}
     Owned(const Owned&) = delete;
     ~Owned() { give_back(block); }
 };

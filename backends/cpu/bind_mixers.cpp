@@ -2,6 +2,7 @@
 // edgeq.weights declares, and what lies between them never becomes a Python object.
 #include "bind_layers.h"
 #include "bind_linear.h"
+#include "bind_states.h"
 
 #include <chrono>
 
@@ -17,6 +18,7 @@ namespace {
 struct Held {
     std::vector<nb::tuple> tuples;
     std::vector<In> arrays;
+    std::vector<std::shared_ptr<const DeltaMemory>> states;
 
     nb::tuple items(nb::handle sequence, const char* name, const char* expected) {
         tuples.push_back(items_of(sequence, name, expected));
@@ -130,39 +132,16 @@ struct Lengths {
     Index count() const { return Index(tokens.size()); }
 };
 
-nb::object array_out(float* data, std::initializer_list<size_t> shape, const nb::capsule& owner) {
-    return nb::cast(nb::ndarray<nb::numpy, float>(data, shape.size(), shape.begin(), owner));
-}
-
-// Room for a state after, a tuple `kind` of (conv, matrix), the matrix on a cache line. Every state has its own memory,
-// so that it can be kept alone.
-nb::object new_state(const DeltaNet& net, DeltaSequence& s, nb::handle kind) {
-    const size_t Hv = net.Hv, V = net.V, K = net.K, before = net.width - 1, C = net.channels();
-    const Index size = entries({net.Hv, net.V, net.K}) + entries({net.width - 1, net.channels()});
-    const auto [memory, owner] = owned_block(size * sizeof(float));
-    float* matrix = reinterpret_cast<float*>(memory);
-    float* tail = matrix + Hv * V * K;
-    s.states_after.push_back(matrix);
-    s.tails_after.push_back(tail);
-    const nb::tuple arrays = nb::make_tuple(array_out(tail, {before, C}, owner), array_out(matrix, {Hv, V, K}, owner));
-    return nb::handle(reinterpret_cast<PyObject*>(&PyTuple_Type)).attr("__new__")(kind, arrays);
-}
-
 // Tells the mixer its sequences; the states after, [sequence][keep + 1], are what comes back to Python.
 nb::list take_states(DeltaNetMixer& mixer, nb::handle states, const Lengths& lengths, nb::handle kind, Held& held) {
     const DeltaNet& net = mixer.between;
     const nb::tuple before = held.items(states, "states", "one for every sequence", lengths.count());
     nb::list all;
     for (Index i = 0; i < lengths.count(); i++) {
-        const nb::tuple state = held.items(before[i], "states", "(conv, matrix)", 2);
         DeltaSequence s{};
         s.tokens = lengths.tokens[i], s.keep = lengths.keep[i];
-        s.tail = held.array(state[0], "conv", {net.width - 1, net.channels()}).data();
-        s.state = held.array(state[1], "matrix", {net.Hv, net.V, net.K}).data();
-        nb::list after;
-        for (Index n = 0; n <= lengths.keep[i]; n++) after.append(new_state(net, s, kind));
+        all.append(take_state(net, s, before[i], kind, held.arrays, held.states));
         mixer.sequences.push_back(std::move(s));
-        all.append(nb::tuple(after));
     }
     return all;
 }

@@ -6,12 +6,14 @@ namespace nb = nanobind;
 
 void bind_linear(nb::module_& m);
 void bind_layers(nb::module_& m);
+void bind_states(nb::module_& m);
 void bind_quantize(nb::module_& m);
 void bind_guard(nb::module_& m);
 
 NB_MODULE(_native, m) {
     m.doc() = "Native kernels of the CPU backend.";
     bind_linear(m);
+    bind_states(m);
     bind_layers(m);
     bind_quantize(m);
     bind_guard(m);

@@ -116,6 +116,9 @@ class CpuOps(ArrayOps[_native.Matrix]):
     def vector(self, x: Float32) -> Array:
         return plain(x)
 
+    def numpy(self, x: Array) -> Float32:
+        return super().numpy(np.asarray(x))  # a state's part is written out
+
     def kv_cache(self, keys: Float32, values: Float32) -> NativeKV:
         return NativeKV(keys.shape[1], keys.shape[2], self.kv_dtype).appended(keys, values)
 
@@ -192,6 +195,7 @@ class CpuOps(ArrayOps[_native.Matrix]):
     # --- DeltaNet ----------------------------------------------------------------------------------------------------
 
     def causal_conv_silu(self, x: Array, w: Array, tail: Array, keep: int = 0) -> tuple[Array, tuple[Array, ...]]:
+        tail = np.asarray(tail)
         _native.causal_conv_silu(x, w, tail, y := like(x))
         before, T = len(tail), len(x)
         inputs = np.concatenate([tail[max(0, T - keep) :], x[max(0, T - keep - before) :]])
@@ -201,7 +205,7 @@ class CpuOps(ArrayOps[_native.Matrix]):
         self, q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, keep: int = 0
     ) -> tuple[Array, tuple[Array, ...]]:
         after = [like(state) for _ in range(keep + 1)]
-        _native.delta_rule(q, k, v, g, beta, state, after, o := like(v))
+        _native.delta_rule(q, k, v, g, beta, np.asarray(state), after, o := like(v))
         return o, tuple(after)
 
     # --- larger pieces -----------------------------------------------------------------------------------------------

@@ -78,28 +78,58 @@ struct DeltaCase {
     Vector conv = normal(C * width), dt_bias = normal(Hv), gain = normal(V);
     Vector tail = normal((width - 1) * C), state = normal(size), decay = normal(Hv);
 
-    Vector run(const std::vector<Index>& lengths, Index keep) const {
-        std::vector<Vector> tails(keep + 1, Vector((width - 1) * C)), states(keep + 1, Vector(size));
-        Vector out(tokens * Hv * V), negative = decay, old_tail = tail, old_state = state;
+    // The same without its last n tokens.
+    DeltaCase without(Index n) const {
+        DeltaCase shorter = *this;
+        shorter.tokens -= n;
+        return shorter;
+    }
+
+    // Where `lacking`, every call keeps all of its states, and the next goes on from the one that lacks most.
+    Vector run(const std::vector<Index>& lengths, Index keep, bool lacking = false) const {
+        const Index k_size = Hk * K, d_size = Hv * V, update_size = k_size + d_size + Hv;
+        Vector updates(tokens * update_size), out(tokens * d_size), negative = decay, old_tail = tail;
+        auto update = [&](Index token) {
+            float* at = &updates[token * update_size];
+            return DeltaUpdate{at, at + k_size, at + k_size + d_size};
+        };
         for (float& d : negative) d = -std::exp(d);
+        std::vector<Vector> states{state};
+        std::vector<DeltaUpdate> pending;
+        Vector window, kept_tails, kept_states;
         Index at = 0;
         for (Index n : lengths) {
-            const Index kept = at + n == tokens ? keep : 0;
+            const bool last = at + n == tokens;
+            const Index kept = last ? keep : lacking ? n : 0;
             DeltaNet net{};
             net.Hk = Hk, net.Hv = Hv, net.K = K, net.V = V, net.width = width, net.eps = 1e-6f;
-            net.qkv = {qkv.data() + at * C, C}, net.z = {z.data() + at * Hv * V, Hv * V};
+            net.qkv = {qkv.data() + at * C, C}, net.z = {z.data() + at * d_size, d_size};
             net.b = {b.data() + at * Hv, Hv}, net.a = {a.data() + at * Hv, Hv};
             net.conv = conv.data(), net.A = negative.data(), net.dt_bias = dt_bias.data(), net.norm = gain.data();
-            net.out = {out.data() + at * Hv * V, Hv * V};
-            DeltaSequence sequence{n, kept, old_tail.data(), old_state.data(), {}, {}};
-            for (Vector& t : tails) sequence.tails_after.push_back(t.data());
-            for (Vector& s : states) sequence.states_after.push_back(s.data());
-            delta_net(net, {sequence});
+            net.out = {out.data() + at * d_size, d_size};
+            window.assign((width - 1 + kept) * C, 0);
+            std::vector<Vector> after(states_written(kept), Vector(size));
+            const Vector old_state = states[0];
+            DeltaSequence s{n, kept, old_tail.data(), old_state.data(), pending, window.data(), {}, {}};
+            for (Vector& x : after) s.states_after.push_back(x.data());
+            for (Index i = 0; i < kept; i++) s.updates.push_back(update(at + n - kept + i));
+            delta_net(net, {s});
+            states = after, pending = s.updates;
+            if (!last) old_tail.assign(window.end() - (width - 1) * C, window.end());
             at += n;
-            if (at < tokens) old_tail = tails[0], old_state = states[0];
         }
-        for (const auto* after : {&tails, &states})
-            for (const Vector& v : *after) out.insert(out.end(), v.begin(), v.end());
+        for (Index i = 0; i <= keep; i++) {
+            const Index of = i ? (i - 1) / delta_most : 0;
+            DeltaSequence s{};
+            s.state = states[of].data();
+            for (Index u = of * delta_most; u < i; u++) s.pending.push_back(update(tokens - keep + u));
+            Vector whole(size);
+            apply_updates(Hk, Hv, K, V, s, whole.data());
+            kept_tails.insert(kept_tails.end(), window.begin() + i * C, window.begin() + (i + width - 1) * C);
+            kept_states.insert(kept_states.end(), whole.begin(), whole.end());
+        }
+        out.insert(out.end(), kept_tails.begin(), kept_tails.end());
+        out.insert(out.end(), kept_states.begin(), kept_states.end());
         return out;
     }
 };
@@ -189,6 +219,16 @@ void test_delta_net_in_company(Index K, Index V) {
         expected.insert(expected.end(), verified.begin() + states - kept * tail_size, verified.begin() + states);
         expected.insert(expected.end(), verified.end() - kept * state_size, verified.end());
         expect_equal("few tokens in company", expected, [&] { return few.run(lengths, keep); });
+        expect_equal("states that lack updates", expected, [&] { return few.run(lengths, keep, true); });
+    }
+    const Vector kept = many.run({150}, 100);  // states that are written and states that lack updates
+    const size_t state_size = many.state.size();
+    for (Index n : {1, 31, 32, 33, 64, 99}) {
+        const DeltaCase shorter = many.without(n);
+        const Vector last = shorter.run({150 - n}, 100 - n);
+        const Vector expected(last.end() - state_size, last.end());
+        const auto end = kept.end() - n * state_size;
+        expect_equal("kept states", expected, [&] { return Vector(end - state_size, end); });
     }
     const Vector whole = many.run({150}, 2);
     for (const auto& lengths : {std::vector<Index>{150}, {32, 118}, {64, 64, 22}})

@@ -73,7 +73,7 @@ void delta_layer(Index tokens, int repeats) {
     net.a = {a_out.data(), Hv}, net.out = {mixed.data(), Hv * V};
     net.conv = conv.data(), net.A = decay.data(), net.dt_bias = bias.data(), net.norm = norm.data();
     const std::vector<DeltaSequence> sequences{
-        {tokens, 0, tail.data(), state.data(), {tail_after.data()}, {state_after.data()}}};
+        {tokens, 0, tail.data(), state.data(), {}, tail_after.data(), {state_after.data()}, {}}};
     for (int i = 0; i < repeats; i++) {
         add_normed(x, x, gain, tokens, sum, normed);
         const Matrix ws[] = {qkv.w, z.w, b.w, a.w};

@@ -118,7 +118,7 @@ struct Delta {
         net.qkv = {qkv.data(), C}, net.z = {z.data(), Hv * V}, net.b = {b.data(), Hv}, net.a = {a.data(), Hv};
         net.conv = conv.data(), net.A = decay.data(), net.dt_bias = bias.data(), net.norm = gain.data();
         net.out = {out.data(), Hv * V};
-        delta_net(net, {{tokens, 0, tail.data(), state.data(), {tail_after.data()}, {state_after.data()}}});
+        delta_net(net, {{tokens, 0, tail.data(), state.data(), {}, tail_after.data(), {state_after.data()}, {}}});
     }
 
     Vector result() const {
@@ -184,7 +184,7 @@ struct Layers {
         DeltaNet& net = delta.between;
         net.Hk = Hk, net.Hv = Hv, net.K = K, net.V = V, net.width = 4, net.eps = 1e-6f;
         net.conv = conv.data(), net.A = decay.data(), net.dt_bias = bias.data(), net.norm = norm.data();
-        delta.sequences = {{tokens, 0, tail.data(), state.data(), {tail_after.data()}, {state_after.data()}}};
+        delta.sequences = {{tokens, 0, tail.data(), state.data(), {}, tail_after.data(), {state_after.data()}, {}}};
         Attention a{};
         a.Hq = Hq, a.Hkv = Hkv, a.D = D, a.type = KvType::f16, a.eps = 1e-6f, a.pairs = D / 4;
         a.q_norm = a.k_norm = norm.data(), a.cos = a.sin = angle.data();

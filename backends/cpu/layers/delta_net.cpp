@@ -21,7 +21,7 @@ constexpr float smallest_factor = 0x1p-20f;  // of the state, before it is multi
 
 // What one head computes about a chunk before the delta rule runs.
 struct Chunk {
-    Floats q, k, v, o;
+    Floats q, k, v, o, d, room;
     float g[chunk_tokens], beta[chunk_tokens];
     DeltaStep steps[chunk_tokens / 2];
 
@@ -30,8 +30,12 @@ struct Chunk {
         k.resize(chunk_tokens * K);
         v.resize(chunk_tokens * V);
         o.resize(chunk_tokens * V);
+        d.resize(chunk_tokens * V);
+        room.resize(delta_tile * K);
     }
 };
+
+static_assert(chunk_tokens == delta_most);
 
 thread_local Chunk chunk_of_thread;
 
@@ -67,38 +71,109 @@ void plan_steps(Chunk& c, Index tokens, Index K) {
     }
 }
 
-// Calls run(first token, tokens, from, to) for the chunks of one head: whole chunks up to the first state that is
-// kept, then token by token, every one into its own state. A sequence of few tokens goes token by token from the start:
-// in pairs the sums have another order, and verifying must give the bits of decoding.
-template <class Run>
-void each_chunk(const DeltaSequence& s, Index head, Index head_size, Run&& run) {
-    const Index before_kept = s.tokens - s.keep, whole = s.tokens <= few_tokens ? 0 : before_kept;
-    const float* from = s.state + head * head_size;
-    if (before_kept == 0) std::memcpy(s.states_after[0] + head * head_size, from, head_size * sizeof(float));
-    for (Index t = 0, tokens; t < s.tokens; t += tokens) {
-        tokens = t < whole ? std::min(chunk_tokens, whole - t) : 1;
-        float* to = s.states_after[std::max<Index>(0, t + tokens - before_kept)] + head * head_size;
-        run(t, tokens, from, to);
-        from = to;
+// One value head of a layer.
+struct Head {
+    Index head, key_head, K, V;
+    bool writes_keys;  // the first of those that share the key head
+
+    Index size() const { return V * K; }
+};
+
+Head head_of(Index head, Index Hk, Index Hv, Index K, Index V) {
+    const Index share = Hv / Hk;
+    return {head, head / share, K, V, head % share == 0};
+}
+
+// What the tokens of a chunk are asked and answer, beside what stands in the chunk.
+struct Values {
+    const float* v;
+    Index v_stride;
+    float* o;
+    Index o_stride;
+};
+
+// A chunk through the delta rule in pairs of tokens.
+void run_pairs(Chunk& c, const Head& h, Index tokens, const Values& values, const float* from, float* to) {
+    plan_steps(c, tokens, h.K);
+    layer_kernels().delta(
+        to, from, h.V,
+        {tokens, h.K, c.q.data(), c.k.data(), values.v, values.v_stride, values.o, values.o_stride, c.steps});
+}
+
+// A chunk of tokens, or none, through the delta rule one by one, after the updates that the state lacks. Token t writes
+// updates[t] if there is such a one.
+void run_steps(Chunk& c, const Head& h, const std::vector<DeltaUpdate>& pending, Index tokens, const Values& values,
+               const DeltaUpdate* const* updates, const float* from, Index written, float* to) {
+    const Index before = Index(pending.size()), K = h.K, V = h.V;
+    const float* k[2 * delta_most];
+    float *d[2 * delta_most], decay[2 * delta_most], own[delta_most];
+    for (Index i = 0; i < before; i++) {
+        k[i] = pending[i].k + h.key_head * K;
+        d[i] = pending[i].d + h.head * V;
+        decay[i] = pending[i].decay[h.head];
+    }
+    for (Index t = 0; t < tokens; t++) {
+        const Index i = before + t;
+        k[i] = &c.k[t * K];
+        d[i] = updates[t] ? updates[t]->d + h.head * V : &c.d[t * V];
+        decay[i] = std::exp(c.g[t]);
+        own[t] = layer_kernels().dot(&c.q[t * K], k[i], K);
+        if (!updates[t]) continue;
+        updates[t]->decay[h.head] = decay[i];
+        if (h.writes_keys) std::memcpy(updates[t]->k + h.key_head * K, k[i], K * sizeof(float));
+    }
+    layer_kernels().delta_steps(to, from, V,
+                                {K, before, tokens, k, d, decay, c.q.data(), values.v, values.v_stride, values.o,
+                                 values.o_stride, c.beta, own, written, c.room.data()});
+}
+
+// One head's tokens. `ready(t0, tokens)` puts q and k of unit length, beta and g of tokens [t0, t0 + tokens) into the
+// chunk and says where their values are; `done(t0, tokens)` takes the answers. A long sequence goes in chunks up to the
+// first state that is kept and from there token by token; one of few tokens goes token by token from the start: in
+// pairs the sums have another order, and verifying must give the bits of decoding.
+template <class Ready, class Done>
+void run_tokens(Chunk& c, const Head& h, const DeltaSequence& s, Ready&& ready, Done&& done) {
+    static const std::vector<DeltaUpdate> nothing;
+    const bool few = s.tokens <= few_tokens;
+    const Index whole = few ? 0 : s.tokens - s.keep, at = h.head * h.size();
+    const float* from = s.state + at;
+    const auto* pending = &s.pending;
+    size_t next = 0;  // of the states that are written
+    if (!few) {
+        float* to = s.states_after[next++] + at;
+        if (!pending->empty() || whole == 0) {
+            run_steps(c, h, *pending, 0, {}, nullptr, from, 0, to);
+            from = to, pending = &nothing;
+        }
+        for (Index t = 0, tokens; t < whole; t += tokens, from = to) {
+            tokens = std::min(chunk_tokens, whole - t);
+            run_pairs(c, h, tokens, ready(t, tokens), from, to);
+            done(t, tokens);
+        }
+    }
+    const Index first_update = s.tokens - s.keep;
+    for (Index t = whole, tokens; t < s.tokens; t += tokens) {
+        tokens = std::min(delta_most, s.tokens - t);
+        const DeltaUpdate* updates[delta_most];
+        for (Index i = 0; i < tokens; i++)
+            updates[i] = t + i < first_update ? nullptr : &s.updates[t + i - first_update];
+        const bool writes = next < s.states_after.size();
+        const Index written = writes ? s.tokens - s.keep + Index(next) * delta_most - t : -1;
+        float* to = writes ? s.states_after[next++] + at : nullptr;
+        run_steps(c, h, *pending, tokens, ready(t, tokens), updates, from, written, to);
+        done(t, tokens);
+        from = to, pending = &nothing;
     }
 }
 
-// q, k and beta, g of the chunk are there, q and k of unit length; v and o are `v` and `o`.
-void run_delta(Chunk& c, Index tokens, Index K, Index V, const float* v, Index v_stride, float* o, Index o_stride,
-               const float* from, float* to, bool last) {
-    plan_steps(c, tokens, K);
-    layer_kernels().delta(to, from, V, {tokens, K, c.q.data(), c.k.data(), v, v_stride, o, o_stride, c.steps, last});
-}
-
-// Channels [first, first + n) of the tails after tokens - keep, ..., tokens tokens.
-void copy_tails(const DeltaNet& net, const DeltaSequence& s, Rows<const float> x, Index first, Index n) {
-    const Index C = net.channels(), rows = net.width - 1;
-    for (Index i = 0; i <= s.keep; i++)
-        for (Index row = 0; row < rows; row++) {
-            const Index token = s.tokens - s.keep + i + row - rows;
-            const float* from = token < 0 ? s.tail + (rows + token) * C : x[token];
-            std::memcpy(s.tails_after[i] + row * C + first, from + first, n * sizeof(float));
-        }
+// Channels [first, first + n) of the window.
+void copy_window(const DeltaNet& net, const DeltaSequence& s, Rows<const float> x, Index first, Index n) {
+    const Index C = net.channels(), before = net.width - 1;
+    for (Index row = 0; row < before + s.keep; row++) {
+        const Index token = s.tokens - s.keep + row - before;
+        const float* from = token < 0 ? s.tail + (before + token) * C : x[token];
+        std::memcpy(s.window + row * C + first, from + first, n * sizeof(float));
+    }
 }
 
 // Ask for n channels of some tokens' rows: they are far apart, so that the hardware does not see them coming.
@@ -107,18 +182,17 @@ void prefetch(Rows<const float> x, Index t0, Index t1, Index channel, Index n) {
         for (Index i = 0; i < n; i += 16) __builtin_prefetch(x[t] + channel + i, 0, 2);
 }
 
-void run_head(const DeltaNet& net, const DeltaSequence& s, Index start, Index head) {
+void run_head(const DeltaNet& net, const DeltaSequence& s, Index start, const Head& h) {
     const LayerKernels& kernels = layer_kernels();
-    const Index K = net.K, V = net.V, share = net.Hv / net.Hk;
-    const Index C = net.channels();
-    const Index q_at = head / share * K, k_at = net.Hk * K + q_at, v_at = 2 * net.Hk * K + head * V;
+    const Index K = net.K, V = net.V, C = net.channels(), head = h.head;
+    const Index q_at = h.key_head * K, k_at = net.Hk * K + q_at, v_at = 2 * net.Hk * K + head * V;
     const float q_scale = 1.0f / std::sqrt(float(K));
     const Rows<const float> x{net.qkv[start], net.qkv.stride};
-    const float* state = s.state + head * V * K;
-    for (Index i = 0; i < std::min(delta_ahead, V * K); i += 16) __builtin_prefetch(state + i);
+    const float* state = s.state + head * h.size();
+    for (Index i = 0; i < std::min(delta_ahead, h.size()); i += 16) __builtin_prefetch(state + i);
     Chunk& c = chunk_of_thread;
     c.resize(K, V);
-    each_chunk(s, head, V * K, [&](Index t0, Index tokens, const float* from, float* to) {
+    auto ready = [&](Index t0, Index tokens) -> Values {
         auto convolve = [&](float* y, Index channel, Index n) {
             kernels.conv_silu(y, n, x.data + channel, x.stride, s.tail + channel, C, net.conv + channel * net.width,
                               net.width, t0, t0 + tokens, n);
@@ -137,17 +211,19 @@ void run_head(const DeltaNet& net, const DeltaSequence& s, Index start, Index he
             c.g[t] = net.A[head] * softplus(net.a[row][head] + net.dt_bias[head]);
             c.beta[t] = sigmoid(net.b[row][head]);
         }
-        run_delta(c, tokens, K, V, c.v.data(), V, c.o.data(), V, from, to, t0 + tokens == s.tokens);
+        return {c.v.data(), V, c.o.data(), V};
+    };
+    run_tokens(c, h, s, ready, [&](Index t0, Index tokens) {
         for (Index t = 0; t < tokens; t++) {
             const Index row = start + t0 + t;
             kernels.rms_norm(net.out[row] + head * V, &c.o[t * V], net.norm, net.z[row] + head * V, V, net.eps);
         }
     });
-    if (head % share == 0) {
-        copy_tails(net, s, x, q_at, K);
-        copy_tails(net, s, x, k_at, K);
+    if (h.writes_keys) {
+        copy_window(net, s, x, q_at, K);
+        copy_window(net, s, x, k_at, K);
     }
-    copy_tails(net, s, x, v_at, V);
+    copy_window(net, s, x, v_at, V);
 }
 
 }  // namespace
@@ -158,27 +234,37 @@ void delta_net(const DeltaNet& net, const std::vector<DeltaSequence>& sequences)
     for (Index i = 1; i < count; i++) starts[i] = starts[i - 1] + sequences[i - 1].tokens;
     parallel_for(int(count * net.Hv), [&](int piece) {
         const Index i = piece / net.Hv;
-        run_head(net, sequences[i], starts[i], piece % net.Hv);
+        run_head(net, sequences[i], starts[i], head_of(piece % net.Hv, net.Hk, net.Hv, net.K, net.V));
     });
 }
 
 void delta_rule(const DeltaRule& rule, const DeltaSequence& s) {
-    const Index K = rule.K, V = rule.V, share = rule.Hv / rule.Hk;
+    const Index K = rule.K, V = rule.V;
     const float q_scale = 1.0f / std::sqrt(float(K));
     parallel_for(int(rule.Hv), [&](int head) {
+        const Head h = head_of(head, rule.Hk, rule.Hv, K, V);
         Chunk& c = chunk_of_thread;
         c.resize(K, V);
-        each_chunk(s, head, V * K, [&](Index t0, Index tokens, const float* from, float* to) {
+        auto ready = [&](Index t0, Index tokens) -> Values {
             for (Index t = 0; t < tokens; t++) {
-                const float* q = rule.q[t0 + t] + head / share * K;
+                const float* q = rule.q[t0 + t] + h.key_head * K;
                 for (Index i = 0; i < K; i++) c.q[t * K + i] = q[i] * q_scale;
-                std::memcpy(&c.k[t * K], rule.k[t0 + t] + head / share * K, K * sizeof(float));
+                std::memcpy(&c.k[t * K], rule.k[t0 + t] + h.key_head * K, K * sizeof(float));
                 c.g[t] = rule.g[t0 + t][head];
                 c.beta[t] = rule.beta[t0 + t][head];
             }
-            run_delta(c, tokens, K, V, rule.v[t0] + head * V, rule.v.stride, rule.out[t0] + head * V, rule.out.stride,
-                      from, to, t0 + tokens == s.tokens);
-        });
+            return {rule.v[t0] + head * V, rule.v.stride, rule.out[t0] + head * V, rule.out.stride};
+        };
+        run_tokens(c, h, s, ready, [](Index, Index) {});
+    });
+}
+
+void apply_updates(Index Hk, Index Hv, Index K, Index V, const DeltaSequence& s, float* to) {
+    parallel_for(int(Hv), [&](int head) {
+        const Head h = head_of(head, Hk, Hv, K, V);
+        Chunk& c = chunk_of_thread;
+        c.resize(K, V);
+        run_steps(c, h, s.pending, 0, {}, nullptr, s.state + head * h.size(), 0, to + head * h.size());
     });
 }
 

@@ -24,7 +24,7 @@
 namespace edgeq {
 
 extern const LayerKernels LAYERS;
-const LayerKernels LAYERS = {add_rows,  silu_mul, sigmoid_mul, rms_norm, l2_norm, dot,   rope,
-                             conv_silu, delta,    attend,      merge,    rotate,  to_f16};
+const LayerKernels LAYERS = {add_rows,  silu_mul, sigmoid_mul, rms_norm, l2_norm, dot,    rope,
+                             conv_silu, delta,    delta_steps, attend,   merge,   rotate, to_f16};
 
 }  // namespace edgeq

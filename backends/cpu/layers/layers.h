@@ -115,11 +115,32 @@ struct DeltaChunk {
     float* o;  // [tokens, o_stride]
     Index o_stride;
     const DeltaStep* steps;  // one for two tokens
-    bool last;               // no other token of the sequence comes right after
 };
 
-// Entries of a state that `delta` asks memory for in advance when only one token comes; the caller asks for the first.
+// What some tokens do to a state, one after another: S <- decay S + d k^T for each. First come the updates of tokens
+// before, whose d is known and which the state lacks, then tokens that answer: d = beta (v - decay S k) and
+// o = decay S q + d (q . k) of the state S before them. However the tokens are spread over calls and whatever the state
+// lacks, every number is the same, to the bit.
+struct DeltaSteps {
+    Index K, before, tokens;
+    const float* const* k;           // [before + tokens], each [K] and of unit length
+    float* const* d;                 // [before + tokens], each [rows]; the tokens' are written
+    const float* decay;              // [before + tokens]
+    const float* q;                  // [tokens, K], unit length times K^-0.5
+    const float* v;                  // [tokens, v_stride]
+    Index v_stride;
+    float* o;  // [tokens, o_stride]
+    Index o_stride;
+    const float *beta, *own;  // [tokens]; own = q . k
+    Index written;            // the state after so many of the tokens is wanted in `to`, or -1
+    float* room;              // [delta_tile, K] to work in
+};
+
+constexpr Index delta_tile = 16;  // rows of a state that are worked on at a time
+// Entries of a state that `delta_steps` asks memory for in advance; the caller asks for the first.
 constexpr Index delta_ahead = 4096;
+// Updates that a state may lack, and tokens that `delta_steps` is given, at most.
+constexpr Index delta_most = 32;
 
 constexpr Index conv_widest = 8;  // taps of the causal convolution in one pass; Qwen3.5 has 4
 
@@ -143,6 +164,8 @@ struct LayerKernels {
                       const float* w, Index width, Index t0, Index t1, Index n);
     // Move `rows` rows of a state [rows, K] on by the chunk: from -> to, which may be the same.
     void (*delta)(float* to, const float* from, Index rows, const DeltaChunk& chunk);
+    // The same token by token; `to` takes the state that is wanted.
+    void (*delta_steps)(float* to, const float* from, Index rows, const DeltaSteps& steps);
     void (*attend)(const Attend& a);
     // Add the sums over more keys, `more`, to those over the keys before them, `all`. Before any keys the peak is
     // no_peak and the rest zero. A row that saw none of the keys stays as it is.
@@ -169,14 +192,30 @@ struct Rows {
     T* operator[](Index row) const { return data + row * stride; }
 };
 
-// One sequence of a DeltaNet layer. The arrays after are those after all but the last keep, ..., 0 tokens.
+// What a token did to the states of all heads: S <- decay S + d k^T.
+struct DeltaUpdate {
+    float *k, *d, *decay;  // [Hk, K], [Hv, V], [Hv]
+};
+
+// One sequence of a DeltaNet layer. Whole states are dear: 18 of the 0.8B's layers are 19 MB, the updates of a token
+// 0.3 MB. So a state is one that was written at some time, and the updates since.
 struct DeltaSequence {
     Index tokens, keep;
-    const float* tail;                // [width - 1, C]
-    const float* state;               // [Hv, V, K]
-    std::vector<float*> tails_after;  // keep + 1 of them
-    std::vector<float*> states_after;
+    const float* tail;                 // [width - 1, C]
+    const float* state;                // [Hv, V, K]
+    std::vector<DeltaUpdate> pending;  // which it lacks, at most delta_most
+    // [width - 1 + keep, C]: a window of the inputs, of which width - 1 rows from row i on are the tail after all but the
+    // last keep - i tokens.
+    float* window;
+    std::vector<float*> states_after;  // after all but the last keep tokens, delta_most tokens later, and so on
+    std::vector<DeltaUpdate> updates;  // of the last keep tokens
 };
+
+// How many states a sequence writes.
+static inline Index states_written(Index keep) { return keep ? 1 + (keep - 1) / delta_most : 1; }
+
+// to [Hv, V, K] <- the state with all that it lacks; of the sequence only what comes in is read.
+void apply_updates(Index Hk, Index Hv, Index K, Index V, const DeltaSequence& sequence, float* to);
 
 struct DeltaNet {
     Index Hk, Hv, K, V, width;
