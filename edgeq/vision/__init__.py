@@ -16,20 +16,26 @@ if TYPE_CHECKING:
     from edgeq.vision.patches import Patches
     from edgeq.vision.settings import processor_of
     from edgeq.vision.sizes import image_size, sample_frames, tokens_of, video_size
-    from edgeq.vision.visual import Visual, preprocess, read_image
+    from edgeq.vision.video import OpenVideo, open_video
+    from edgeq.vision.visual import Visual, frames_of, preprocess, preprocess_video, read_image, read_video
 
 _LAZY = {
     "FAMILY": "edgeq.processor",
     "OpenImage": "edgeq.vision.images",
+    "OpenVideo": "edgeq.vision.video",
     "Patches": "edgeq.vision.patches",
     "PixelConfig": "edgeq.processor",
     "ProcessorConfig": "edgeq.processor",
     "Visual": "edgeq.vision.visual",
+    "frames_of": "edgeq.vision.visual",
     "image_size": "edgeq.vision.sizes",
     "open_image": "edgeq.vision.images",
+    "open_video": "edgeq.vision.video",
     "preprocess": "edgeq.vision.visual",
+    "preprocess_video": "edgeq.vision.visual",
     "processor_of": "edgeq.vision.settings",
     "read_image": "edgeq.vision.visual",
+    "read_video": "edgeq.vision.visual",
     "sample_frames": "edgeq.vision.sizes",
     "tokens_of": "edgeq.vision.sizes",
     "video_size": "edgeq.vision.sizes",
@@ -38,15 +44,20 @@ _LAZY = {
 __all__ = [
     "FAMILY",
     "OpenImage",
+    "OpenVideo",
     "Patches",
     "PixelConfig",
     "ProcessorConfig",
     "Visual",
+    "frames_of",
     "image_size",
     "open_image",
+    "open_video",
     "preprocess",
+    "preprocess_video",
     "processor_of",
     "read_image",
+    "read_video",
     "sample_frames",
     "tokens_of",
     "video_size",

@@ -29,14 +29,25 @@ from edgeq.vision.resize import Rows, UInt8
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["FORMATS", "MEMORY", "OpenImage", "Source", "open_image", "opened_file", "pillow"]
+__all__ = [
+    "FORMATS",
+    "MEMORY",
+    "Array",
+    "ArrayRows",
+    "OpenImage",
+    "Source",
+    "open_image",
+    "opened",
+    "opened_file",
+    "pillow",
+]
 
 Array = NDArray[Any]
 Source = Any
 """bytes, a path, a data: URL, a binary file, a Pillow image, or an array uint8 [h, w], [h, w, 3] or [h, w, 4]."""
 
 MEMORY = 512 << 20  # bytes that decoding an image may take, unless a caller says otherwise
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 _HINT = "give an image that opens elsewhere, saved again as PNG or JPEG"
 _ORIENTATION = 0x0112  # of EXIF
@@ -83,7 +94,7 @@ class OpenImage:
         """
         image = self._image
         if isinstance(image, np.ndarray):
-            return _ArrayRows(image)
+            return ArrayRows(image)
         if self._file is not None:
             fits = next((by for by in (1, 2, 4, 8) if self._needed(by) <= self._memory), 0)
             if not fits or (fits > 1 and any(have // fits < want for have, want in zip(self.size, size, strict=True))):
@@ -93,6 +104,22 @@ class OpenImage:
         with _decoding(self.name):
             image.load()
         return _ImageRows(image, self._orientation, self.name)
+
+    def durations(self) -> Iterator[float]:
+        """Milliseconds of each frame of an animation; 0 where it does not say."""
+        assert not isinstance(self._image, np.ndarray)
+        with _decoding(self.name):
+            for i in range(getattr(self._image, "n_frames", 1)):
+                self._image.seek(i)
+                if self._image.format == "WEBP":
+                    self._image.load()  # which alone tells
+                yield max(float(self._image.info.get("duration") or 0), 0)
+
+    def seek(self, frame: int) -> None:
+        """Make `decoded` give another frame of an animation."""
+        assert not isinstance(self._image, np.ndarray)
+        with _decoding(self.name):
+            self._image.seek(frame)
 
     def _needed(self, reduced: int) -> int:
         """Bytes that decoding takes, at most, at a size that is reduced so many times if the format can do that."""
@@ -111,7 +138,7 @@ class OpenImage:
         return needed
 
 
-class _ArrayRows:
+class ArrayRows:
     """Rows of an array uint8 [h, w], or [h, w, 1, 3 or 4]."""
 
     def __init__(self, array: Array) -> None:
@@ -159,7 +186,7 @@ def open_image(source: Source, *, name: str | None = None, memory: int | None = 
     file, called = opened_file(source, "image")
     called = name or called
     try:
-        return _open(file, called, MEMORY if memory is None else memory)
+        return opened(file, called, MEMORY if memory is None else memory)
     except BaseException:
         file.close()
         raise
@@ -204,7 +231,8 @@ def pillow() -> Any:
     return Image
 
 
-def _open(file: BinaryIO, name: str, memory: int) -> OpenImage:
+def opened(file: BinaryIO, name: str, memory: int) -> OpenImage:
+    """An image in a file, which is closed with it."""
     head = file.read(32)
     file.seek(0)
     if (canvas := _webp_canvas(head)) and 12 * canvas[0] * canvas[1] > memory:

@@ -50,9 +50,9 @@ class _Block(NamedTuple):
     weights: NDArray[np.floating]
 
 
-def resize(picture: Rows, size: tuple[int, int]) -> UInt8:
-    """`picture` in another size (height, width): uint8 [3, height, width]."""
-    out = np.empty((3, *size), np.uint8)
+def resize(picture: Rows, size: tuple[int, int], out: UInt8 | None = None) -> UInt8:
+    """`picture` in another size (height, width): uint8 [3, height, width], put into `out` if that is given."""
+    out = np.empty((3, *size), np.uint8) if out is None else out
     for first, strip in resized_strips(picture, size):
         out[:, first : first + strip.shape[1]] = strip
     return out

@@ -14,7 +14,7 @@ from edgeq.errors import MediaError, UsageError
 from edgeq.processor import ProcessorConfig
 from edgeq.vision.settings import Config, processor_of
 
-__all__ = ["ASSUMED_FPS", "grid_of", "image_size", "limited", "sample_frames", "tokens_of", "video_size"]
+__all__ = ["ASSUMED_FPS", "grid_of", "image_size", "limited", "sample_frames", "timestamps", "tokens_of", "video_size"]
 
 ASSUMED_FPS = 24.0  # of frames that nothing is known of
 _RATIO = 200  # of the longer side to the shorter

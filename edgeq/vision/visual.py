@@ -12,9 +12,10 @@ from edgeq.vision.images import Source, open_image
 from edgeq.vision.patches import Patches
 from edgeq.vision.resize import resize
 from edgeq.vision.settings import Config, Kind, processor_of
-from edgeq.vision.sizes import image_size
+from edgeq.vision.sizes import ASSUMED_FPS, image_size, sample_frames, timestamps, video_size
+from edgeq.vision.video import OpenVideo, open_video
 
-__all__ = ["Visual", "digest_of", "preprocess", "read_image"]
+__all__ = ["Visual", "digest_of", "frames_of", "preprocess", "preprocess_video", "read_image", "read_video"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -78,6 +79,57 @@ def read_image(
         frames = resize(opened.decoded(size), size)[None]
         patches = Patches(frames, c, c.image)
         return Visual("image", patches, digest_of(patches), opened.name, opened.size)
+
+
+def preprocess_video(
+    frames: Source, config: Config = None, fps: float | None = None, sample: bool = True, *,
+    rate: float | None = None, max_frames: int | None = None, min_pixels: int | None = None,
+    max_pixels: int | None = None, video_tokens: int | None = None, memory: int | None = None,
+) -> tuple[Float32, tuple[int, int, int]]:  # fmt: skip
+    """A video as the vision tower takes it: pixel_values, float32 [patches, 1536], and their grid.
+
+    frames: a sequence of images of one size, an array uint8 [frames, h, w, 3], or anything that `open_video` opens.
+    fps: frames in a second, as they are given; 24 where nothing is known. sample: take some of them, as `sample_frames`
+    says with `rate` and `max_frames`; otherwise all. One frame, or an odd last one, counts twice. Limits are for all
+    frames together, see `video_size`.
+    """
+    visual = read_video(
+        frames, config, fps=fps, sample=sample, rate=rate, max_frames=max_frames, min_pixels=min_pixels,
+        max_pixels=max_pixels, video_tokens=video_tokens, memory=memory,
+    )  # fmt: skip
+    return visual.pixel_values, visual.grid
+
+
+def read_video(
+    video: Source, config: Config = None, *, fps: float | None = None, sample: bool = True, rate: float | None = None,
+    max_frames: int | None = None, min_pixels: int | None = None, max_pixels: int | None = None,
+    video_tokens: int | None = None, memory: int | None = None, name: str | None = None,
+) -> Visual:  # fmt: skip
+    """The same as a `Visual`. Frames are resized as they come; all of them together are there only in the new size."""
+    c = processor_of(config)
+    with open_video(video, fps=fps, name=name, memory=memory) as opened:
+        indices, seconds = frames_of(opened, c, sample=sample, rate=rate, max_frames=max_frames)
+        size = video_size(
+            len(indices), *opened.size, c, min_pixels=min_pixels, max_pixels=max_pixels, video_tokens=video_tokens
+        )
+        frames = np.empty((len(indices), 3, *size), np.uint8)
+        for frame, picture in zip(frames, opened.frames(indices), strict=True):
+            resize(picture, size, out=frame)
+        patches = Patches(frames, c, c.video)
+        digest = digest_of(patches)
+        return Visual("video", patches, digest, opened.name, opened.size, tuple(seconds), len(indices))
+
+
+def frames_of(
+    opened: OpenVideo, config: Config = None, *, sample: bool = True, rate: float | None = None,
+    max_frames: int | None = None,
+) -> tuple[list[int], list[float]]:  # fmt: skip
+    """Which frames of an open video are taken, and the times of its temporal patches; see `sample_frames`."""
+    c = processor_of(config)
+    if sample and c.do_sample_frames:
+        return sample_frames(opened.total, opened.fps, c, rate=rate, max_frames=max_frames)
+    indices = list(range(opened.total))
+    return indices, timestamps(indices, opened.fps or ASSUMED_FPS, c)
 
 
 def digest_of(patches: Patches) -> bytes:
