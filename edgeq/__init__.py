@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from edgeq.generate import GenerationSettings
     from edgeq.quant import quantize
     from edgeq.session.chat import Chat
+    from edgeq.session.prompt import Prompt
     from edgeq.session.reply import Reply, Usage
+    from edgeq.session.visual import Visual, VisualSettings
     from edgeq.text.channels import Piece
 
 _LAZY = {
@@ -38,8 +40,11 @@ _LAZY = {
     "GenerationSettings": "edgeq.generate",
     "Model": "edgeq.api",
     "Piece": "edgeq.text.channels",
+    "Prompt": "edgeq.session.prompt",
     "Reply": "edgeq.session.reply",
     "Usage": "edgeq.session.reply",
+    "Visual": "edgeq.session.visual",
+    "VisualSettings": "edgeq.session.visual",
     "load": "edgeq.api",
     "quantize": "edgeq.quant",
 }
@@ -54,10 +59,13 @@ __all__ = [
     "ModelError",
     "NetworkError",
     "Piece",
+    "Prompt",
     "QualityError",
     "Reply",
     "Usage",
     "UsageError",
+    "Visual",
+    "VisualSettings",
     "__version__",
     "load",
     "quantize",

@@ -25,12 +25,15 @@ from edgeq.generate import Decoding, GenerationSettings
 from edgeq.hub import find_model
 from edgeq.session.context import Context, Progress
 from edgeq.session.language import Language
+from edgeq.session.prompt import Prompt
 from edgeq.session.reply import PlainText, Reply
+from edgeq.session.sight import Sight
 from edgeq.state import State
 
 if TYPE_CHECKING:
     from edgeq.session.chat import Chat
-    from edgeq.text.template import ChatTemplate
+    from edgeq.session.visual import VisualSettings
+    from edgeq.text.template import ChatTemplate, Message
     from edgeq.text.tokenizer import Tokenizer
 
 __all__ = ["Model", "load"]
@@ -72,6 +75,7 @@ class Model:
         self.language = Language(checkpoint)
         self.engine = Engine(checkpoint, ops, context=context)
         self.checkpoint, self.ops, self.config = checkpoint, ops, checkpoint.config
+        self.sight = Sight(self.engine)
         if tokenizer := self.language.tokenizer:
             self.engine.ledger.open("tokenizer tables", lambda: tokenizer.nbytes, mapped=True)
 
@@ -110,25 +114,32 @@ class Model:
         """The state of an empty sequence."""
         return self.engine.state()
 
-    def forward(self, ids: Sequence[int], state: State[Any]) -> tuple[Float32, State[Any]]:
-        """Run `ids` from `state`: the logits after the last of them, float32 [vocab_size], and the new state.
+    def forward(
+        self, ids: Sequence[int], state: State[Any] | None = None, *, visuals: Sequence[Any] = ()
+    ) -> tuple[Float32, State[Any]]:
+        """Run `ids` from `state` (None: from the beginning): the logits after the last of them, float32 [vocab_size],
+        and the new state.
+
+        visuals: pictures as (kind, pixel_values, grid), in the order of the tokens in `ids` that stand for them; see
+        `edgeq.vision.preprocess` and `prompt`. Without them all ids are tokens like any other.
 
         `state` stays valid. Any split of the tokens over calls gives the same result up to rounding, and one at
-        multiples of `engine.chunk` exactly the same. Raises UsageError for ids outside of the vocabulary and for a
-        state of another model, MemoryBudgetError where the context is full.
+        multiples of `engine.chunk` exactly the same. Raises UsageError for ids outside of the vocabulary, pictures that
+        do not fit their tokens and a state of another model, MemoryBudgetError where the context is full.
         """
-        context = self._context(state)
-        return context.feed(ids)[-1], context.state
+        return self._run(ids, state, visuals, rows=1)
 
-    def advance(self, ids: Sequence[int], state: State[Any]) -> State[Any]:
+    def advance(
+        self, ids: Sequence[int], state: State[Any] | None = None, *, visuals: Sequence[Any] = ()
+    ) -> State[Any]:
         """The state after `ids`; skips the LM head."""
-        context = self._context(state)
-        context.feed(ids, rows=0)
-        return context.state
+        return self._run(ids, state, visuals, rows=0)[1]
 
-    def logits(self, ids: Sequence[int]) -> Float32:
+    def logits(self, ids: Sequence[int], *, visuals: Sequence[Any] = ()) -> Float32:
         """Logits after each of `ids` from an empty state: float32 [len(ids), vocab_size]."""
-        return Context(self.engine).feed(ids, rows=len(ids))
+        context = Context(self.engine, sight=self.sight)
+        tokens = self.engine.checked_ids(ids, context.state)
+        return context.feed(tokens, rows=len(tokens), places=self.sight.places(tokens, visuals))
 
     def mtp_logits(self, ids: Sequence[int]) -> Float32:
         """What the MTP head says after each token but the first: float32 [len(ids) - 1, vocab_size], whose row k
@@ -143,51 +154,87 @@ class Model:
         """
         return self.engine.mtp_draft(ids, n)
 
-    def _context(self, state: State[Any]) -> Context:
-        self.engine.check_state(state)  # None would stand for an empty one
-        return Context(self.engine, state)
+    def _run(
+        self, ids: Sequence[int], state: State[Any] | None, visuals: Sequence[Any], rows: int
+    ) -> tuple[Float32, State[Any]]:
+        if state is not None:
+            self.engine.check_state(state)
+        context = Context(self.engine, state, sight=self.sight)
+        tokens, before = self.engine.checked_ids(ids, context.state), context.state
+        places = self.sight.places(tokens, visuals, start=before.length, position=before.next_position)
+        logits = context.feed(tokens, rows, places)
+        return logits[-1] if rows else logits, context.state
 
     # --- text --------------------------------------------------------------------------------------------------------
 
+    def prompt(
+        self, messages: Sequence[Message] | str, thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None, *, visual_settings: VisualSettings | None = None,
+        add_vision_id: bool = False,
+    ) -> Prompt:  # fmt: skip
+        """The prompt for a reply to a history, by the chat template: ids, their positions, and the pictures.
+
+        messages: [{"role": "user", "content": text, or a list of parts}, ...]; a part is {"type": "text", "text": ...},
+        {"type": "image", "image": path, bytes, data URL, PIL image or array}, {"type": "video", "video": path or
+        frames}, or what OpenAI's interfaces have in their place. thinking: None is the template's default.
+        visual_settings: None is the checkpoint's own limits. add_vision_id: number the pictures ("Picture 1: ").
+        """
+        from edgeq.session.history import make_prompt  # its templates' library takes 25 ms and 8 MB
+
+        return make_prompt(
+            self.language, self.sight, messages, thinking=thinking, tools=tools, settings=visual_settings,
+            add_vision_id=add_vision_id,
+        )  # fmt: skip
+
     def generate(
-        self, prompt: str | Sequence[int], *, settings: GenerationSettings | None = None, ignore_eos: bool = False,
-        draft: str | int = "auto", on_prefill: Progress | None = None, **options: Any,
+        self, prompt: str | Sequence[int] | Prompt, *, settings: GenerationSettings | None = None,
+        ignore_eos: bool = False, draft: str | int = "auto", on_prefill: Progress | None = None,
+        on_look: Progress | None = None, **options: Any,
     ) -> Reply:  # fmt: skip
-        """Continue a text or token ids as they are, without a chat template; iterate over the result's pieces.
+        """Continue a text or token ids as they are, without a chat template, or a Prompt; iterate over the result's
+        pieces.
 
         draft: how tokens are drafted, which changes the speed and not the text: "auto", "off", "mtp", "ngram", or a
         number of drafts for every pass (docs/guides/drafts.md).
 
         `options` are fields of GenerationSettings (temperature, top_p, max_tokens, seed, stop, ...). Special tokens
         spelled in a text are text; give ids to use them. `ignore_eos` keeps generating after an end token.
+        on_prefill, on_look (done, total): called while a long prompt goes through the model, and pictures through the
+        tower.
         """
-        ids = self.language.need_tokenizer().encode(prompt) if isinstance(prompt, str) else _listed(prompt)
+        given, visuals = (prompt.ids, prompt.visuals) if isinstance(prompt, Prompt) else (prompt, ())
+        ids = self.language.need_tokenizer().encode(given) if isinstance(given, str) else _listed(given)
+        places = self.sight.places(ids, visuals)
+        if isinstance(prompt, Prompt) and not np.array_equal(prompt.positions, Prompt.of(ids, places).positions):
+            raise UsageError("the prompt's positions do not belong to its ids", hint="make it with model.prompt")
         chosen = (settings or GenerationSettings()).replace(**options)
-        context = Context(self.engine, speculation=self.language.speculation(self.engine, draft), on_prefill=on_prefill)
+        context = Context(
+            self.engine, sight=self.sight, speculation=self.language.speculation(self.engine, draft),
+            on_prefill=on_prefill, on_look=on_look,
+        )  # fmt: skip
         decoding = Decoding(
             ids, self.language.sampler(chosen), room=context.room, eos_ids=() if ignore_eos else self.eos_ids
         )
-        tokens = context.tokens(decoding)
+        tokens = context.tokens(decoding, places)
         return Reply(decoding, PlainText(self.tokenizer), tokens, chosen.stop, cached=0, prompt=len(ids))
 
     def chat(
         self, *, thinking: bool | None = None, system: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None, settings: GenerationSettings | None = None,
-        draft: str | int = "auto", on_prefill: Progress | None = None, **options: Any,
+        visual_settings: VisualSettings | None = None, draft: str | int = "auto", on_prefill: Progress | None = None,
+        on_look: Progress | None = None, **options: Any,
     ) -> Chat:  # fmt: skip
-        """Start a conversation. thinking: None is the chat template's default. See `edgeq.session.chat.Chat`."""
+        """Start a conversation. thinking: None is the chat template's default; visual_settings: None is 1,024 tokens
+        for an image, and 128 frames and 4,096 tokens for a video. See `edgeq.session.chat.Chat`.
+        """
         from edgeq.session.chat import Chat  # its templates' library takes 25 ms and 8 MB
+        from edgeq.session.visual import CHAT_VISUALS
 
         return Chat(
-            self,
-            thinking=thinking,
-            system=system,
-            tools=tools,
-            settings=settings,
-            draft=draft,
-            on_prefill=on_prefill,
+            self, thinking=thinking, system=system, tools=tools, settings=settings,
+            visual_settings=visual_settings or CHAT_VISUALS, draft=draft, on_prefill=on_prefill, on_look=on_look,
             **options,
-        )
+        )  # fmt: skip
 
 
 def _listed(ids: object) -> list[int]:

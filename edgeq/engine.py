@@ -1,9 +1,9 @@
 """The engine: weights on a backend, and the only caller of the model.
 
-What is to be run is a list of feeds, one for each sequence: its state, its tokens (or vectors that are ready, such as
-an image's, with their positions), how many states to keep, and how many rows of logits are wanted. Prompts, single
-tokens and drafts to be verified are all feeds, and may share a call. What a call promises about its results is the
-exactness contract of `edgeq.backends.ops`.
+What is to be run is a list of feeds, one for each sequence: its state, its tokens (some of them with vectors that are
+ready, such as an image's, in their place, and all with their positions), how many states to keep, and how many rows of
+logits are wanted. Prompts, single tokens and drafts to be verified are all feeds, and may share a call. What a call
+promises about its results is the exactness contract of `edgeq.backends.ops`.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Feed(Generic[A]):
     """What one sequence is given in a call.
 
     state: where it goes on from.
-    ids: its next tokens, int32 [T], T at least 1; with `embeddings` they are not looked up.
-    embeddings: vectors [T, hidden] in place of the tokens'.
+    ids: its next tokens, int32 [T], T at least 1.
+    inserts: (row, vectors [n, hidden]): n tokens from that row on have these in place of their own; in order.
     positions: int32 [3, T] (time, height, width); None is text, one position after another.
     keep: states wanted beside the last, those after all but the last keep, ..., 1 tokens; at most T.
     rows: logits wanted, those after the last `rows` tokens, at most T; 0 leaves the head out.
@@ -59,7 +59,7 @@ class Feed(Generic[A]):
 
     state: State[A]
     ids: Ids
-    embeddings: A | None = None
+    inserts: Sequence[tuple[int, A]] = ()
     positions: NDArray[np.int32] | None = None
     keep: int = 0
     rows: int = 1
@@ -336,13 +336,20 @@ class Engine(Generic[A, M]):
         return all(type(mine) is type(theirs) for mine, theirs in zip(self.state().layers, state.layers, strict=True))
 
     def _embed(self, feeds: Sequence[Feed[A]]) -> A:
-        if all(feed.embeddings is None for feed in feeds):
-            each = [feed.ids for feed in feeds]
-            return text.embed(self.ops, self._text, each[0] if len(each) == 1 else np.concatenate(each))
-        return self.ops.concat([
-            text.embed(self.ops, self._text, feed.ids) if feed.embeddings is None else feed.embeddings
-            for feed in feeds
-        ])  # fmt: skip
+        each = [feed.ids for feed in feeds]
+        x = text.embed(self.ops, self._text, each[0] if len(each) == 1 else np.concatenate(each))
+        starts = (rows.start for rows in spans(list(map(len, each))))
+        inserts = [(start + row, x) for start, feed in zip(starts, feeds, strict=True) for row, x in feed.inserts]
+        return self._replaced(x, inserts) if inserts else x
+
+    def _replaced(self, x: A, inserts: Sequence[tuple[int, A]]) -> A:
+        """x [T, hidden] with vectors in place of the rows from each of the places on."""
+        parts, done = list[A](), 0
+        for row, vectors in inserts:
+            parts += [x[done:row], vectors] if row > done else [vectors]
+            done = row + vectors.shape[0]
+        assert done <= x.shape[0], "more would be its neighbour's in the call"
+        return self.ops.concat([*parts, x[done:]] if done < x.shape[0] else parts)
 
     def _read_out(self, hidden: A, wanted: Sequence[tuple[int, int]]) -> list[Float32]:
         """The logits of each feed: those of `rows` rows of hidden [T, hidden] before row `end`."""

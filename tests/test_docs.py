@@ -154,6 +154,7 @@ def work(tmp_path: Path, desk: Path) -> Path:
     """An empty folder but for the files that the documents name, and an environment such as tools/start makes."""
     (tmp_path / "build.log").write_text("error: no such file\n")
     (tmp_path / "prompt.txt").write_text("What is 7 * 8?\n")
+    shutil.copy(DEMO / "picture.png", tmp_path / "photo.jpg")  # what is in it counts, not what it is called
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").write_text(f'export PATH="{desk / "bin"}:$PATH"\n')
     return tmp_path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,16 @@ class TestFeeds:
     def test_vectors_stand_in_for_tokens(self, model: Model) -> None:
         engine, tokens = model.engine, ids(7)
         vectors = text.embed(engine.ops, engine.weights.text, tokens)
-        looked_up, ready = (Feed(engine.state(), tokens), Feed(engine.state(), tokens, embeddings=vectors))
-        assert np.array_equal(engine.run([looked_up])[0].logits, engine.run([ready])[0].logits)
-        mixed = engine.run([ready, Feed(engine.state(), ids(3, 1))])
-        assert nmse(engine.run([ready])[0].logits, mixed[0].logits) <= ROUNDING
+        looked_up = engine.run([Feed(engine.state(), tokens)])[0].logits
+        others = np.zeros(7, np.int32)
+        for cuts in ([0, 7], [0, 2, 4, 7]):
+            inserts = [(a, vectors[a:b]) for a, b in pairwise(cuts)]
+            assert np.array_equal(engine.run([Feed(engine.state(), others, inserts)])[0].logits, looked_up)
+        others[[0, 3, 6]] = tokens[[0, 3, 6]]
+        ready = Feed(engine.state(), others, [(1, vectors[1:3]), (4, vectors[4:6])])
+        assert np.array_equal(engine.run([ready])[0].logits, looked_up)
+        mixed = engine.run([Feed(engine.state(), ids(3, 1)), ready, Feed(engine.state(), ids(3, 1))])
+        assert nmse(looked_up, mixed[1].logits) <= ROUNDING
 
     def test_positions_of_an_image_decide_where_text_goes_on(self, model: Model) -> None:
         engine = model.engine
@@ -179,7 +186,7 @@ class TestStates:
             state._replace(origin="", layers=(first._replace(matrix=np.zeros((1, 2, 3))), *state.layers[1:])),
         ):  # fmt: skip
             self.refused(model, broken, "does not fit the model")
-        for nothing in (None, 3, (state.layers, 3, 3), "state"):
+        for nothing in (3, (state.layers, 3, 3), "state"):
             self.refused(model, nothing, "a state is expected")
 
     def test_changed_by_hand(self, model: Model) -> None:

@@ -188,10 +188,6 @@ class TestChat:
         assert list(chat.ids) == before
         list(chat.send("ok"))
 
-    def test_images_are_refused_plainly(self, model: Model) -> None:
-        with pytest.raises(UsageError, match="reads text only"):
-            model.chat().send("what is this?", images=["cat.png"])
-
     @settings(max_examples=10, deadline=None)
     @given(
         turns=st.lists(st.tuples(st.text(max_size=20), st.booleans()), min_size=1, max_size=4), seed=st.integers(0, 99)

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
+from edgeq.cli.boxes import check_drawing
 from edgeq.cli.console import prefill_bar, show_json
-from edgeq.cli.options import ConversationOptions, ModelOptions, PromptOptions, SamplingOptions, command, option
+from edgeq.cli.options import (
+    ConversationOptions,
+    ModelOptions,
+    PromptOptions,
+    SamplingOptions,
+    VisualOptions,
+    command,
+    option,
+)
+from edgeq.cli.pictures import announce, by_kind, check_one, draw_boxes_of
 from edgeq.cli.reply import reply_object, show_reply
 from edgeq.session.chat import Chat
+from edgeq.session.reply import Reply
+from edgeq.session.visual import Visual
 
 __all__ = ["chat"]
 
@@ -20,6 +34,17 @@ def chat(
     as_json: Annotated[
         bool, option("--json", env=False, help="Print the reply as one JSON object (single prompt only).")
     ] = False,
+    draw_boxes: Annotated[
+        Path | None,
+        option(
+            "--draw-boxes",
+            metavar="FILE",
+            default="none",
+            env=False,
+            help="Draw the reply's boxes and points on the image (single prompt only).",
+        ),
+    ] = None,
+    visuals: VisualOptions,
     conversation: ConversationOptions,
     sampling: SamplingOptions,
     model: ModelOptions,
@@ -28,6 +53,7 @@ def chat(
 
     \b
     edgeq chat demo
+    edgeq chat demo --image demo -p "How many figures are there?"
     edgeq chat Qwen/Qwen3.5-2B --think --thinking-budget 512
     cat build.log | edgeq chat Qwen/Qwen3.5-2B -p "Why did this fail?"
 
@@ -35,26 +61,35 @@ def chat(
     or piped input it answers once. The answer goes to stdout, thinking and statistics to stderr. Recommended sampling
     is that of the checkpoint's generation_config.json, or else of the model card for the mode.
     """
-    one_shot = prompt.given or as_json or not sys.stdin.isatty()
-    text = prompt.text() if one_shot else ""
-    options = {**conversation.given(), **sampling.given()}
+    one_shot = prompt.given or as_json or draw_boxes is not None or not sys.stdin.isatty()
+    text = prompt.text(stdin=not visuals.takes_stdin) if one_shot else ""
+    options = {**conversation.given(), **sampling.given(), "visual_settings": visuals.settings()}
+    if draw_boxes is not None:
+        check_drawing(draw_boxes)
+        check_one(visuals.image or ())
+    images, videos = visuals.named()
     loaded = model.load()
-    with prefill_bar() as bar:
-        talk = loaded.chat(draft=model.draft, on_prefill=bar, **options)
+    with prefill_bar() as reading, prefill_bar("looking", patience=0) as looking:
+        talk = loaded.chat(draft=model.draft, on_prefill=reading, on_look=looking, **options)
+        opened = talk.open(text, images, videos)
         if one_shot:
-            answer_once(talk, text, as_json=as_json)
+            reply = answer_once(talk, text, opened, as_json=as_json)
+            if draw_boxes is not None:
+                draw_boxes_of(reply.text, images[0], draw_boxes)
         else:
             from edgeq.cli.repl import Repl  # line editing is a large library that one shot does not need
 
-            Repl(talk, model.name).run()
+            Repl(talk, model.name, attached=opened).run()
 
 
-def answer_once(conversation: Chat, text: str, *, as_json: bool) -> None:
+def answer_once(conversation: Chat, text: str, visuals: Sequence[Visual], *, as_json: bool) -> Reply:
     """One question, one answer."""
-    reply = conversation.send(text)
+    announce(conversation.model, visuals)
+    reply = conversation.send(text, **by_kind(visuals))
     if as_json:
         for _ in reply:
             pass
         show_json(reply_object(reply))
     elif not show_reply(reply, conversation.model.engine.ops):
         raise KeyboardInterrupt
+    return reply

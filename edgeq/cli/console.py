@@ -123,16 +123,19 @@ def new_bar(*columns: str | ProgressColumn) -> Progress | None:
 
 
 class PrefillBar:
-    """A progress bar over a long prompt: shown on a terminal once it has taken a second, gone when it is done."""
+    """A progress bar over a long prompt, or the tower's work on pictures, as `what` says: shown on a terminal once it
+    has taken `patience` seconds, gone when it is done.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "prefill", patience: float = 1) -> None:
+        self._what, self._patience = what, patience
         self._bar: Progress | None = None
         self._started = monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         if done == 0:
             self._started = monotonic()
-        if self._bar is None and done < total and monotonic() - self._started > 1:
+        if self._bar is None and done < total and monotonic() - self._started >= self._patience:
             self._open(total)
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done)
@@ -148,16 +151,16 @@ class PrefillBar:
     def _open(self, total: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("prefill"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (TextColumn(self._what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = new_bar(*columns)
         if self._bar is not None:
             self._bar.add_task("", total=total)
 
 
 @contextmanager
-def prefill_bar() -> Iterator[PrefillBar]:
+def prefill_bar(what: str = "prefill", patience: float = 1) -> Iterator[PrefillBar]:
     """A PrefillBar that is gone afterwards, however the work ended."""
-    bar = PrefillBar()
+    bar = PrefillBar(what, patience)
     try:
         yield bar
     finally:

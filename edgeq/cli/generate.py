@@ -6,9 +6,11 @@ import sys
 from typing import Annotated
 
 from edgeq.cli.console import dim, for_terminal, prefill_bar, show_json
-from edgeq.cli.options import ModelOptions, PromptOptions, SamplingOptions, command, option
+from edgeq.cli.options import ModelOptions, PromptOptions, SamplingOptions, VisualOptions, command, option
+from edgeq.cli.pictures import announce
 from edgeq.cli.reply import reply_object, usage_line
 from edgeq.generate import GenerationSettings
+from edgeq.session.prompt import completion_prompt
 
 __all__ = ["generate"]
 
@@ -23,6 +25,7 @@ def generate(
     as_json: Annotated[
         bool, option("--json", env=False, help="Print the reply as one JSON object instead of its text.")
     ] = False,
+    visuals: VisualOptions,
     sampling: SamplingOptions = _DEFAULTS,
     model: ModelOptions,
 ) -> None:
@@ -31,12 +34,17 @@ def generate(
     \b
     edgeq generate Qwen/Qwen3.5-2B-Base -p "The capital of France is" --max-tokens 20
 
-    The prompt comes from --prompt, a file or stdin; several are joined. The completion goes to stdout.
+    The prompt comes from --prompt, a file or stdin; several are joined. Pictures come before it. The completion goes to
+    stdout.
     """
-    text, options = prompt.text(), sampling.given()
+    text, options, settings = prompt.text(stdin=not visuals.takes_stdin), sampling.given(), visuals.settings()
+    images, videos = visuals.named()
     loaded = model.load()
-    with prefill_bar() as bar:
-        reply = loaded.generate(text, ignore_eos=ignore_eos, draft=model.draft, on_prefill=bar, **options)
+    shown = completion_prompt(loaded.language, loaded.sight, text, images, videos, settings)
+    announce(loaded, shown.visuals)
+    options |= {"draft": model.draft, "ignore_eos": ignore_eos}
+    with prefill_bar() as reading, prefill_bar("looking", patience=0) as looking:
+        reply = loaded.generate(shown, on_prefill=reading, on_look=looking, **options)
         for piece in reply:
             if not as_json:
                 print(for_terminal(piece.text, sys.stdout), end="", flush=True)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import prod
 from typing import Annotated, Any
 
 import typer
 
 from edgeq.backends import available, choose
-from edgeq.checkpoint import Checkpoint, open_checkpoint
+from edgeq.checkpoint import Checkpoint, Storage, open_checkpoint
 from edgeq.cli.console import show_json
 from edgeq.cli.facts import description, lines, versions
 from edgeq.cli.options import OptionalModelArgument, option
 from edgeq.config import TextConfig
 from edgeq.errors import UsageError
 from edgeq.hub import find_model
-from edgeq.weights import Part
+from edgeq.weights import Part, TensorSpec
 
 __all__ = ["info"]
 
@@ -90,7 +91,7 @@ def _model(checkpoint: Checkpoint) -> dict[str, Any]:
         "context": _context(text),
         "head": "tied to the embedding" if text.tie_word_embeddings else "its own",
         "MTP head": "yes" if Part.MTP in parts else "no",
-        "vision tower": "yes" if Part.VISION in parts else "no",
+        **_seeing(checkpoint, [(spec, storage) for spec, storage in stored if spec.part is Part.VISION]),
         "tokenizer": "yes" if tokenizer else "none: token ids only",
         "chat template": ("thinking is " + ("on" if template.thinking_default else "off") + " by default")
         if template
@@ -103,6 +104,30 @@ def _context(text: TextConfig) -> str:
     scaling = text.rope.scaling
     stretched = "" if scaling is None else f", {type(scaling).__name__.lower()} scaling by {scaling.factor:g}"
     return f"{text.longest_context:,} tokens{stretched}"
+
+
+def _seeing(checkpoint: Checkpoint, stored: list[tuple[TensorSpec, Storage]]) -> dict[str, str]:
+    """The vision tower, and what a picture costs in tokens."""
+    if not stored or checkpoint.config.vision is None:
+        return {"vision tower": "no"}
+    from edgeq.session.visual import CHAT_VISUALS
+    from edgeq.vision import image_size
+
+    nbytes = Counter[str]()
+    for _, storage in stored:
+        nbytes[storage.type] += storage.nbytes
+    (most, _), *_ = nbytes.most_common()
+    square = (checkpoint.config.vision.patch_size * checkpoint.config.vision.spatial_merge_size) ** 2
+    whole, in_a_chat = (
+        prod(image_size(3000, 4000, checkpoint.config, image_tokens=tokens)) // square
+        for tokens in (None, CHAT_VISUALS.image_tokens)
+    )
+    return {
+        "vision tower": "yes",
+        "sees with": f"{sum(spec.size for spec, _ in stored) / 1e6:,.1f} M parameters in "
+        f"{sum(nbytes.values()) / 1e6:,.1f} MB, most of them {most}",
+        "tokens of a photo": f"{whole:,} of 4000 x 3000 pixels, {in_a_chat:,} in a chat",
+    }
 
 
 def _by_type(stored: list[Any]) -> dict[str, str]:

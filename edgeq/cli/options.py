@@ -28,6 +28,7 @@ from edgeq.errors import UsageError
 if TYPE_CHECKING:
     from edgeq.api import Model
     from edgeq.generate import GenerationSettings
+    from edgeq.session.visual import VisualSettings
 
 __all__ = [
     "MODEL_HELP",
@@ -40,6 +41,7 @@ __all__ = [
     "PromptOptions",
     "SamplingOptions",
     "ThreadsOption",
+    "VisualOptions",
     "command",
     "option",
 ]
@@ -166,11 +168,96 @@ class PromptOptions:
     def given(self) -> bool:
         return self.prompt is not None or self.file is not None
 
-    def text(self) -> str:
-        """--prompt, the file and what was piped in, joined."""
+    def text(self, *, stdin: bool = True) -> str:
+        """--prompt, the file and, if `stdin` is not taken by something else, what was piped in, joined."""
         from edgeq.cli.prompt import joined_prompt
 
-        return joined_prompt(self.prompt, self.file)
+        return joined_prompt(self.prompt, self.file, stdin=stdin)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisualOptions:
+    """Pictures beside the prompt, and how large they become."""
+
+    title: ClassVar[str] = "Pictures"
+
+    image: Annotated[
+        list[str] | None,
+        option(
+            "--image", metavar="FILE", default="none", env=False,
+            help="Show an image: a file, data URL, - for stdin or demo; repeatable.",
+        ),
+    ] = None  # fmt: skip
+    video: Annotated[
+        list[str] | None,
+        option(
+            "--video", metavar="FILE", default="none", env=False,
+            help="Show a video: a file or a folder of frames; repeatable.",
+        ),
+    ] = None  # fmt: skip
+    image_tokens: Annotated[
+        int | None,
+        option(
+            "--image-tokens", "--image-max-tokens", metavar="N", default="1024", minimum=1,
+            help="Maximum tokens of an image; larger ones are reduced.",
+        ),
+    ] = None  # fmt: skip
+    video_tokens: Annotated[
+        int | None,
+        option("--video-tokens", metavar="N", default="4096", minimum=1, help="Maximum tokens of a video."),
+    ] = None
+    min_pixels: Annotated[
+        int | None,
+        option(
+            "--min-pixels", metavar="N", default="the checkpoint's", minimum=1,
+            help="Enlarge images with fewer pixels, and videos with fewer in all frames.",
+        ),
+    ] = None  # fmt: skip
+    max_pixels: Annotated[
+        int | None,
+        option(
+            "--max-pixels", metavar="N", default="from the maximum of tokens", minimum=1,
+            help="Reduce images with more pixels, and videos with more in all frames.",
+        ),
+    ] = None  # fmt: skip
+    fps: Annotated[
+        float | None,
+        option(
+            "--fps",
+            metavar="X",
+            default="the checkpoint's: 2",
+            help="Frames to take of each second of a video; frames in a second of a folder's.",
+        ),
+    ] = None
+    max_frames: Annotated[
+        int | None,
+        option("--max-frames", metavar="N", default="128", minimum=1, help="Maximum frames to take of a video."),
+    ] = None
+    outer_vision_tokens: Annotated[
+        bool,
+        option(
+            "--outer-vision-tokens/--no-outer-vision-tokens", default="on",
+            help="Keep the vision tokens around a whole video, as transformers does and vLLM does not.",
+        ),
+    ] = True  # fmt: skip
+
+    def named(self) -> tuple[list[Any], list[Any]]:
+        """The images and the videos; what `-` stands for is read from stdin."""
+        from edgeq.cli.pictures import named
+
+        return named(self.image), named(self.video)
+
+    @property
+    def takes_stdin(self) -> bool:
+        """Whether one of them is `-`."""
+        return "-" in [*(self.image or ()), *(self.video or ())]
+
+    def settings(self) -> VisualSettings:
+        """Those of a conversation with what was asked for; UsageError for a value out of range."""
+        from edgeq.session.visual import CHAT_VISUALS
+
+        given = {name: getattr(self, name) for name in (field.name for field in fields(CHAT_VISUALS))}
+        return CHAT_VISUALS.replace(**given)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,9 +24,12 @@ def piped_text() -> str | None:
     return text
 
 
-def joined_prompt(prompt: str | None, file: Path | None = None) -> str:
-    """--prompt, then --file, then what was piped in (`cat log | edgeq chat -p "why?"`); `-` stands for stdin alone."""
-    texts = [file_text(file) if file else "", piped_text() or ""]
+def joined_prompt(prompt: str | None, file: Path | None = None, *, stdin: bool = True) -> str:
+    """--prompt, then --file, then what was piped in (`cat log | edgeq chat -p "why?"`); `-` stands for stdin alone.
+
+    Without `stdin`, it is left to what else reads it, such as `--image -`.
+    """
+    texts = [file_text(file) if file else "", (piped_text() or "") if stdin else ""]
     parts = ["" if prompt == "-" else prompt, *(text.strip("\n") for text in texts)]
     if not any(parts):
         raise UsageError("no prompt given", hint='give one with -p "...", with -f FILE, or pipe it into stdin')

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -18,12 +18,15 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
 from edgeq.cli.console import error_line
+from edgeq.cli.pictures import announce, by_kind, dropped, named
 from edgeq.cli.reply import show_reply, usage_line
 from edgeq.errors import EdgeqError, UsageError
 from edgeq.generate import GenerationSettings
 from edgeq.inputs import expand_user
+from edgeq.printable import printable
 from edgeq.session.chat import Chat
 from edgeq.session.reply import Reply
+from edgeq.session.visual import Visual
 
 __all__ = ["Repl"]
 
@@ -33,8 +36,9 @@ _FENCE = '"""'
 class Repl:
     """A conversation read from a terminal."""
 
-    def __init__(self, chat: Chat, name: str) -> None:
+    def __init__(self, chat: Chat, name: str, attached: Sequence[Visual] = ()) -> None:
         self._chat, self._name = chat, name
+        self._attached = list(attached)  # pictures that go with the next message
         self._last: Reply | None = None
         self._commands: dict[str, tuple[Callable[[list[str]], None], str]] = {
             "/help": (self._help, "list the commands"),
@@ -47,6 +51,8 @@ class Repl:
             "/set": (self._set, "/set temperature 0.5: change a setting"),
             "/show": (self._show, "show the current settings"),
             "/system": (self._system, "/system TEXT: set the system prompt; clears the conversation"),
+            "/image": (lambda words: self._attach(images=words), "/image FILE: show an image with the next message"),
+            "/video": (lambda words: self._attach(videos=words), "/video FILE: show a video with the next message"),
             "/stats": (self._stats, "statistics of the last reply"),
         }
         self._synonyms = {"/bye": "/exit", "/quit": "/exit", "/reset": "/clear", "/?": "/help", "/no_think": "/nothink"}
@@ -54,6 +60,7 @@ class Repl:
     def run(self) -> None:
         """Read, answer, repeat, until the user leaves."""
         self._greet()
+        announce(self._chat.model, self._attached)
         session: PromptSession[str] = PromptSession(history=_history())
         leaving = False
         while True:
@@ -61,7 +68,7 @@ class Repl:
                 line = self._read(session)
                 leaving = False
                 if line.strip():
-                    self._handle(line)
+                    self._handle(self._without_dropped(line, session))
             except KeyboardInterrupt:
                 if leaving:
                     return
@@ -84,14 +91,31 @@ class Repl:
         return "\n".join(lines).strip("\n")
 
     def _handle(self, line: str) -> None:
-        word = line.split(maxsplit=1)[0]
-        command = self._commands.get(self._synonyms.get(word, word))
+        word = _first_word(line)
+        command = self._command(line)
         if command is not None:
             command[0](_arguments(line))
         elif word.startswith("/") and "/" not in word[1:]:
             raise UsageError(f"unknown command {word}", hint="/help lists the commands")
-        else:
-            self._answer(self._chat.send(line))
+        elif word:
+            attached, self._attached = self._attached, []
+            self._answer(self._chat.send(line, **by_kind(attached)))
+
+    def _command(self, line: str) -> tuple[Callable[[list[str]], None], str] | None:
+        word = _first_word(line)
+        return self._commands.get(self._synonyms.get(word, word))
+
+    def _without_dropped(self, line: str, session: PromptSession[str]) -> str:
+        """A line without the paths of pictures that a terminal pasted into it, once the user wants them attached."""
+        images, videos, rest = dropped(line)
+        if self._command(line) is not None or not images + videos:
+            return line
+        names = ", ".join(path.name for path in (*images, *videos))
+        answer = session.prompt(f"attach {printable(names)}? [Y/n] ").strip().lower()
+        if answer not in ("", "y", "yes"):
+            return line
+        self._attach([str(path) for path in images], [str(path) for path in videos])
+        return rest
 
     def _answer(self, reply: Reply) -> None:
         self._last = reply
@@ -114,6 +138,18 @@ class Repl:
             _say(f"{name:10} {text}")
         _say(f"{_FENCE:10} starts and ends a message of several lines")
 
+    def _attach(self, images: Sequence[str] = (), videos: Sequence[str] = ()) -> None:
+        """Open pictures for the next message, and say what they will cost; without any, take back those attached."""
+        if not images and not videos:
+            self._attached = []
+            _say("no picture is attached")
+            return
+        opened = self._chat.open("", named(images), named(videos))
+        self._attached += opened
+        announce(self._chat.model, opened)
+        if len(opened) == len(self._attached):
+            _say("attached to the next message")
+
     def _exit(self, _: list[str]) -> None:
         raise EOFError
 
@@ -125,7 +161,7 @@ class Repl:
 
     def _restart(self, system: str | None) -> None:
         self._chat = self._chat.fresh(system=system)
-        self._last = None
+        self._last, self._attached = None, []
         _say("conversation cleared")
 
     def _undo(self, _: list[str]) -> None:
@@ -161,6 +197,10 @@ class Repl:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _first_word(line: str) -> str:
+    return next(iter(line.split(maxsplit=1)), "")
 
 
 def _arguments(line: str) -> list[str]:

@@ -3,6 +3,7 @@
 chat = model.chat(thinking=True, system="Answer in one sentence.")
 for piece in chat.send("Why is the sky blue?"):
     print(piece.text, end="")        # piece.channel is "thinking" or "answer"
+chat.send("What is this?", images=["photo.jpg"])
 """
 
 from __future__ import annotations
@@ -15,29 +16,45 @@ from edgeq.errors import EdgeqError, UsageError
 from edgeq.generate import Decoding, GenerationSettings
 from edgeq.session.context import Context, Progress
 from edgeq.session.language import Language
+from edgeq.session.parts import sources_of, text_of
+from edgeq.session.places import Place, rope_delta
 from edgeq.session.reply import Reply
+from edgeq.session.sight import Sight
+from edgeq.session.visual import CHAT_VISUALS, Visual, VisualSettings
 from edgeq.state import State
 from edgeq.text.channels import ChannelParser, ends_in_thinking
 from edgeq.text.conversation import Conversation, Mark
 from edgeq.text.messages import check_thinking
+from edgeq.text.template import Content
 
 __all__ = ["Chat", "Speaker"]
 
 
 class Speaker(Protocol):
-    """Who a conversation is with: an `edgeq.Model`, or whatever else has these two."""
+    """Who a conversation is with: an `edgeq.Model`, or whatever else has these three."""
 
     @property
     def engine(self) -> Engine[Any, Any]: ...
     @property
     def language(self) -> Language: ...
+    @property
+    def sight(self) -> Sight: ...
+
+
+class _Said(NamedTuple):
+    """What a user, or tools, said: contents for the template, and the pictures in them in order."""
+
+    role: str
+    contents: list[Content]
+    visuals: list[Visual]
 
 
 class _Turn(NamedTuple):
     """Where the conversation stood before a turn, and what was then said."""
 
-    text: str
+    said: _Said
     mark: Mark
+    places: int
     state: State[Any]
 
 
@@ -47,14 +64,16 @@ class Chat:
     thinking: whether the model thinks before it answers; None is the template's default.
     settings: replaces what the checkpoint (generation_config.json) or else the model card recommends for the mode;
     `options` (fields of GenerationSettings) go over either.
+    visual_settings: how large pictures become, and how many frames of a video are taken.
     draft: as in `Model.generate`.
-    on_prefill(done, total): called while a long prompt goes through the model.
+    on_prefill, on_look (done, total): called while a long prompt goes through the model, pictures through the tower.
     """
 
     def __init__(
         self, model: Speaker, *, thinking: bool | None = None, system: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None, settings: GenerationSettings | None = None,
-        draft: str | int = "auto", on_prefill: Progress | None = None, **options: Any,
+        visual_settings: VisualSettings = CHAT_VISUALS, draft: str | int = "auto", on_prefill: Progress | None = None,
+        on_look: Progress | None = None, **options: Any,
     ) -> None:  # fmt: skip
         tokenizer, template = model.language.need_tokenizer(), model.language.need_template()
         check_thinking(thinking)
@@ -62,12 +81,19 @@ class Chat:
         self.thinking = template.thinking_default if thinking is None else thinking
         self.options = options
         self.system = system
+        self.visual_settings = visual_settings
         self._settings = settings
-        self._tools, self._on_prefill = tools, on_prefill
+        self._tools, self._on_prefill, self._on_look = tools, on_prefill, on_look
         self.draft = draft
-        speculation = model.language.speculation(model.engine, draft)
-        self._context = Context(model.engine, speculation=speculation, on_prefill=on_prefill)
-        self._conversation = Conversation(tokenizer, template, system=system, tools=tools)
+        self._context = Context(
+            model.engine, sight=model.sight, speculation=model.language.speculation(model.engine, draft),
+            on_prefill=on_prefill, on_look=on_look,
+        )  # fmt: skip
+        self._conversation = Conversation(
+            tokenizer, template, system=system, tools=tools, spelling=model.language.spelling,
+            outer_vision_tokens=visual_settings.outer_vision_tokens,
+        )  # fmt: skip
+        self._places: list[Place] = []  # of all pictures of the conversation
         self._last: _Turn | None = None
         self._reply: Reply | None = None
 
@@ -79,57 +105,87 @@ class Chat:
     @property
     def settings(self) -> GenerationSettings:
         """What the next reply is generated with."""
-        recommended = self._settings or self.model.language.recommended(thinking=self.thinking)
+        language = self.model.language
+        recommended = self._settings or language.recommended(thinking=self.thinking, vision=bool(self._places))
         return recommended.replace(**self.options)
 
-    def send(self, text: str, *, images: Sequence[object] = ()) -> Reply:
+    @property
+    def visuals(self) -> list[Visual]:
+        """The pictures of the conversation so far."""
+        return [place.visual for place in self._places if place.frame == 0]
+
+    def send(self, content: Content, *, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Reply:
         """Say something; iterate over the result to generate the reply (see `edgeq.session.reply.Reply`).
+
+        content: text, or a list of parts (see `Model.prompt`). images, videos: paths, bytes, data URLs, PIL images or
+        arrays, of which a list or a folder is the frames of a video; they come before the text, or in the place of
+        parts that do not say which picture they are.
 
         If you stop iterating, the partial reply stays in the conversation. Raises MemoryBudgetError if the turn does
         not fit the context; the conversation is then as it was before.
         """
-        if images:
-            raise UsageError("this version of edgeq reads text only", hint="send the text without images")
-        self._settle()
-        turn = _Turn(text, self._conversation.mark(), self._context.state)
-        self._conversation.append_user(text, enable_thinking=self.thinking)
-        return self._start(turn)
+        return self._say(self._opened("user", [content], images, videos))
 
-    def send_tool_results(self, *results: str) -> Reply:
+    def send_tool_results(self, *results: Content) -> Reply:
         """Give the results of the tools that the last reply called, in order; like `send`."""
-        self._settle()
-        turn = _Turn("", self._conversation.mark(), self._context.state)
-        self._conversation.append_tool(*results, enable_thinking=self.thinking)
-        return self._start(turn)
+        return self._say(self._opened("tool", results))
 
     def undo(self) -> str:
         """Take back the last turn and its reply; returns what was said. Only one turn can be taken back."""
-        self._settle()
-        if self._last is None:
-            raise UsageError("nothing to undo", hint="send something first")
-        turn, self._last = self._last, None
-        self._restore(turn)
-        return turn.text
+        return " ".join(map(text_of, self._take_back().contents))
 
     def regenerate(self) -> Reply:
         """Take back the last reply and generate another."""
-        return self.send(self.undo())
+        return self._say(self._take_back())
 
     def fresh(self, *, system: str | None = None) -> Chat:
         """A new, empty conversation with the same model and settings."""
         return Chat(
             self.model, thinking=self.thinking, system=system, tools=self._tools, settings=self._settings,
-            draft=self.draft, on_prefill=self._on_prefill, **self.options,
+            visual_settings=self.visual_settings, draft=self.draft, on_prefill=self._on_prefill, on_look=self._on_look,
+            **self.options,
         )  # fmt: skip
 
-    def _start(self, turn: _Turn) -> Reply:
+    def open(self, content: Content, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> list[Visual]:
+        """The pictures that `send` would show the model, opened and resized; nothing is said yet."""
+        return self._opened("user", [content], images, videos).visuals
+
+    def _opened(
+        self, role: str, contents: Sequence[Content], images: Sequence[Any] = (), videos: Sequence[Any] = ()
+    ) -> _Said:
+        read = [sources_of(content, images, videos) for content in contents]
+        visuals = [self.model.sight.open(source, self.visual_settings) for _, sources in read for source in sources]
+        return _Said(role, [content for content, _ in read], visuals)
+
+    def _say(self, said: _Said) -> Reply:
+        """Append a turn, and begin the reply to it."""
+        self._settle()
+        conversation, outlines = self._conversation, [visual.outline for visual in said.visuals]
+        turn = _Turn(said, conversation.mark(), len(self._places), self._context.state)
+        start = turn.mark.length
+        if said.role == "user":
+            (content,) = said.contents
+            new = conversation.append_user(content, enable_thinking=self.thinking, visuals=outlines)
+        else:
+            new = conversation.append_tool(*said.contents, enable_thinking=self.thinking, visuals=outlines)
         try:
+            self._places += self.model.sight.places(
+                new, said.visuals, start=start, position=start + rope_delta(self._places)
+            )
             reply = self._new_reply()
         except EdgeqError:
             self._restore(turn)
             raise
         self._last, self._reply = turn, reply
         return reply
+
+    def _take_back(self) -> _Said:
+        self._settle()
+        if self._last is None:
+            raise UsageError("nothing to undo", hint="send something first")
+        turn, self._last = self._last, None
+        self._restore(turn)
+        return turn.said
 
     def _new_reply(self) -> Reply:
         language, ids, context = self.model.language, self._conversation.ids, self._context
@@ -142,7 +198,7 @@ class Chat:
             starts_in_thinking=think is not None and ends_in_thinking(ids, tokenizer),
         )  # fmt: skip
         parser = ChannelParser(tokenizer, ids)
-        tokens = context.tokens(decoding)
+        tokens = context.tokens(decoding, self._places)
         return Reply(decoding, parser, tokens, settings.stop, cached=cached, prompt=len(ids), on_end=self._record)
 
     def _record(self, reply: Reply) -> None:
@@ -156,4 +212,5 @@ class Chat:
 
     def _restore(self, turn: _Turn) -> None:
         self._conversation.rewind(turn.mark)
+        del self._places[turn.places :]
         self._context.state = turn.state

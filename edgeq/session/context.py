@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from edgeq.engine import Engine, Feed
+from edgeq.engine import Engine, Feed, Ids
 from edgeq.formats.bf16 import Float32
 from edgeq.generate import Decoding, Token
+from edgeq.session.places import Place, positions
+from edgeq.session.sight import Looking, Sight
 from edgeq.session.speculation import Speculation
 from edgeq.state import State
 
@@ -22,19 +24,19 @@ Progress = Callable[[int, int], None]
 class Context:
     """A sequence on an engine: its state, and the only place where prompts are run.
 
-    speculation: drafts for its replies; None generates a token at a time.
+    sight: for a sequence with pictures. speculation: drafts for its replies; None generates a token at a time.
     """
 
     def __init__(
-        self, engine: Engine[Any, Any], state: State[Any] | None = None, *, speculation: Speculation | None = None,
-        on_prefill: Progress | None = None,
+        self, engine: Engine[Any, Any], state: State[Any] | None = None, *, sight: Sight | None = None,
+        speculation: Speculation | None = None, on_prefill: Progress | None = None, on_look: Looking | None = None,
     ) -> None:  # fmt: skip
         self.engine = engine
-        self._speculation = speculation
+        self._sight, self._speculation = sight, speculation
         if state is None:
             state = engine.state(draft=speculation is not None and speculation.with_head)
         self.state = state
-        self._on_prefill = on_prefill
+        self._on_prefill, self._on_look = on_prefill, on_look
 
     @property
     def position(self) -> int:
@@ -46,21 +48,23 @@ class Context:
         """Tokens that it can still take."""
         return self.engine.context_limit - self.state.length
 
-    def feed(self, ids: Sequence[int], rows: int = 1) -> Float32:
+    def feed(self, ids: Sequence[int] | Ids, rows: int = 1, places: Sequence[Place] = ()) -> Float32:
         """Append `ids`; return the logits after the last `rows` of them, float32 [rows, vocabulary].
 
-        They are run a chunk at a time, so that an interruption loses one chunk at most.
+        places: the pictures of the sequence, those before and after `ids` included. They are looked at first; then the
+        tokens are run a chunk at a time, so that an interruption loses one chunk at most.
         """
         tokens = self.engine.checked_ids(ids, self.state)
         if self._speculation is not None:
             self._speculation.observe(self.state.length, tokens)
-        total, logits = len(tokens), list[Float32]()
-        pieces = list(self.engine.cut(self.state.length, total))
+        total, start, logits = len(tokens), self.state.length, list[Float32]()
+        pictures = self._look(_between(places, start, start + total))
+        pieces = list(self.engine.cut(start, total))
         for piece in pieces:
             if self._on_prefill and piece is not pieces[-1]:
                 self._on_prefill(piece.start, total)
             wanted = max(0, piece.stop - max(piece.start, total - rows))
-            (output,) = self.engine.run([Feed(self.state, tokens[piece], rows=wanted)])
+            (output,) = self.engine.run([self._piece(tokens[piece], wanted, pictures)])
             self.state = output.state
             if wanted:
                 logits.append(output.logits)
@@ -68,24 +72,54 @@ class Context:
             self._on_prefill(total, total)
         return logits[0] if len(logits) == 1 else np.concatenate(logits or [output.logits])
 
-    def tokens(self, decoding: Decoding) -> Iterator[Token]:
-        """Drive a reply to a prompt that comes next in this context; leaving early leaves nothing to repair."""
+    def _look(self, places: Sequence[Place]) -> dict[Place, Any]:
+        """The features of some places."""
+        if not places:
+            return {}
+        assert self._sight is not None, "a context without sight has no pictures"
+        return dict(zip(places, self._sight.look(places, self._on_look), strict=True))
+
+    def _piece(self, tokens: Ids, rows: int, pictures: Mapping[Place, Any]) -> Feed[Any]:
+        """The next tokens, with what they show of pictures in their place."""
+        start, stop = self.state.length, self.state.length + len(tokens)
+        here = _between(list(pictures), start, stop)
+        if not here:
+            return Feed(self.state, tokens, rows=rows)
+        inserts = [
+            (max(0, place.start - start), pictures[place][max(0, start - place.start) : stop - place.start])
+            for place in here
+        ]
+        where = positions(here, start, len(tokens), self.state.next_position)
+        return Feed(self.state, tokens, inserts, where, rows=rows)
+
+    def tokens(self, decoding: Decoding, places: Sequence[Place] = ()) -> Iterator[Token]:
+        """Drive a reply to a prompt that comes next in this context; leaving early leaves nothing to repair.
+
+        places: the pictures of the sequence.
+        """
         start = self.position
         try:
             while not decoding.finished:
                 token = decoding.forced()
                 if token is None:
-                    token = decoding.take(self._logits_after(decoding.unseen(self.position - start), decoding))
+                    token = decoding.take(self._logits_after(decoding.unseen(self.position - start), decoding, places))
                 if token is not None:
                     yield token
         finally:
             if self._speculation is not None:
                 self._speculation.settle()
 
-    def _logits_after(self, ids: Sequence[int], decoding: Decoding) -> Float32:
+    def _logits_after(self, ids: Sequence[int], decoding: Decoding, places: Sequence[Place]) -> Float32:
         """Append `ids`; return the logits after them, float32 [vocabulary], which drafts may have brought already."""
         if self._speculation is None or len(ids) > 1 or not self.position:
-            logits: Float32 = self.feed(ids)[-1]
+            logits: Float32 = self.feed(ids, places=places)[-1]
             return logits
         logits, self.state = self._speculation.advance(self.state, ids[0], decoding.remaining, decoding.tally)
         return logits
+
+
+def _between(places: Sequence[Place], start: int, stop: int) -> list[Place]:
+    """Those of `places`, in order, that have tokens among `start`..`stop` of the sequence."""
+    if not places or places[-1].stop <= start:  # as for every token of a reply
+        return []
+    return [place for place in places if place.start < stop and place.stop > start]

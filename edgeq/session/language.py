@@ -10,6 +10,7 @@ from edgeq.engine import Engine
 from edgeq.errors import ModelError
 from edgeq.generate import THINKING_CUT, GenerationSettings, Sampler, ThinkTokens, check_draft, preset
 from edgeq.session.speculation import Speculation
+from edgeq.text.visuals import Spelling
 
 if TYPE_CHECKING:
     from edgeq.text.template import ChatTemplate
@@ -40,6 +41,13 @@ class Language:
     def template(self) -> ChatTemplate | None:
         """The chat template; read when it is first wanted, because its library takes 25 ms and 8 MB."""
         return self.checkpoint.template()
+
+    @cached_property
+    def spelling(self) -> Spelling | None:
+        """How places of pictures are written; None for a model that does not see."""
+        c = self.checkpoint.config
+        ids = (c.image_token_id, c.video_token_id, c.vision_start_token_id, c.vision_end_token_id)
+        return Spelling.of(self.tokenizer, ids) if self.tokenizer else None
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -85,12 +93,13 @@ class Language:
             return None
         return ThinkTokens(opened, closed, tuple(tokenizer.encode(THINKING_CUT)), tuple(tokenizer.encode("\n\n")))
 
-    def recommended(self, *, thinking: bool) -> GenerationSettings:
-        """What the checkpoint (its generation_config.json) or else the model card of its size recommends for chats."""
+    def recommended(self, *, thinking: bool, vision: bool = False) -> GenerationSettings:
+        """What the checkpoint (its generation_config.json) or else the model card of its size recommends for chats,
+        with or without pictures in them."""
         own = self.checkpoint.sampling
         if own:
             return GenerationSettings().replace(**own)
-        return preset(thinking, large=len(self.checkpoint.config.text.layer_types) > _LAYERS_OF_2B)
+        return preset(thinking, vision, large=len(self.checkpoint.config.text.layer_types) > _LAYERS_OF_2B)
 
 
 _LAYERS_OF_2B = 24  # and of the 0.8B; the 4B, whose card recommends otherwise, has 32

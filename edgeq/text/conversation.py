@@ -16,6 +16,7 @@ from edgeq.text.channels import ends_in_thinking
 from edgeq.text.messages import check_thinking, protected_content, protected_tools
 from edgeq.text.template import ChatTemplate, Content, Message
 from edgeq.text.tokenizer import Tokenizer
+from edgeq.text.visuals import Outline, Spelling, expanded
 
 __all__ = ["Conversation", "Mark"]
 
@@ -37,6 +38,8 @@ class Conversation:
     Call `append_user` (or `append_tool`), feed the model, generate, call `append_generated`, and so on. The model has
     to be fed `ids` from where its state stands, and the `append_*` return what they added. Text of users, systems and
     tools stays text even where it spells special tokens; only those of the template count.
+
+    spelling: how places of pictures are written, for a model that sees. outer_vision_tokens: see `expanded`.
     """
 
     def __init__(
@@ -47,9 +50,12 @@ class Conversation:
         system: Content | None = None,
         enable_thinking: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        spelling: Spelling | None = None,
+        outer_vision_tokens: bool = True,
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
+        self._spelling, self._outer = spelling, outer_vision_tokens
         self._system: list[Message] = []
         if system is not None:
             self._system.append({"role": "system", "content": protected_content(system, tokenizer)})
@@ -67,19 +73,23 @@ class Conversation:
         """Every token so far, in order."""
         return self._ids
 
-    def append_user(self, content: Content, *, enable_thinking: bool | None = None) -> list[int]:
+    def append_user(
+        self, content: Content, *, enable_thinking: bool | None = None, visuals: Sequence[Outline] = ()
+    ) -> list[int]:
         """Add a user's turn and the start of the reply; the ids that are new.
 
         They include the system prompt the first time, and whatever the previous reply lacks at its end if it was cut
-        short. `enable_thinking` is for this turn only.
+        short. `enable_thinking` is for this turn only. visuals: the pictures of its parts, in order.
         """
-        return self._append("user", [content], enable_thinking)
+        return self._append("user", [content], enable_thinking, visuals)
 
-    def append_tool(self, *results: Content, enable_thinking: bool | None = None) -> list[int]:
+    def append_tool(
+        self, *results: Content, enable_thinking: bool | None = None, visuals: Sequence[Outline] = ()
+    ) -> list[int]:
         """Add the results of the tools that the last reply called, in order; otherwise like `append_user`."""
         if not self._ids:
             raise UsageError("a tool result cannot open a conversation", hint="start with a user's turn")
-        return self._append("tool", results, enable_thinking)
+        return self._append("tool", results, enable_thinking, visuals)
 
     def append_generated(self, ids: Sequence[int]) -> None:
         """Record generated ids as they are, with or without the stop token at their end.
@@ -101,7 +111,9 @@ class Conversation:
         del self._ids[mark.length :]
         self._reply_start = mark.reply_start
 
-    def _append(self, role: str, contents: Sequence[Content], enable_thinking: bool | None) -> list[int]:
+    def _append(
+        self, role: str, contents: Sequence[Content], enable_thinking: bool | None, visuals: Sequence[Outline]
+    ) -> list[int]:
         check_thinking(enable_thinking)
         thinking = self._enable_thinking if enable_thinking is None else enable_thinking
         protected = (protected_content(content, self._tokenizer) for content in contents)
@@ -110,6 +122,7 @@ class Conversation:
             text = self._render_turn(turn, thinking)
         else:
             text = self._render([*self._system, *turn], thinking)
+        text = expanded(text, visuals, self._spelling, outer=self._outer)
         new = self._missing_close() + self._tokenizer.encode(text, control=True)
         self._ids += new
         self._reply_start = len(self._ids)

@@ -14,7 +14,7 @@ from edgeq.errors import UsageError
 from edgeq.printable import brief
 from edgeq.text.tokenizer import Tokenizer
 
-__all__ = ["check_thinking", "protected_content", "protected_tools"]
+__all__ = ["check_thinking", "protected_content", "protected_message", "protected_tools"]
 
 _MAX_DEPTH = 64
 _MAX_VALUES = 1 << 18
@@ -32,6 +32,28 @@ def protected_content(content: object, tokenizer: Tokenizer) -> Any:
     if not isinstance(content, str) and (parts is None or not all(isinstance(part, Mapping) for part in parts)):
         raise UsageError(f"a message must be text or a list of parts, got {brief(content)}")
     return _Protector(tokenizer, "the message").value(content)
+
+
+def protected_message(message: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """A message of a history, `{"role": ..., "content": ..., ...}`, with every text in it protected.
+
+    An assistant's thinking within its content, `<think>...</think>answer`, is moved into a field of its own first, as
+    the family's template does, which would not find it in protected text.
+    """
+    fields = dict(message)
+    if not isinstance(fields.get("role"), str):
+        raise UsageError(f"a message of the history has the role {brief(fields.get('role'))}", hint="name its role")
+    content, assistant = fields.pop("content", None), fields["role"] == "assistant"
+    if assistant and isinstance(content, str) and "</think>" in content and fields.get("reasoning_content") is None:
+        fields["reasoning_content"], content = _thought_and_answer(content)
+    said = None if assistant and content is None else protected_content(content, tokenizer)
+    return {**_Protector(tokenizer, "the message").value(fields), "content": said}
+
+
+def _thought_and_answer(text: str) -> tuple[str, str]:
+    """What stands in `text` before the first `</think>`, after a `<think>` if there is one, and behind the last."""
+    thought = text.partition("</think>")[0].rstrip("\n").rpartition("<think>")[2]
+    return thought.lstrip("\n"), text.rpartition("</think>")[2].lstrip("\n")
 
 
 def protected_tools(tools: object, tokenizer: Tokenizer) -> Any:

@@ -493,10 +493,12 @@ def looking(rng: Random, room: int = 0, cost: Callable[[str], int] = len) -> Con
     return Conversation(messages, images=shown)
 
 
-def seen(rng: Random, kind: str) -> Conversation:
-    """An evaluation case: one scene and the first question about it."""
+def seen(rng: Random, kind: str, *, video: bool = False) -> Conversation:
+    """An evaluation case: one scene, perhaps as a video, and the first question about it."""
     scene = pictures.scene(rng, kind)
     messages, images = show(pictures.Scene(scene.images, scene.questions[:1]))
+    if video:
+        messages[0] = user([{"type": "video"}, messages[0]["content"][-1]])
     answer = scene.questions[0][1].lower()
     return Conversation(messages, images=images, right=lambda text: answer in text.lower())
 

@@ -19,7 +19,8 @@ DISTANCES = (100, 500, 2000, 4000)
 
 
 class Runner(Protocol):
-    """Greedy continuation of prompts. `images` are the patch vectors [n, 36, 1536] of the prompt's images."""
+    """Greedy continuation of prompts. `images` are the patch vectors [n, 36, 1536] of the prompt's images, or of the
+    temporal patches of its video."""
 
     sees: bool
 
@@ -47,6 +48,7 @@ def tasks(cost: Callable[[str], int]) -> Iterator[Task]:
         yield Task(f"recall at {distance}", False, _recall(distance, cost), 40)
     for kind in pictures.KINDS:
         yield Task(f"see {kind}", False, _looking(kind), 40, visual=True)
+    yield Task("see difference in a video", False, _looking("difference", video=True), 40, visual=True)
 
 
 def _single(skill: str, thinking: bool) -> Callable[[Random], conv.Conversation]:
@@ -61,8 +63,8 @@ def _recall(distance: int, cost: Callable[[str], int]) -> Callable[[Random], con
     return lambda rng: conv.recall(rng, distance, cost, facts_told=2, evaluation=True)
 
 
-def _looking(kind: str) -> Callable[[Random], conv.Conversation]:
-    return lambda rng: conv.seen(rng, kind)
+def _looking(kind: str, *, video: bool = False) -> Callable[[Random], conv.Conversation]:
+    return lambda rng: conv.seen(rng, kind, video=video)
 
 
 @dataclass(frozen=True)
@@ -90,5 +92,12 @@ def prompt_of(c: conv.Conversation, tok: Tokenizer) -> tuple[list[int], np.ndarr
     """Token ids up to the generation prompt, image tokens expanded, and the patches of the images."""
     text = render(c.prompt, c.tools, c.thinking, prompt=True)
     text = text.replace("<|image_pad|>", "<|image_pad|>" * pictures.MERGED)
+    text = text.replace("<|video_pad|>", "".join(map(_temporal_patch, range(len(c.images)))))
     patches = pictures.patches(np.stack([np.asarray(i) for i in c.images])) if c.images else np.zeros((0, 36, 1536))
     return tok.encode(text, add_special_tokens=False).ids, patches.astype(np.float32)
+
+
+def _temporal_patch(index: int) -> str:
+    """That of the processor, for a video of two frames a second that shows every picture twice."""
+    pads = "<|video_pad|>" * pictures.MERGED
+    return f"<{index + 0.25:.1f} seconds><|vision_start|>{pads}<|vision_end|>"

@@ -47,9 +47,9 @@ def figure(rng: Random, place: str = "", shape: str = "", colour: str = "") -> F
     )  # fmt: skip
 
 
-def draw_figure(canvas: ImageDraw.ImageDraw, f: Figure) -> None:
-    x, y = (c + d for c, d in zip(PLACES[f.place], f.shift, strict=True))
-    r, fill = f.radius, COLOURS[f.colour]
+def draw_figure(canvas: ImageDraw.ImageDraw, f: Figure, scale: int = 1) -> None:
+    x, y = (scale * (c + d) for c, d in zip(PLACES[f.place], f.shift, strict=True))
+    r, fill = scale * f.radius, COLOURS[f.colour]
     if f.shape == "circle":
         canvas.ellipse((x - r, y - r, x + r, y + r), fill=fill)
     elif f.shape == "square":
@@ -67,12 +67,21 @@ def background(rng: Random) -> tuple[int, int, int]:
     return tuple(min(255, base + rng.randint(-6, 6)) for _ in range(3))  # type: ignore[return-value]
 
 
-def paint(figures: list[Figure], ground: tuple[int, int, int]) -> Image.Image:
-    image = Image.new("RGB", (SIZE, SIZE), ground)
+def paint(figures: list[Figure], ground: tuple[int, int, int], scale: int = 1) -> Image.Image:
+    image = Image.new("RGB", (scale * SIZE, scale * SIZE), ground)
     canvas = ImageDraw.Draw(image)
     for f in figures:
-        draw_figure(canvas, f)
+        draw_figure(canvas, f, scale)
     return image
+
+
+def shipped() -> Image.Image:
+    """edgeq/demo/picture.png, larger than the model sees it: `edgeq chat demo --image demo`."""
+    figures = [
+        Figure("circle", "red", "top left", 17, (0, 0)), Figure("triangle", "green", "top right", 17, (0, 0)),
+        Figure("square", "blue", "bottom right", 16, (0, 0)),
+    ]  # fmt: skip
+    return paint(figures, (250, 248, 244), scale=4)
 
 
 FONTS = {size: ImageFont.load_default(size) for size in range(34, 47)}

@@ -45,9 +45,14 @@ class TransformersRunner:
         patches = [p for p in images if len(p)]
         if patches:
             pixels = torch.from_numpy(np.concatenate(patches))
-            extra["pixel_values"] = pixels.flatten(0, 1)
-            extra["image_grid_thw"] = torch.tensor([[1, 6, 6]] * len(pixels))
-            extra["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
+            shown, clips = ids == self.model.config.image_token_id, ids == self.model.config.video_token_id
+            if clips.any():
+                extra["pixel_values_videos"] = pixels.flatten(0, 1)
+                extra["video_grid_thw"] = torch.tensor([[len(p), 6, 6] for p in patches])
+            else:
+                extra["pixel_values"] = pixels.flatten(0, 1)
+                extra["image_grid_thw"] = torch.tensor([[1, 6, 6]] * len(pixels))
+            extra["mm_token_type_ids"] = shown.int() + 2 * clips.int()
         with torch.inference_mode():
             done = self.model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False,
@@ -61,9 +66,9 @@ class TransformersRunner:
 
 
 class EdgeqRunner:
-    """Any edgeq folder (bf16 or quantized) on any backend, one prompt at a time, text only."""
+    """Any edgeq folder (bf16 or quantized) on any backend, one prompt at a time."""
 
-    sees = False
+    sees = True
 
     def __init__(self, path: Path, backend: str) -> None:
         import edgeq
@@ -71,9 +76,15 @@ class EdgeqRunner:
         self.model = edgeq.load(path, backend=backend)
 
     def __call__(self, prompts: list[list[int]], images: list[np.ndarray], max_tokens: int) -> list[list[int]]:
-        assert not any(map(len, images))
-        return [self.continue_greedily(ids, max_tokens) for ids in prompts]
+        return [self.continue_greedily(ids, shown, max_tokens) for ids, shown in zip(prompts, images, strict=True)]
 
-    def continue_greedily(self, ids: list[int], max_tokens: int) -> list[int]:
-        pieces = self.model.generate(ids, max_tokens=max_tokens, temperature=0.0)
+    def continue_greedily(self, ids: list[int], images: np.ndarray, max_tokens: int) -> list[int]:
+        from edgeq.session.prompt import Prompt
+
+        if self.model.config.video_token_id in ids:
+            visuals = [("video", images.reshape(-1, 1536), (len(images), 6, 6))]
+        else:
+            visuals = [("image", patches, (1, 6, 6)) for patches in images]
+        prompt = Prompt.of(ids, self.model.sight.places(ids, visuals))
+        pieces = self.model.generate(prompt, max_tokens=max_tokens, temperature=0.0)
         return [p.token for p in pieces if p.token is not None]

@@ -1,0 +1,57 @@
+"""A whole history as one prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edgeq.errors import UsageError
+from edgeq.printable import brief
+from edgeq.session.language import Language
+from edgeq.session.parts import Source, sources_of
+from edgeq.session.prompt import Prompt
+from edgeq.session.sight import Sight
+from edgeq.session.visual import VisualSettings
+from edgeq.text.messages import check_thinking, protected_message, protected_tools
+from edgeq.text.template import Message
+from edgeq.text.visuals import expanded
+
+__all__ = ["make_prompt"]
+
+
+def make_prompt(
+    language: Language, sight: Sight, messages: Sequence[Message] | str, *, thinking: bool | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None, settings: VisualSettings | None = None,
+    add_vision_id: bool = False,
+) -> Prompt:  # fmt: skip
+    """The prompt for a reply to `messages`, by the checkpoint's own template.
+
+    thinking: None is the template's default. settings: None is the checkpoint's own limits. add_vision_id: number the
+    pictures ("Picture 1: ").
+    """
+    check_thinking(thinking)
+    tokenizer, template = language.need_tokenizer(), language.need_template()
+    settings = settings or VisualSettings()
+    history, sources = list[dict[str, Any]](), list[Source]()
+    for message in _listed(messages):
+        content, own = sources_of(message.get("content", ""), role=str(message.get("role")))
+        history.append(protected_message({**message, "content": content}, tokenizer))
+        sources += own
+    visuals = [sight.open(source, settings) for source in sources]
+    text = template.render(
+        history, add_generation_prompt=True, enable_thinking=thinking, tools=protected_tools(tools, tokenizer),
+        **({"add_vision_id": True} if add_vision_id else {}),
+    )  # fmt: skip
+    outlines = [visual.outline for visual in visuals]
+    ids = tokenizer.encode(
+        expanded(text, outlines, language.spelling, outer=settings.outer_vision_tokens), control=True
+    )
+    return Prompt.of(ids, sight.places(ids, visuals))
+
+
+def _listed(messages: Sequence[Message] | str) -> Sequence[Message]:
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    if not isinstance(messages, list | tuple) or not all(isinstance(message, Mapping) for message in messages):
+        raise UsageError(f"messages must be a list of objects, got {brief(messages)}", hint='"role" and "content" each')
+    return messages
