@@ -20,7 +20,7 @@ import edgeq
 from edgeq.checkpoint import FolderCheckpoint, open_checkpoint
 from edgeq.errors import ModelError
 from edgeq.formats.bf16 import Array, from_float32, to_float32
-from edgeq.formats.names import hub_name
+from edgeq.formats.names import hub_name, neutral_name
 from edgeq.formats.safetensors import SafetensorsFile, SafetensorsWriter
 from edgeq.quant import quantize
 from edgeq.testing import config_values, file_weights, write_checkpoint
@@ -305,6 +305,37 @@ class TestFolder:
         rewrite(folder, lambda tensors: tensors.pop("mtp.fc.weight"))
         with pytest.warns(UserWarning, match="MTP head is not whole, and is left out"):
             assert read(folder).config.text.mtp_num_hidden_layers == 0
+
+    @pytest.mark.parametrize(
+        ("spelled", "neutral"),
+        [
+            ("model.language_model.layers.0.mlp.up_proj.weight", "layers.0.mlp.up_proj.weight"),
+            ("base_model.model.model.language_model.layers.0.mlp.up_proj.weight", "layers.0.mlp.up_proj.weight"),
+            ("model.language_model.language_model.language_model.norm.weight", "norm.weight"),
+            ("_orig_mod.model.layers.3._orig_mod.input_layernorm.weight", "layers.3.input_layernorm.weight"),
+            ("module.model.visual.pos_embed.weight", "visual.pos_embed.weight"),
+            ("language_model.vision_tower.pos_embed.weight", "visual.pos_embed.weight"),
+            ("layers.0.mlp.up_proj.weight", "layers.0.mlp.up_proj.weight"),
+            ("module.mtp.fc.weight", "mtp.fc.weight"),
+            ("language_model.lm_head.weight", "lm_head.weight"),
+            ("transformer.h.0.weight", None),
+            ("model", ""),
+        ],
+    )
+    def test_names_in_whatever_training_wrapped_them(self, spelled: str, neutral: str | None) -> None:
+        assert (neutral_name(spelled) or "") == (neutral or "")
+
+    def test_wrapped_names_and_shards_in_a_sub_folder(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path)
+        expected = read(tmp_path).dense("norm.weight")
+        file = SafetensorsFile(tmp_path / "model.safetensors")
+        tensors = {f"base_model.model.{name}": np.array(file.array(name)) for name in file.tensors}
+        (tmp_path / "model.safetensors").unlink()
+        (tmp_path / "weights").mkdir()
+        save(tmp_path / "weights/a.safetensors", tensors)
+        index = {"weight_map": dict.fromkeys(tensors, "weights/a.safetensors")}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert np.array_equal(read(tmp_path).dense("norm.weight"), expected)
 
     def test_an_index_cannot_point_outside(self, tmp_path: Path) -> None:
         write_checkpoint(tmp_path)

@@ -400,7 +400,8 @@ def _weight_files(path: Path) -> list[Path]:
         raise ModelError(f"{index}: weight_map is not an object of file names")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name:
+        place = Path(name)
+        if place.is_absolute() or ".." in place.parts or not place.parts:
             raise ModelError(f"{index} names {name!r}, which is outside of the folder")
     absent = [name for name in names if not exists(path / name)]
     if (single := path / "model.safetensors").name not in names and exists(single):

@@ -8,26 +8,22 @@ from __future__ import annotations
 
 __all__ = ["hub_name", "mlx_module", "neutral_module", "neutral_name"]
 
-_PREFIXES = (  # of names in files, and what stands for them in neutral names; the first that matches counts
-    ("model.language_model.", ""),
-    ("model.visual.", "visual."),
-    ("language_model.model.", ""),
-    ("language_model.mtp.", "mtp."),
-    ("language_model.lm_head.", "lm_head."),
-    ("vision_tower.", "visual."),
-    ("mtp.", "mtp."),
-    ("lm_head.", "lm_head."),
-    ("model.", ""),
-)
+# What stands before the names in files, in any number and order: `model.language_model.` (the hub),
+# `language_model.model.` (MLX), and what training wraps a model in.
+_WRAPPERS = {"model", "language_model", "base_model", "module", "_orig_mod"}
+_TOWER = {"visual", "vision_tower"}
+_OUTERMOST = {"layers", "embed_tokens", "norm", "mtp", "lm_head"}
 _TOP_LEVEL = ("mtp.", "lm_head")  # beside the language model, not in it
 
 
 def neutral_name(file_name: str) -> str | None:
     """The neutral name of a tensor in a safetensors file; None for a name of no known layout."""
-    for prefix, neutral in _PREFIXES:
-        if file_name.startswith(prefix):
-            return neutral + file_name[len(prefix) :]
-    return None
+    path = [part for part in file_name.split(".") if part != "_orig_mod"]
+    start = next((i for i, part in enumerate(path) if part not in _WRAPPERS), len(path))
+    first, *rest = path[start:] or [""]
+    if first in _TOWER:
+        return ".".join(["visual", *rest])
+    return ".".join([first, *rest]) if start or first in _OUTERMOST else None
 
 
 def neutral_module(path: str) -> str:
