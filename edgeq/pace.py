@@ -6,7 +6,8 @@ time that such passes took here. The choice is the n with the most tokens a seco
 all replies of a model, so that they follow the text and the machine.
 
 An estimate can be wrong, so every draft is paid out of an allowance: what drafting has lost against plain passes, less
-what it has gained, stays below `LOSS` of the time plus `CREDIT` passes. What it has gained beyond that is not saved up.
+what it has gained, stays below `LOSS` of the time plus `CREDIT` passes. Of what it has gained `BANK` passes are saved
+up, for a run of bad luck.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from collections.abc import Mapping
 
 __all__ = ["Pace"]
 
-LOSS = 0.008
+LOSS = 0.006
 """Time that may be lost by drafts that were not worth it, as a part of the time of plain passes."""
 
-CREDIT = 0.8
+CREDIT = 1.0
 """The same in plain passes: what may be lost before anything has been earned."""
+
+BANK = 6.0
+"""Plain passes gained that are saved up."""
 
 _FORGET = 0.96
 """Weight of an acceptance one draft later: about the last 25 count."""
 
-_LEAST_WEIGHT = 0.1
+_LEAST_WEIGHT = 0.06
 """Weight of the latest time of a kind of pass, once there are some."""
 
 _PRIOR, _PRIOR_WEIGHT = 0.6, 2.0
@@ -114,8 +118,8 @@ class Pace:
             if self.plain is not None and chosen:
                 self._credit += (1 + LOSS) * (1 + accepted) - spent / self.plain
         else:
-            self._credit += LOSS
-        self._credit = min(self._credit, CREDIT)
+            self._credit = min(self._credit + LOSS, max(self._credit, CREDIT))
+        self._credit = min(self._credit, BANK)
         if not drafts or source in self._begun:
             self._time(source, drafts, seconds)
         self._begun.add(source)
@@ -131,8 +135,9 @@ class Pace:
     def _time(self, source: str, drafts: int, seconds: float) -> None:
         """Take a time into its average; where the machine has become faster or slower, the others follow slowly."""
         mean = self._seconds.setdefault((source, drafts), _Mean())
-        if mean.count > 1:
-            drift = min(2.0, max(0.5, seconds / mean.value)) ** (_LEAST_WEIGHT / 2)
+        if mean.count > 3:
+            seconds = min(1.5 * mean.value, max(seconds, mean.value / 1.5))  # the machine had something else to do
+            drift = (seconds / mean.value) ** (_LEAST_WEIGHT / 2)
             for key, other in self._seconds.items():
                 if key != (source, drafts):
                     other.value *= drift
