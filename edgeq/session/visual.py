@@ -43,7 +43,7 @@ class VisualSettings:
     fps: float | None = None
     """Frames that are taken of each second of a video; of a list or a folder of frames, how many make a second."""
     max_frames: int | None = None
-    """Most frames that are taken of a video."""
+    """Most frames that are taken of a video; the checkpoint's own limit holds where it is lower."""
     outer_vision_tokens: bool = True
     """Whether `<|vision_start|>` and `<|vision_end|>` stay around a video's frames, as in transformers 5.23."""
 
