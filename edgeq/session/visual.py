@@ -58,8 +58,9 @@ class VisualSettings:
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 
 
-CHAT_VISUALS = VisualSettings(image_tokens=1024, video_tokens=4096, max_frames=128)
-"""What conversations begin with. The checkpoints' own limits are 16,384 tokens for an image, minutes of work here."""
+CHAT_VISUALS = VisualSettings(image_tokens=1024, video_tokens=2048, max_frames=64)
+"""What conversations begin with. The checkpoints' own limits are 16,384 tokens for an image and 12,288 for a video:
+minutes of work on a small machine, and hundreds of megabytes of keys and values."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
