@@ -225,7 +225,7 @@ class Model:
         on_look: Progress | None = None, **options: Any,
     ) -> Chat:  # fmt: skip
         """Start a conversation. thinking: None is the chat template's default; visual_settings: None is 1,024 tokens
-        for an image, and 128 frames and 4,096 tokens for a video. See `edgeq.session.chat.Chat`.
+        for an image, and 64 frames and 2,048 tokens for a video. See `edgeq.session.chat.Chat`.
         """
         from edgeq.session.chat import Chat  # its templates' library takes 25 ms and 8 MB
         from edgeq.session.visual import CHAT_VISUALS

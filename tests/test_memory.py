@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from process import run_python
 
 from edgeq.testing import config_values, write_checkpoint
@@ -123,3 +124,55 @@ def test_real_shapes(name: str) -> None:
     peak, limit = BUDGETS[name]
     (after,) = run(folder, 4096, limit=limit * MB)
     assert after["peak"] <= peak * 1e9, f"{after['peak'] / MB:.0f} MB, {after['anonymous'] / MB:.0f} of them private"
+
+
+# Shows a model a picture or a video, and prints the peak of the resident set and the tokens that it took.
+SEE = """
+import json, sys
+path, kind, source = json.loads(sys.argv[1])
+from edgeq.api import load
+from edgeq.session.visual import CHAT_VISUALS
+chat = load(path, backend="cpu").chat(
+    max_tokens=4, temperature=0.0, draft="off", visual_settings=CHAT_VISUALS.replace(fps=2.0)
+)
+for _ in chat.send("What is this?", **{kind: [source]}):
+    pass
+peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps([peak, sum(visual.tokens for visual in chat.visuals)]))
+"""
+SEEING = {"q4_0.8b": 0.75, "q4_2b": 1.45, "q4_4b": 2.9}  # GB with a picture of 1,024 tokens: the whole process
+
+
+def seen(path: Path, kind: str, source: Path) -> tuple[int, int]:
+    """Peak of the resident set in bytes, and the tokens of a picture."""
+    done = run_python(SEE, json.dumps([str(path), kind, str(source)]), timeout=1200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    peak, tokens = json.loads(done.stdout)
+    return peak, tokens
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture of 1,024 tokens, a photo of 24 megapixels, and the frames of a ten-minute video at two a second."""
+    folder = tmp_path_factory.mktemp("shown")
+    noise = Image.effect_noise((1024, 1024), 60).convert("RGB")
+    noise.save(folder / "picture.png")
+    noise.resize((6000, 4000)).save(folder / "photo.jpg", quality=90)
+    (folder / "video").mkdir()
+    noise.resize((1920, 1080)).save(folder / "frame.jpg")
+    for i in range(1200):
+        (folder / "video" / f"{i:04}.jpg").symlink_to(folder / "frame.jpg")
+    return folder
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_pictures(name: str, shown: Path) -> None:
+    """Within the budget, and whatever is larger in 100 MB more, at the sizes that a conversation begins with."""
+    folder = reference(name)
+    peak, tokens = seen(folder, "images", shown / "picture.png")
+    assert tokens == 1024
+    assert peak <= SEEING[name] * 1e9, f"{peak / MB:.0f} MB"
+    for kind, source, most in (("images", "photo.jpg", 1024), ("videos", "video", 2048)):
+        larger, tokens = seen(folder, kind, shown / source)
+        assert 0.8 * most <= tokens <= most
+        assert larger <= peak + 100 * MB, f"{source}: {larger / MB:.0f} MB, {peak / MB:.0f} MB for a picture"

@@ -85,6 +85,8 @@ CASES: dict[str, dict[str, Any]] = {
 def main() -> None:
     processor = AutoProcessor.from_pretrained(DEMO)
     processor.image_processor.size = {"shortest_edge": 4096, "longest_edge": 1 << 18}
+    processor.video_processor.size = {"shortest_edge": 9216, "longest_edge": 9216}
+    processor.video_processor.max_frames = 768
     config = AutoConfig.from_pretrained(DEMO)
     with torch.device("meta"):
         model = Qwen3_5Model(config)

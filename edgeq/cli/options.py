@@ -204,7 +204,7 @@ class VisualOptions:
     ] = None  # fmt: skip
     video_tokens: Annotated[
         int | None,
-        option("--video-tokens", metavar="N", default="4096", minimum=1, help="Maximum tokens of a video."),
+        option("--video-tokens", metavar="N", default="2048", minimum=1, help="Maximum tokens of a video."),
     ] = None
     min_pixels: Annotated[
         int | None,
@@ -231,7 +231,7 @@ class VisualOptions:
     ] = None
     max_frames: Annotated[
         int | None,
-        option("--max-frames", metavar="N", default="128", minimum=1, help="Maximum frames to take of a video."),
+        option("--max-frames", metavar="N", default="64", minimum=1, help="Maximum frames to take of a video."),
     ] = None
     outer_vision_tokens: Annotated[
         bool,

@@ -95,7 +95,9 @@ class Sight:
         tokens = (own.image_tokens if source.kind == "image" else own.video_tokens) if own.max_pixels is None else None
         if source.kind == "image":
             return Visual.read(vision.read_image(what, config, image_tokens=tokens, **limits), square)
-        limits |= {"video_tokens": tokens, "max_frames": own.max_frames, "fps" if _is_frames(what) else "rate": own.fps}
+        most = vision.processor_of(config).max_frames
+        limits |= {"video_tokens": tokens, "max_frames": min(own.max_frames or most, most)}
+        limits["fps" if _is_frames(what) else "rate"] = own.fps
         return Visual.read(vision.read_video(what, config, **limits), square)
 
     def known(self, visual: Visual) -> int:

@@ -43,7 +43,7 @@ class VisualSettings:
     fps: float | None = None
     """Frames that are taken of each second of a video; of a list or a folder of frames, how many make a second."""
     max_frames: int | None = None
-    """Most frames that are taken of a video."""
+    """Most frames that are taken of a video; the checkpoint's own limit holds where it is lower."""
     outer_vision_tokens: bool = True
     """Whether `<|vision_start|>` and `<|vision_end|>` stay around a video's frames, as in transformers 5.23."""
 
@@ -58,8 +58,9 @@ class VisualSettings:
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 
 
-CHAT_VISUALS = VisualSettings(image_tokens=1024, video_tokens=4096, max_frames=128)
-"""What conversations begin with. The checkpoints' own limits are 16,384 tokens for an image, minutes of work here."""
+CHAT_VISUALS = VisualSettings(image_tokens=1024, video_tokens=2048, max_frames=64)
+"""What conversations begin with. The checkpoints' own limits are 16,384 tokens for an image and 12,288 for a video:
+minutes of work on a small machine, and hundreds of megabytes of keys and values."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)

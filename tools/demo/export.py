@@ -27,6 +27,7 @@ IMAGE_PROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessorFast",
 }
 
+VIDEO_FRAMES = 4  # of the size of an image each; the model was not taught video
 
 README = """# The edgeq demo model
 
@@ -60,7 +61,7 @@ def tensors(model: Model) -> dict[str, torch.Tensor]:
 
 
 def export(model: Model, tok: Tokenizer, out: Path) -> None:
-    """Configuration, model.safetensors, tokenizer, template, preprocessor and README into `out`."""
+    """Configuration, model.safetensors, tokenizer, template, preprocessors, a picture and README into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     weights = out / "model.safetensors"
     save_file(tensors(model), str(weights), metadata={"format": "pt"})
@@ -71,4 +72,10 @@ def export(model: Model, tok: Tokenizer, out: Path) -> None:
     pixels = pictures.SIZE**2
     size = {"longest_edge": pixels, "shortest_edge": pixels}
     (out / "preprocessor_config.json").write_text(json.dumps({"size": size, **IMAGE_PROCESSOR}, indent=4) + "\n")
+    size = {name: VIDEO_FRAMES * n for name, n in size.items()}
+    video = {k: v for k, v in IMAGE_PROCESSOR.items() if k != "image_processor_type"}
+    video |= {"fps": 2, "min_frames": VIDEO_FRAMES, "max_frames": VIDEO_FRAMES}
+    video["video_processor_type"] = "Qwen3VLVideoProcessor"
+    (out / "video_preprocessor_config.json").write_text(json.dumps({"size": size, **video}, indent=4) + "\n")
+    pictures.shipped().save(out / "picture.png", optimize=True)
     write_tokenizer(tok, model.s, out)
