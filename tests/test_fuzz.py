@@ -16,7 +16,7 @@ from edgeq.errors import ModelError
 
 NAMES = (
     "safetensors", "gguf", "gguf-model", "template", "config", "generation_config", "index", "quantization", "record",
-    "tokenizer_config", "tokenizer",
+    "tokenizer_config", "tokenizer", "png", "jpeg", "webp", "gif", "bmp", "tiff",
 )  # fmt: skip
 
 

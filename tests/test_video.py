@@ -179,6 +179,11 @@ class TestFiles:
         with vision.open_video(CLIP) as opened:
             assert self.shades(opened, [1, 3, 5, 20]) == pytest.approx([10, 30, 50, 200], abs=4)
 
+    def test_many_frames(self) -> None:
+        """More than there are; the last one stands for those that do not come."""
+        with vision.open_video(CLIP) as opened:
+            assert self.shades(opened, range(2000))[20:40] == pytest.approx([*range(200, 250, 10), *[240] * 15], abs=4)
+
     def test_cut_short(self) -> None:
         data = CLIP.read_bytes()
         for length in range(0, len(data), 100):

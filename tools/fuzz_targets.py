@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+import numpy as np
 from fuzz_mutators import Mutator, mutate_bytes, mutate_json, mutate_template
+from PIL import Image
 
+from edgeq import vision
 from edgeq.checkpoint import open_checkpoint
 from edgeq.config import read_config
 from edgeq.formats.gguf import GGUFFile
@@ -45,6 +49,8 @@ TEMPLATE = """{%- if tools %}{{- '<|im_start|>system\\n' }}{%- for tool in tools
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- if not enable_thinking %}
 {{- '\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"""
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+IMAGES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+IMAGE_MEMORY = 24 << 20  # bytes, half of what an input may add
 SHAPE: dict[str, Any] = {"vocab_size": 320, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
 
 
@@ -58,7 +64,7 @@ def targets(folder: Path) -> list[Target]:
     seed.mkdir()
     tokenizer = Tokenizer.from_folder(model)
     return [
-        Target("safetensors", seed / "x.safetensors", _small_safetensors(), _mutate_header, _read_safetensors, 340),
+        Target("safetensors", seed / "x.safetensors", _small_safetensors(), _mutate_header, _read_safetensors, 220),
         Target("gguf", seed / "x.gguf", _small_gguf(), mutate_bytes, _read_gguf, 240),
         Target("gguf-model", gguf, gguf.read_bytes(), _mutate_head(20_000), _read_model, 60),
         Target("template", seed / "x.jinja", TEMPLATE.encode(), mutate_template, _render(tokenizer), 50),
@@ -69,6 +75,7 @@ def targets(folder: Path) -> list[Target]:
         _json("record", quantized / "edgeq.json", lambda path: _verify(path.parent), 30),
         _json("tokenizer_config", model / "tokenizer_config.json", _read_text, 30),
         _json("tokenizer", model / "tokenizer.json", _read_text, 40),
+        *(Target(kind.lower(), seed / f"x.{kind.lower()}", _image(kind), _mutate_image, _see, 20) for kind in IMAGES),
     ]
 
 
@@ -84,6 +91,11 @@ def _mutate_header(rng: Random, data: bytes) -> bytes:
     end = 8 + int.from_bytes(data[:8], "little")
     header = mutate_json(rng, data[8:end])
     return len(header).to_bytes(8, "little") + header + data[end:]
+
+
+def _mutate_image(rng: Random, data: bytes) -> bytes:
+    """Changes anywhere, or only among the first bytes, where sizes and tables are."""
+    return mutate_bytes(rng, data) if rng.random() < 0.5 else _mutate_head(120)(rng, data)
 
 
 def _json(name: str, path: Path, run: Callable[[Path], Any], share: int) -> Target:
@@ -122,6 +134,14 @@ def _read_text(path: Path) -> None:
     tokenizer.decode(ids)
     for token_id in range(0, tokenizer.vocab_size, 50):
         tokenizer.token_bytes(token_id)
+
+
+def _see(path: Path) -> None:
+    """As an image and, if that is possible, as an animation; what a file may take is bounded by the budget."""
+    vision.read_image(path, image_tokens=256, memory=IMAGE_MEMORY).pixel_values.tobytes()
+    vision.read_image(path.read_bytes(), image_tokens=64, memory=IMAGE_MEMORY)
+    if path.suffix in (".png", ".gif", ".webp"):
+        vision.read_video(path, video_tokens=64, max_frames=4, memory=IMAGE_MEMORY)
 
 
 def _verify(folder: Path) -> None:
@@ -180,6 +200,30 @@ def _tokenizer_config() -> dict[str, Any]:
     first = len(BYTE_OF) + 6
     added = {str(first + i): {"content": text, "special": True} for i, text in enumerate(SPECIAL)}
     return {"added_tokens_decoder": added, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+
+
+def _image(kind: str) -> bytes:
+    """A small file that uses much of what its kind has: animation, palettes, transparency, EXIF, progressive coding."""
+    x = np.random.default_rng(1).integers(0, 256, (24, 32, 4), dtype=np.uint8)
+    x[4:20] = x[4] // 64 * 64
+    image = Image.fromarray(x)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    frames = [image, image.rotate(180), image.rotate(180)]
+    animated = {"save_all": True, "append_images": frames[1:], "duration": 80}
+    options: dict[str, dict[str, Any]] = {
+        "PNG": animated | {"exif": exif},
+        "JPEG": {"exif": exif, "progressive": True, "quality": 60},
+        "WEBP": animated | {"exif": exif, "quality": 50},
+        "GIF": animated | {"transparency": 3, "disposal": 2},
+        "BMP": {},
+        "TIFF": {"compression": "tiff_lzw", "exif": exif},
+    }
+    if kind in ("GIF", "BMP"):
+        image = image.convert("RGB").quantize(32)
+    file = BytesIO()
+    (image.convert("RGB") if kind == "JPEG" else image).save(file, kind, **options[kind])
+    return file.getvalue()
 
 
 def _small_safetensors() -> bytes:

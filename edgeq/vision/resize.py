@@ -24,7 +24,7 @@ UInt8 = NDArray[np.uint8]
 
 _OUTPUTS = 16  # of a block: fewer make more products, more make them sparser
 _STRIP = 64  # rows of a strip; a multiple of every block of patches
-_BAND = 8 << 20  # bytes of floating-point rows at a time
+_BAND = 1 << 20  # bytes of floating-point rows at a time
 _BITS = 22  # of a weight's fraction, at most; 15 of them are kept
 
 

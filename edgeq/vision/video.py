@@ -26,7 +26,7 @@ import numpy as np
 from edgeq.errors import MediaError
 from edgeq.foreign import translated
 from edgeq.inputs import expand_user, is_folder
-from edgeq.printable import one_line
+from edgeq.printable import one_line, printable
 from edgeq.vision.images import MEMORY, Array, ArrayRows, OpenImage, Source, open_image, opened, opened_file, pillow
 from edgeq.vision.resize import Rows
 
@@ -36,7 +36,7 @@ _ANIMATED = (b"GIF8", b"\x89PNG")  # how files begin that Pillow reads, all fram
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".avif")
 _HINT = "give a video that plays elsewhere, or a folder of its frames"
 _DELAY = 100  # milliseconds of a frame whose animation gives none, as browsers have it
-_MOST_CHOSEN = 4096  # frames that are named to ffmpeg, whose arguments are limited; of more, all come here
+_MOST_CHOSEN = 2048  # frames that are named to ffmpeg, whose arguments are limited; of more, all come here
 _ANIMATION = 12  # bytes that decoders keep for each of its pixels
 
 
@@ -202,7 +202,7 @@ class _FFmpeg(OpenVideo):
 
     def frames(self, indices: Sequence[int]) -> Generator[Rows]:
         named = len(indices) <= _MOST_CHOSEN
-        chosen = f"select='{'+'.join(f'eq(n,{i})' for i in indices)}'," if named else ""
+        chosen = f"select='{_one_of(indices)}'," if named else ""
         # Two frames a second is a rate without meaning, at which each frame has a place of its own.
         options = [
             "-vf",
@@ -266,8 +266,8 @@ class _FFmpeg(OpenVideo):
                 process.kill()  # where it has not ended by itself
                 process.wait()
             complaints.seek(0)
-            told = complaints.read(1 << 16).decode(errors="replace").split("\n")
-            self._complaint = "".join(f" (ffmpeg: {line.strip()})" for line in told[:1] if line.strip())
+            told = complaints.read(1 << 10).decode(errors="replace").strip().split("\n")[0]
+            self._complaint = f" (ffmpeg: {printable(told, longest=200)})" if told else ""
 
 
 class _PyAV(OpenVideo):
@@ -338,6 +338,14 @@ def _in_order(folder: Path) -> list[Path]:
         return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"([0-9]+)", path.name)]
 
     return sorted((path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES), key=place)
+
+
+def _one_of(indices: Sequence[int]) -> str:
+    """ffmpeg's expression for: the frame's number n is one of these. A tree, for it takes no sum of a hundred."""
+    if len(indices) == 1:
+        return f"eq(n,{indices[0]})"
+    half = len(indices) // 2
+    return f"if(lt(n,{indices[half]}),{_one_of(indices[:half])},{_one_of(indices[half:])})"
 
 
 def _whole(field: bytes) -> int | None:
