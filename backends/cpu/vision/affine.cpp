@@ -27,7 +27,7 @@ void multiply_plain(const float* x, Index T, const Affine& w, const Finish& fini
     make_room(memory.codes, rows * codes.stride * kernels.code_nbytes);
     make_room(memory.scales, rows * codes.groups);
     codes.codes = memory.codes.data(), codes.scales = memory.scales.data();
-    each_row(T, in, [&](Index t) { kernels.encode(x + t * in, in, 1.0f, codes, t); });
+    each_row(T, in, [&](Index t) { kernels.encode(x + t * in, in, 1.0f, row_length, codes, t); });
     const Index tiles = (out + kernels.tile - 1) / kernels.tile, some = piece_rows(T, tiles);
     const Index row_pieces = (T + some - 1) / some;
     parallel_for(tiles * row_pieces, [&](int piece) {

@@ -1,6 +1,6 @@
 // Attention over all keys of a span, block by block with a running maximum (Dao et al., "FlashAttention",
-// arXiv:2205.14135; Milakov and Gimelshein, arXiv:1805.02867), on codes: a block's weights are codes under the block's
-// own largest, and what is merged into the sums has that as a factor.
+// arXiv:2205.14135; Milakov and Gimelshein, arXiv:1805.02867), on codes: the weights of a block's keys are codes of their
+// own, under the block's own largest, and what is merged into the sums has that as a factor.
 #pragma once
 
 #include "vision/multiply-inl.h"
@@ -8,20 +8,17 @@
 namespace edgeq {
 namespace {
 
-// largest * 2^x for x <= 0, and almost 0 far below: 2^n, n an integer, times a polynomial in the rest, |rest| <= 1/2,
-// within 2.6e-6 (least largest relative error, by Lawson's iteration).
-INLINE V exp2_(V x, const float largest) {
-    x = max_of(set1(-126.0f), x);
-    const V n = round_(x), rest = sub(x, n);
-    V p = set1(largest * 0.0095701f);
-    p = fma(p, rest, set1(largest * 0.05591786f));
-    p = fma(p, rest, set1(largest * 0.24024745f));
-    p = fma(p, rest, set1(largest * 0.69312181f));
-    p = fma(p, rest, set1(largest * 0.99999926f));
-    return scale2(p, n);
+// 2^x for x <= 0, and almost 0 far below: 2^n, n the integer below, times a polynomial in the rest, within 2.6e-6 (least
+// largest relative error, by Lawson's iteration).
+INLINE V exp2_(V x) {
+    const V rest = fraction(x);
+    V p = set1(0.013534168f);
+    p = fma(p, rest, set1(0.05201146f));
+    p = fma(p, rest, set1(0.24144275f));
+    p = fma(p, rest, set1(0.69300383f));
+    p = fma(p, rest, set1(1.0000026f));
+    return scale2(p, x);
 }
-
-constexpr float largest_weight = floats ? 1.0f : 4095.0f;  // code_limit(key_block)
 
 void pack_keys(const float* k, Index stride, Index keys, Index D, const PackedHead& head, Index block) {
     Code* to = static_cast<Code*>(head.keys) + block * head.keys_size;
@@ -35,7 +32,7 @@ void pack_keys(const float* k, Index stride, Index keys, Index D, const PackedHe
                 const Index key = first + r;
                 Code* codes = rows + r * some;
                 scales[c / group_depth * key_block + key] =
-                    key < keys ? encode_group(k + key * stride + c, n, 1.0f, codes) : 0.0f;
+                    key < keys ? encode_group(k + key * stride + c, n, 1.0f, key_length, codes) : 0.0f;
                 clear(codes, key < keys ? padded(n, W) : 0, some);
             }
             to_tile(rows, some, some / step,
@@ -49,22 +46,23 @@ void pack_values(const float* v, Index stride, Index keys, Index D, const Packed
     for (Index c = 0; c < padded(D, tile); c += W) {
         Code* column = to + c / tile * tile * key_block + c % tile * step;
         auto value = [&](Index key) { return c < D && key < keys ? load_upto(v + key * stride + c, D - c) : set1(0.0f); };
-        V inverse = set1(1.0f), scale = set1(1.0f);
+        float scale[W], inverse[W];
+        for (int i = 0; i < W; i++) scale[i] = inverse[i] = 1.0f;
         if (!floats) {
-            Extent extent;
-            for (Index key = 0; key < keys; key++) extent.take(value(key));
-            float peaks[W], inverses[W];
-            store(peaks, extent.most);
+            V sums = set1(0.0f), most = set1(0.0f);
+            for (Index key = 0; key < keys; key++)
+                sums = fma(value(key), value(key), sums), most = max_of(most, abs_of(value(key)));
+            float squares[W], peaks[W];
+            store(squares, sums), store(peaks, most);
             for (int i = 0; i < W; i++) {
-                inverses[i] = peaks[i] < least_peak ? 0.0f : largest_weight / peaks[i];
-                peaks[i] = peaks[i] < least_peak ? 0.0f : peaks[i] / largest_weight;
+                scale[i] = scale_of(length_of(squares[i], peaks[i], keys), peaks[i], value_length);
+                inverse[i] = reciprocal(scale[i]);
             }
-            inverse = load(inverses), scale = add(load(peaks), extent.none);
         }
-        store(scales + c, scale);
+        for (int i = 0; i < W; i++) scales[c + i] = scale[i];
         for (Index key = 0; key < key_block; key += step) {
             V codes[step];
-            for (int i = 0; i < step; i++) codes[i] = mul(value(key + i), inverse);
+            for (int i = 0; i < step; i++) codes[i] = mul(value(key + i), load(inverse));
             store_steps(column + key * tile, codes);
         }
     }
@@ -90,45 +88,55 @@ INLINE void score(const FullAttend& a, Index row, Index block, Index keys, float
         for (Index i = keys; i < key_block; i++) scores[r][i] = no_peak;
 }
 
-// Some queries and one block of keys.
+// Some queries and one block of keys. A key's weight is its share 2^(score - the block's largest).
 INLINE void attend_block(const FullAttend& a, Index row, Index block, float* out, float* peak, float* total) {
     constexpr int lanes = (block_rows + W - 1) / W * W;
     const Index keys = smaller(key_block, a.keys - block * key_block), width = padded(a.D, tile);
     alignas(64) float scores[block_rows][key_block];
-    alignas(64) Code weights[block_rows][key_block];
-    alignas(64) float peaks[lanes] = {}, before[lanes] = {}, shrink[lanes], grow[lanes];
+    alignas(64) Code shares[block_rows][key_block];
+    alignas(64) float peaks[lanes] = {}, totals[lanes] = {}, scales[lanes] = {}, shrink[lanes], grow[lanes];
     score(a, row, block, keys, scores);
     for (int r = 0; r < block_rows; r++) {
         V most = load(scores[r]);
         for (Index i = W; i < key_block; i += W) most = max_of(most, load(scores[r] + i));
         peaks[r] = peak_of(most);
     }
-    float totals[block_rows];
     for (int r = 0; r < block_rows; r++) {
         const V largest = set1(peaks[r]);
-        I sums = i_zero();
-        for (Index i = 0; i < key_block; i += W)
-            sums = i_add(sums, store_codes(weights[r] + i, exp2_(sub(load(scores[r] + i), largest), largest_weight)));
-        totals[r] = sum(i_float(sums));
+        V squares = set1(0.0f);
+        for (Index i = 0; i < key_block; i += W) {
+            const V share = exp2_(sub(load(scores[r] + i), largest));
+            squares = fma(share, share, squares);
+            store(scores[r] + i, share);
+        }
+        scales[r] = floats ? 1.0f : __builtin_sqrtf(sum(squares)) / share_length;
     }
     for (int r = 0; r < block_rows; r++) {
-        before[r] = peak[r];
-        peak[r] = before[r] > peaks[r] ? before[r] : peaks[r];
-        before[r] -= peak[r], peaks[r] -= peak[r];
+        const V inverse = set1(1.0f / scales[r]);
+        I sums = i_zero();
+        for (Index i = 0; i < key_block; i += W)
+            sums = i_add(sums, store_codes(shares[r] + i, mul(load(scores[r] + i), inverse)));
+        totals[r] = sum(i_float(sums));
     }
-    for (int i = 0; i < lanes; i += W) {
-        store(shrink + i, exp2_(load(before + i), 1.0f));
-        store(grow + i, exp2_(load(peaks + i), 1.0f / largest_weight));
+    for (int i = 0; i < block_rows; i += W) {
+        const Index some = block_rows - i;
+        const V before = load_upto(peak + i, some), here = load(peaks + i), now = max_of(before, here);
+        store(shrink + i, exp2_(sub(before, now)));
+        store(grow + i, mul(exp2_(sub(here, now)), load(scales + i)));
+        store_upto(peak + i, now, some);
     }
-    for (int r = 0; r < block_rows; r++) total[r] = total[r] * shrink[r] + totals[r] * grow[r];
     const Code* codes = static_cast<const Code*>(a.head.values) + block * a.head.values_size;
-    const float* scales = a.head.value_scales + block * a.head.value_scales_size;
+    const float* value_scales = a.head.value_scales + block * a.head.value_scales_size;
     for (Index c = 0; c < width; c += tile)
-        products(codes + c * key_block, weights[0], key_block, padded(keys, step) / step, [&](int r, int v, V x) {
+        products(codes + c * key_block, shares[0], key_block, padded(keys, step) / step, [&](int r, int v, V x) {
             float* to = out + r * width + c + v * W;
-            const V scale = mul(load(scales + c + v * W), set1(grow[r]));
+            const V scale = mul(load(value_scales + c + v * W), set1(grow[r]));
             store(to, fma(x, scale, mul(load(to), set1(shrink[r]))));
         });
+    for (int i = 0; i < block_rows; i += W) {
+        const V sums = fma(load(totals + i), load(grow + i), mul(load_upto(total + i, block_rows - i), load(shrink + i)));
+        store_upto(total + i, sums, block_rows - i);
+    }
 }
 
 void attend(const FullAttend& a) {

@@ -81,7 +81,7 @@ void PackedKeys::attend(const Heads& q, Index begin, Index end, float* out, Inde
         make_room(scratch.work, attend_work(D, kernels.tile));
         codes.codes = scratch.codes.data(), codes.scales = scratch.scales.data();
         const Index t = piece.first - begin;
-        for (Index r = 0; r < piece.keys; r++) kernels.encode(q.at(t + r, h), D, factor, codes, r);
+        for (Index r = 0; r < piece.keys; r++) kernels.encode(q.at(t + r, h), D, factor, key_length, codes, r);
         kernels.attend({piece.keys, spans[piece.span].tokens, D, codes, head(h, piece.span),
                         out + t * out_stride + h * D, out_stride, scratch.work.data()});
     });

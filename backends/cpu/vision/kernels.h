@@ -1,10 +1,12 @@
-// Products of many rows by many, exact to about 13 bits, and the attention of the vision tower that is built from them.
+// Products of many rows by many on integers of 16 bits, and the attention of the vision tower that is built from them.
 //
-// An operand is a matrix of codes: integers of 16 bits, a scale for every `group_depth` of them in a row. Two codes of
-// at most code_limit(n) have a sum of n products below 2^31, so that a group's sum is an exact int32, whatever order
-// and instruction it comes from. Machines add two such products to every int32 at a time, where they multiply and add
-// one float: twice the speed of float32, at an error (NMSE of an operand, normal numbers) of 4e-8, against 1.3e-6 of
-// bfloat16 and 8e-8 of float16. Weights of 16 bits lose less than 1e-8, because their scales are powers of two.
+// An operand is a matrix of codes, int16, with a scale for every `group_depth` of them in a row. A group's scale follows
+// from its length as a vector: the sum of products of two groups is at most the product of their lengths (Cauchy and
+// Schwarz), and so is every part of it; with lengths whose product is below 2^31 the sum is an exact int32, whatever
+// order and instruction it comes from. Machines add two such products to every int32 at a time, where they multiply and
+// add one float: twice the speed of float32, at an error (NMSE of an operand) of group_depth / 12 length^2, 2.5e-9 to
+// 1e-8 whatever the numbers are like, against 1.3e-6 of bfloat16 and 8e-8 of float16. Weights of 16 bits lose still
+// less, because their scales are powers of two.
 //
 // Where the machine multiplies such integers no faster than floats (Arm), a code is a float, and every scale is 1.
 //
@@ -64,9 +66,9 @@ struct VisionKernels {
     void (*layer_norm)(float* y, const float* x, const float* gain, const float* bias, Index n, float eps);
     // y = x / 2 (1 + erf(x / sqrt(2))) where exact, else x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
     void (*gelu)(float* y, const float* x, Index n, bool exact);
-    // A row of n numbers times `factor` -> codes, with zeros up to the stride, and scales. Numbers of which one is none
-    // have a scale that is none.
-    void (*encode)(const float* x, Index n, float factor, const Codes& to, Index row);
+    // A row of n numbers times `factor` -> codes, with zeros up to the stride, in groups of the given length, and scales.
+    // Where one of a group's numbers is none, its scale is none, too.
+    void (*encode)(const float* x, Index n, float factor, float length, const Codes& to, Index row);
     // y[t * stride + row] for rows [row0, row1) of a plain matrix and rows [t0, t1) of codes
     void (*multiply)(const Matrix& w, Index row0, Index row1, const Codes& a, Index t0, Index t1, const Finish& finish,
                      float* y, Index stride);
@@ -79,8 +81,11 @@ struct VisionKernels {
 
 extern const VisionKernels vision_scalar, vision_avx2, vision_avxvnni, vision_avx512vnni, vision_neon;
 
-// The largest code where n products are summed up: n * limit^2 < 2^31.
-static inline float code_limit(Index n) { return n <= 64 ? 5792.0f : 4095.0f; }
+// Lengths of groups of codes. Rounding makes a group longer by at most sqrt(group_depth) / 2 = 5.7.
+constexpr float row_length = 65500, weight_length = 32768;  // what meets in a product with a matrix
+constexpr float key_length = 46300;                         // of queries, too
+constexpr float value_length = 65500, share_length = 32760;  // values, and the weights of their keys
+constexpr float largest_code = 32767;
 
 static inline Index padded(Index n, Index multiple) { return (n + multiple - 1) / multiple * multiple; }
 

@@ -32,6 +32,7 @@ INLINE void products(const Code* tile_codes, const Code* rows, Index stride, Ind
 }
 
 // Columns [c, c + n) of the matrix's rows from `row` on; rows beyond row1 are zero.
+template <Type type>
 void unpack(const Matrix& w, Index row, Index row1, Index c, Index n, Tile& to) {
     alignas(64) Code rows[W * tile_depth];
     const Index stride = padded(n, W * step);
@@ -42,9 +43,9 @@ void unpack(const Matrix& w, Index row, Index row1, Index c, Index n, Tile& to) 
             for (Index g = 0; g < code_groups(n); g++) {
                 float& scale = to.scales[g][v * W + r];
                 const Index from = g * group_depth;
-                scale = at < row1
-                            ? encode_weights(w, at * w.in + c + from, smaller(group_depth, n - from), codes + from)
-                            : 0.0f;
+                scale = at < row1 ? encode_weights<type>(w.data, at * w.in + c + from, smaller(group_depth, n - from),
+                                                         codes + from)
+                                  : 0.0f;
             }
             clear(codes, at < row1 ? padded(n, W) : 0, stride);
         }
@@ -52,33 +53,52 @@ void unpack(const Matrix& w, Index row, Index row1, Index c, Index n, Tile& to) 
     }
 }
 
-// Columns [c, c + n) of a tile's `rows` rows times rows [t, t + count) of codes, added to y; the first of a row's
-// products begins with what `finish` adds, the last ends with its GELU.
-void multiply_block(const Tile& w, const Codes& a, Index c, Index n, bool last, Index t, Index count, Index rows,
-                    const Finish& finish, float* y, Index stride) {
+void unpack_any(const Matrix& w, Index row, Index row1, Index c, Index n, Tile& to) {
+    if (w.type == Type::bf16) return unpack<Type::bf16>(w, row, row1, c, n, to);
+    if (w.type == Type::f16) return unpack<Type::f16>(w, row, row1, c, n, to);
+    unpack<Type::f32>(w, row, row1, c, n, to);
+}
+
+// A tile of a matrix's columns [c, c + n) and a block of rows of codes: y is what comes of them, see multiply. The
+// first of a row's products begins with what `finish` adds, the last ends with its GELU.
+struct MultiplyBlock {
+    const Codes& a;
+    Index c, n, count, rows;  // `count` of block_rows, `rows` of the tile
+    bool last;
+    Finish finish;
+    Index stride;
+};
+
+template <bool whole>  // count == block_rows, rows == tile
+INLINE void multiply_block(const Tile& w, const MultiplyBlock& b, Index t, float* y) {
     alignas(64) float sums[block_rows][tile];
-    for (Index r = 0; r < count; r++)
-        for (int v = 0; v < vectors && v * W < rows; v++) {
-            const Index left = rows - v * W;
-            V start = set1(0.0f);
-            if (c > 0 || finish.add) start = load_upto(y + r * stride + v * W, left);
-            if (c == 0 && finish.bias) start = add(start, load_upto(finish.bias + v * W, left));
-            store(sums[r] + v * W, start);
-        }
-    const float* scales = a.scales + t * a.groups + c / group_depth;
-    for (Index g = 0; g < code_groups(n); g++) {
-        const Index from = g * group_depth, steps = padded(smaller(group_depth, n - from), step) / step;
-        const Code* codes = static_cast<const Code*>(a.codes) + t * a.stride + c + from;
-        products(w.codes + from * tile, codes, a.stride, steps, [&](int r, int v, V x) {
-            const V scale = mul(load(w.scales[g] + v * W), set1(scales[r * a.groups + g]));
+    auto each_vector = [&](auto&& function) {
+        for (int r = 0; r < block_rows; r++)
+            for (int v = 0; v < vectors; v++)
+                if (whole || (r < b.count && v * W < b.rows))
+                    function(y + r * b.stride + v * W, sums[r] + v * W, v * W, whole ? W : b.rows - v * W);
+    };
+    if (b.c > 0 || b.finish.add)
+        each_vector([&](const float* from, float* sum, Index, Index n) { store(sum, load_upto(from, n)); });
+    else
+        each_vector([&](const float*, float* sum, Index, Index) { store(sum, set1(0.0f)); });
+    if (b.c == 0 && b.finish.bias)
+        each_vector([&](const float*, float* sum, Index i, Index n) {
+            store(sum, add(load(sum), load_upto(b.finish.bias + i, n)));
+        });
+    const float* scales = b.a.scales + t * b.a.groups + b.c / group_depth;
+    for (Index g = 0; g < code_groups(b.n); g++) {
+        const Index from = g * group_depth, steps = padded(smaller(group_depth, b.n - from), step) / step;
+        const Code* codes = static_cast<const Code*>(b.a.codes) + t * b.a.stride + b.c + from;
+        products(w.codes + from * tile, codes, b.a.stride, steps, [&](int r, int v, V x) {
+            const V scale = mul(load(w.scales[g] + v * W), set1(scales[r * b.a.groups + g]));
             store(sums[r] + v * W, fma(x, scale, load(sums[r] + v * W)));
         });
     }
-    for (Index r = 0; r < count; r++)
-        for (int v = 0; v < vectors && v * W < rows; v++) {
-            const V x = load(sums[r] + v * W);
-            store_upto(y + r * stride + v * W, last && finish.gelu ? gelu_tanh(x) : x, rows - v * W);
-        }
+    if (b.last && b.finish.gelu)
+        each_vector([&](float* to, const float* sum, Index, Index n) { store_upto(to, gelu_tanh(load(sum)), n); });
+    else
+        each_vector([&](float* to, const float* sum, Index, Index n) { store_upto(to, load(sum), n); });
 }
 
 void multiply(const Matrix& w, Index row0, Index row1, const Codes& a, Index t0, Index t1, const Finish& finish,
@@ -86,13 +106,16 @@ void multiply(const Matrix& w, Index row0, Index row1, const Codes& a, Index t0,
     Tile made;
     for (Index row = row0; row < row1; row += tile)
         for (Index c = 0; c < w.in; c += tile_depth) {
-            const Index n = smaller(tile_depth, w.in - c), rows = smaller(tile, row1 - row);
-            unpack(w, row, row1, c, n, made);
-            Finish here = finish;
-            if (here.bias) here.bias += row;
-            for (Index t = t0; t < t1; t += block_rows)
-                multiply_block(made, a, c, n, c + n == w.in, t, smaller(block_rows, t1 - t), rows, here,
-                               y + t * stride + row, stride);
+            const Index n = smaller(tile_depth, w.in - c);
+            unpack_any(w, row, row1, c, n, made);
+            MultiplyBlock b{a, c, n, block_rows, smaller(tile, row1 - row), c + n == w.in, finish, stride};
+            if (b.finish.bias) b.finish.bias += row;
+            for (Index t = t0; t < t1; t += block_rows) {
+                b.count = smaller(block_rows, t1 - t);
+                float* to = y + t * stride + row;
+                b.count == block_rows && b.rows == tile ? multiply_block<true>(made, b, t, to)
+                                                        : multiply_block<false>(made, b, t, to);
+            }
         }
 }
 

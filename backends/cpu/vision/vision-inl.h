@@ -8,7 +8,7 @@
 //     store_codes(p, x)         W codes, rounded to nearest even; returns them as I
 //     store_steps(p, x)         the entries of x[0], ..., x[step - 1] in turn, rounded likewise
 //     transpose_steps(from, stride, to, to_stride)  W rows of W steps each, `stride` codes apart, transposed
-//     scale2(x, n)              x * 2^n of an integer n, |n| <= 126
+//     fraction(x), scale2(y, x)  x - floor(x); y * 2^floor(x) for x <= 0, where nothing is left below 2^-126
 //
 // and VISION, the name of the table. What the files below define has internal linkage.
 #pragma once

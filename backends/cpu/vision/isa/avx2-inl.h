@@ -29,7 +29,8 @@ inline void store_steps(Code* p, const V* x) {
     const __m256i low = _mm256_cvtps_epi32(x[0]), high = _mm256_slli_epi32(_mm256_cvtps_epi32(x[1]), 16);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(low, high, 0xaa));
 }
-inline V scale2(V x, V exponent) { return mul(x, pow2(exponent)); }
+inline V fraction(V x) { return sub(x, _mm256_floor_ps(x)); }
+inline V scale2(V x, V exponent) { return mul(x, pow2(_mm256_floor_ps(max_of(set1(-126.0f), exponent)))); }
 
 // 8 x 8 of 32 bits: pairs of rows, pairs of pairs, then halves of vectors.
 void transpose_steps(const Code* from, Index stride, Code* to, Index to_stride) {

@@ -31,6 +31,7 @@ inline void store_steps(Code* p, const V* x) {
     const __m512i low = _mm512_cvtps_epi32(x[0]), high = _mm512_slli_epi32(_mm512_cvtps_epi32(x[1]), 16);
     _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, low, high));
 }
+inline V fraction(V x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 inline V scale2(V x, V exponent) { return _mm512_scalef_ps(x, exponent); }
 
 // 16 x 16 of 32 bits: pairs of rows, pairs of pairs, then quarters of vectors.

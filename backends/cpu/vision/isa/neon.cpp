@@ -19,7 +19,8 @@ inline I store_codes(Code* p, V x) {
     return x;
 }
 inline void store_steps(Code* p, const V* x) { vst1q_f32(p, x[0]); }
-inline V scale2(V x, V exponent) { return mul(x, pow2(exponent)); }
+inline V fraction(V x) { return sub(x, vrndmq_f32(x)); }
+inline V scale2(V x, V exponent) { return mul(x, pow2(vrndmq_f32(max_of(set1(-126.0f), exponent)))); }
 
 void transpose_steps(const Code* from, Index stride, Code* to, Index to_stride) {
     float32x4x4_t rows;

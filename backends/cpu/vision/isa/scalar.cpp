@@ -22,7 +22,8 @@ inline I dot_codes(I sum, Pair x, Pair y) { return sum + x.low * y.low + x.high 
 inline Code rounded(V x) { return x == x ? Code(__builtin_rintf(x)) : Code(0); }
 inline I store_codes(Code* p, V x) { return *p = rounded(x); }
 inline void store_steps(Code* p, const V* x) { p[0] = rounded(x[0]), p[1] = rounded(x[1]); }
-inline V scale2(V x, V exponent) { return mul(x, pow2(exponent)); }
+inline V fraction(V x) { return x - __builtin_floorf(x); }
+inline V scale2(V x, V exponent) { return mul(x, pow2(__builtin_floorf(max_of(-126.0f, exponent)))); }
 void transpose_steps(const Code* from, Index, Code* to, Index) { to[0] = from[0], to[1] = from[1]; }
 
 }  // namespace
