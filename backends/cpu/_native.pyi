@@ -148,6 +148,23 @@ def decoder_layers(
     out: Float32,
 ) -> list[Any]: ...
 
+# --- the vision tower ---------------------------------------------------------------------------------------------------
+
+def layer_norm(x: Float32, gain: Float32, bias: Float32, eps: float, out: Float32) -> None: ...
+def gelu(x: Float32, exact: bool, out: Float32) -> None: ...
+def affine(x: Float32, w: Matrix, bias: Float32, out: Float32) -> None: ...
+def full_attention(q: Float32, k: Float32, v: Float32, lengths: Iterable[int], out: Float32) -> None: ...
+def vision_blocks(
+    x: Float32,
+    blocks: Iterable[Iterable[Any]],
+    heads: int,
+    eps: float,
+    cos: Float32,
+    sin: Float32,
+    lengths: Iterable[int],
+    out: Float32,
+) -> None: ...
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 def empty(nbytes: int) -> NDArray[np.uint8]: ...

@@ -4,8 +4,7 @@
 #include "bind_linear.h"
 #include "bind_states.h"
 
-#include <chrono>
-
+#include "interruptions.h"
 #include "kernels/linear.h"
 #include "layers/stack.h"
 
@@ -200,27 +199,6 @@ void gated_attention(const In& x, nb::handle weights, float eps, const In& cos, 
     run_mixer(mixer, x.data(), T, out.data());
 }
 
-// Lets Ctrl-C through in the midst of a long call: it looks for signals after a layer, but not so often that a busy
-// thread of Python, which has to hand the GIL over for it, could slow the call down.
-class Interruptions {
-public:
-    explicit Interruptions(Index T) : many_(T > few_tokens) {}
-
-    // False where Python is to raise an exception, which is set.
-    bool go_on() {
-        using namespace std::chrono_literals;
-        if (!many_ || std::chrono::steady_clock::now() - since_ < 50ms) return true;
-        nb::gil_scoped_acquire hold;
-        const bool none = PyErr_CheckSignals() == 0;
-        since_ = std::chrono::steady_clock::now();
-        return none;
-    }
-
-private:
-    bool many_;
-    std::chrono::steady_clock::time_point since_ = std::chrono::steady_clock::now();
-};
-
 nb::list decoder_layers(const In& x, nb::handle layers, Index key_heads, float eps, const In& cos, const In& sin,
                         nb::handle states, nb::handle lengths, nb::handle keep, nb::type_object kind, const Out& out) {
     const Index T = tokens_in(x, out), hidden = x.shape(1);
@@ -247,7 +225,7 @@ nb::list decoder_layers(const In& x, nb::handle layers, Index key_heads, float e
             stack.push_back({input_norm, post_norm, std::move(mixer), mlp});
         }
     }
-    Interruptions interruptions(T);
+    Interruptions interruptions(T > few_tokens);
     bool finished;
     {
         nb::gil_scoped_release release;

@@ -7,6 +7,7 @@ namespace nb = nanobind;
 void bind_linear(nb::module_& m);
 void bind_layers(nb::module_& m);
 void bind_states(nb::module_& m);
+void bind_vision(nb::module_& m);
 void bind_quantize(nb::module_& m);
 void bind_guard(nb::module_& m);
 
@@ -15,6 +16,7 @@ NB_MODULE(_native, m) {
     bind_linear(m);
     bind_states(m);
     bind_layers(m);
+    bind_vision(m);
     bind_quantize(m);
     bind_guard(m);
 }

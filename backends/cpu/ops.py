@@ -16,16 +16,25 @@ from edgeq.backends.cpu import _native
 from edgeq.backends.cpu.kv import PAGE, NativeKV
 from edgeq.backends.numpy import ArrayOps
 from edgeq.backends.ops import Angles
-from edgeq.config import RopeConfig, TextConfig
+from edgeq.config import RopeConfig, TextConfig, VisionConfig
 from edgeq.errors import UsageError
 from edgeq.formats.bf16 import Array, Float32
 from edgeq.formats.qmatrix import TwoLevel
 from edgeq.model import rotary
 from edgeq.model.layers import kept_caches
+from edgeq.model.vision import EPS
 from edgeq.numbers import Range
 from edgeq.printable import brief
 from edgeq.state import DeltaState, KVCache, LayerState
-from edgeq.weights import AttentionWeights, DeltaNetWeights, LayerWeights, Matrix, MLPWeights, QMatrix
+from edgeq.weights import (
+    AttentionWeights,
+    DeltaNetWeights,
+    LayerWeights,
+    Matrix,
+    MLPWeights,
+    QMatrix,
+    VisionBlockWeights,
+)
 
 __all__ = ["CpuOps"]
 
@@ -146,7 +155,19 @@ class CpuOps(ArrayOps[_native.Matrix]):
             codes, scales, biases, w.bits, w.group_size, block_scales, block_biases, w.zero, w.iq4
         )  # fmt: skip
 
+    def affine(self, x: Array, w: _native.Matrix, bias: Array) -> Array:
+        _native.affine(plain(x), w, bias, y := np.empty((len(x), w.shape[0]), np.float32))
+        return y
+
     # --- norms and pointwise -----------------------------------------------------------------------------------------
+
+    def layer_norm(self, x: Array, gain: Array, bias: Array, eps: float) -> Array:
+        _native.layer_norm(x, gain, bias, eps, y := like(x))
+        return y
+
+    def gelu(self, x: Array, exact: bool) -> Array:
+        _native.gelu(x, exact, y := like(x))
+        return y
 
     def rms_norm(self, x: Array, gain: Array, eps: float) -> Array:
         _native.rms_norm(x, gain, None, eps, y := like(x))
@@ -191,6 +212,10 @@ class CpuOps(ArrayOps[_native.Matrix]):
     def append(self, k: Array, v: Array, cache: KVCache[Array]) -> KVCache[Array]:
         assert isinstance(cache, NativeKV)
         return cache.appended(k, v)
+
+    def full_attention(self, q: Array, k: Array, v: Array, lengths: Sequence[int]) -> Array:
+        _native.full_attention(q, k, v, lengths, out := like(q))
+        return out
 
     # --- DeltaNet ----------------------------------------------------------------------------------------------------
 
@@ -248,6 +273,14 @@ class CpuOps(ArrayOps[_native.Matrix]):
         for i, caches in longer.items():
             after[i] = list(map(kept_caches, caches, keep))
         return y, after
+
+    def vision_blocks(
+        self, x: Array, ws: Sequence[VisionBlockWeights[Array, _native.Matrix]], c: VisionConfig,
+        angles: Angles[Array], lengths: Sequence[int],
+    ) -> Array:  # fmt: skip
+        """All blocks in one call. Ctrl-C interrupts it within some seconds."""
+        _native.vision_blocks(plain(x), ws, c.num_heads, EPS, *angles, lengths, y := like(x))
+        return y
 
 
 def _longer(cache: LayerState[Array], tokens: int) -> NativeKV:

@@ -30,6 +30,7 @@ Index = NDArray[np.int32]
 
 __all__ = [
     "BAND",
+    "EPS",
     "Grid",
     "Pixels",
     "largest_band",
@@ -42,7 +43,7 @@ __all__ = [
 
 BAND = 4096  # patches that go through the tower together; through its blocks a whole frame has to
 
-_EPS = 1e-6  # of every layer norm; fixed by the architecture, not by the configuration
+EPS = 1e-6  # of every layer norm; fixed by the architecture, not by the configuration
 _THETA = 10000.0  # likewise, of the rotary embedding
 
 
@@ -182,8 +183,8 @@ def vision_block(
     ops: Ops[A, M], x: A, w: VisionBlockWeights[A, M], c: VisionConfig, angles: Angles[A], lengths: Sequence[int]
 ) -> A:
     """x + attention(norm(x)), then x + mlp(norm(x)): [patches, hidden]."""
-    x = ops.add(x, _attention(ops, ops.layer_norm(x, *w.norm1, _EPS), w, c, angles, lengths))
-    return ops.add(x, _mlp(ops, ops.layer_norm(x, *w.norm2, _EPS), w))
+    x = ops.add(x, _attention(ops, ops.layer_norm(x, *w.norm1, EPS), w, c, angles, lengths))
+    return ops.add(x, _mlp(ops, ops.layer_norm(x, *w.norm2, EPS), w))
 
 
 def _attention(
@@ -202,5 +203,5 @@ def _mlp(ops: Ops[A, M], h: A, w: VisionBlockWeights[A, M]) -> A:
 
 def _merge(ops: Ops[A, M], c: VisionConfig, w: MergerWeights[A, M], x: A) -> A:
     """Norm each patch, lay the patches of a square side by side, and project: [tokens, out_hidden_size]."""
-    squares = ops.layer_norm(x, *w.norm, _EPS).reshape(-1, c.merged_size)
+    squares = ops.layer_norm(x, *w.norm, EPS).reshape(-1, c.merged_size)
     return ops.affine(ops.gelu(ops.affine(squares, *w.fc1), exact=True), *w.fc2)

@@ -2,7 +2,7 @@
 // are built from them.
 //
 // The kernels are plain functions over rows of float32; they know nothing of threads. Their bodies are written once
-// (layers-inl.h) over a handful of vector operations that each instruction set defines (isa/NAME.cpp). Float sums run
+// (layers-inl.h) over a handful of vector operations that each instruction set defines (isa/NAME-inl.h). Float sums run
 // in a different order from set to set, so results agree within the bounds of tests/test_native_layers.py, not bit by
 // bit. The specification is backends/numpy.
 #pragma once
