@@ -250,7 +250,10 @@ class Engine(Generic[A, M]):
         """
         c = self.checkpoint.config.vision
         if not self.sees or c is None:
-            raise UsageError(f"{self.checkpoint.path} has no vision tower", hint="use a checkpoint that has one")
+            raise UsageError(
+                f"{self.checkpoint.path} does not see: {self.checkpoint.lacks_tower()}",
+                hint="use a checkpoint that has its vision tower, or quantize the original again with it",
+            )
         _check_patches(pixels, grid, c)
         self.checkpoint.drop_pages()
         try:

@@ -3,7 +3,7 @@
 The output keeps the source's names and conventions (the hub's: zero-centred norms, convolution [C, 1, width]), only
 the quantized matrices are replaced by MLX's weight, scales and biases. Stock mlx-lm and mlx-vlm sanitize hub files
 when they load them, so they run the output unchanged, while nothing is lost for others: norms stay exact, the MTP head
-and the vision tower are kept. docs/reference/format.md has the layout.
+is kept, and so is the vision tower unless it is to be left out. docs/reference/format.md has the layout.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from edgeq.quant.recipe import KEEP, Assignment, QuantSpec, Recipe, TypeRule, as
 from edgeq.quant.report import Report, TensorReport
 from edgeq.quant.source import open_source
 from edgeq.quant.target import FileTarget, FolderTarget, files_of
+from edgeq.weights import Part
 
 __all__ = ["Progress", "quantize"]
 
@@ -60,6 +61,7 @@ def quantize(
     group_size: int | None = None,
     recipe: str | None = None,
     types: Sequence[str] = (),
+    vision: int | str | None = None,
     dry_run: bool = False,
     report: Path | str | None = None,
     force: bool = False,
@@ -70,15 +72,19 @@ def quantize(
     """Quantize `src`, a folder or Hugging Face ID of an unquantized checkpoint, into the new folder `out`.
 
     `recipe` is q4 (the default), q4+, q5, q6, q8 or none; `bits` and `group_size` replace its base's; `types` are
-    PATTERN=SPEC overrides, e.g. "*.down_proj=6g64". With `dry_run` nothing is quantized and `out` may be None.
-    `report` is a file for the sizes and errors of all tensors, as JSON. With `force` an existing model folder, or
-    report, is replaced once the new one is complete. `revision` goes on record; it is known for folders in the hub's
-    cache. Memory stays below about 300 MB, whatever the model's size.
+    PATTERN=SPEC overrides, e.g. "*.down_proj=6g64". `vision` is what becomes of the vision tower: 16 (as it is), 8
+    (its matrices in 8 bits; the default wherever anything is quantized) or "none" (left out). With `dry_run` nothing is
+    quantized and `out` may be None. `report` is a file for the sizes and errors of all tensors, as JSON. With `force`
+    an existing model folder, or report, is replaced once the new one is complete. `revision` goes on record; it is
+    known for folders in the hub's cache. Memory stays below about 300 MB, whatever the model's size.
     """
     if out is not None:
         check_output(Path(out))
     start = time.perf_counter()
-    plan = _Plan(find_model(src), choose_recipe(recipe, bits, group_size), [TypeRule.parse(t) for t in types])
+    chosen = choose_recipe(recipe, bits, group_size, vision)
+    plan = _Plan(find_model(src), chosen, [TypeRule.parse(t) for t in types])
+    if vision in (8, 16, "8", "16") and not plan.sees:
+        raise UsageError(f"{src} has no vision tower to store in {vision} bits", hint="leave that setting out")
     targets = _Targets(plan, out, report, dry_run, force)
     planned = plan.report(str(src), str(out or ""))
     if targets.folder is None:
@@ -141,6 +147,11 @@ class _Plan:
         self.assignments = assign(self.source.tensors, recipe, rules)
         self.scale_type = self.source.scale_type
 
+    @property
+    def sees(self) -> bool:
+        """Whether the source has a vision tower."""
+        return any(spec.part is Part.VISION for spec, _ in self.source.tensors)
+
     def parts(self, a: Assignment) -> list[_Part]:
         """What is written for a tensor: itself, or the triple of a quantized matrix."""
         if not isinstance(a.storage, QuantSpec):
@@ -202,12 +213,16 @@ class _Plan:
         if "text_config" in values:
             values["text_config"] = values["text_config"] | known
         values |= {"tie_word_embeddings": text.tie_word_embeddings} if "text_config" in values else known
-        if self.recipe.base is None:
+        if self.recipe.vision == "none":
+            values.pop("vision_config", None)
+        specs = [a.storage for a in self.assignments if isinstance(a.storage, QuantSpec)]
+        base = self.recipe.base or next(iter(specs), None)
+        if base is None:
             return values
-        block: dict[str, Any] = {"group_size": self.recipe.base.group_size, "bits": self.recipe.base.bits}
+        block: dict[str, Any] = {"group_size": base.group_size, "bits": base.bits}
         block["mode"] = "affine"
         for a in self.assignments:
-            if isinstance(a.storage, QuantSpec) and a.storage != self.recipe.base:
+            if isinstance(a.storage, QuantSpec) and a.storage != base:
                 block[mlx_module(a.spec.name)] = {"group_size": a.storage.group_size, "bits": a.storage.bits}
         return values | {"quantization": block, "quantization_config": block}
 
@@ -218,6 +233,7 @@ class _Plan:
             "bits": base.bits if base else None,
             "group_size": base.group_size if base else None,
             "types": [rule.text for rule in self.rules],
+            "vision": self.recipe.vision if self.sees else None,
         }
 
 

@@ -4,9 +4,13 @@ A recipe is a base (bits and group size) and rules that lift some matrices above
 `out_proj` is the matrix that costs most when it is coarse, by public measurements on this model family; the a and b
 projections, the convolution, `A_log`, `dt_bias` and the norms are under 0.3% of the bytes and drive the recurrence, so
 no recipe touches them. The MTP head follows the base: it only proposes tokens that the model verifies, so its error
-costs acceptance rate, never an answer. The vision tower stays as it is.
+costs acceptance rate, never an answer.
 
-`--type PATTERN=SPEC` overrides a recipe, later ones win.
+The vision tower is apart: 8 bits for its blocks and its merger cost nothing that can be measured
+(docs/concepts/quantization.md), fewer would; patch embedding, position table, norms and biases stay as they are. It can
+be kept at 16 bits, or left out.
+
+`--type PATTERN=SPEC` overrides a recipe, later ones win; for the tower only patterns that name it (`visual.*`) count.
 """
 
 from __future__ import annotations
@@ -16,17 +20,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from edgeq.errors import UsageError
 from edgeq.formats.affine import BITS, GROUP_SIZES
+from edgeq.printable import brief
 from edgeq.weights import Part, Role, TensorSpec
 
-__all__ = ["KEEP", "RECIPES", "Assignment", "QuantSpec", "Recipe", "Storage", "TypeRule", "assign", "choose_recipe"]
+__all__ = [
+    "KEEP",
+    "RECIPES",
+    "VISION",
+    "Assignment",
+    "QuantSpec",
+    "Recipe",
+    "Storage",
+    "TypeRule",
+    "VisionChoice",
+    "assign",
+    "choose_recipe",
+]
 
 FloatType: TypeAlias = Literal["BF16", "F16", "F32"]
 KEEP: Literal["keep"] = "keep"
 
+VisionChoice: TypeAlias = Literal["16", "8", "none"]
+VISION: tuple[VisionChoice, ...] = get_args(VisionChoice)
+"""What becomes of the vision tower: kept as it is, its matrices of 8 bits, or left out."""
+
+_VISION_GROUP = 64
 _FLOAT_TYPES: Mapping[str, FloatType] = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 _EXACT = (Role.DECAY, Role.GATED_NORM)  # float32 in the hub's files, and kept so
 
@@ -74,6 +96,11 @@ class TypeRule:
         candidates = (*names, *(name.removesuffix(".weight") for name in names))
         return any(fnmatchcase(name, self.pattern) for name in candidates)
 
+    def applies(self, spec: TensorSpec) -> bool:
+        """Whether it may decide on a tensor whose name it matches."""
+        named = spec.part is not Part.VISION or self.pattern.startswith(("visual.", "model.visual.", "vision_tower."))
+        return not self.quantizes or (named and _quantizable(spec))
+
     def storage(self, group_size: int) -> Storage:
         if isinstance(self.type, str):
             return self.type
@@ -91,25 +118,33 @@ def _bits_and_group(spec: str) -> tuple[int, int | None] | None:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """`base` for every matrix, at least `lifted` bits where a pattern matches the neutral name; None: all bfloat16."""
+    """`base` for every matrix, at least `lifted` bits where a pattern matches the neutral name; None: all bfloat16.
+    `vision` is what becomes of the tower."""
 
     name: str
     summary: str
     base: QuantSpec | None
     lifted: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    vision: VisionChoice = "16"
+
+    def keeps(self, spec: TensorSpec) -> bool:
+        """Whether the result has the tensor at all."""
+        return spec.part is not Part.VISION or self.vision != "none"
 
     def storage(self, spec: TensorSpec) -> Storage:
         """What the recipe stores a tensor as."""
+        if spec.part is Part.VISION and _quantizable(spec) and self.vision == "8":
+            return QuantSpec(8, _VISION_GROUP)
         if self.base is None:
             return KEEP if spec.role in _EXACT else "BF16"
-        if not _quantizable(spec):
+        if not _quantizable(spec) or spec.part is Part.VISION:
             return KEEP
         lifts = [bits for pattern, bits in self.lifted.items() if fnmatchcase(spec.name, pattern)]
         return replace(self.base, bits=max([self.base.bits, *lifts]))
 
 
 def _quantizable(spec: TensorSpec) -> bool:
-    return spec.role in (Role.LINEAR, Role.EMBEDDING) and spec.part is not Part.VISION
+    return spec.role in (Role.LINEAR, Role.EMBEDDING)
 
 
 def _recipes(*recipes: Recipe) -> Mapping[str, Recipe]:
@@ -144,8 +179,13 @@ def _either(values: Sequence[int]) -> str:
     return f"{', '.join(others)} or {last}"
 
 
-def choose_recipe(name: str | None, bits: int | None, group_size: int | None) -> Recipe:
-    """The recipe called `name`, by default q4 or, at 8 bits, q8; `bits` and `group_size` replace its base's."""
+def choose_recipe(
+    name: str | None, bits: int | None, group_size: int | None, vision: int | str | None = None
+) -> Recipe:
+    """The recipe called `name`, by default q4 or, at 8 bits, q8; `bits` and `group_size` replace its base's.
+
+    vision: 16, 8 or "none"; by default 8, but 16 for a recipe that quantizes nothing.
+    """
     if bits is not None and bits not in BITS:
         raise UsageError(f"bits must be {_either(BITS)}, got {bits}")
     if group_size is not None and group_size not in GROUP_SIZES:
@@ -154,6 +194,12 @@ def choose_recipe(name: str | None, bits: int | None, group_size: int | None) ->
     if name not in RECIPES:
         raise UsageError(f"unknown recipe {name!r}", hint=f"use one of {', '.join(RECIPES)}")
     recipe = RECIPES[name]
+    choice = next((choice for choice in VISION if choice == str(vision)), None)
+    if choice is None and vision is not None:
+        raise UsageError(
+            f"the vision tower cannot be stored as {brief(vision)}", hint=f"use one of {', '.join(VISION)}"
+        )
+    recipe = replace(recipe, vision=choice or ("16" if recipe.base is None else "8"))
     if recipe.base is None:
         if bits is not None or group_size is not None:
             raise UsageError(f"recipe {name!r} quantizes nothing", hint="leave out bits and group size")
@@ -175,14 +221,17 @@ class Assignment:
 def assign(
     tensors: Sequence[tuple[TensorSpec, str]], recipe: Recipe, rules: Sequence[TypeRule] = ()
 ) -> list[Assignment]:
-    """Decide for every tensor, given as spec and name in the file. UsageError for a rule that applies to none."""
+    """Decide for every tensor that is kept, given as spec and name in the file. UsageError for a rule that applies to
+    none."""
     group_size = recipe.base.group_size if recipe.base else 64
     unused = set(rules)
     assignments = []
     for spec, file_name in tensors:
+        if not recipe.keeps(spec):
+            continue
         storage = recipe.storage(spec)
         for rule in rules:
-            if rule.matches(spec.name, file_name) and (_quantizable(spec) or not rule.quantizes):
+            if rule.matches(spec.name, file_name) and rule.applies(spec):
                 storage = rule.storage(group_size)
                 unused.discard(rule)
         assignments.append(_fit(Assignment(spec, file_name, storage)))
@@ -210,7 +259,7 @@ def _unused_error(rule: TypeRule, tensors: Sequence[tuple[TensorSpec, str]]) -> 
     if any(rule.matches(spec.name, file_name) for spec, file_name in tensors):
         return UsageError(
             f"type {rule.text!r} matches only tensors that are never quantized",
-            hint="store gates, convolutions, norms, vectors and the vision tower as bf16, f16 or f32",
+            hint="gates, convolutions, norms and vectors can be bf16, f16 or f32; name the tower as visual.*",
         )
     return UsageError(
         f"type {rule.text!r} matches no tensor",

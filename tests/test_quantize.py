@@ -346,7 +346,7 @@ class TestProvenance:
     def test_record(self, source: Path, q4: Done) -> None:
         record = json.loads((q4.folder / RECORD).read_text())
         assert record["edgeq"] == edgeq.__version__
-        assert record["recipe"] == {"name": "q4", "bits": 4, "group_size": 64, "types": []}
+        assert record["recipe"] == {"name": "q4", "bits": 4, "group_size": 64, "types": [], "vision": "8"}
         assert record["source"]["name"] == source.name
         assert set(record["source"]["files"]) == {"config.json", "model.safetensors"}
         assert set(verify(q4.folder)) == {path.name for path in q4.folder.iterdir()} - {RECORD}

@@ -46,8 +46,34 @@ class TestRecipes:
         chosen = storages(config, name)
         for spec in all_tensors(config):
             quantized = isinstance(chosen[spec.name], QuantSpec)
-            wanted = spec.role in (Role.LINEAR, Role.EMBEDDING) and spec.part is not Part.VISION
-            assert quantized == wanted, spec.name
+            assert quantized == (spec.role in (Role.LINEAR, Role.EMBEDDING)), spec.name
+
+    @pytest.mark.parametrize("name", RECIPES)
+    def test_the_vision_tower_has_8_bits_16_or_none(self, config: ModelConfig, name: str) -> None:
+        tower = [spec for spec in all_tensors(config) if spec.part is Part.VISION]
+        for vision in (None, 8, 16, "8", "16", "none"):
+            recipe = choose_recipe(name, None, None, vision)
+            assert recipe.vision == (str(vision) if vision else "16" if name == "none" else "8")
+            made = {a.spec.name: a.storage for a in assign([(spec, spec.name) for spec in all_tensors(config)], recipe)}
+            if recipe.vision == "none":
+                assert not any(spec.name in made for spec in tower)
+                continue
+            quantized = {spec.role for spec in tower if isinstance(made[spec.name], QuantSpec)}
+            assert quantized == ({Role.LINEAR} if recipe.vision == "8" else set())
+        with pytest.raises(UsageError, match="the vision tower cannot be stored as"):
+            choose_recipe(name, None, None, 4)
+
+    def test_only_patterns_that_name_the_tower_quantize_it(self, config: ModelConfig) -> None:
+        tensors = [(spec, hub_name(spec.name)) for spec in all_tensors(config)]
+        for pattern, bits in (("*", 8), ("visual.*.fc1", 8), ("visual.*linear_fc1", 4), ("model.visual.*fc1*", 4)):
+            try:
+                made = assign(tensors, choose_recipe("q6", None, None), [TypeRule.parse(f"{pattern}=4")])
+            except UsageError:
+                assert pattern == "visual.*.fc1"  # matches nothing
+                continue
+            (storage,) = {a.storage for a in made if a.spec.name == "visual.blocks.0.mlp.linear_fc1.weight"}
+            assert isinstance(storage, QuantSpec)
+            assert storage.bits == bits
 
     def test_q4_plus(self, config: ModelConfig) -> None:
         chosen = storages(config, "q4+")
@@ -115,7 +141,7 @@ class TestTypes:
         [
             ("*.nothing=4", "matches no tensor"),
             ("*.in_proj_a=8", "never quantized"),
-            ("visual.*=4", "never quantized"),
+            ("visual.pos_embed=4", "never quantized"),
             ("*.up_proj", "not PATTERN=SPEC"),
             ("*.up_proj=7", "not PATTERN=SPEC"),
             ("*.up_proj=4g48", "not PATTERN=SPEC"),

@@ -226,7 +226,7 @@ def test_a_model_without_tower_does_not_see(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, config_values())
     e = engine(NumpyOps(), tmp_path)
     assert not e.sees
-    with pytest.raises(UsageError, match="has no vision tower"):
+    with pytest.raises(UsageError, match="does not see: it has no vision tower"):
         e.see(np.zeros((4, 96), np.float32), (1, 2, 2))
 
 

@@ -92,6 +92,10 @@ class Checkpoint(ABC):
     def weight_files(self) -> list[Path]:
         """The files that hold the tensors."""
 
+    def lacks_tower(self) -> str:
+        """Why it does not see, in a few words: for a checkpoint without vision tower."""
+        return "it has no vision tower"
+
     def check_whole(self) -> None:  # noqa: B027  a checkpoint without mapped files is whole
         """ModelError if a mapped file has been cut short since it was opened, or could not be read."""
 

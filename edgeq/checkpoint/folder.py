@@ -165,6 +165,13 @@ class FolderCheckpoint(Checkpoint):
     def processor_values(self) -> tuple[dict[str, Any], dict[str, Any]]:
         return processor_values(self.path)
 
+    def lacks_tower(self) -> str:
+        record = self.path / "edgeq.json"  # see edgeq.quant.provenance
+        recipe = read_json(record).get("recipe") if exists(record) else None
+        if isinstance(recipe, dict) and recipe.get("vision") == "none":
+            return "it was quantized without its vision tower (--vision none)"
+        return super().lacks_tower()
+
     def weight_files(self) -> list[Path]:
         return [file.path for file in self.files]
 

@@ -109,7 +109,7 @@ def _context(text: TextConfig) -> str:
 def _seeing(checkpoint: Checkpoint, stored: list[tuple[TensorSpec, Storage]]) -> dict[str, str]:
     """The vision tower, and what a picture costs in tokens."""
     if not stored or checkpoint.config.vision is None:
-        return {"vision tower": "no"}
+        return {"vision tower": f"no: {checkpoint.lacks_tower()}"}
     from edgeq.session.visual import CHAT_VISUALS
     from edgeq.vision import image_size
 

@@ -68,6 +68,16 @@ def quantize(
             "or f32; repeatable, last match wins.",
         ),
     ] = None,
+    vision: Annotated[
+        str | None,
+        option(
+            "--vision",
+            metavar="16|8|none",
+            env=False,
+            default="8; 16 with --recipe none",
+            help="The vision tower: as it is, its matrices in 8 bits, or left out.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, option("--dry-run", env=False, help="Print what would be written; write nothing.")
     ] = False,
@@ -100,6 +110,7 @@ def quantize(
             group_size=group_size,
             recipe=recipe,
             types=types or (),
+            vision=vision,
             dry_run=dry_run,
             report=report,
             force=force,

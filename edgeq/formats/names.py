@@ -39,6 +39,8 @@ def hub_name(name: str) -> str:
 
 
 def mlx_module(name: str) -> str:
-    """The path of a tensor's module in mlx-lm's model, where it looks for the module's quantization."""
+    """The path of a tensor's module in mlx-lm's, or mlx-vlm's, model, where they look for its quantization."""
     module = name.removesuffix(".weight")
+    if module.startswith("visual."):
+        return module.replace("visual.", "vision_tower.", 1)
     return f"language_model.{module}" if module.startswith(_TOP_LEVEL) else f"language_model.model.{module}"
