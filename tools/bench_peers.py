@@ -41,7 +41,7 @@ if __name__ == "__main__":
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 OURS = "edgeq"
-FORMS = {4: ("q4", "Q4_0", "Q4_K_M"), 8: ("q8", "Q8_0")}  # edgeq's own first
+FORMS: dict[int, tuple[str, ...]] = {4: ("q4", "Q4_0", "Q4_K_M"), 8: ("q8", "Q8_0")}  # edgeq's own first
 CONDITIONS = (
     "random weights of the real shapes, default recipes; peers compiled for the machine, the better of Q4_0 and Q4_K_M "
     "against 4 bits, Q8_0 against 8; engines take turns, medians"
@@ -436,6 +436,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=numbers, default=[512, 2048], help="lengths, in tokens")
     parser.add_argument("--depths", type=numbers, default=[0, 1024, 4096], help="context before the generated tokens")
     parser.add_argument("--generate", type=int, default=64, help="tokens generated at each depth")
+    parser.add_argument("--forms", type=lambda text: text.split(","), help="of the peers, instead of all: Q4_0,Q8_0")
     parser.add_argument("--same-file", action="store_true", help="edgeq runs the peers' files, too")
     parser.add_argument("--only", choices=("speed", "memory", "start", "quantize"))
     parser.add_argument("--busy", type=int, default=0, help="other programs that compute meanwhile")
@@ -451,6 +452,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    for b, (own, *others) in FORMS.items():
+        FORMS[b] = (own, *(form for form in others if options.forms is None or form in options.forms))
     tests = [Speed(n, 0, 0) for n in options.prompts] + [Speed(0, options.generate, d) for d in options.depths]
     paths = prepare(options.checkpoint, options.work, options.bits, options.peers)
     report: dict[str, list[Any]] = {"speed": [], "memory": [], "start": [], "quantize": []}

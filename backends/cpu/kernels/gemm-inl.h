@@ -10,7 +10,8 @@ constexpr int tile_rows = row_vectors * lanes;
 constexpr int tile_depth = 512;        // codes of a row unpacked at a time: the tile stays in the first-level cache
 constexpr int plain_tile_depth = 128;  // the same for floats
 
-// A block of weights made ready: codes as [row vector][depth / 4][lane][4], scales and biases as [group][row].
+// A block of weights made ready: codes as [row vector][depth / 4][lane][4] (or as transpose of the set likes it), scales
+// and biases as [group][row].
 struct Tile {
     alignas(64) uint8_t codes[tile_rows * tile_depth];
     alignas(64) float scales[tile_depth / 16][tile_rows];
@@ -92,16 +93,7 @@ void multiply(const Tile& tile, const Activations& a, int group, int64_t c, int 
             I start = signed_bytes && bits == 8 ? i_set(128 * a.totals[at + t * a.groups + g]) : i_zero();
             for (int v = 0; v < row_vectors; v++) d[v][t] = start;
         }
-        const uint8_t* codes = tile.codes + g * group * lanes;
-        for (int k = 0; k < group; k += 16) {
-            Codes16 x[tokens];
-            for (int t = 0; t < tokens; t++) x[t] = load_codes16(q + t * a.stride + g * group + k);
-            for (int v = 0; v < row_vectors; v++) {
-                B w[4];
-                for (int i = 0; i < 4; i++) w[i] = b_load(codes + v * lanes * tile_depth + (k + 4 * i) * lanes);
-                for (int t = 0; t < tokens; t++) d[v][t] = dot_rows<bits>(d[v][t], w, x[t]);
-            }
-        }
+        dot_group<bits, tokens>(tile.codes + g * group * lanes, lanes * tile_depth, q + g * group, a.stride, group, d);
         for (int v = 0; v < row_vectors; v++) {
             F s = f_load(tile.scales[g] + v * lanes), b = f_load(tile.biases[g] + v * lanes);
             for (int t = 0; t < tokens; t++) {

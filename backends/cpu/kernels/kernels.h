@@ -17,6 +17,8 @@
 
 #include <stdint.h>
 
+#define EDGEQ_INLINE inline __attribute__((always_inline))
+
 namespace edgeq {
 
 enum class Type : int { f32, f16, bf16, i8 };

@@ -15,20 +15,22 @@
 //   i_zero i_set i_float
 //   i_start<n>(p)             128 p[0] in the first of lanes / n lanes, then 128 p[1] ...; the others zero
 //   b_load(p)                 4 * lanes bytes
-//   Codes16, load_codes16(p)  16 activation codes of one token, as dot_rows likes to have them
 //   unpack<bits>(p)           4 * lanes codes (minus 128 for 8 bits and signed_bytes); reads no byte beyond theirs
 //   nibbles(p, low, high)     4 * lanes bytes of 4-bit codes: the even ones, the odd ones
 //   look_up(v)                4-bit codes -> iq4_codes[code] (minus 128 for signed_bytes)
 //   dot(acc, w, a)            acc + sums of 4 (or, where signed_bytes, any) neighbouring products; codes below 64
 //   dot8(acc, w, a)           the same for 8-bit codes
-//   dot_rows<bits>(acc, w, a) acc + every lane's own 4 bytes of w[0], ..., w[3] times the 16 of a; codes of 8 bits,
-//                             of 6, or (bits = 5) of fewer
+//   dot_group<bits, tokens>(codes, distance, q, stride, group, d)  gemm's inner loop: to d[v][t], in lane i, the products
+//                             of a group's codes of row v * lanes + i, in the order that transpose leaves them in,
+//                             row vectors `distance` bytes apart, with those of token t, `stride` bytes apart; codes of
+//                             8 bits, of 6, or (bits = 5) of fewer. dot-rows-inl.h defines it by
+//   Codes16, load_codes16(p)  16 activation codes of one token, as dot_rows likes to have them
+//   dot_rows<bits>(acc, w, a) acc + every lane's own 4 bytes of w[0], ..., w[3] times the 16 of a
 //   f_spread<n>(p)            lanes / n times p[0], then p[1], ...
-//   transpose(p, n, out)      lanes rows of 4 * lanes bytes, n bytes apart: out[i] = the i-th 4 bytes of every row
+//   transpose(p, n, out)      lanes rows of 4 * lanes bytes, n bytes apart: the first 4 bytes of every row, the next 4 ...
+//                             (or as many as the set's dot_group takes from a row at a time)
 //   f_transpose(p, n, out)    lanes rows of lanes floats, n floats apart, transposed
 #pragma once
-
-#define EDGEQ_INLINE inline __attribute__((always_inline))
 
 #include "kernels/activations-inl.h"
 #include "kernels/gemv-inl.h"

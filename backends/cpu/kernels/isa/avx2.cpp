@@ -35,6 +35,7 @@ inline I dot_rows(I acc, const B* w, Codes16 a) {
 }  // namespace
 }  // namespace edgeq
 
+#include "kernels/dot-rows-inl.h"
 #include "kernels/linear-inl.h"
 
 const edgeq::LinearKernels edgeq::linear_avx2 = {quantize, gemv, gemm, tile_rows};

@@ -182,6 +182,7 @@ void f_transpose(const float* p, int n, F* out) {
 }  // namespace
 }  // namespace edgeq
 
+#include "kernels/dot-rows-inl.h"
 #include "kernels/linear-inl.h"
 
 const edgeq::LinearKernels edgeq::linear_avx512vnni = {quantize, gemv, gemm, tile_rows};

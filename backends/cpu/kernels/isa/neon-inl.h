@@ -1,4 +1,5 @@
-// Vectors of 128 bits: what the three NEON files share. They define signed_bytes before and the dot products after.
+// Vectors of 128 bits: what the three NEON files share. They define signed_bytes and row_bytes (the bytes of a row that
+// one product takes) before, and the dot products after.
 #include <arm_neon.h>
 #include <string.h>
 
@@ -148,9 +149,15 @@ F f_spread(const float* p) {
 }
 
 void transpose(const uint8_t* p, int n, uint8_t* out) {
-    uint32x4x4_t rows;
-    for (int i = 0; i < 4; i++) rows.val[i] = vreinterpretq_u32_u8(vld1q_u8(p + i * n));
-    vst4q_u32(reinterpret_cast<uint32_t*>(out), rows);
+    if constexpr (row_bytes == 8) {
+        uint64x2x4_t rows;
+        for (int i = 0; i < 4; i++) rows.val[i] = vreinterpretq_u64_u8(vld1q_u8(p + i * n));
+        vst4q_u64(reinterpret_cast<uint64_t*>(out), rows);
+    } else {
+        uint32x4x4_t rows;
+        for (int i = 0; i < 4; i++) rows.val[i] = vreinterpretq_u32_u8(vld1q_u8(p + i * n));
+        vst4q_u32(reinterpret_cast<uint32_t*>(out), rows);
+    }
 }
 
 void f_transpose(const float* p, int n, F* out) {

@@ -4,6 +4,7 @@
 namespace edgeq {
 namespace {
 constexpr bool signed_bytes = true;
+constexpr int row_bytes = 4;
 }
 }  // namespace edgeq
 
@@ -45,6 +46,7 @@ inline I dot_rows(I acc, const B* w, Codes16 p) {
 }  // namespace
 }  // namespace edgeq
 
+#include "kernels/dot-rows-inl.h"
 #include "kernels/linear-inl.h"
 
 const edgeq::LinearKernels edgeq::linear_neon = {quantize, gemv, gemm, tile_rows};

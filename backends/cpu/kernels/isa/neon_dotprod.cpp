@@ -4,6 +4,7 @@
 namespace edgeq {
 namespace {
 constexpr bool signed_bytes = true;  // sdot multiplies signed by signed
+constexpr int row_bytes = 4;
 }
 }  // namespace edgeq
 
@@ -29,6 +30,7 @@ inline I dot_rows(I acc, const B* w, Codes16 a) {
 }  // namespace
 }  // namespace edgeq
 
+#include "kernels/dot-rows-inl.h"
 #include "kernels/linear-inl.h"
 
 const edgeq::LinearKernels edgeq::linear_neon_dotprod = {quantize, gemv, gemm, tile_rows};
