@@ -8,6 +8,7 @@ weights are quantized, by the `gguf` package.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -30,6 +31,7 @@ from edgeq.checkpoint.gguf_layout import (
 from edgeq.checkpoint.gguf_tokenizer import tokenizer_metadata
 from edgeq.errors import ModelError, UsageError
 from edgeq.files import new_file
+from edgeq.files.pieces import PieceWriter
 from edgeq.formats.bf16 import Array, Float32, from_float32
 from edgeq.formats.ggml import TYPES, GGMLType
 from edgeq.formats.mapped import reading_on
@@ -259,7 +261,7 @@ def _write(
 def _write_data(path: Path, checkpoint: Checkpoint, tensors: Sequence[_Tensor], progress: Progress | None) -> None:
     """Append the tensors, block by block."""
     total, done = sum(prod(t.shape) for t in tensors), 0
-    with path.open("ab") as file:
+    with closing(PieceWriter(path, "ab")) as file:
         for tensor in tensors:
             file.write(bytes(-file.tell() % _ALIGNMENT))
             end = file.tell() + tensor.nbytes
@@ -274,6 +276,7 @@ def _write_data(path: Path, checkpoint: Checkpoint, tensors: Sequence[_Tensor], 
                     progress(done, total, tensor.name)
             assert file.tell() == end, f"{tensor.name}: not as long as declared"
         file.write(bytes(-file.tell() % _ALIGNMENT))
+        file.flush()
 
 
 def _write_header(path: Path, arch: str, metadata: Mapping[str, Any], tensors: Sequence[_Tensor]) -> None:

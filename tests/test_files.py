@@ -11,9 +11,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 from process import ROOT, run_python
 from tiny_tokenizer import build_tiny_tokenizer
@@ -21,7 +23,8 @@ from tiny_tokenizer import build_tiny_tokenizer
 from edgeq.checkpoint import open_checkpoint
 from edgeq.cli import main
 from edgeq.errors import EdgeqError, MemoryBudgetError, UsageError
-from edgeq.files import find_leftovers, new_file, new_folder, publish, rename
+from edgeq.files import find_leftovers, new_file, new_folder, pieces, publish, rename
+from edgeq.files.pieces import PieceWriter
 from edgeq.quant import quantize, verify
 from edgeq.quant.gguf_export import export_gguf
 from edgeq.testing import config_values, write_checkpoint
@@ -619,3 +622,35 @@ class TestSignals:
             done = run_python(program, command, str(source), option, str(tmp_path / out))
             assert done.returncode == code, done.stderr
             assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("mode", ["wb", "ab"])
+def test_files_are_written_in_pieces_of_a_large_page(
+    tmp_path: Path, mode: Literal["wb", "ab"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "PIECE", 64)
+    path, rng = tmp_path / "x", np.random.default_rng(0)
+    expected = b"head" if mode == "ab" else b""
+    path.write_bytes(expected)
+    writes: list[tuple[int, int]] = []
+    with closing(PieceWriter(path, mode)) as file:
+        real = file._file
+
+        class Spy:
+            def write(self, data: memoryview) -> int:
+                writes.append((real.tell(), len(data)))
+                return real.write(data)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(real, name)
+
+        monkeypatch.setattr(file, "_file", Spy())
+        for size in (1, 63, 0, 64, 65, 1, 300, 128, 7, 500, 3):
+            block = rng.integers(0, 256, size, dtype=np.uint8)
+            expected += block.tobytes()
+            file.write(block.data)
+            assert file.tell() == len(expected)
+        file.sync()
+    assert path.read_bytes() == expected
+    assert all(start % 64 == 0 for start, _ in writes[1:])
+    assert all((start + size) % 64 == 0 for start, size in writes[:-1])

@@ -12,7 +12,7 @@ import mmap
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +22,9 @@ from edgeq.printable import printable
 from edgeq.shortage import limits
 
 __all__ = ["Guard", "check_whole", "guard_when_mapped", "is_mapped", "map_file", "reading_on", "set_guard"]
+
+
+_LARGE = 64 << 20  # bytes of a file from which on page tables cost time
 
 
 class Guard(Protocol):
@@ -88,12 +91,19 @@ def reading_on() -> Iterator[None]:
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """Map a file for reading; ModelError if it cannot be read, MemoryBudgetError if it does not fit."""
+    """Map a file for reading; ModelError if it cannot be read, MemoryBudgetError if it does not fit.
+
+    A large one on large pages, where the system has them: for what is read from the disk now, and for what was written
+    in pieces of them (`edgeq.files.pieces`).
+    """
     nbytes = 0
     try:
         with open_file(path) as file:
             nbytes = os.fstat(file.fileno()).st_size
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if nbytes >= _LARGE and (advice := getattr(mmap, "MADV_HUGEPAGE", None)) is not None:
+            with suppress(OSError):  # a system without them
+                mapping.madvise(advice)
     except FileNotFoundError:
         raise ModelError(f"{path} does not exist", hint="download the missing file") from None
     except ValueError:

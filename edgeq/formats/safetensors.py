@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import json
 import mmap
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from math import prod
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from edgeq.errors import ModelError
+from edgeq.files.pieces import PieceWriter
 from edgeq.formats.bf16 import Array
 from edgeq.formats.mapped import check_whole, map_file
 from edgeq.printable import brief
@@ -154,7 +154,7 @@ class SafetensorsWriter:
             file.write("a", block)  # as many blocks as it takes, in order
 
     The data starts at a multiple of 64 bytes and entries should come widest dtype first, so that every tensor is
-    aligned. Leaving the context without error makes the bytes durable (fsync).
+    aligned. Leaving the context without error makes the bytes durable (fsync). It can be mapped with large pages.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class SafetensorsWriter:
         blob = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         blob += b" " * (-(len(blob) + 8) % 64)
         self._written = 0
-        self._file: IO[bytes] = path.open("wb")
+        self._file = PieceWriter(path)
         try:
             self._file.write(len(blob).to_bytes(8, "little") + blob)
         except BaseException:
@@ -193,11 +193,10 @@ class SafetensorsWriter:
             return
         try:
             assert self._written == max(self._ends.values(), default=0), "less data than declared"
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._file.sync()
         finally:
             self._abandon()
 
     def _abandon(self) -> None:
-        with suppress(OSError):  # of what was not written yet, after an error that says more
+        with suppress(OSError):  # after an error that says more
             self._file.close()
