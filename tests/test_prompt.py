@@ -352,6 +352,11 @@ class TestParts:
             chat.send(content)
         assert not chat.ids
 
+    @pytest.mark.parametrize("one", ["photo.jpg", b"x", np.zeros((9, 9, 3), np.uint8), V])
+    def test_one_picture_is_no_list(self, one: Any) -> None:
+        with pytest.raises(UsageError, match="images must be a list, got"):
+            sources_of("x", one)
+
     def test_too_many_and_too_few(self) -> None:
         with pytest.raises(UsageError, match="has 1 parts without a picture of their own, got 2 pictures"):
             sources_of([{"type": "image"}], ["a", "b"])

@@ -50,6 +50,9 @@ def sources_of(
     images, videos: fill the parts that name no source, or else come before the text. Raises UsageError for parts that
     are neither text nor picture, and for pictures where a message of this `role` cannot have them.
     """
+    for name, pictures in (("images", images), ("videos", videos)):
+        if not isinstance(pictures, list | tuple):
+            raise UsageError(f"{name} must be a list, got {type(pictures).__name__}", hint="put one into a list, too")
     given: dict[Kind, Iterator[Any]] = {"image": iter(images), "video": iter(videos)}
     parts = list(content) if isinstance(content, list | tuple) else None
     places = [_kind(part) for part in parts or [] if isinstance(part, Mapping) and _is_place(part)]

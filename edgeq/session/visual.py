@@ -120,6 +120,12 @@ class Visual:
     def __iter__(self) -> Iterator[Any]:
         return iter((self.kind, self.pixel_values, self.grid))
 
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> Any:
+        return (self.kind, self.pixel_values, self.grid)[index]
+
     @property
     def pixel_values(self) -> Float32:
         """All patches: float32 [temporal patches * rows * columns, values]."""
