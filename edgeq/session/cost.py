@@ -1,7 +1,7 @@
 """How long pictures will take, before the work begins.
 
 The multiplications of the tower and of the language model are counted, and how many of each the machine does in a
-second is measured on one of their matrices. The rest of the work comes on top, as a share.
+second is measured on one block of the tower and one matrix of the model. The rest comes on top, as a share.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import numpy as np
 
 from edgeq.config import VisionConfig
 from edgeq.engine import Engine
+from edgeq.model.vision import vision_angles
 from edgeq.session.visual import Visual
 from edgeq.weights import TensorSpec, declare_text, declare_vision, leaves
 
 __all__ = ["seconds_to_see"]
 
 ROWS = 256  # of the products that are timed
-OVERHEAD = 1.5  # whole time over that of the matrices, on the CPU backend, 0.8B to 4B
+TOWER, TEXT = 0.9, 1.4  # whole time over that of the products, as the CPU backend has it for 600 to 4,096 patches
 
 
 def seconds_to_see(engine: Engine[Any, Any], visuals: Sequence[Visual], *, known: int = 0) -> float:
@@ -34,8 +35,8 @@ def seconds_to_see(engine: Engine[Any, Any], visuals: Sequence[Visual], *, known
         return 0.0
     tower = sum(_tower_products(vision, patches) for patches in frames[known:])
     text = sum(visual.tokens for visual in visuals) * _text_products(engine)
-    seconds = text / _text_rate(engine) + (tower / _tower_rate(engine, vision) if tower else 0.0)
-    return OVERHEAD * seconds
+    seconds = TEXT * text / _text_rate(engine)
+    return seconds + TOWER * tower / _tower_rate(engine, vision) if tower else seconds
 
 
 def _text_products(engine: Engine[Any, Any]) -> int:
@@ -64,8 +65,9 @@ def _text_rate(engine: Engine[Any, Any]) -> float:
 def _tower_rate(engine: Engine[Any, Any], c: VisionConfig) -> float:
     ops, weights = engine.ops, engine.weights.vision
     assert weights is not None, "only a model that sees is asked"
-    x = ops.array(np.ones((ROWS, c.hidden_size), np.float32))
-    return _rate(lambda: ops.numpy(ops.affine(x, *weights.blocks[0].fc1)), c.hidden_size * c.intermediate_size)
+    x, angles = ops.array(np.ones((ROWS, c.hidden_size), np.float32)), vision_angles(ops, c, (1, 16, ROWS // 16))
+    block = sum(spec.size for spec in _matrices(declare_vision(c).blocks[0])) + 2 * ROWS * c.hidden_size
+    return _rate(lambda: ops.numpy(ops.vision_blocks(x, weights.blocks[:1], c, angles, [ROWS])), block)
 
 
 def _rate(product: Callable[[], Any], size: int) -> float:
