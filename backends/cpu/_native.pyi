@@ -164,6 +164,7 @@ def vision_blocks(
     lengths: Iterable[int],
     out: Float32,
 ) -> None: ...
+def vision_nbytes(tokens: int, hidden: int, heads: int, intermediate: int) -> int: ...
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 

@@ -76,8 +76,7 @@ void affine_(const In& x, const BoundMatrix& w, const In& bias, const Out& out) 
     require_contiguous(out, "out");
     const Affine both{w.matrix, vector_of(bias, "bias", w.matrix.out)};
     nb::gil_scoped_release release;
-    CodeMemory memory;
-    affine(x.data(), T, both, {}, out.data(), memory);
+    affine(x.data(), T, both, out.data());
 }
 
 void full_attention_(const In& q, const In& k, const In& v, nb::handle lengths, const Out& out) {
@@ -121,6 +120,13 @@ void vision_blocks(const In& x, nb::handle blocks, Index heads, float eps, const
     if (!finished) nb::raise_python_error();
 }
 
+size_t nbytes(Index T, Index hidden, Index heads, Index wide) {
+    require(T > 0 && hidden > 0 && wide > 0 && heads > 0 && hidden % heads == 0, "tokens, hidden, heads, intermediate",
+            "positive numbers, the heads a divisor of the hidden size");
+    entries({T, hidden, 64}), entries({hidden, std::max(hidden, wide), 64});
+    return vision_nbytes(T, hidden, heads, wide);
+}
+
 }  // namespace
 
 void bind_vision(nb::module_& m) {
@@ -134,4 +140,6 @@ void bind_vision(nb::module_& m) {
     m.def("vision_blocks", &vision_blocks, "x"_a.noconvert(), "blocks"_a, "heads"_a, "eps"_a, "cos"_a.noconvert(),
           "sin"_a.noconvert(), "lengths"_a, "out"_a.noconvert(),
           "All blocks: VisionBlockWeights. May raise what a signal's handler raises.");
+    m.def("vision_nbytes", &nbytes, "tokens"_a, "hidden"_a, "heads"_a, "intermediate"_a,
+          "Bytes that vision_blocks works in, for tokens of one frame.");
 }

@@ -99,6 +99,11 @@ class CpuOps(ArrayOps[_native.Matrix]):
         quantized = widest + 3 * 4 * widest // 32
         return tokens * (4 * (between + 2 * c.hidden_size) + quantized)
 
+    def vision_scratch_nbytes(self, c: VisionConfig, patches: int) -> int:
+        """Hidden states before and after the blocks, and what these work in."""
+        work: int = _native.vision_nbytes(patches, c.hidden_size, c.num_heads, c.intermediate_size)
+        return 2 * 4 * patches * c.hidden_size + work
+
     def held(self) -> Mapping[str, int]:
         return dict(zip(("KV cache", "DeltaNet states", "scratch"), _native.memory_held(), strict=True))
 

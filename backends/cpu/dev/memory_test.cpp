@@ -18,6 +18,7 @@
 #include "kernels/quantize.h"
 #include "kernels/threads.h"
 #include "layers/stack.h"
+#include "vision/vision.h"
 
 // --- the counter hook ------------------------------------------------------------------------------------------------
 
@@ -213,6 +214,33 @@ struct Layers {
     Vector result() const { return y; }
 };
 
+// Two blocks of the vision tower over two frames.
+struct Tower {
+    static constexpr Index hidden = 64, heads = 2, wide = 96, T = 900;
+    Vector x = normal(T * hidden), y = x, gain = normal(hidden), bias = normal(3 * hidden), angle = normal(T * 16);
+    std::vector<Vector> weights;
+    VisionTower tower{{}, hidden, heads, 1e-6f, angle.data(), angle.data(), 16, {800, 100}};
+
+    Tower() {
+        for (int i = 0; i < 2; i++)
+            tower.blocks.push_back({gain.data(), bias.data(), gain.data(), bias.data(), affine(3 * hidden, hidden),
+                                    affine(hidden, hidden), affine(wide, hidden), affine(hidden, wide)});
+    }
+    Tower(const Tower&) = delete;
+
+    Affine affine(Index out, Index in) {
+        weights.push_back(normal(out * in, 0.1f));
+        return {{weights.back().data(), nullptr, nullptr, out, in, 0, 0, Type::f32}, bias.data()};
+    }
+
+    void run() {
+        y = x;
+        run_vision(tower, y.data(), [] { return true; });
+    }
+
+    Vector result() const { return y; }
+};
+
 struct Quantize {
     static constexpr Index rows = 40, columns = 128;
     Vector x = normal(rows * columns), scales = Vector(rows * 2), biases = scales, errors = scales;
@@ -326,6 +354,8 @@ int main() {
     Layers token(1), text(100);
     test("layers, 1 token", token);
     test("layers, 100 tokens", text);
+    Tower tower;
+    test("vision tower", tower);
     Quantize weights;
     test("quantize", weights);
     Blocks blocks;

@@ -40,6 +40,14 @@ struct Finish {
     bool add, gelu;
 };
 
+// Some rows of a matrix, at most `tile` of them, as codes [step of the width][row][codes of a step] and scales [group][row];
+// up to the tile's end they are zero.
+struct Tile {
+    void* codes;
+    float* scales;
+    Index rows, in;
+};
+
 // Keys and values of one head and one span, in blocks of key_block keys; the last one is filled up with zeros.
 // Codes of keys lie as [block][tile of keys][step of the width][key][codes of a step], of values as [block][tile of the
 // width][step of keys][entry][codes of a step], so that a whole vector of keys or entries meets the same codes of a
@@ -69,9 +77,10 @@ struct VisionKernels {
     // A row of n numbers times `factor` -> codes, with zeros up to the stride, in groups of the given length, and scales.
     // Where one of a group's numbers is none, its scale is none, too.
     void (*encode)(const float* x, Index n, float factor, float length, const Codes& to, Index row);
-    // y[t * stride + row] for rows [row0, row1) of a plain matrix and rows [t0, t1) of codes
-    void (*multiply)(const Matrix& w, Index row0, Index row1, const Codes& a, Index t0, Index t1, const Finish& finish,
-                     float* y, Index stride);
+    // Rows of a plain matrix from `row` on.
+    void (*encode_tile)(const Matrix& w, Index row, const Tile& to);
+    // y[t * stride + row] for the tile's rows and rows [t0, t1) of codes; the bias is the tile's.
+    void (*multiply)(const Tile& w, const Codes& a, Index t0, Index t1, const Finish& finish, float* y, Index stride);
     // The keys of one block, rows of D numbers, and likewise its values.
     void (*pack_keys)(const float* k, Index stride, Index keys, Index D, const PackedHead& head, Index block);
     void (*pack_values)(const float* v, Index stride, Index keys, Index D, const PackedHead& head, Index block);

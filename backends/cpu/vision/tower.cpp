@@ -2,29 +2,11 @@
 // through the rest of the block by itself, so that nothing but x and the packed keys and values has room for all.
 #include <algorithm>
 
-#include "kernels/linear.h"
 #include "layers/rows.h"
 #include "vision/packed.h"
 
 namespace edgeq {
 namespace {
-
-// Rows [row, row + count) of a projection.
-Affine rows_of(const Affine& w, Index row, Index count) {
-    Affine some = w;
-    Matrix& m = some.weight;
-    auto moved = [](const void* p, Index nbytes) { return p ? static_cast<const char*>(p) + nbytes : nullptr; };
-    m.out = count;
-    m.data = moved(m.data, row * Index(row_nbytes(m)));
-    if (m.bits) {
-        const Index groups = m.in / m.group, size = type_size(m.type), blocks = groups >> m.block_shift;
-        m.scales = moved(m.scales, row * groups * size), m.biases = moved(m.biases, row * groups * size);
-        if (m.block_scales) m.block_scales += row * blocks;
-        if (m.block_biases) m.block_biases += row * blocks;
-    }
-    some.bias += row;
-    return some;
-}
 
 // Some neighbouring blocks of keys, and their tokens.
 struct Band {
@@ -42,7 +24,8 @@ std::vector<Band> bands_of(const PackedKeys& packed) {
 }
 
 struct Work {
-    CodeMemory memory;
+    Projection q, kv, proj, fc1, fc2;
+    Projection::Memory memory;
     Floats normed, wide;  // of a band: what a norm gives; keys and values, queries, or what lies within the feed-forward
 };
 
@@ -70,7 +53,7 @@ void pack_band(const VisionTower& tower, const VisionBlock& block, const Band& b
     const Index hidden = tower.hidden, D = hidden / tower.heads;
     float *h = work.normed.data(), *kv = work.wide.data();
     norm(tower, x + band.first * hidden, band.tokens, block.norm1, block.bias1, h);
-    affine(h, band.tokens, rows_of(block.qkv, hidden, 2 * hidden), {}, kv, work.memory);
+    work.kv.multiply(h, band.tokens, {}, kv, 2 * hidden, work.memory);
     rotate(tower, band.first, band.tokens, tower.heads, kv, 2 * hidden);
     packed.pack({kv, 2 * hidden, D}, {kv + hidden, 2 * hidden, D}, band.begin, band.end, band.first);
 }
@@ -80,27 +63,42 @@ void run_band(const VisionTower& tower, const VisionBlock& block, const Band& ba
     const Index hidden = tower.hidden, D = hidden / tower.heads, T = band.tokens;
     float *x = all + band.first * hidden, *h = work.normed.data(), *wide = work.wide.data();
     norm(tower, x, T, block.norm1, block.bias1, h);
-    affine(h, T, rows_of(block.qkv, 0, hidden), {}, wide, work.memory);
+    work.q.multiply(h, T, {}, wide, hidden, work.memory);
     rotate(tower, band.first, T, tower.heads, wide, hidden);
     packed.attend({wide, hidden, D}, band.first, band.first + T, wide, hidden);
-    affine(wide, T, block.proj, {nullptr, true, false}, x, work.memory);
+    work.proj.multiply(wide, T, {nullptr, true, false}, x, hidden, work.memory);
     norm(tower, x, T, block.norm2, block.bias2, h);
-    affine(h, T, block.fc1, {nullptr, false, true}, wide, work.memory);
-    affine(wide, T, block.fc2, {nullptr, true, false}, x, work.memory);
+    work.fc1.multiply(h, T, {nullptr, false, true}, wide, block.fc1.weight.out, work.memory);
+    work.fc2.multiply(wide, T, {nullptr, true, false}, x, hidden, work.memory);
 }
 
+Index widest_of(Index hidden, Index wide) { return std::max(2 * hidden, wide); }
+
 }  // namespace
+
+size_t vision_nbytes(Index T, Index hidden, Index heads, Index wide) {
+    const VisionKernels& kernels = vision_kernels();
+    const Index D = hidden / heads, blocks = (T + key_block - 1) / key_block, band = std::min(T, vision_band);
+    auto codes = [&](Index rows, Index n) { return rows * (code_stride(n) * kernels.code_nbytes + code_groups(n) * 4); };
+    const Index keys = codes(key_block, D), values = padded(D, kernels.tile) * (key_block * kernels.code_nbytes + 4);
+    const Index weights = codes(4 * hidden + wide, hidden) + codes(hidden, wide);
+    const Index between = 4 * band * (hidden + widest_of(hidden, wide)) + codes(band, std::max(hidden, wide));
+    return size_t(blocks * heads * (keys + values) + weights + between);
+}
 
 bool run_vision(const VisionTower& tower, float* x, const std::function<bool()>& go_on) {
     PackedKeys packed(tower.heads, tower.hidden / tower.heads, tower.spans);
     const std::vector<Band> bands = bands_of(packed);
-    Index longest = 0, widest = 2 * tower.hidden;
+    Index longest = 0, widest = 0;
     for (const Band& band : bands) longest = std::max(longest, band.tokens);
-    for (const VisionBlock& block : tower.blocks) widest = std::max<Index>(widest, block.fc1.weight.out);
+    for (const VisionBlock& block : tower.blocks) widest = std::max(widest, widest_of(tower.hidden, block.fc1.weight.out));
     Work work;
     work.normed.resize(longest * tower.hidden);
     work.wide.resize(longest * widest);
     for (const VisionBlock& block : tower.blocks) {
+        const Index hidden = tower.hidden;
+        work.kv.prepare(rows_of(block.qkv, hidden, 2 * hidden)), work.q.prepare(rows_of(block.qkv, 0, hidden));
+        work.proj.prepare(block.proj), work.fc1.prepare(block.fc1), work.fc2.prepare(block.fc2);
         for (const Band& band : bands) pack_band(tower, block, band, x, packed, work);
         for (const Band& band : bands) {
             run_band(tower, block, band, x, packed, work);

@@ -25,6 +25,6 @@ namespace edgeq {
 
 extern const VisionKernels VISION;
 const VisionKernels VISION = {sizeof(Code), step,     tile,      layer_norm,  gelu,
-                              encode,       multiply, pack_keys, pack_values, attend};
+                              encode,       encode_tile, multiply, pack_keys, pack_values, attend};
 
 }  // namespace edgeq
