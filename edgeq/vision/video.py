@@ -37,7 +37,6 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", 
 _HINT = "give a video that plays elsewhere, or a folder of its frames"
 _DELAY = 100  # milliseconds of a frame whose animation gives none, as browsers have it
 _MOST_CHOSEN = 2048  # frames that are named to ffmpeg, whose arguments are limited; of more, all come here
-_ANIMATION = 12  # bytes that decoders keep for each of its pixels
 
 
 class OpenVideo(ABC):
@@ -137,9 +136,9 @@ class _Animation(OpenVideo):
         self.name = name
         self._image = opened(file, name, memory)
         self.size = self._image.size
-        if _ANIMATION * math.prod(self.size) > memory:
+        if 12 * math.prod(self.size) > memory:  # the canvases of a PNG's animation, too
             raise _too_large(name, self.size, memory)
-        durations = list(self._image.durations())
+        durations = list(self._image.animation()) or [0]
         self.total = len(durations)
         self.fps = fps or 1000 * self.total / sum(given or _DELAY for given in durations)
 
