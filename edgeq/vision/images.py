@@ -24,6 +24,7 @@ from edgeq.errors import EdgeqError, MediaError, UsageError
 from edgeq.foreign import translated
 from edgeq.inputs import expand_user, open_file
 from edgeq.printable import brief, one_line
+from edgeq.vision.headers import gif_frames, webp_canvas
 from edgeq.vision.resize import Rows, UInt8
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ _ORIENTATION = 0x0112  # of EXIF
 _TRANSPOSE = (None, None, 0, 3, 1, 5, 4, 6, 2)  # Pillow's operation for each orientation
 _REVERSED = (3, 4, 7, 8)  # orientations whose first row is stored last, be it a row or a column
 _BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # of a pixel; of every other mode 4
+_CANVAS = 12  # bytes that decoders of animations keep for each pixel, some of them from when a file is opened
 _LONGEST_STREAM = 1 << 30  # bytes of what cannot be read twice and is kept as a whole
 
 
@@ -105,15 +107,24 @@ class OpenImage:
             image.load()
         return _ImageRows(image, self._orientation, self.name)
 
-    def durations(self) -> Iterator[float]:
-        """Milliseconds of each frame of an animation; 0 where it does not say."""
-        assert not isinstance(self._image, np.ndarray)
+    def animation(self) -> Iterator[float]:
+        """Milliseconds of each frame; 0 where it does not say. MediaError where the frames together are too large."""
+        image, file = self._image, self._file
+        assert not isinstance(image, np.ndarray)
+        assert file is not None
+        if image.format == "GIF":
+            file.seek(0)
+            for frame in gif_frames(file):
+                if _CANVAS * frame.width * frame.height > self._memory:
+                    raise _too_large(self.name, frame.width, frame.height, self._memory)
+                yield frame.duration
+            return
         with _decoding(self.name):
-            for i in range(getattr(self._image, "n_frames", 1)):
-                self._image.seek(i)
-                if self._image.format == "WEBP":
-                    self._image.load()  # which alone tells
-                yield max(float(self._image.info.get("duration") or 0), 0)
+            for i in range(getattr(image, "n_frames", 1)):
+                image.seek(i)
+                if image.format == "WEBP":
+                    image.load()  # which alone tells
+                yield max(float(image.info.get("duration") or 0), 0)
 
     def seek(self, frame: int) -> None:
         """Make `decoded` give another frame of an animation."""
@@ -131,8 +142,8 @@ class OpenImage:
         if limit is not None and pixels > limit:
             return sys.maxsize
         needed = pixels * _BYTES.get(image.mode, 4)
-        if image.format in ("WEBP", "AVIF"):
-            needed += 8 * pixels  # the decoder's own pictures
+        if image.format in ("WEBP", "GIF", "AVIF"):
+            needed = _CANVAS * pixels
         if image.info.get("progressive"):
             needed += 6 * image.width * image.height  # 16-bit coefficients of three channels, in full size
         return needed
@@ -233,10 +244,12 @@ def pillow() -> Any:
 
 def opened(file: BinaryIO, name: str, memory: int) -> OpenImage:
     """An image in a file, which is closed with it."""
-    head = file.read(32)
+    head = file.read(30)
     file.seek(0)
-    if (canvas := _webp_canvas(head)) and 12 * canvas[0] * canvas[1] > memory:
-        raise _too_large(name, *canvas, memory)  # its decoder takes the memory for it while the header is read
+    canvas = webp_canvas(head) or next(((frame.width, frame.height) for frame in gif_frames(file)), (0, 0))
+    file.seek(0)
+    if _CANVAS * canvas[0] * canvas[1] > memory:
+        raise _too_large(name, *canvas, memory)
     with _decoding(name):
         try:
             image = pillow().open(file, formats=FORMATS)
@@ -345,18 +358,3 @@ def _data_url(url: str) -> bytes:
         return binascii.a2b_base64(content + b"=" * (-len(content) % 4))
     except binascii.Error as error:
         raise MediaError(f"a data: URL that is no base64: {one_line(error)}", hint="encode the image again") from None
-
-
-def _webp_canvas(head: bytes) -> tuple[int, int] | None:
-    """Width and height by the header of a WebP file (RFC 9649); None for anything else."""
-    if head[:4] != b"RIFF" or head[8:12] != b"WEBP" or len(head) < 30:
-        return None
-    match head[12:16]:
-        case b"VP8X":
-            return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
-        case b"VP8L":
-            bits = int.from_bytes(head[21:25], "little")
-            return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-        case b"VP8 ":
-            return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
-    return None

@@ -34,10 +34,13 @@ __all__ = ["OpenVideo", "open_video"]
 
 _ANIMATED = (b"GIF8", b"\x89PNG")  # how files begin that Pillow reads, all frames of them
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".avif")
+_PACKET = re.compile(
+    rb"\d+, *-?\d+, *(-?\d+), *(-?\d+), *\d+, *0x\w+(?:, F=0x(\w+))?"
+)  # of framecrc: pts, duration, flags
+_NO_START, _DISCARDED = -(1 << 63), 4  # a pts that is none; a flag of packets that an edit list leaves out
 _HINT = "give a video that plays elsewhere, or a folder of its frames"
 _DELAY = 100  # milliseconds of a frame whose animation gives none, as browsers have it
 _MOST_CHOSEN = 2048  # frames that are named to ffmpeg, whose arguments are limited; of more, all come here
-_ANIMATION = 12  # bytes that decoders keep for each of its pixels
 
 
 class OpenVideo(ABC):
@@ -137,9 +140,9 @@ class _Animation(OpenVideo):
         self.name = name
         self._image = opened(file, name, memory)
         self.size = self._image.size
-        if _ANIMATION * math.prod(self.size) > memory:
+        if 12 * math.prod(self.size) > memory:  # the canvases of a PNG's animation, too
             raise _too_large(name, self.size, memory)
-        durations = list(self._image.durations())
+        durations = list(self._image.animation()) or [0]
         self.total = len(durations)
         self.fps = fps or 1000 * self.total / sum(given or _DELAY for given in durations)
 
@@ -153,20 +156,21 @@ class _Animation(OpenVideo):
 
 
 class _Packets:
-    """Counts packets, each of which becomes a frame, and the time that they take."""
+    """Counts the packets that become frames, and the time that they take."""
 
     def __init__(self) -> None:
-        self.total, self.first, self.end = 0, float("inf"), float("-inf")
+        self.total, self.first, self.end, self.sum = 0, math.inf, -math.inf, 0
 
     def add(self, start: int | None, duration: int) -> None:
-        self.total += 1
+        """Another packet; times are in ticks. Raw streams give no start."""
+        self.total, self.sum = self.total + 1, self.sum + duration
         if start is not None:
-            self.first, self.end = min(self.first, start), max(self.end, start + max(duration, 0))
+            self.first, self.end = min(self.first, start), max(self.end, start + duration)
 
     def fps(self, time_base: Fraction) -> float | None:
         """Frames in a second."""
-        ticks = self.end - self.first
-        return float(self.total / (int(ticks) * time_base)) if 0 < ticks < float("inf") else None
+        ticks = int(self.end - self.first) if self.first < self.end else self.sum
+        return float(self.total / (ticks * time_base)) if ticks > 0 else None
 
 
 class _FFmpeg(OpenVideo):
@@ -229,9 +233,11 @@ class _FFmpeg(OpenVideo):
             for line in output:
                 if line.startswith(b"#tb"):
                     time_base = Fraction(line.split()[-1].decode())
-                elif not line.startswith(b"#"):
-                    start, duration = (_whole(field) for field in line.split(b",")[2:4])
-                    packets.add(start, duration or 0)
+                elif found := _PACKET.match(line):
+                    start, duration = int(found[1]), int(found[2])
+                    flags = int(found[3] or b"0", 16)
+                    if not flags & _DISCARDED:
+                        packets.add(None if start == _NO_START else start, max(duration, 0))
         if not packets.total:
             raise MediaError(f"{self.name} has no video in it{self._complaint}", hint=_HINT)
         return packets, time_base
@@ -281,8 +287,8 @@ class _PyAV(OpenVideo):
             if 4 * stream.height * stream.width > memory:
                 raise _too_large(name, (stream.height, stream.width), memory)
             for packet in container.demux(stream):
-                if packet.size:
-                    packets.add(packet.pts, packet.duration or 0)
+                if packet.size and not packet.is_discard:
+                    packets.add(packet.pts, max(packet.duration or 0, 0))
         self.total, self.fps = packets.total, fps or packets.fps(time_base)
         with closing(self.frames([0])) as frames:
             self.size = next(frames).size
@@ -346,11 +352,6 @@ def _one_of(indices: Sequence[int]) -> str:
         return f"eq(n,{indices[0]})"
     half = len(indices) // 2
     return f"if(lt(n,{indices[half]}),{_one_of(indices[:half])},{_one_of(indices[half:])})"
-
-
-def _whole(field: bytes) -> int | None:
-    """A number in ffmpeg's list; it writes NOPTS where it knows none."""
-    return int(field) if re.fullmatch(rb"\s*-?\d+\s*", field) else None
 
 
 def _too_large(name: str, size: tuple[int, int], memory: int) -> MediaError:
