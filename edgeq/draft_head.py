@@ -16,14 +16,21 @@ from edgeq.model import mtp, text
 from edgeq.state import DraftState, Rows, State, joined
 from edgeq.weights import MTPWeights
 
-__all__ = ["FEW", "DraftHead", "DraftVocabulary"]
+__all__ = ["MANY", "PIECES", "DraftHead", "DraftVocabulary"]
 
 A = TypeVar("A", bound=ArrayLike)
 M = TypeVar("M")
 Ids = NDArray[np.int32]
 
 PREFIX = 1 << 15
-FEW = 16  # tokens that may wait unread: they go through the whole layer when something is drafted
+FEW = 16
+"""Unread tokens that go through the whole layer when something is drafted; of more, all but the last are only read."""
+
+MANY = 256
+"""Tokens that may wait: a short prompt with a short reply never needs the head. 2 MB for each 1024 of hidden size."""
+
+PIECES = 16
+"""Pieces of unread tokens, which are then joined: every pass adds one, and looks at all."""
 
 
 class DraftHead(Generic[A, M]):
