@@ -261,9 +261,9 @@ def test_a_head_that_joins_later_knows_what_came_since(model: Model) -> None:
     assert len(drafts) == 2
 
 
-@pytest.mark.parametrize("pieces", [[40], [30, 1, 1, 1], [1]])
+@pytest.mark.parametrize("pieces", [[40], [30, 1, 1, 1], [1], [300], [257, 20, 1]])
 def test_it_is_saved_and_comes_back(model: Model, pieces: list[int]) -> None:
-    state = after(model, model.engine.state(draft=True), ids_of(40), pieces)
+    state = after(model, model.engine.state(draft=True), ids_of(sum(pieces)), pieces)
     saved = state_arrays(model.ops, state)
     back = state_from_arrays(model.ops, model.config.text, saved)
     model.engine.check_state(back)
@@ -287,7 +287,7 @@ def test_it_is_saved_and_comes_back(model: Model, pieces: list[int]) -> None:
     ],
 )
 def test_a_damaged_one_is_refused(model: Model, name: str, change: Any) -> None:
-    saved = state_arrays(model.ops, after(model, model.engine.state(draft=True), ids_of(40), [40]))
+    saved = state_arrays(model.ops, after(model, model.engine.state(draft=True), ids_of(300), [300]))
     changed = change(saved[name])
     broken = {key: x for key, x in saved.items() if key != name} | ({name: changed} if changed is not None else {})
     with pytest.raises(edgeq.ModelError, match="saved state"):
@@ -295,7 +295,7 @@ def test_a_damaged_one_is_refused(model: Model, name: str, change: Any) -> None:
 
 
 def test_states_changed_by_hand_are_refused(model: Model) -> None:
-    state = after(model, model.engine.state(draft=True), ids_of(40), [40])
+    state = after(model, model.engine.state(draft=True), ids_of(300), [300])
     draft = state.draft
     assert draft is not None
     longer = draft._replace(unread=draft.unread * 2)
