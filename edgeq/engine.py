@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edgeq.backends.ops import ArrayLike, Ops
 from edgeq.checkpoint import Checkpoint
 from edgeq.config import TextConfig, VisionConfig
-from edgeq.draft_head import MANY, PIECES, DraftHead, DraftVocabulary
+from edgeq.draft_head import MANY, PIECES, DraftHead, DraftVocabulary, draft_prefix
 from edgeq.errors import MemoryBudgetError, ModelError, UsageError
 from edgeq.formats.bf16 import Float32
 from edgeq.loading import LoadedWeights
@@ -163,10 +163,11 @@ class Engine(Generic[A, M]):
 
     def draft_vocabulary(self, tokens: int, always: Collection[int] = ()) -> DraftVocabulary[A, M]:
         """The tokens that a sequence's drafts are chosen among: see `DraftVocabulary`."""
-        name = "embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
-        nbytes = next(stored.nbytes for spec, stored in self.checkpoint.storage() if spec.name == name)
-        row_nbytes = nbytes // self.config.vocab_size
-        return DraftVocabulary(self.ops, self._text.lm_head, tokens, row_nbytes, always)
+        stored = {spec.name: held.nbytes for spec, held in self.checkpoint.storage() if spec.part is Part.TEXT}
+        head = stored["embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"]
+        row_nbytes = head // self.config.vocab_size
+        prefix = draft_prefix(row_nbytes, sum(stored.values()))
+        return DraftVocabulary(self.ops, self._text.lm_head, tokens, row_nbytes, prefix, always)
 
     def mtp_logits(self, ids: Sequence[int]) -> Float32:
         """What the MTP head says of a text: row k, read after the tokens up to k + 1, predicts token k + 2.

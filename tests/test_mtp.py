@@ -14,6 +14,7 @@ from edgeq.api import Model
 from edgeq.backends import available
 from edgeq.checkpoint import Checkpoint, open_checkpoint
 from edgeq.checkpoint.folder import FolderCheckpoint
+from edgeq.draft_head import draft_prefix
 from edgeq.engine import Feed
 from edgeq.errors import UsageError
 from edgeq.formats.affine import dequantize
@@ -343,9 +344,19 @@ def test_the_draft_vocabulary(model: Model) -> None:
     full = engine.draft_vocabulary(288)
     assert full.choose(hidden) == int(head.argmax())
     order = np.argsort(head)[::-1].tolist()
-    small = type(full)(ops, engine.weights.text.lm_head, 288, 256, always=[order[1]], prefix=8)
+    small = type(full)(ops, engine.weights.text.lm_head, 288, 256, 8, [order[1]])
     assert small.choose(hidden) == (order[1] if order[0] >= 8 else order[0])
     small.include(np.array([order[0], 300, -1], np.int32))
     assert small.choose(hidden) == order[0]
     assert small.nbytes == 256 * len({i for i in order[:2] if i >= 8})
-    assert type(full)(ops, engine.weights.text.lm_head, 280, 256).choose(hidden) == next(i for i in order if i < 280)
+    assert type(full)(ops, engine.weights.text.lm_head, 280, 256, 288).choose(hidden) == next(
+        i for i in order if i < 280
+    )
+
+
+@pytest.mark.parametrize(("row", "model", "rows"), [
+    (576, 434 << 20, 1 << 15), (1152, 1060 << 20, 1 << 15), (1440, 2370 << 20, 1 << 16), (4000, 1 << 20, 1 << 13),
+])  # fmt: skip
+def test_rows_that_a_draft_weighs(row: int, model: int, rows: int) -> None:
+    """0.8B, 2B and 4B at 4 bits; a model that is nearly all head."""
+    assert draft_prefix(row, model) == rows
