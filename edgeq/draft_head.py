@@ -16,14 +16,22 @@ from edgeq.model import mtp, text
 from edgeq.state import DraftState, Rows, State, joined
 from edgeq.weights import MTPWeights
 
-__all__ = ["FEW", "DraftHead", "DraftVocabulary"]
+__all__ = ["MANY", "PIECES", "DraftHead", "DraftVocabulary", "draft_prefix"]
 
 A = TypeVar("A", bound=ArrayLike)
 M = TypeVar("M")
 Ids = NDArray[np.int32]
 
-PREFIX = 1 << 15
-FEW = 16  # tokens that may wait unread: they go through the whole layer when something is drafted
+PREFIXES = (1 << 16, 1 << 15, 1 << 14, 1 << 13)
+PREFIX_SHARE = 0.05  # of the language model's bytes; the head of a draft may read no more
+FEW = 16
+"""Unread tokens that go through the whole layer when something is drafted; of more, all but the last are only read."""
+
+MANY = 256
+"""Tokens that may wait: a short prompt with a short reply never needs the head. 2 MB for each 1024 of hidden size."""
+
+PIECES = 16
+"""Pieces of unread tokens, which are then joined: every pass adds one, and looks at all."""
 
 
 class DraftHead(Generic[A, M]):
@@ -98,7 +106,7 @@ class DraftVocabulary(Generic[A, M]):
     alive: ClassVar[WeakSet[DraftVocabulary[Any, Any]]] = WeakSet()
 
     def __init__(
-        self, ops: Ops[A, M], head: M, tokens: int, row_nbytes: int, always: Collection[int] = (), prefix: int = PREFIX,
+        self, ops: Ops[A, M], head: M, tokens: int, row_nbytes: int, prefix: int, always: Collection[int] = ()
     ) -> None:  # fmt: skip
         self._ops, self._head, self._tokens, self._row_nbytes = ops, head, tokens, row_nbytes
         self._prefix = min(prefix, tokens)
@@ -128,6 +136,15 @@ class DraftVocabulary(Generic[A, M]):
         if others and others[0].max() > first[best]:
             return int(self._gathered[others[0].argmax()])
         return best
+
+
+def draft_prefix(row_nbytes: int, model_nbytes: int) -> int:
+    """Rows of the head that a draft weighs: as many as it can read in a twentieth of what a token reads.
+
+    Twice as many find 1 to 2 % more of the tokens of prose and code (docs/concepts/drafts.md), so it is a wide optimum.
+    """
+    fitting = (rows for rows in PREFIXES if rows * row_nbytes <= PREFIX_SHARE * model_nbytes)
+    return next(fitting, PREFIXES[-1])
 
 
 def _pairs(rows: Rows[A]) -> Rows[A]:

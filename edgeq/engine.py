@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edgeq.backends.ops import ArrayLike, Ops
 from edgeq.checkpoint import Checkpoint
 from edgeq.config import TextConfig, VisionConfig
-from edgeq.draft_head import FEW, DraftHead, DraftVocabulary
+from edgeq.draft_head import MANY, PIECES, DraftHead, DraftVocabulary, draft_prefix
 from edgeq.errors import MemoryBudgetError, ModelError, UsageError
 from edgeq.formats.bf16 import Float32
 from edgeq.loading import LoadedWeights
@@ -32,7 +32,7 @@ from edgeq.model.vision import Grid, Pixels
 from edgeq.numbers import Range
 from edgeq.pace import Pace
 from edgeq.printable import brief
-from edgeq.state import DeltaState, DraftState, KVCache, Rows, State
+from edgeq.state import DeltaState, DraftState, KVCache, Rows, State, joined
 from edgeq.weights import Part
 
 __all__ = ["Engine", "Feed", "Ids", "Output"]
@@ -163,10 +163,11 @@ class Engine(Generic[A, M]):
 
     def draft_vocabulary(self, tokens: int, always: Collection[int] = ()) -> DraftVocabulary[A, M]:
         """The tokens that a sequence's drafts are chosen among: see `DraftVocabulary`."""
-        name = "embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
-        nbytes = next(stored.nbytes for spec, stored in self.checkpoint.storage() if spec.name == name)
-        row_nbytes = nbytes // self.config.vocab_size
-        return DraftVocabulary(self.ops, self._text.lm_head, tokens, row_nbytes, always)
+        stored = {spec.name: held.nbytes for spec, held in self.checkpoint.storage() if spec.part is Part.TEXT}
+        head = stored["embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"]
+        row_nbytes = head // self.config.vocab_size
+        prefix = draft_prefix(row_nbytes, sum(stored.values()))
+        return DraftVocabulary(self.ops, self._text.lm_head, tokens, row_nbytes, prefix, always)
 
     def mtp_logits(self, ids: Sequence[int]) -> Float32:
         """What the MTP head says of a text: row k, read after the tokens up to k + 1, predicts token k + 2.
@@ -214,15 +215,25 @@ class Engine(Generic[A, M]):
         if any(feed.state.draft for feed in feeds):
             parts = [Rows(x[span], hidden[span], positions[:, span]) for span in spans(lengths)]
             states = [
-                tuple(_with_rows(state, rows, state.length - feed.state.length) for state in kept)
+                tuple([self._shown(state, rows, state.length - feed.state.length) for state in kept])
                 for feed, rows, kept in zip(feeds, parts, states, strict=True)
             ]
         return hidden, states
 
+    def _shown(self, state: State[A], rows: Rows[A], tokens: int) -> State[A]:
+        """A state whose MTP head, if it has one, is shown the first `tokens` of `rows`."""
+        draft = state.draft
+        if draft is None or not tokens:
+            return state
+        if tokens < rows.positions.shape[1]:
+            rows = Rows(rows.vectors[:tokens], rows.hidden[:tokens], rows.positions[:, :tokens])
+        unread = draft.unread if len(draft.unread) < PIECES else (joined(self.ops, draft),)
+        return state._replace(draft=DraftState(draft.cache, (*unread, rows)))
+
     def _caught_up(self, hidden: A, states: tuple[State[A], ...]) -> tuple[State[A], ...]:
         """The states, their MTP heads caught up where many tokens wait."""
         last = states[-1].draft
-        if self.head is None or last is None or last.waiting <= FEW:
+        if self.head is None or last is None or last.waiting <= MANY:
             return states
         after = tuple(
             state._replace(draft=self.head.caught_up(state.draft)) if state.draft else state for state in states
@@ -329,10 +340,13 @@ class Engine(Generic[A, M]):
         """Whether an MTP head may have made `draft` in a sequence of `length` tokens."""
         if self.head is None or not isinstance(draft, DraftState) or not isinstance(draft.cache, KVCache):
             return False
-        if not all(isinstance(rows, Rows) and rows.vectors.shape == rows.hidden.shape for rows in draft.unread):
-            return False
-        wide = all(rows.hidden.shape == (rows.positions.shape[1], self.config.hidden_size) for rows in draft.unread)
-        return wide and draft.length <= length and (draft.cache.length == 0 or draft.waiting > 0)
+        waiting = 0
+        for rows in draft.unread:
+            tokens = rows.positions.shape[1]
+            if not rows.vectors.shape == rows.hidden.shape == (tokens, self.config.hidden_size):
+                return False
+            waiting += tokens
+        return draft.cache.length + waiting <= length and (waiting > 0 or draft.cache.length == 0)
 
     def _fits(self, state: State[A]) -> bool:
         """Whether the caches of a state of unknown origin are this backend's."""
@@ -401,15 +415,6 @@ def _check_patches(pixels: Pixels, grid: Grid, c: VisionConfig) -> None:
             f"the patches of the grid {brief(grid)} are {found}, expected float32 {expected}",
             hint="make both with edgeq.vision.preprocess",
         )
-
-
-def _with_rows(state: State[A], rows: Rows[A], tokens: int) -> State[A]:
-    """A state whose MTP head, if it has one, is shown the first `tokens` of `rows`."""
-    if state.draft is None or not tokens:
-        return state
-    if tokens < rows.positions.shape[1]:
-        rows = Rows(rows.vectors[:tokens], rows.hidden[:tokens], rows.positions[:, :tokens])
-    return state._replace(draft=state.draft._replace(unread=(*state.draft.unread, rows)))
 
 
 def _shapes(state: DeltaState[Any]) -> tuple[object, object]:

@@ -5,9 +5,10 @@ it were (Leviathan et al., "Fast Inference from Transformers via Speculative Dec
 time that such passes took here. The choice is the n with the most tokens a second. Both sides are running averages over
 all replies of a model, so that they follow the text and the machine.
 
-An estimate can be wrong, so every draft is paid out of an allowance: what drafting has lost against plain passes, less
-what it has gained, stays below `LOSS` of the time plus `CREDIT` passes. Of what it has gained `BANK` passes are saved
-up, for a run of bad luck.
+An estimate can be wrong, so drafts are paid out of an allowance. It begins with nothing and grows by `LOSS` of the time
+of plain passes; what drafting gains is added, up to `BANK` passes, and what it loses is taken away. A pass is chosen
+only if the allowance stands its loss should all its drafts be wrong. So the first tokens of a process are plain, and
+what is lost in all stays below `LOSS` of its time.
 """
 
 from __future__ import annotations
@@ -16,11 +17,8 @@ from collections.abc import Mapping
 
 __all__ = ["Pace"]
 
-LOSS = 0.006
+LOSS = 0.01
 """Time that may be lost by drafts that were not worth it, as a part of the time of plain passes."""
-
-CREDIT = 1.0
-"""The same in plain passes: what may be lost before anything has been earned."""
 
 BANK = 6.0
 """Plain passes gained that are saved up."""
@@ -59,7 +57,7 @@ class Pace:
         self._seconds: dict[tuple[str, int], _Mean] = {}
         self._right: dict[str, list[list[float]]] = {}  # by source and place: drafts that were right, and all
         self._begun: set[str] = set()
-        self._credit = CREDIT
+        self._credit = 0.0
 
     @property
     def plain(self) -> float | None:
@@ -69,18 +67,22 @@ class Pace:
 
     def choose(self, most: Mapping[str, int]) -> tuple[str, int]:
         """The source and number of drafts for the next pass, given how many each source may have: ("", 0) for none."""
-        if self.plain is None or self._credit <= 0:
+        if self.plain is None:
             return "", 0
-        rated = [(self.gain(source, n), source, n) for source, high in most.items() for n in range(1, high + 1)]
-        if not rated:
-            return "", 0
-        gain, source, n = max(rated)
+        rated = [
+            (self.gain(source, n), source, n)
+            for source, high in most.items()
+            for n in range(1, min(high, self._deepest(source) + 1) + 1)  # of more nobody knows what they cost
+            if self.cost(source, n) - 1 <= self._credit
+        ]
+        gain, source, n = max(rated, default=(0.0, "", 0))
         if gain > 1:
             return source, n
-        if self._credit >= CREDIT:  # the text may have changed: look whether the likeliest is right now
-            _, source = max((self.gain(source, 1), source) for _, source, n in rated if n == 1)
-            return source, 1
-        return "", 0
+        return source, min(n, 1)  # which may have become worth it: a look from time to time
+
+    def _deepest(self, source: str) -> int:
+        """Most drafts of a pass whose time is known."""
+        return max((n for name, n in self._seconds if name == source), default=0)
 
     def gain(self, source: str, drafts: int) -> float:
         """Tokens a second of passes with so many drafts, as a multiple of plain ones."""
@@ -100,7 +102,7 @@ class Pace:
     def cost(self, source: str, drafts: int) -> float:
         """What a pass with so many drafts takes, making them included, in plain passes; from the nearest kind known."""
         plain = self.plain or 1.0
-        known = [n for name, n in self._seconds if name == source and n]
+        known = [n for name, n in self._seconds if name == source]
         if not known:
             return 1 + drafts * _STEP[source]
         nearest = min(known, key=lambda n: (abs(n - drafts), n))
@@ -113,14 +115,10 @@ class Pace:
         allowance."""
         if drafts:
             self._judge(source, drafts, accepted)
-            expected = self.cost(source, drafts) * (self.plain or seconds)
-            spent = min(seconds, 2 * expected) if source in self._begun else expected  # the first finds cold weights
-            if self.plain is not None and chosen:
-                self._credit += (1 + LOSS) * (1 + accepted) - spent / self.plain
-        else:
-            self._credit = min(self._credit + LOSS, max(self._credit, CREDIT))
-        self._credit = min(self._credit, BANK)
-        if not drafts or source in self._begun:
+        if self.plain is not None and chosen:
+            spent = min(seconds / self.plain, 2 * self.cost(source, drafts)) if drafts else 1.0
+            self._credit = min(self._credit + (1 + LOSS) * (1 + accepted) - spent, BANK)
+        if not drafts or source in self._begun:  # the first finds its weights cold
             self._time(source, drafts, seconds)
         self._begun.add(source)
 

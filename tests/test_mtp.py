@@ -14,6 +14,7 @@ from edgeq.api import Model
 from edgeq.backends import available
 from edgeq.checkpoint import Checkpoint, open_checkpoint
 from edgeq.checkpoint.folder import FolderCheckpoint
+from edgeq.draft_head import draft_prefix
 from edgeq.engine import Feed
 from edgeq.errors import UsageError
 from edgeq.formats.affine import dequantize
@@ -261,9 +262,9 @@ def test_a_head_that_joins_later_knows_what_came_since(model: Model) -> None:
     assert len(drafts) == 2
 
 
-@pytest.mark.parametrize("pieces", [[40], [30, 1, 1, 1], [1]])
+@pytest.mark.parametrize("pieces", [[40], [30, 1, 1, 1], [1], [300], [257, 20, 1]])
 def test_it_is_saved_and_comes_back(model: Model, pieces: list[int]) -> None:
-    state = after(model, model.engine.state(draft=True), ids_of(40), pieces)
+    state = after(model, model.engine.state(draft=True), ids_of(sum(pieces)), pieces)
     saved = state_arrays(model.ops, state)
     back = state_from_arrays(model.ops, model.config.text, saved)
     model.engine.check_state(back)
@@ -287,7 +288,7 @@ def test_it_is_saved_and_comes_back(model: Model, pieces: list[int]) -> None:
     ],
 )
 def test_a_damaged_one_is_refused(model: Model, name: str, change: Any) -> None:
-    saved = state_arrays(model.ops, after(model, model.engine.state(draft=True), ids_of(40), [40]))
+    saved = state_arrays(model.ops, after(model, model.engine.state(draft=True), ids_of(300), [300]))
     changed = change(saved[name])
     broken = {key: x for key, x in saved.items() if key != name} | ({name: changed} if changed is not None else {})
     with pytest.raises(edgeq.ModelError, match="saved state"):
@@ -295,7 +296,7 @@ def test_a_damaged_one_is_refused(model: Model, name: str, change: Any) -> None:
 
 
 def test_states_changed_by_hand_are_refused(model: Model) -> None:
-    state = after(model, model.engine.state(draft=True), ids_of(40), [40])
+    state = after(model, model.engine.state(draft=True), ids_of(300), [300])
     draft = state.draft
     assert draft is not None
     longer = draft._replace(unread=draft.unread * 2)
@@ -343,9 +344,19 @@ def test_the_draft_vocabulary(model: Model) -> None:
     full = engine.draft_vocabulary(288)
     assert full.choose(hidden) == int(head.argmax())
     order = np.argsort(head)[::-1].tolist()
-    small = type(full)(ops, engine.weights.text.lm_head, 288, 256, always=[order[1]], prefix=8)
+    small = type(full)(ops, engine.weights.text.lm_head, 288, 256, 8, [order[1]])
     assert small.choose(hidden) == (order[1] if order[0] >= 8 else order[0])
     small.include(np.array([order[0], 300, -1], np.int32))
     assert small.choose(hidden) == order[0]
     assert small.nbytes == 256 * len({i for i in order[:2] if i >= 8})
-    assert type(full)(ops, engine.weights.text.lm_head, 280, 256).choose(hidden) == next(i for i in order if i < 280)
+    assert type(full)(ops, engine.weights.text.lm_head, 280, 256, 288).choose(hidden) == next(
+        i for i in order if i < 280
+    )
+
+
+@pytest.mark.parametrize(("row", "model", "rows"), [
+    (576, 434 << 20, 1 << 15), (1152, 1060 << 20, 1 << 15), (1440, 2370 << 20, 1 << 16), (4000, 1 << 20, 1 << 13),
+])  # fmt: skip
+def test_rows_that_a_draft_weighs(row: int, model: int, rows: int) -> None:
+    """0.8B, 2B and 4B at 4 bits; a model that is nearly all head."""
+    assert draft_prefix(row, model) == rows

@@ -27,8 +27,8 @@ def speed(chance: float, tokens: int, *, noise: float = 0.05, seed: int = 0, pac
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("chance", "tokens", "least"), [
-    (1.0, 128, 2.2), (0.9, 128, 1.6), (0.9, 1000, 1.9), (0.7, 1000, 1.3), (0.5, 1000, 1.08), (0.3, 1000, 0.985),
-    (0.1, 1000, 0.985), (0.0, 128, 0.98), (0.0, 1000, 0.985),
+    (1.0, 128, 1.8), (0.9, 1000, 1.8), (0.7, 1000, 1.3), (0.5, 1000, 1.05), (0.3, 1000, 0.985),
+    (0.1, 1000, 0.985), (0.0, 128, 0.985), (0.0, 1000, 0.985),
 ])  # fmt: skip
 def test_what_is_gained_and_what_is_lost(chance: float, tokens: int, least: float, seed: int) -> None:
     assert speed(chance, tokens, seed=seed) >= least
@@ -47,7 +47,7 @@ def test_where_several_rows_cost_as_much_as_several_passes_nothing_is_drafted() 
         source, drafts = pace.choose({"mtp": 4, "ngram": 7})
         pace.record(source, drafts, 0.01 * (1 + 1.2 * drafts), drafts)
         drafted += drafts
-    assert drafted <= 24
+    assert drafted <= 20
 
 
 def test_the_better_source_is_taken() -> None:

@@ -23,6 +23,7 @@ from edgeq.engine import Feed
 from edgeq.errors import UsageError
 from edgeq.formats.bf16 import Array
 from edgeq.generate import Decoding, GenerationSettings, StopReason, Tally, check_draft, look_up
+from edgeq.hub import DEMO
 from edgeq.quant import quantize
 from edgeq.session.context import Context
 from edgeq.state import State
@@ -359,6 +360,28 @@ def test_a_stop_string_within_a_run_drops_the_rest(talker: Model) -> None:
         assert (reply.text, reply.ids) == (replies[0].text, replies[0].ids)
         assert reply.finish.reason is StopReason.STOP_STRING
         assert len(reply.ids) < 40
+
+
+@pytest.mark.parametrize("draft", [2, 4, "auto", "ngram"])
+def test_pictures_in_the_context(draft: str | int) -> None:
+    """The demo model reads its picture, and drafts what it says of it."""
+    demo = edgeq.load("demo", backend="cpu" if "cpu" in BACKENDS else "numpy")
+    chats = [demo.chat(draft=way, temperature=0, thinking=False, max_tokens=20) for way in ("off", draft)]
+    questions = (
+        "How many figures are there?",
+        "What is in the top left corner?",
+        "What is in the bottom right corner?",
+    )
+    for i, question in enumerate(questions):
+        replies = [chat.send(question, images=[DEMO / "picture.png"] if i == 0 else []) for chat in chats]
+        for reply in replies:
+            list(reply)
+        assert replies[0].text == replies[1].text
+        assert replies[0].ids == replies[1].ids
+        if draft == 2:
+            assert replies[1].accepted > 2
+    if "cpu" in BACKENDS:
+        assert_same_state(demo, chats[1]._context.state, chats[0]._context.state)
 
 
 # --- what may be asked for -------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 
 tools/eval_demo.py                                   the shipped folder, by transformers
 tools/eval_demo.py --backend cpu --model OUT         a quantized folder, by edgeq
+tools/eval_demo.py --backend cpu --draft 3           how many drafts of the MTP head are right, skill by skill
 tools/eval_demo.py --only sum --show-wrong 5
 """
 
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument(
         "--backend", default="transformers", help="transformers, or a backend of edgeq: numpy, cpu, mlx"
     )
+    parser.add_argument("--draft", default=None, help="how edgeq drafts: off, auto, mtp, ngram or a number a pass")
     parser.add_argument("--cases", type=int, default=100, help="cases per row")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="rows whose name contains this")
@@ -34,12 +36,23 @@ def main() -> None:
     args = parser.parse_args()
     tok = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     run: Runner = (
-        TransformersRunner(args.model) if args.backend == "transformers" else EdgeqRunner(args.model, args.backend)
+        TransformersRunner(args.model)
+        if args.backend == "transformers"
+        else EdgeqRunner(args.model, args.backend, args.draft or "auto")
     )
     for task in tasks(lambda text: len(tok.encode(text, add_special_tokens=False).ids)):
         if args.only in task.name and (run.sees or not task.visual):
             cases = min(args.cases, 20) if task.name.startswith("recall at") and not args.only else args.cases
             show(score(task, run, tok, cases, args.seed), args.json, args.show_wrong)
+            if args.draft and isinstance(run, EdgeqRunner):
+                show_drafts(run)
+
+
+def show_drafts(run: EdgeqRunner) -> None:
+    """What the drafts of a row came to."""
+    tally, run.tally = run.tally, type(run.tally)()
+    share = f"{100 * tally.accepted / tally.drafted:5.1f} %" if tally.drafted else "  none"
+    print(f"{'':26} {share} of {tally.drafted} drafts accepted, {tally.tokens_per_pass:.2f} tokens a pass", flush=True)
 
 
 def show(s: Score, as_json: bool, wrong: int) -> None:

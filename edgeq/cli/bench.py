@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from typing import Annotated, Any
 
@@ -19,20 +20,8 @@ from edgeq.generate import check_draft
 
 __all__ = ["bench"]
 
-_COLUMNS = (
-    "model",
-    "size",
-    "params",
-    "backend",
-    "threads",
-    "kv",
-    "test",
-    "t/s",
-    "GB/s",
-    "of memory",
-    "accepted",
-    "tokens/pass",
-)
+_COLUMNS = ("model", "size", "params", "backend", "threads", "kv", "test", "t/s", "GB/s", "of memory")
+_DRAFT_COLUMNS = ("accepted", "tokens/pass")
 
 
 def bench(
@@ -102,7 +91,8 @@ def bench(
     counts = [None] if threads is None else _numbers("--threads", threads, least=1)
     kv = [None] if kv_bits is None else _numbers("--kv-bits", kv_bits)
     rows = _measure_all(model, backend, tests, list(product(counts, kv)), repetitions)
-    {"md": _print_table, "json": _print_json, "csv": _print_csv}[output](rows)
+    table = partial(_print_table, drafts=ways != ["off"])
+    {"md": table, "json": _print_json, "csv": _print_csv}[output](rows)
 
 
 def _numbers(option: str, text: str, least: int = 0) -> list[int]:
@@ -151,10 +141,10 @@ def _measure_all(
 # --- output ----------------------------------------------------------------------------------------------------------
 
 
-def _print_table(rows: Iterator[tuple[Model, Result]]) -> None:
-    """llama-bench's Markdown table, and five columns more."""
-    widths = (18, 11, 9, 7, 7, 4, 16, 16, 6, 9, 8, 11)
-    print(_table_row(_COLUMNS, widths))
+def _print_table(rows: Iterator[tuple[Model, Result]], drafts: bool) -> None:
+    """llama-bench's Markdown table, and three columns more; five with drafts."""
+    widths = (18, 11, 9, 7, 7, 4, 16, 16, 6, 9) + (8, 11) * drafts
+    print(_table_row(_COLUMNS + _DRAFT_COLUMNS * drafts, widths))
     print(_table_row([":" + "-" * (w - 1) if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)], widths))
     for model, result in rows:
         weights, nbytes = model_size(model)
@@ -163,11 +153,10 @@ def _print_table(rows: Iterator[tuple[Model, Result]]) -> None:
         share = f"{result.share:.0%}" if result.share else ""
         tally = result.tally
         accepted = f"{tally.accepted / tally.drafted:.0%}" if tally and tally.drafted else ""
-        more = f"{tally.tokens_per_pass:.2f}" if tally else ""
+        gain = (accepted, f"{tally.tokens_per_pass:.2f}" if tally else "") if drafts else ()
         cells = (
             _describe(model), f"{nbytes / 2**20:.2f} MiB", f"{weights / 1e6:.2f} M", model.ops.name,
-            result.threads or "", model.ops.kv_dtype, result.test.name, speed, rate, share,
-            accepted, more,
+            result.threads or "", model.ops.kv_dtype, result.test.name, speed, rate, share, *gain,
         )  # fmt: skip
         print(_table_row(cells, widths), flush=True)
 

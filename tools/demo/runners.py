@@ -66,14 +66,15 @@ class TransformersRunner:
 
 
 class EdgeqRunner:
-    """Any edgeq folder (bf16 or quantized) on any backend, one prompt at a time."""
+    """Any edgeq folder (bf16 or quantized) on any backend, one prompt at a time; `tally` counts its drafts."""
 
     sees = True
 
-    def __init__(self, path: Path, backend: str) -> None:
+    def __init__(self, path: Path, backend: str, draft: str | int = "auto") -> None:
         import edgeq
+        from edgeq.generate import Tally
 
-        self.model = edgeq.load(path, backend=backend)
+        self.model, self.draft, self.tally = edgeq.load(path, backend=backend), draft, Tally()
 
     def __call__(self, prompts: list[list[int]], images: list[np.ndarray], max_tokens: int) -> list[list[int]]:
         return [self.continue_greedily(ids, shown, max_tokens) for ids, shown in zip(prompts, images, strict=True)]
@@ -86,5 +87,9 @@ class EdgeqRunner:
         else:
             visuals = [("image", patches, (1, 6, 6)) for patches in images]
         prompt = Prompt.of(ids, self.model.sight.places(ids, visuals))
-        pieces = self.model.generate(prompt, max_tokens=max_tokens, temperature=0.0)
-        return [p.token for p in pieces if p.token is not None]
+        reply = self.model.generate(prompt, draft=self.draft, max_tokens=max_tokens, temperature=0.0)
+        said, usage = [p.token for p in reply if p.token is not None], reply.usage
+        self.tally.passes += usage.passes
+        self.tally.drafted += usage.drafted_tokens
+        self.tally.accepted += usage.accepted_tokens
+        return said
