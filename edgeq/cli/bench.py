@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from typing import Annotated, Any
@@ -91,7 +91,7 @@ def bench(
     counts = [None] if threads is None else _numbers("--threads", threads, least=1)
     kv = [None] if kv_bits is None else _numbers("--kv-bits", kv_bits)
     rows = _measure_all(model, backend, tests, list(product(counts, kv)), repetitions)
-    table = partial(_print_table, drafts=ways != ["off"])
+    table: Callable[..., None] = partial(_print_table, drafts=ways != ["off"])
     {"md": table, "json": _print_json, "csv": _print_csv}[output](rows)
 
 
