@@ -130,7 +130,8 @@ void gemv_plain(const Matrix& w, const Activations& a, int64_t row0, int64_t row
         for (int t = 0; t < tokens; t++) even[t] = odd[t] = f_zero();
         int64_t i = 0, at = row * w.in;
         for (; i + 2 * lanes <= w.in; i += 2 * lanes) {
-            __builtin_prefetch(static_cast<const char*>(w.data) + (at + i) * size + prefetch_nbytes, 0, prefetch_locality);
+            __builtin_prefetch(static_cast<const char*>(w.data) + (at + i) * size + prefetch_nbytes, 0,
+                               prefetch_locality);
             F w0 = f_widen(w.data, w.type, at + i), w1 = f_widen(w.data, w.type, at + i + lanes);
             for (int t = 0; t < tokens; t++) {
                 const float* x = a.values + t * w.in + i;

@@ -37,7 +37,8 @@ float f_sum(F v) {
 F f_sums(const F* v) {
     F a[4];
     for (int i = 0; i < 4; i++)
-        a[i] = _mm256_add_ps(_mm256_permute2f128_ps(v[i], v[i + 4], 0x20), _mm256_permute2f128_ps(v[i], v[i + 4], 0x31));
+        a[i] =
+            _mm256_add_ps(_mm256_permute2f128_ps(v[i], v[i + 4], 0x20), _mm256_permute2f128_ps(v[i], v[i + 4], 0x31));
     for (int i = 0; i < 4; i += 2)
         a[i] = _mm256_add_ps(_mm256_shuffle_ps(a[i], a[i + 1], 0x44), _mm256_shuffle_ps(a[i], a[i + 1], 0xee));
     return _mm256_add_ps(_mm256_shuffle_ps(a[0], a[2], 0x88), _mm256_shuffle_ps(a[0], a[2], 0xdd));
