@@ -42,12 +42,12 @@ void unpack_any(const Matrix& w, const uint8_t* src, int n, uint8_t* out) {
     }
 }
 
-// Scales and biases of a row's groups [g0, g0 + n) into column `r` of the tile.
-void unpack_scales(const Matrix& w, int64_t row, int64_t g0, int n, int r, Tile& tile) {
+// Scales and biases of n groups from `at` on, counted through all rows, into column `r` of the tile.
+void unpack_scales(const Matrix& w, int64_t at, int n, int r, Tile& tile) {
     for (int i = 0; i < n; i += sixteen) {
         const int some = n - i < sixteen ? n - i : sixteen;
         alignas(64) float scales[sixteen], biases[sixteen];
-        scales_and_biases(w, row, g0 + i, some, scales, biases);
+        scales_and_biases(w, at + i, some, scales, biases);
         for (int j = 0; j < some; j++) {
             tile.scales[i + j][r] = scales[j];
             tile.biases[i + j][r] = biases[j];
@@ -58,7 +58,7 @@ void unpack_scales(const Matrix& w, int64_t row, int64_t g0, int n, int r, Tile&
 // Codes [c, c + n) of the tile's rows from `row`; rows beyond row1 become zero.
 void unpack_tile(const Matrix& w, int64_t row, int64_t row1, int64_t c, int n, Tile& tile) {
     alignas(64) uint8_t rows[lanes * tile_depth];
-    const int64_t row_bytes = w.in * w.bits / 8;
+    const int64_t row_bytes = w.in * w.bits / 8, groups = w.in / w.group;
     for (int v = 0; v < row_vectors; v++) {
         for (int r = 0; r < lanes; r++) {
             int64_t at = row + v * lanes + r;
@@ -66,7 +66,7 @@ void unpack_tile(const Matrix& w, int64_t row, int64_t row1, int64_t c, int n, T
             if (at < row1) {
                 const uint8_t* src = static_cast<const uint8_t*>(w.data) + at * row_bytes + c * w.bits / 8;
                 unpack_any(w, src, n, rows + r * tile_depth);
-                unpack_scales(w, at, c / w.group, n / w.group, column, tile);
+                unpack_scales(w, at * groups + c / w.group, n / w.group, column, tile);
             } else {
                 memset(rows + r * tile_depth, 0, n);
                 for (int g = 0; g < n / w.group; g++) tile.scales[g][column] = tile.biases[g][column] = 0;

@@ -1,4 +1,4 @@
-// Products with few tokens: the rows of the matrix are read once for every four tokens.
+// Products with few tokens: up to gemv_tokens of them share one reading of the matrix.
 #pragma once
 
 #include "kernels/scales-inl.h"
@@ -6,7 +6,6 @@
 namespace edgeq {
 namespace {
 
-constexpr int gemv_tokens = 4;  // that share one reading of the weights
 constexpr int prefetch_nbytes = 4096;
 
 // The codes that gemv takes at a time.
@@ -22,34 +21,36 @@ EDGEQ_INLINE void dot_unit(const uint8_t* src, const int8_t* q, int64_t stride, 
         if constexpr (iq4) low = look_up(low), high = look_up(high);
         const int8_t* even = q + (c & -order_block) + (c & (order_block - 1)) / 2;
         for (int t = 0; t < tokens; t++) {
-            B a = b_load(even + t * stride), b = b_load(even + t * stride + order_block / 2);
+            const Codes a = load_codes(even + t * stride), b = load_codes(even + t * stride + order_block / 2);
             d[t] = iq4 ? dot8(d[t], low, a) : dot(d[t], low, a);
             d[t] = iq4 ? dot8(d[t], high, b) : dot(d[t], high, b);
         }
     } else {
         B w = unpack<bits>(src);
         for (int t = 0; t < tokens; t++) {
-            B a = b_load(q + t * stride + c);
+            const Codes a = load_codes(q + t * stride + c);
             d[t] = bits == 8 ? dot8(d[t], w, a) : dot(d[t], w, a);
         }
     }
 }
 
-// How far ahead of a block of rows to prefetch: whole blocks, at least prefetch_nbytes. The order is that of memory,
-// not that in which the rows are used in turns: the hardware prefetches along with it, and only with it ("Matrices" in
-// docs/speed.md).
-EDGEQ_INLINE int64_t prefetch_distance(int64_t block_nbytes) {
-    return (prefetch_nbytes + block_nbytes - 1) / block_nbytes * block_nbytes;
+// How far ahead of a block of rows to prefetch. The order is that of memory, not that in which rows are used in turns:
+// the hardware prefetches along with it, and only with it ("Matrices" in docs/speed.md). So these are whole blocks.
+EDGEQ_INLINE int64_t prefetch_distance(int rows, int64_t row_nbytes) {
+    const int64_t block = rows * row_nbytes;
+    return rows == 1 ? prefetch_nbytes : (prefetch_nbytes + block - 1) / block * block;
 }
 
-// A block of rows: they share the loads of the activations, and one's sums do not wait for the other's.
+// A block of rows: they share the loads of the activations, and one's sums do not wait for the other's. Vectors whose
+// lanes add up to the results go to sums[t][r].
 template <int bits, bool iq4, int group, int tokens, int rows>
-EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row, float* y, int64_t stride) {
+EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row, F (*sums)[lanes]) {
     constexpr int codes = unit<bits>;
     constexpr int step = group > codes ? group : codes;  // codes for one floating-point multiply-add
+    constexpr int step_nbytes = step * bits / 8;
     const int64_t groups = w.in / group, row_bytes = w.in * bits / 8;
     const uint8_t* src = static_cast<const uint8_t*>(w.data) + row * row_bytes;
-    const uint8_t* next = src + prefetch_distance(rows * row_bytes);
+    const uint8_t* next = src + prefetch_distance(rows, row_bytes);
     F acc[rows][tokens], bias[rows][tokens];
     for (int r = 0; r < rows; r++)
         for (int t = 0; t < tokens; t++) acc[r][t] = bias[r][t] = f_zero();
@@ -58,7 +59,7 @@ EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row,
         alignas(64) float products[rows][tokens][sixteen];  // scale of the weight times scale of the activation
         for (int r = 0; r < rows; r++) {
             alignas(64) float scales[sixteen], biases[sixteen];
-            scales_and_biases(w, row + r, g0, some, scales, biases);
+            scales_and_biases(w, (row + r) * groups + g0, some, scales, biases);
             for (int i = 0; i < sixteen; i += lanes) {
                 for (int t = 0; t < tokens; t++) {
                     int64_t at = t * a.groups + g0 + i;
@@ -67,9 +68,8 @@ EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row,
                 }
             }
         }
-        // One floating-point step: the codes from c, those of row r from `from + r * distance`.
-        auto take = [&](const uint8_t* from, int64_t distance, int64_t c) __attribute__((always_inline)) {
-            const int g = int(c / group - g0);
+        // One floating-point step: the codes from c, of group g0 + g on, those of row r from `from + r * distance`.
+        auto take = [&](const uint8_t* from, int64_t distance, int64_t c, int g) __attribute__((always_inline)) {
             for (int r = 0; r < rows; r++) {
                 I d[tokens];
                 for (int t = 0; t < tokens; t++) d[t] = i_zero();
@@ -78,43 +78,60 @@ EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row,
                 for (int u = 0; u < step; u += codes)
                     dot_unit<bits, iq4, tokens>(from + r * distance + u * bits / 8, a.codes, a.stride, c + u, d);
                 for (int t = 0; t < tokens; t++)
-                    acc[r][t] = f_fma(i_float(d[t]), f_spread<step / group>(products[r][t] + g), acc[r][t]);
+                    acc[r][t] = f_fma(i_float(d[t]), f_spread<step / group>(products[r][t], g), acc[r][t]);
             }
         };
-        int64_t c = g0 * group;
-        const int64_t last = (g0 + some) * group;
-        for (; c + step <= last; c += step, src += step * bits / 8) {
-            for (int i = 0; i < rows * step * bits / 8; i += 64) __builtin_prefetch(next + i);
-            next += rows * step * bits / 8;
-            take(src, row_bytes, c);
+        auto take_step = [&](int64_t c, int g) __attribute__((always_inline)) {
+            for (int i = 0; i < rows * step_nbytes; i += 64) __builtin_prefetch(next + i, 0, prefetch_locality);
+            next += rows * step_nbytes;
+            take(src, row_bytes, c, g);
+            src += step_nbytes;
+        };
+        const int64_t c0 = g0 * group;
+        const int whole = some * group / step * step;
+        if (gemv_block_rows(1) == 1 && some == sixteen) {  // the common case, unrolled
+#pragma GCC unroll 16
+            for (int c = 0; c < sixteen * group; c += step) take_step(c0 + c, c / group);
+        } else {
+            for (int c = 0; c < whole; c += step) take_step(c0 + c, c / group);
         }
-        if (c < last) {  // a row that is no whole number of units
-            uint8_t rest[rows][step * bits / 8] = {};
-            for (int r = 0; r < rows; r++) memcpy(rest[r], src + r * row_bytes, (last - c) * bits / 8);
-            take(rest[0], sizeof rest[0], c);
+        if (whole < some * group) {  // a row that is no whole number of units
+            uint8_t rest[rows][step_nbytes] = {};
+            const int left = some * group - whole;
+            for (int r = 0; r < rows; r++) memcpy(rest[r], src + r * row_bytes, left * bits / 8);
+            take(rest[0], step_nbytes, c0 + whole, whole / group);
         }
     }
     for (int r = 0; r < rows; r++)
-        for (int t = 0; t < tokens; t++) y[t * stride + row + r] = f_sum(f_add(acc[r][t], bias[r][t]));
+        for (int t = 0; t < tokens; t++) sums[t][r] = f_add(acc[r][t], bias[r][t]);
 }
 
 template <int bits, bool iq4, int group, int tokens>
 void gemv_rows(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
-    constexpr int rows = tokens == 1 ? 4 : tokens == 2 ? 2 : 1;
-    int64_t row = row0;
-    for (; row + rows <= row1; row += rows) gemv_block<bits, iq4, group, tokens, rows>(w, a, row, y, stride);
-    for (; row < row1; row++) gemv_block<bits, iq4, group, tokens, 1>(w, a, row, y, stride);
+    constexpr int rows = gemv_block_rows(tokens);
+    F sums[tokens][lanes] = {};
+    for (int64_t row = row0; row < row1; row += lanes) {
+        const int some = row1 - row < lanes ? int(row1 - row) : lanes;
+        int r = 0;
+        auto block = [&](int i) { return reinterpret_cast<F(*)[lanes]>(&sums[0][i]); };
+        for (; r + rows <= some; r += rows) gemv_block<bits, iq4, group, tokens, rows>(w, a, row + r, block(r));
+        for (; r < some; r++) gemv_block<bits, iq4, group, tokens, 1>(w, a, row + r, block(r));
+        for (int t = 0; t < tokens; t++) f_store_some(y + t * stride + row, f_sums(sums[t]), some);
+    }
 }
 
-template <int tokens>
+template <int tokens = gemv_tokens>
 void gemv_plain(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
+    if constexpr (tokens > 1)
+        if (a.tokens < tokens) return gemv_plain<tokens - 1>(w, a, row0, row1, y, stride);
     const int size = w.type == Type::f32 ? 4 : 2;
     for (int64_t row = row0; row < row1; row++) {
         F even[tokens], odd[tokens];  // two sums, since one would wait for itself
         for (int t = 0; t < tokens; t++) even[t] = odd[t] = f_zero();
         int64_t i = 0, at = row * w.in;
         for (; i + 2 * lanes <= w.in; i += 2 * lanes) {
-            __builtin_prefetch(static_cast<const char*>(w.data) + (at + i) * size + prefetch_nbytes);
+            __builtin_prefetch(static_cast<const char*>(w.data) + (at + i) * size + prefetch_nbytes, 0,
+                               prefetch_locality);
             F w0 = f_widen(w.data, w.type, at + i), w1 = f_widen(w.data, w.type, at + i + lanes);
             for (int t = 0; t < tokens; t++) {
                 const float* x = a.values + t * w.in + i;
@@ -132,14 +149,11 @@ void gemv_plain(const Matrix& w, const Activations& a, int64_t row0, int64_t row
     }
 }
 
-template <int bits, int group, bool iq4 = false>
+template <int bits, int group, bool iq4 = false, int tokens = gemv_tokens>
 void gemv_group(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
-    switch (a.tokens) {
-        case 1: return gemv_rows<bits, iq4, group, 1>(w, a, row0, row1, y, stride);
-        case 2: return gemv_rows<bits, iq4, group, 2>(w, a, row0, row1, y, stride);
-        case 3: return gemv_rows<bits, iq4, group, 3>(w, a, row0, row1, y, stride);
-        default: return gemv_rows<bits, iq4, group, 4>(w, a, row0, row1, y, stride);
-    }
+    if constexpr (tokens > 1)
+        if (a.tokens < tokens) return gemv_group<bits, group, iq4, tokens - 1>(w, a, row0, row1, y, stride);
+    gemv_rows<bits, iq4, group, tokens>(w, a, row0, row1, y, stride);
 }
 
 template <int bits>
@@ -165,19 +179,17 @@ void gemv_pass(const Matrix& w, const Activations& a, int64_t row0, int64_t row1
         case 6: return gemv_bits<6>(w, a, row0, row1, y, stride);
         case 8: return gemv_bits<8>(w, a, row0, row1, y, stride);
     }
-    switch (a.tokens) {
-        case 1: return gemv_plain<1>(w, a, row0, row1, y, stride);
-        case 2: return gemv_plain<2>(w, a, row0, row1, y, stride);
-        case 3: return gemv_plain<3>(w, a, row0, row1, y, stride);
-        default: return gemv_plain<4>(w, a, row0, row1, y, stride);
-    }
+    gemv_plain(w, a, row0, row1, y, stride);
 }
 
+// As many passes as it takes, of as equal a number of tokens as can be.
 void gemv(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, int64_t t0, int64_t t1, float* y,
           int64_t stride) {
-    for (int64_t t = t0; t < t1; t += gemv_tokens) {
+    int64_t passes = (t1 - t0 + gemv_tokens - 1) / gemv_tokens;
+    for (int64_t t = t0, some; t < t1; t += some, passes--) {
+        some = (t1 - t + passes - 1) / passes;
         Activations pass = a;
-        pass.tokens = t1 - t < gemv_tokens ? t1 - t : gemv_tokens;
+        pass.tokens = some;
         pass.values += t * a.in;
         if (w.bits) {
             pass.codes += t * a.stride;

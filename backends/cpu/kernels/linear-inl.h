@@ -4,9 +4,13 @@
 //
 //   lanes                     32-bit lanes of a vector
 //   row_vectors, tile_tokens  the register block of gemm: row_vectors * lanes rows by tile_tokens tokens
+//   gemv_tokens               so many tokens at most share one reading of the weights in gemv
+//   gemv_block_rows(tokens)   rows that gemv takes in turns
+//   prefetch_locality         of the weights, as __builtin_prefetch takes it: 0 is past the second-level cache
 //   signed_bytes              whether dot8 takes codes - 128 (there is no unsigned by signed product of full range)
 //   F, I, B                   vectors of float, int32, bytes
 //   f_zero f_set f_load f_store f_add f_mul f_max f_abs f_fma(a, b, c) = a * b + c, f_sum, f_max_lane
+//   f_sums(v)                 lane i = f_sum(v[i]), to the bit
 //   f_load_some, f_store_some(p, v, n)  the first n lanes only, the others zero (n may be negative or too large)
 //   f_widen(p, type, i)       lanes values from index i of an array of `type`, as float
 //   f_units(p, shift, n)      float16 p[i >> shift] in lane i, for the first n lanes (n positive); shift 2, 3 or 4
@@ -15,6 +19,7 @@
 //   i_zero i_set i_float
 //   i_start<n>(p)             128 p[0] in the first of lanes / n lanes, then 128 p[1] ...; the others zero
 //   b_load(p)                 4 * lanes bytes
+//   Codes, load_codes(p)      4 * lanes activation codes of one token, as dot and dot8 like to have them
 //   unpack<bits>(p)           4 * lanes codes (minus 128 for 8 bits and signed_bytes); reads no byte beyond theirs
 //   nibbles(p, low, high)     4 * lanes bytes of 4-bit codes: the even ones, the odd ones
 //   look_up(v)                4-bit codes -> iq4_codes[code] (minus 128 for signed_bytes)
@@ -26,7 +31,7 @@
 //                             8 bits, of 6, or (bits = 5) of fewer. dot-rows-inl.h defines it by
 //   Codes16, load_codes16(p)  16 activation codes of one token, as dot_rows likes to have them
 //   dot_rows<bits>(acc, w, a) acc + every lane's own 4 bytes of w[0], ..., w[3] times the 16 of a
-//   f_spread<n>(p)            lanes / n times p[0], then p[1], ...
+//   f_spread<n>(p, g)         lanes / n times p[g], then p[g + 1], ..., of sixteen aligned p
 //   transpose(p, n, out)      lanes rows of 4 * lanes bytes, n bytes apart: the first 4 bytes of every row, the next 4 ...
 //                             (or as many as the set's dot_group takes from a row at a time)
 //   f_transpose(p, n, out)    lanes rows of lanes floats, n floats apart, transposed

@@ -16,9 +16,8 @@ EDGEQ_INLINE void widen_sixteen(const void* p, int64_t at, int n, float* out) {
         f_store(out + i, n - i >= lanes ? f_widen(p, type, at + i) : f_widen_some(p, type, at + i, n - i));
 }
 
-// Scales or biases of groups [g, g + n) of a row. `blocks` are their units.
-inline void numbers(const Matrix& w, const void* p, const uint16_t* blocks, int64_t row, int64_t g, int n, float* out) {
-    const int64_t at = row * (w.in / w.group) + g;
+// Scales or biases of n groups of a row from group `at` on, counted through all rows. `blocks` are their units.
+inline void numbers(const Matrix& w, const void* p, const uint16_t* blocks, int64_t at, int n, float* out) {
     if (w.type == Type::bf16) return widen_sixteen<Type::bf16>(p, at, n, out);
     if (w.type == Type::f16) return widen_sixteen<Type::f16>(p, at, n, out);
     if (w.type == Type::f32) return widen_sixteen<Type::f32>(p, at, n, out);
@@ -28,9 +27,9 @@ inline void numbers(const Matrix& w, const void* p, const uint16_t* blocks, int6
 }
 
 // Both, of at most sixteen groups.
-inline void scales_and_biases(const Matrix& w, int64_t row, int64_t g, int n, float* scales, float* biases) {
-    numbers(w, w.scales, w.block_scales, row, g, n, scales);
-    if (w.biases) return numbers(w, w.biases, w.block_biases, row, g, n, biases);
+inline void scales_and_biases(const Matrix& w, int64_t at, int n, float* scales, float* biases) {
+    numbers(w, w.scales, w.block_scales, at, n, scales);
+    if (w.biases) return numbers(w, w.biases, w.block_biases, at, n, biases);
     for (int i = 0; i < sixteen; i += lanes) f_store(biases + i, f_mul(f_load(scales + i), f_set(float(-w.zero))));
 }
 

@@ -8,6 +8,11 @@ namespace {
 constexpr int lanes = 8;
 constexpr int row_vectors = 2, tile_tokens = 4;  // 8 integer sums in 16 registers; the float sums wait in the cache
 
+// Four rows in turns: one row's sums would wait for themselves.
+constexpr int gemv_tokens = 4;
+constexpr int gemv_block_rows(int tokens) { return tokens == 1 ? 4 : tokens == 2 ? 2 : 1; }
+constexpr int prefetch_locality = 3;
+
 using F = __m256;
 using I = __m256i;
 using B = __m256i;
@@ -26,6 +31,17 @@ float f_sum(F v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+
+// The same additions, of two vectors at a time.
+F f_sums(const F* v) {
+    F a[4];
+    for (int i = 0; i < 4; i++)
+        a[i] =
+            _mm256_add_ps(_mm256_permute2f128_ps(v[i], v[i + 4], 0x20), _mm256_permute2f128_ps(v[i], v[i + 4], 0x31));
+    for (int i = 0; i < 4; i += 2)
+        a[i] = _mm256_add_ps(_mm256_shuffle_ps(a[i], a[i + 1], 0x44), _mm256_shuffle_ps(a[i], a[i + 1], 0xee));
+    return _mm256_add_ps(_mm256_shuffle_ps(a[0], a[2], 0x88), _mm256_shuffle_ps(a[0], a[2], 0xdd));
 }
 
 float f_max_lane(F v) {
@@ -81,6 +97,9 @@ I i_start(const int32_t* p) {
 
 B b_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 void b_store(void* p, B v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+
+using Codes = B;
+Codes load_codes(const int8_t* p) { return b_load(p); }
 
 using Codes16 = const int8_t*;
 Codes16 load_codes16(const int8_t* p) { return p; }
@@ -152,10 +171,10 @@ B look_up(B v) {
 }
 
 template <int n>
-F f_spread(const float* p) {
+F f_spread(const float* p, int g) {
     static_assert(n == 1 || n == 2);
-    if constexpr (n == 1) return _mm256_set1_ps(*p);
-    return _mm256_insertf128_ps(_mm256_set1_ps(p[0]), _mm_set1_ps(p[n - 1]), 1);
+    if constexpr (n == 1) return _mm256_set1_ps(p[g]);
+    return _mm256_insertf128_ps(_mm256_set1_ps(p[g]), _mm_set1_ps(p[g + n - 1]), 1);
 }
 
 // 8 x 8 of 32 bits: pairs of rows, pairs of pairs, then halves of vectors.

@@ -11,6 +11,12 @@ constexpr int lanes = 16;
 constexpr int row_vectors = 3, tile_tokens = 4;  // 12 integer and 12 float sums, 3 weights, 1 activation: 28 of 32
 constexpr bool signed_bytes = false;
 
+// One row after the other, as memory has them: 32 registers take the sums of eight tokens, and one token's steps do not
+// wait for one another long enough to be worth leaving that order. Lines go past the second-level cache.
+constexpr int gemv_tokens = 8;
+constexpr int gemv_block_rows(int) { return 1; }
+constexpr int prefetch_locality = 0;
+
 using F = __m512;
 using I = __m512i;
 using B = __m512i;
@@ -24,12 +30,28 @@ F f_mul(F a, F b) { return _mm512_mul_ps(a, b); }
 F f_max(F a, F b) { return _mm512_max_ps(a, b); }
 F f_abs(F a) { return _mm512_abs_ps(a); }
 F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-float f_sum(F v) { return _mm512_reduce_add_ps(v); }
+float f_sum(F v) { return _mm512_reduce_add_ps(v); }  // halves, then halves of these, ...
+
+// The same additions, of two vectors at a time: a[i] has the sums of halves of two, then of quarters of four, ...
+F f_sums(const F* v) {
+    F a[8];
+    for (int i = 0; i < 8; i++) {
+        const F x = v[i < 4 ? i : i + 4], y = v[i < 4 ? i + 4 : i + 8];
+        a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+    }
+    for (int i = 0; i < 4; i++)
+        a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
+    for (int i = 0; i < 4; i += 2)
+        a[i] = _mm512_add_ps(_mm512_shuffle_ps(a[i], a[i + 1], 0x44), _mm512_shuffle_ps(a[i], a[i + 1], 0xee));
+    return _mm512_add_ps(_mm512_shuffle_ps(a[0], a[2], 0x88), _mm512_shuffle_ps(a[0], a[2], 0xdd));
+}
+
 float f_max_lane(F v) { return _mm512_reduce_max_ps(v); }
 
 __mmask16 first(int n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : __mmask16((1u << n) - 1); }
 F f_load_some(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
-void f_store_some(float* p, F v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
+// Whole vectors without a mask: a masked store of one takes long on Zen 5 when it meets the one before.
+void f_store_some(float* p, F v, int n) { n >= lanes ? _mm512_storeu_ps(p, v) : _mm512_mask_storeu_ps(p, first(n), v); }
 
 inline F f_widen_some(const void* p, Type type, int64_t i, int n) {
     if (type == Type::f32) return _mm512_maskz_loadu_ps(first(n), static_cast<const float*>(p) + i);
@@ -63,7 +85,10 @@ F i_float(I v) { return _mm512_cvtepi32_ps(v); }
 B b_load(const void* p) { return _mm512_loadu_si512(p); }
 void b_store(void* p, B v) { _mm512_storeu_si512(p, v); }
 
-// The product's own instruction broadcasts.
+// The product's own instruction loads, and broadcasts.
+using Codes = const int8_t*;
+Codes load_codes(const int8_t* p) { return p; }
+
 using Codes16 = const int8_t*;
 Codes16 load_codes16(const int8_t* p) { return p; }
 
@@ -114,12 +139,12 @@ B look_up(B v) {
 }
 
 // Written out because GCC 12 copies the accumulator before and after the intrinsic: 24 moves beside gemm's 12 products.
-inline I dot(I acc, B w, B a) {
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(a));
+inline I dot(I acc, B w, Codes a) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "m"(*reinterpret_cast<const __m512i_u*>(a)));
     return acc;
 }
 
-inline I dot8(I acc, B w, B a) { return dot(acc, w, a); }
+inline I dot8(I acc, B w, Codes a) { return dot(acc, w, a); }
 template <int bits>
 inline I dot_rows(I acc, const B* w, Codes16 a) {
     const auto* fours = reinterpret_cast<const int32_t*>(a);
@@ -127,20 +152,18 @@ inline I dot_rows(I acc, const B* w, Codes16 a) {
     return acc;
 }
 
+// One number from memory costs no shuffle, which GCC would make of it where it has p in a register.
 template <int n>
-F f_spread(const float* p) {
+inline F f_spread(const float* p, int g) {
+    static_assert(n == 1 || n == 2 || n == 4);
     if constexpr (n == 1) {
-        return _mm512_set1_ps(*p);
-    } else if constexpr (n == 2) {
-        double two;
-        memcpy(&two, p, 8);
-        F v = _mm512_castpd_ps(_mm512_set1_pd(two));
-        return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), v);
-    } else {
-        static_assert(n == 4);
-        F v = _mm512_broadcast_f32x4(_mm_loadu_ps(p));
-        return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3), v);
+        F v;
+        __asm__("vbroadcastss %1, %0" : "=v"(v) : "m"(p[g]));
+        return v;
     }
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i from = _mm512_add_epi32(_mm512_srli_epi32(lane, n == 2 ? 3 : 2), _mm512_set1_epi32(g));
+    return _mm512_permutexvar_ps(from, _mm512_load_ps(p));
 }
 
 // 16 x 16 of 32 bits: pairs of rows, pairs of pairs, then quarters of vectors.

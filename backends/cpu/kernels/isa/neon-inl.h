@@ -9,6 +9,11 @@ namespace {
 constexpr int lanes = 4;
 constexpr int row_vectors = 4, tile_tokens = 4;  // 16 integer sums, 4 weights, 1 activation of 32 registers
 
+// Four rows in turns: one row's sums would wait for themselves.
+constexpr int gemv_tokens = 4;
+constexpr int gemv_block_rows(int tokens) { return tokens == 1 ? 4 : tokens == 2 ? 2 : 1; }
+constexpr int prefetch_locality = 3;
+
 using F = float32x4_t;
 using I = int32x4_t;
 using B = int8x16_t;
@@ -23,6 +28,7 @@ F f_max(F a, F b) { return vmaxq_f32(a, b); }
 F f_abs(F a) { return vabsq_f32(a); }
 F f_fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
 float f_sum(F v) { return vaddvq_f32(v); }
+F f_sums(const F* v) { return vpaddq_f32(vpaddq_f32(v[0], v[1]), vpaddq_f32(v[2], v[3])); }
 float f_max_lane(F v) { return vmaxvq_f32(v); }
 
 F f_load_some(const float* p, int n) {
@@ -83,6 +89,8 @@ I i_start(const int32_t* p) {
 }
 
 B b_load(const void* p) { return vld1q_s8(static_cast<const int8_t*>(p)); }
+using Codes = B;
+Codes load_codes(const int8_t* p) { return b_load(p); }
 void b_store(void* p, B v) { vst1q_s8(static_cast<int8_t*>(p), v); }
 
 // 16 codes of 2, 3, 5 or 6 bits. A 16-bit lane gets the two bytes that its code lies in and is shifted down.
@@ -143,9 +151,9 @@ B look_up(B v) {
 }
 
 template <int n>
-F f_spread(const float* p) {
+F f_spread(const float* p, int g) {
     static_assert(n == 1);
-    return vdupq_n_f32(*p);
+    return vdupq_n_f32(p[g]);
 }
 
 void transpose(const uint8_t* p, int n, uint8_t* out) {
