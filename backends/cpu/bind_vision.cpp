@@ -82,7 +82,8 @@ void affine_(const In& x, const BoundMatrix& w, const In& bias, const Out& out) 
 void full_attention_(const In& q, const In& k, const In& v, nb::handle lengths, const Out& out) {
     require(q.ndim() == 3 && q.shape(0) > 0 && q.shape(1) > 0 && q.shape(2) > 0, "q", "3 axes [T, H, D]");
     const Index T = q.shape(0), H = q.shape(1), D = q.shape(2);
-    const Heads queries = heads_of(q, "q", T, H, D), keys = heads_of(k, "k", T, H, D), values = heads_of(v, "v", T, H, D);
+    const Heads queries = heads_of(q, "q", T, H, D), keys = heads_of(k, "k", T, H, D),
+                values = heads_of(v, "v", T, H, D);
     const std::vector<Index> spans = spans_of(lengths, T);
     float* y = output(out, q).data;
     nb::gil_scoped_release release;
@@ -104,11 +105,10 @@ void vision_blocks(const In& x, nb::handle blocks, Index heads, float eps, const
         const nb::tuple norm1 = held.pair(w[0], "norm1"), norm2 = held.pair(w[1], "norm2");
         const nb::tuple fc1 = held.pair(w[4], "fc1");
         const Index wide = matrix_of(fc1[0], "fc1").matrix.out;
-        tower.blocks.push_back(
-            {held.vector(norm1[0], "norm1", hidden), held.vector(norm1[1], "norm1", hidden),
-             held.vector(norm2[0], "norm2", hidden), held.vector(norm2[1], "norm2", hidden),
-             held.affine(w[2], "qkv", 3 * hidden, hidden), held.affine(w[3], "proj", hidden, hidden),
-             held.affine(w[4], "fc1", wide, hidden), held.affine(w[5], "fc2", hidden, wide)});
+        tower.blocks.push_back({held.vector(norm1[0], "norm1", hidden), held.vector(norm1[1], "norm1", hidden),
+                                held.vector(norm2[0], "norm2", hidden), held.vector(norm2[1], "norm2", hidden),
+                                held.affine(w[2], "qkv", 3 * hidden, hidden), held.affine(w[3], "proj", hidden, hidden),
+                                held.affine(w[4], "fc1", wide, hidden), held.affine(w[5], "fc2", hidden, wide)});
     }
     Interruptions interruptions(true);
     bool finished;

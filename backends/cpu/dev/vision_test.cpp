@@ -20,9 +20,9 @@ namespace {
 
 using Vector = std::vector<float>;
 
-constexpr double sums_nmse = 1e-12;   // float32 sums in another order, or with another rounding of a product
-constexpr double codes_nmse = 1e-9;   // scales differ in their last bit, and a number in the middle becomes another code
-constexpr double tower_nmse = 1e-8;   // and that fed back from block to block
+constexpr double sums_nmse = 1e-12;  // float32 sums in another order, or with another rounding of a product
+constexpr double codes_nmse = 1e-9;  // scales differ in their last bit, and a number in the middle becomes another code
+constexpr double tower_nmse = 1e-8;  // and that fed back from block to block
 constexpr double floats_nmse = 1e-7;  // where codes are floats: all that codes lose, once (4e-9) or in a whole tower
 
 int failures = 0;
@@ -102,7 +102,8 @@ void test_rows(Index n) {
         return y;
     });
     for (bool exact : {false, true}) {
-        compare(exact ? "gelu, erf" : "gelu, tanh", sums_nmse, [&] { return vision_kernels().gelu(y.data(), x.data(), n, exact), y; });
+        compare(exact ? "gelu, erf" : "gelu, tanh", sums_nmse,
+                [&] { return vision_kernels().gelu(y.data(), x.data(), n, exact), y; });
         double error = 0, power = 0;
         for (Index i = 0; i < n; i++) {
             const double z = x[i], inner = std::sqrt(2 / M_PI) * (z + 0.044715 * z * z * z);

@@ -54,8 +54,8 @@ Tile Projection::tile(Index i) const {
     const VisionKernels& kernels = vision_kernels();
     const Index in = w_.weight.in, row = i * kernels.tile;
     return {const_cast<char*>(codes_.data()) + row * code_stride(in) * kernels.code_nbytes,
-            const_cast<float*>(scales_.data()) + row * code_groups(in), std::min<Index>(kernels.tile, w_.weight.out - row),
-            in};
+            const_cast<float*>(scales_.data()) + row * code_groups(in),
+            std::min<Index>(kernels.tile, w_.weight.out - row), in};
 }
 
 void Projection::multiply(const float* x, Index T, Finish finish, float* y, Index stride, Memory& memory) const {

@@ -1,6 +1,6 @@
 // Attention over all keys of a span, block by block with a running maximum (Dao et al., "FlashAttention",
-// arXiv:2205.14135; Milakov and Gimelshein, arXiv:1805.02867), on codes: the weights of a block's keys are codes of their
-// own, under the block's own largest, and what is merged into the sums has that as a factor.
+// arXiv:2205.14135; Milakov and Gimelshein, arXiv:1805.02867), on codes: the weights of a block's keys are codes of
+// their own, under the block's own largest, and what is merged into the sums has that as a factor.
 #pragma once
 
 #include "vision/multiply-inl.h"
@@ -8,8 +8,8 @@
 namespace edgeq {
 namespace {
 
-// 2^x for x <= 0, and almost 0 far below: 2^n, n the integer below, times a polynomial in the rest, within 2.6e-6 (least
-// largest relative error, by Lawson's iteration).
+// 2^x for x <= 0, and almost 0 far below: 2^n, n the integer below, times a polynomial in the rest, within 2.6e-6
+// (least largest relative error, by Lawson's iteration).
 INLINE V exp2_(V x) {
     const V rest = fraction(x);
     V p = set1(0.013534168f);
@@ -35,8 +35,7 @@ void pack_keys(const float* k, Index stride, Index keys, Index D, const PackedHe
                     key < keys ? encode_group(k + key * stride + c, n, 1.0f, key_length, codes) : 0.0f;
                 clear(codes, key < keys ? padded(n, W) : 0, some);
             }
-            to_tile(rows, some, some / step,
-                    to + first / tile * tile * width + first % tile * step + c * tile);
+            to_tile(rows, some, some / step, to + first / tile * tile * width + first % tile * step + c * tile);
         }
 }
 
@@ -45,7 +44,9 @@ void pack_values(const float* v, Index stride, Index keys, Index D, const Packed
     float* scales = head.value_scales + block * head.value_scales_size;
     for (Index c = 0; c < padded(D, tile); c += W) {
         Code* column = to + c / tile * tile * key_block + c % tile * step;
-        auto value = [&](Index key) { return c < D && key < keys ? load_upto(v + key * stride + c, D - c) : set1(0.0f); };
+        auto value = [&](Index key) {
+            return c < D && key < keys ? load_upto(v + key * stride + c, D - c) : set1(0.0f);
+        };
         float scale[W], inverse[W];
         for (int i = 0; i < W; i++) scale[i] = inverse[i] = 1.0f;
         if (!floats) {
@@ -134,7 +135,8 @@ INLINE void attend_block(const FullAttend& a, Index row, Index block, float* out
             store(to, fma(x, scale, mul(load(to), set1(shrink[r]))));
         });
     for (int i = 0; i < block_rows; i += W) {
-        const V sums = fma(load(totals + i), load(grow + i), mul(load_upto(total + i, block_rows - i), load(shrink + i)));
+        const V sums =
+            fma(load(totals + i), load(grow + i), mul(load_upto(total + i, block_rows - i), load(shrink + i)));
         store_upto(total + i, sums, block_rows - i);
     }
 }

@@ -1,8 +1,8 @@
 // Rows of numbers as codes and scales.
 #pragma once
 
-#include "vision/rows-inl.h"
 #include "vision/kernels.h"
+#include "vision/rows-inl.h"
 
 namespace edgeq {
 namespace {
@@ -11,8 +11,8 @@ constexpr int tile = vectors * W;
 constexpr bool floats = sizeof(Code) == sizeof(float);  // codes are the numbers themselves
 constexpr float least_peak = 1e-30f;                    // less is zero: the reciprocal would overflow
 
-// The length of n numbers, of which the sum of squares and the largest magnitude are known; NaN where one is none. Where
-// squares are no floats, the longest that it can be.
+// The length of n numbers, of which the sum of squares and the largest magnitude are known; NaN where one is none.
+// Where squares are no floats, the longest that it can be.
 INLINE float length_of(float squares, float peak, Index n) {
     if (squares < 1e-20f || squares > 1e30f) return peak * __builtin_sqrtf(float(n));
     return __builtin_sqrtf(squares);
@@ -81,8 +81,8 @@ INLINE void weight_scale(float length, float& scale, float& inverse) {
     __builtin_memcpy(&inverse, &other, sizeof inverse);
 }
 
-// The same as encode_group for weights from index `at` on. The scale is a power of two: weights of 16 bits are exact but
-// for those that are far smaller than the group's others.
+// The same as encode_group for weights from index `at` on. The scale is a power of two: weights of 16 bits are exact
+// but for those that are far smaller than the group's others.
 template <Type type>
 INLINE float encode_weights(const void* data, Index at, Index n, Code* codes) {
     if (floats) {
@@ -100,8 +100,7 @@ INLINE float encode_weights(const void* data, Index at, Index n, Code* codes) {
     const float peak = peak_of(most), length = length_of(sum(squares), peak, n);
     float scale = length, inverse = 0.0f;  // none, infinite, or nothing
     if (least_peak <= length && length <= 1e30f) weight_scale(length, scale, inverse);
-    for (Index i = 0; i < whole; i += W)
-        store_codes(codes + i, mul(widen<type>(data, at + i, W), set1(inverse)));
+    for (Index i = 0; i < whole; i += W) store_codes(codes + i, mul(widen<type>(data, at + i, W), set1(inverse)));
     if (whole < n) store_codes(codes + whole, mul(widen<type>(data, at + whole, n - whole), set1(inverse)));
     return scale;
 }

@@ -1,12 +1,12 @@
 // Products of many rows by many on integers of 16 bits, and the attention of the vision tower that is built from them.
 //
-// An operand is a matrix of codes, int16, with a scale for every `group_depth` of them in a row. A group's scale follows
-// from its length as a vector: the sum of products of two groups is at most the product of their lengths (Cauchy and
-// Schwarz), and so is every part of it; with lengths whose product is below 2^31 the sum is an exact int32, whatever
-// order and instruction it comes from. Machines add two such products to every int32 at a time, where they multiply and
-// add one float: twice the speed of float32, at an error (NMSE of an operand) of group_depth / 12 length^2, 2.5e-9 to
-// 1e-8 whatever the numbers are like, against 1.3e-6 of bfloat16 and 8e-8 of float16. Weights of 16 bits lose still
-// less, because their scales are powers of two.
+// An operand is a matrix of codes, int16, with a scale for every `group_depth` of them in a row. A group's scale
+// follows from its length as a vector: the sum of products of two groups is at most the product of their lengths
+// (Cauchy and Schwarz), and so is every part of it; with lengths whose product is below 2^31 the sum is an exact int32,
+// whatever order and instruction it comes from. Machines add two such products to every int32 at a time, where they
+// multiply and add one float: twice the speed of float32, at an error (NMSE of an operand) of group_depth / 12
+// length^2, 2.5e-9 to 1e-8 whatever the numbers are like, against 1.3e-6 of bfloat16 and 8e-8 of float16. Weights of 16
+// bits lose still less, because their scales are powers of two.
 //
 // Where the machine multiplies such integers no faster than floats (Arm), a code is a float, and every scale is 1.
 //
@@ -40,8 +40,8 @@ struct Finish {
     bool add, gelu;
 };
 
-// Some rows of a matrix, at most `tile` of them, as codes [step of the width][row][codes of a step] and scales [group][row];
-// up to the tile's end they are zero.
+// Some rows of a matrix, at most `tile` of them, as codes [step of the width][row][codes of a step] and scales
+// [group][row]; up to the tile's end they are zero.
 struct Tile {
     void* codes;
     float* scales;
@@ -61,11 +61,11 @@ struct PackedHead {
 // Up to piece_queries queries of one head, over all keys of their span.
 struct FullAttend {
     Index rows, keys, D;
-    Codes q;           // scaled by D^-0.5 log2(e): weights are powers of two
+    Codes q;  // scaled by D^-0.5 log2(e): weights are powers of two
     PackedHead head;
-    float* out;        // rows [D], out_stride apart
+    float* out;  // rows [D], out_stride apart
     Index out_stride;
-    float* work;       // attend_work(...) floats
+    float* work;  // attend_work(...) floats
 };
 
 struct VisionKernels {
@@ -74,8 +74,8 @@ struct VisionKernels {
     void (*layer_norm)(float* y, const float* x, const float* gain, const float* bias, Index n, float eps);
     // y = x / 2 (1 + erf(x / sqrt(2))) where exact, else x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
     void (*gelu)(float* y, const float* x, Index n, bool exact);
-    // A row of n numbers times `factor` -> codes, with zeros up to the stride, in groups of the given length, and scales.
-    // Where one of a group's numbers is none, its scale is none, too.
+    // A row of n numbers times `factor` -> codes, with zeros up to the stride, in groups of the given length, and
+    // scales. Where one of a group's numbers is none, its scale is none, too.
     void (*encode)(const float* x, Index n, float factor, float length, const Codes& to, Index row);
     // Rows of a plain matrix from `row` on.
     void (*encode_tile)(const Matrix& w, Index row, const Tile& to);
@@ -91,8 +91,8 @@ struct VisionKernels {
 extern const VisionKernels vision_scalar, vision_avx2, vision_avxvnni, vision_avx512vnni, vision_neon;
 
 // Lengths of groups of codes. Rounding makes a group longer by at most sqrt(group_depth) / 2 = 5.7.
-constexpr float row_length = 65500, weight_length = 32768;  // what meets in a product with a matrix
-constexpr float key_length = 46300;                         // of queries, too
+constexpr float row_length = 65500, weight_length = 32768;   // what meets in a product with a matrix
+constexpr float key_length = 46300;                          // of queries, too
 constexpr float value_length = 65500, share_length = 32760;  // values, and the weights of their keys
 constexpr float largest_code = 32767;
 

@@ -81,9 +81,8 @@ INLINE void multiply_block(const Tile& w, const Codes& a, Index t, Index count, 
 void multiply(const Tile& w, const Codes& a, Index t0, Index t1, const Finish& finish, float* y, Index stride) {
     for (Index t = t0; t < t1; t += block_rows) {
         const Index count = smaller(block_rows, t1 - t);
-        count == block_rows && w.rows == tile
-            ? multiply_block<true>(w, a, t, count, finish, y + t * stride, stride)
-            : multiply_block<false>(w, a, t, count, finish, y + t * stride, stride);
+        count == block_rows&& w.rows == tile ? multiply_block<true>(w, a, t, count, finish, y + t * stride, stride)
+                                             : multiply_block<false>(w, a, t, count, finish, y + t * stride, stride);
     }
 }
 

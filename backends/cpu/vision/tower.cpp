@@ -26,7 +26,8 @@ std::vector<Band> bands_of(const PackedKeys& packed) {
 struct Work {
     Projection q, kv, proj, fc1, fc2;
     Projection::Memory memory;
-    Floats normed, wide;  // of a band: what a norm gives; keys and values, queries, or what lies within the feed-forward
+    Floats normed,
+        wide;  // of a band: what a norm gives; keys and values, queries, or what lies within the feed-forward
 };
 
 void norm(const VisionTower& tower, const float* x, Index T, const float* gain, const float* bias, float* y) {
@@ -79,7 +80,9 @@ Index widest_of(Index hidden, Index wide) { return std::max(2 * hidden, wide); }
 size_t vision_nbytes(Index T, Index hidden, Index heads, Index wide) {
     const VisionKernels& kernels = vision_kernels();
     const Index D = hidden / heads, blocks = (T + key_block - 1) / key_block, band = std::min(T, vision_band);
-    auto codes = [&](Index rows, Index n) { return rows * (code_stride(n) * kernels.code_nbytes + code_groups(n) * 4); };
+    auto codes = [&](Index rows, Index n) {
+        return rows * (code_stride(n) * kernels.code_nbytes + code_groups(n) * 4);
+    };
     const Index keys = codes(key_block, D), values = padded(D, kernels.tile) * (key_block * kernels.code_nbytes + 4);
     const Index weights = codes(4 * hidden + wide, hidden) + codes(hidden, wide);
     const Index between = 4 * band * (hidden + widest_of(hidden, wide)) + codes(band, std::max(hidden, wide));
@@ -91,7 +94,8 @@ bool run_vision(const VisionTower& tower, float* x, const std::function<bool()>&
     const std::vector<Band> bands = bands_of(packed);
     Index longest = 0, widest = 0;
     for (const Band& band : bands) longest = std::max(longest, band.tokens);
-    for (const VisionBlock& block : tower.blocks) widest = std::max(widest, widest_of(tower.hidden, block.fc1.weight.out));
+    for (const VisionBlock& block : tower.blocks)
+        widest = std::max(widest, widest_of(tower.hidden, block.fc1.weight.out));
     Work work;
     work.normed.resize(longest * tower.hidden);
     work.wide.resize(longest * widest);

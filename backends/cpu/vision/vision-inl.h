@@ -24,7 +24,7 @@
 namespace edgeq {
 
 extern const VisionKernels VISION;
-const VisionKernels VISION = {sizeof(Code), step,     tile,      layer_norm,  gelu,
-                              encode,       encode_tile, multiply, pack_keys, pack_values, attend};
+const VisionKernels VISION = {sizeof(Code), step,     tile,      layer_norm,  gelu,  encode,
+                              encode_tile,  multiply, pack_keys, pack_values, attend};
 
 }  // namespace edgeq

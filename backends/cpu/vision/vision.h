@@ -29,8 +29,8 @@ public:
     // Memory is kept from matrix to matrix.
     void prepare(const Affine& w);
 
-    // y [T, stride] from x [T, in]; what `finish` says comes after the bias. y may not be x. The calling thread's rows of
-    // codes are in `memory`, which is kept from product to product.
+    // y [T, stride] from x [T, in]; what `finish` says comes after the bias. y may not be x. The calling thread's rows
+    // of codes are in `memory`, which is kept from product to product.
     struct Memory {
         ScratchVector<char> codes;
         Floats scales, product;
@@ -44,7 +44,8 @@ private:
 
     Tile tile(Index i) const;
     void multiply_plain(const float* x, Index T, const Finish& finish, float* y, Index stride, Memory& memory) const;
-    void multiply_quantized(const float* x, Index T, const Finish& finish, float* y, Index stride, Memory& memory) const;
+    void multiply_quantized(const float* x, Index T, const Finish& finish, float* y, Index stride,
+                            Memory& memory) const;
 };
 
 // y [T, out] = x [T, in] @ weight^T + bias
@@ -79,6 +80,5 @@ bool run_vision(const VisionTower& tower, float* x, const std::function<bool()>&
 size_t vision_nbytes(Index T, Index hidden, Index heads, Index wide);
 
 constexpr Index vision_band = 6 * key_block;  // a multiple of block_rows, too
-
 
 }  // namespace edgeq
