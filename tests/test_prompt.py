@@ -278,7 +278,7 @@ class TestForward:
     def test_a_model_that_does_not_see(self, tmp_path: Path) -> None:
         write_checkpoint(tmp_path, config_values())
         blind = edgeq.load(tmp_path, backend="numpy")
-        with pytest.raises(UsageError, match=f"{tmp_path} has no vision tower: it cannot see pictures"):
+        with pytest.raises(UsageError, match=f"{tmp_path} does not see: it has no vision tower"):
             blind.forward([1, 2], visuals=[image()])
 
 

@@ -51,8 +51,8 @@ class Sight:
         vision = self._engine.checkpoint.config.vision
         if vision is None or not self._engine.sees:
             raise UsageError(
-                f"{self._engine.checkpoint.path} has no vision tower: it cannot see pictures",
-                hint="give text only, or use a model whose vision tower was kept (`edgeq info MODEL` says so)",
+                f"{self._engine.checkpoint.path} does not see: {self._engine.checkpoint.lacks_tower()}",
+                hint="give text only, or use a checkpoint that has its vision tower",
             )
         return vision.spatial_merge_size
 
