@@ -168,6 +168,12 @@ class TestFiles:
             assert self.shades(opened, [0, 6, 12, 24]) == pytest.approx([0, 60, 120, 240], abs=4)
             assert self.shades(opened, range(25)) == pytest.approx(range(0, 250, 10), abs=4)
 
+    def test_a_trimmed_video(self) -> None:
+        """Its first 10 frames are in the file, and an edit list leaves them out."""
+        with vision.open_video(CLIP.with_stem("clip_trimmed")) as opened:
+            assert (opened.total, opened.fps) == (15, 12.5)
+            assert self.shades(opened, [0, 14]) == pytest.approx([100, 240], abs=4)
+
     def test_by_path_and_by_content(self) -> None:
         one, two = vision.read_video(CLIP), vision.read_video(CLIP.read_bytes())
         assert one.digest == two.digest
