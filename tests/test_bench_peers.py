@@ -24,6 +24,11 @@ def test_a_peer_is_a_name_and_a_command(bench: ModuleType) -> None:
     assert peer == ("ik_llama.cpp, smallest", ("/opt/ik/llama-bench", "-rtr", "1", "-b", "64"))
 
 
+def test_conditions_name_the_peers_options(bench: ModuleType) -> None:
+    peers = [bench.Peer.parse("a.cpp=/opt/a/llama-bench"), bench.Peer.parse("b.cpp=/opt/b/llama-bench -rtr 1")]
+    assert bench.conditions(peers) == bench.CONDITIONS + "; b.cpp with -rtr 1"
+
+
 @pytest.mark.parametrize("text", ["llama-bench", "=llama-bench", "llama.cpp=", "llama.cpp= "])
 def test_other_peers_are_refused(bench: ModuleType, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -420,6 +420,12 @@ def busy(count: int) -> Iterator[None]:
             other.wait()
 
 
+def conditions(peers: Sequence[Peer]) -> str:
+    """What a reader of the figures has to know."""
+    options = [f"{peer.name} with {shlex.join(peer.command[1:])}" for peer in peers if peer.command[1:]]
+    return "; ".join([CONDITIONS, *options])
+
+
 def numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",") if number]
 
@@ -478,9 +484,8 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.figures:
-        figures.add(
-            options.figures, options.machine or platform.machine(), CONDITIONS, figures.rows_of(report, options.model)
-        )
+        machine, rows = options.machine or platform.machine(), figures.rows_of(report, options.model)
+        figures.add(options.figures, machine, conditions(options.peers), rows)
 
 
 if __name__ == "__main__":

@@ -122,15 +122,18 @@ def machines(runs: Runs) -> str:
 
 
 def speed(runs: Runs) -> str:
-    """Every speed against llama.cpp."""
-    run = latest(runs, "llama.cpp")
-    rows = [
-        (name(row), row.threads, in_words(row), f"{row.values['edgeq']:g}", f"{row.values['llama.cpp']:g}",
-         f"{row.ratio():.2f}")
-        for row in run.rows if row.unit == "tokens/s"
-    ]  # fmt: skip
+    """Every speed against llama.cpp, the latest run first."""
     head = ("model", "threads", "test", "edgeq, tokens/s", "llama.cpp", "ratio")
-    return fill(conditions(run)) + "\n\n" + table(head, "lrlrrr", rows)
+    tables = []
+    for run in reversed(by_date(runs)):
+        rows = [
+            (name(row), row.threads, in_words(row), f"{row.values['edgeq']:g}", f"{row.values['llama.cpp']:g}",
+             f"{row.ratio():.2f}")
+            for row in run.rows if row.unit == "tokens/s" and "llama.cpp" in row.values
+        ]  # fmt: skip
+        if rows:
+            tables.append(fill(conditions(run)) + "\n\n" + table(head, "lrlrrr", rows))
+    return "\n\n".join(tables)
 
 
 def bandwidth(runs: Runs) -> str:
