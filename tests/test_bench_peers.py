@@ -19,9 +19,31 @@ def bench() -> ModuleType:
     return bench_peers
 
 
-def test_a_peer_is_a_name_and_a_command(bench: ModuleType) -> None:
-    peer = bench.Peer.parse("ik_llama.cpp, smallest=/opt/ik/llama-bench -rtr 1 -b '64'")
-    assert peer == ("ik_llama.cpp, smallest", ("/opt/ik/llama-bench", "-rtr", "1", "-b", "64"))
+@pytest.fixture
+def fake_bench(tmp_path: Path) -> Path:
+    """A program that answers as llama-bench does, and takes as many milliseconds a token as -t says threads."""
+    program = tmp_path / "llama-bench"
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import json, sys\n"
+        "if '--help' in sys.argv: sys.exit(print('--n-depth --no-warmup'))\n"
+        "if 'missing.gguf' in sys.argv: sys.exit('cannot load missing.gguf')\n"
+        "option = lambda name: int(sys.argv[sys.argv.index(name) + 1])\n"
+        "tokens = option('-p') + option('-n')\n"
+        "print(json.dumps([{'samples_ns': [tokens * option('-t') * 1000000]}]))\n"
+    )
+    program.chmod(0o755)
+    return program
+
+
+def test_a_peer_is_a_name_and_a_command(bench: ModuleType, fake_bench: Path) -> None:
+    peer = bench.Peer.parse(f"ik_llama.cpp, smallest={fake_bench} -rtr 1 -b '64'")
+    assert peer == ("ik_llama.cpp, smallest", (str(fake_bench), "-rtr", "1", "-b", "64"))
+
+
+def test_conditions_name_the_peers_options(bench: ModuleType, fake_bench: Path) -> None:
+    peers = [bench.Peer.parse(f"a.cpp={fake_bench}"), bench.Peer.parse(f"b.cpp={fake_bench} -rtr 1")]
+    assert bench.conditions(peers) == bench.CONDITIONS + "; b.cpp with -rtr 1"
 
 
 @pytest.mark.parametrize("text", ["llama-bench", "=llama-bench", "llama.cpp=", "llama.cpp= "])
@@ -29,6 +51,24 @@ def test_other_peers_are_refused(bench: ModuleType, text: str, capsys: pytest.Ca
     with pytest.raises(SystemExit):
         bench.parse(["checkpoint", "work", "--peer", text])
     assert "a peer is NAME=BINARY OPTIONS..." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--peer", "a.cpp=/nowhere/llama-bench"], "/nowhere/llama-bench is no program"),
+        (["--bits", "4,5"], "5 is none of 4, 8"),
+        (["--forms", "Q4_0,Q5_K"], "Q5_K is none of Q4_0, Q4_K_M, Q8_0"),
+        (["--bits", "4,8", "--forms", "Q8_0"], "--forms names no file of 4 bits"),
+        (["--rounds", "0"], "--rounds must be 1 or more"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    bench: ModuleType, fake_bench: Path, options: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        bench.parse(["checkpoint", "work", "--peer", f"a.cpp={fake_bench}", *options])
+    assert complaint in capsys.readouterr().err
 
 
 def test_without_peers_it_only_quantizes(bench: ModuleType) -> None:
@@ -87,23 +127,6 @@ def test_a_prompt_reads_no_share_of_the_memory(bench: ModuleType) -> None:
     row = bench.speed_row(8, 1, bench.Speed(512, 0, 0), {"edgeq q8": [1.0], "a Q8_0": [2.0]}, {}, [40.0])
     assert "share" not in row
     assert row["ratio"] == {"a": 2.0}
-
-
-@pytest.fixture
-def fake_bench(tmp_path: Path) -> Path:
-    """A program that answers as llama-bench does, and takes as many milliseconds a token as -t says threads."""
-    program = tmp_path / "llama-bench"
-    program.write_text(
-        f"#!{sys.executable}\n"
-        "import json, sys\n"
-        "if '--help' in sys.argv: sys.exit(print('--n-depth --no-warmup'))\n"
-        "if 'missing.gguf' in sys.argv: sys.exit('cannot load missing.gguf')\n"
-        "option = lambda name: int(sys.argv[sys.argv.index(name) + 1])\n"
-        "tokens = option('-p') + option('-n')\n"
-        "print(json.dumps([{'samples_ns': [tokens * option('-t') * 1000000]}]))\n"
-    )
-    program.chmod(0o755)
-    return program
 
 
 def test_a_llama_bench_runs(bench: ModuleType, fake_bench: Path) -> None:

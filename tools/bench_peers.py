@@ -23,14 +23,15 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import figures
 import numpy as np
@@ -39,6 +40,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+T = TypeVar("T")
 
 OURS = "edgeq"
 FORMS: dict[int, tuple[str, ...]] = {4: ("q4", "Q4_0", "Q4_K_M"), 8: ("q8", "Q8_0")}  # edgeq's own first
@@ -75,7 +78,10 @@ class Peer(NamedTuple):
         name, _, command = text.partition("=")
         if not name or not command.strip():
             raise argparse.ArgumentTypeError(f"a peer is NAME=BINARY OPTIONS..., not {text!r}")
-        return cls(name, tuple(shlex.split(command)))
+        binary, *options = shlex.split(command)
+        if (path := shutil.which(binary)) is None:
+            raise argparse.ArgumentTypeError(f"{binary} is no program")
+        return cls(name, (path, *options))
 
 
 # --- the engines -----------------------------------------------------------------------------------------------------
@@ -113,7 +119,10 @@ class Edgeq:
         assert self._process.stdout
         self._process.stdin.write(json.dumps(test) + "\n")
         self._process.stdin.flush()
-        return float(self._process.stdout.readline())
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{self.name} stopped; what it said is above")
+        return float(answer)
 
     def close(self) -> None:
         assert self._process.stdin
@@ -420,8 +429,26 @@ def busy(count: int) -> Iterator[None]:
             other.wait()
 
 
+def conditions(peers: Sequence[Peer]) -> str:
+    """What a reader of the figures has to know."""
+    options = [f"{peer.name} with {shlex.join(peer.command[1:])}" for peer in peers if peer.command[1:]]
+    return "; ".join([CONDITIONS, *options])
+
+
 def numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",") if number]
+
+
+def among(choices: Iterable[T]) -> Callable[[str], list[T]]:
+    """Some of the choices, from a list with commas."""
+    by_name = {str(choice): choice for choice in choices}
+
+    def some(text: str) -> list[T]:
+        if unknown := [name for name in text.split(",") if name not in by_name]:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is none of {', '.join(by_name)}")
+        return [by_name[name] for name in text.split(",")]
+
+    return some
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -430,13 +457,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("checkpoint")
     parser.add_argument("work", type=Path)
     parser.add_argument("--peer", dest="peers", type=Peer.parse, action="append", metavar="NAME=BINARY", default=[])
-    parser.add_argument("--bits", type=numbers, default=[4, 8])
+    parser.add_argument("--bits", type=among(FORMS), default=list(FORMS))
     parser.add_argument("-t", "--threads", type=numbers, default=sorted({1, cores}, reverse=True))
     parser.add_argument("-r", "--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=numbers, default=[512, 2048], help="lengths, in tokens")
     parser.add_argument("--depths", type=numbers, default=[0, 1024, 4096], help="context before the generated tokens")
     parser.add_argument("--generate", type=int, default=64, help="tokens generated at each depth")
-    parser.add_argument("--forms", type=lambda text: text.split(","), help="of the peers, instead of all: Q4_0,Q8_0")
+    forms = [form for _, *others in FORMS.values() for form in others]
+    parser.add_argument("--forms", type=among(forms), default=forms, help="of the peers, such as Q4_0,Q8_0")
     parser.add_argument("--same-file", action="store_true", help="edgeq runs the peers' files, too")
     parser.add_argument("--only", choices=("speed", "memory", "start", "quantize"))
     parser.add_argument("--busy", type=int, default=0, help="other programs that compute meanwhile")
@@ -447,13 +475,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not options.peers and options.only != "quantize":
         parser.error("name at least one peer: --peer NAME=BINARY, its llama-bench")
+    for b in options.bits:
+        if not set(FORMS[b]) & set(options.forms):
+            parser.error(f"--forms names no file of {b} bits")
+    if options.rounds < 1:
+        parser.error("--rounds must be 1 or more")
     return options
 
 
 def main() -> None:
     options = parse()
     for b, (own, *others) in FORMS.items():
-        FORMS[b] = (own, *(form for form in others if options.forms is None or form in options.forms))
+        FORMS[b] = (own, *(form for form in others if form in options.forms))
     tests = [Speed(n, 0, 0) for n in options.prompts] + [Speed(0, options.generate, d) for d in options.depths]
     paths = prepare(options.checkpoint, options.work, options.bits, options.peers)
     report: dict[str, list[Any]] = {"speed": [], "memory": [], "start": [], "quantize": []}
@@ -478,9 +511,8 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.figures:
-        figures.add(
-            options.figures, options.machine or platform.machine(), CONDITIONS, figures.rows_of(report, options.model)
-        )
+        machine, rows = options.machine or platform.machine(), figures.rows_of(report, options.model)
+        figures.add(options.figures, machine, conditions(options.peers), rows)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def answers(runs: Runs, run: Run) -> str:
     if busy := run.find("0.8B", 4, "decode 64", busy=1):
         text += f", and at {versus(busy)} while another program is busy"
     ik_run = latest(runs, "ik_llama.cpp")
-    row = ik_run.row("0.8B", 4, "decode")
+    row = ik_run.row("0.8B", 4, "decode 64")
     ours, theirs = row.values["edgeq"], row.values["ik_llama.cpp"]
     how = "faster" if theirs > ours else "slower"
     return (
@@ -122,25 +122,35 @@ def machines(runs: Runs) -> str:
 
 
 def speed(runs: Runs) -> str:
-    """Every speed against llama.cpp."""
-    run = latest(runs, "llama.cpp")
-    rows = [
-        (name(row), row.threads, in_words(row), f"{row.values['edgeq']:g}", f"{row.values['llama.cpp']:g}",
-         f"{row.ratio():.2f}")
-        for row in run.rows if row.unit == "tokens/s"
-    ]  # fmt: skip
+    """Every speed against llama.cpp, the latest run first."""
     head = ("model", "threads", "test", "edgeq, tokens/s", "llama.cpp", "ratio")
-    return fill(conditions(run)) + "\n\n" + table(head, "lrlrrr", rows)
+    tables = []
+    for run in reversed(by_date(runs)):
+        rows = [
+            (name(row), row.threads, in_words(row), f"{row.values['edgeq']:g}", f"{row.values['llama.cpp']:g}",
+             f"{row.ratio():.2f}")
+            for row in run.rows if row.unit == "tokens/s" and "llama.cpp" in row.values
+        ]  # fmt: skip
+        if rows:
+            tables.append(fill(conditions(run)) + "\n\n" + table(head, "lrlrrr", rows))
+    return "\n\n".join(tables)
 
 
 def bandwidth(runs: Runs) -> str:
     """The bytes that a token reads, per second, beside what the memory gives."""
+    found = [row for row in latest(runs, "llama.cpp").rows if row.unit == "GB/s"]
+    heads = {
+        "edgeq": "edgeq, GB/s",
+        "llama.cpp": "llama.cpp",
+        "ik_llama.cpp": "ik_llama.cpp",
+        "memory": "memory bandwidth",
+    }
+    shown = [who for who in heads if any(who in row.values for row in found)]
     rows = [
-        (name(row), in_words(row), *(f"{row.values[who]:g}" if who in row.values else "" for who in
-         ("edgeq", "llama.cpp", "memory")))
-        for row in latest(runs, "llama.cpp").rows if row.unit == "GB/s"
-    ]  # fmt: skip
-    return table(("model", "test", "edgeq, GB/s", "llama.cpp", "memory bandwidth"), "llrrr", rows)
+        (name(row), row.threads, in_words(row), *(f"{row.values[who]:g}" if who in row.values else "" for who in shown))
+        for row in found
+    ]
+    return table(("model", "threads", "test", *(heads[who] for who in shown)), "lrl" + "r" * len(shown), rows)
 
 
 def memory_and_start(runs: Runs) -> str:
@@ -167,15 +177,12 @@ def ik(runs: Runs) -> str:
     """Against ik_llama.cpp."""
     run = latest(runs, "ik_llama.cpp")
     rows = [
-        (name(row), row.threads, f"{row.values['edgeq']:.1f}", f"{row.values['ik_llama.cpp']:.1f}",
+        (name(row), row.threads, in_words(row), f"{row.values['edgeq']:g}", f"{row.values['ik_llama.cpp']:g}",
          f"{row.ratio('ik_llama.cpp'):.2f}")
-        for row in run.rows if "ik_llama.cpp" in row.values
+        for row in run.rows if "ik_llama.cpp" in row.values and row.unit == "tokens/s"
     ]  # fmt: skip
-    return (
-        fill(conditions(run))
-        + "\n\n"
-        + table(("model", "threads", "edgeq, tokens/s", "ik_llama.cpp", "ratio"), "lrrrr", rows)
-    )
+    head = ("model", "threads", "test", "edgeq, tokens/s", "ik_llama.cpp", "ratio")
+    return fill(conditions(run)) + "\n\n" + table(head, "lrlrrr", rows)
 
 
 # --- finding figures -------------------------------------------------------------------------------------------------
