@@ -79,7 +79,7 @@ class DraftHead(Generic[A, M]):
         hidden, cache = mtp.predict(
             self.ops, self.config, self._weights, unread._replace(vectors=vectors), draft.cache
         )  # fmt: skip
-        caught_up = DraftState(cache.truncated(cache.length - 1), (_last(unread),))
+        read = cache.truncated(cache.length - 1)
         hidden = hidden[-1:]
         ids = [choose(hidden)]
         for i in range(n - 1):
@@ -87,7 +87,8 @@ class DraftHead(Generic[A, M]):
             rows = Rows(self._embed(ids[-1]), hidden, stands)
             hidden, cache = mtp.predict(self.ops, self.config, self._weights, rows, cache)
             ids.append(choose(hidden))
-        return ids, state._replace(draft=caught_up)
+        read.take_back(cache)
+        return ids, state._replace(draft=DraftState(read, (_last(unread),)))
 
     def _embed(self, token: int) -> A:
         return text.embed(self.ops, self._loaded.text, np.array([token], np.int32))

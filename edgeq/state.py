@@ -43,6 +43,10 @@ class KVCache(ABC, Generic[A]):
     def truncated(self, length: int) -> KVCache[A]:
         """The same cache after only its first `length` tokens."""
 
+    def take_back(self, later: KVCache[A]) -> None:  # noqa: B027: most backends see for themselves
+        """`later` grew out of this cache and is used by nobody any more: the next may be written over what it added,
+        where a page would be copied otherwise."""
+
     @abstractmethod
     def arrays(self) -> tuple[A, A]:
         """Keys and values, each [length, KV heads, head dim]."""

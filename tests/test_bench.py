@@ -131,6 +131,15 @@ class TestCommand:
         )
         assert generation["backends"] == "numpy"
 
+    def test_drafts(self, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+        ways = ("-p", "4", "-n", "6", "--draft", "off,ngram,3")
+        rows = json.loads(table(capsys, folder, *ways, "-o", "json"))
+        assert [row["test"] for row in rows] == ["pp4", "tg6", "tg6, ngram", "tg6, 3"]
+        assert [row["n_passes"] is None for row in rows] == [True, True, False, False]
+        assert all(row["n_accepted"] + row["n_passes"] == 2 * 6 for row in rows[2:])
+        lines = table(capsys, folder, *ways).splitlines()
+        assert [cell.strip() for cell in lines[0].strip("|").split("|")][-2:] == ["accepted", "tokens/pass"]
+
     def test_csv(self, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
         rows = list(csv.DictReader(io.StringIO(table(capsys, folder, "-p", "4", "-n", "0", "-o", "csv"))))
         assert [row["test"] for row in rows] == ["pp4"]

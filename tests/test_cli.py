@@ -58,6 +58,21 @@ class TestStreams:
         assert len(reply["ids"]) == reply["usage"]["answer_tokens"] == 6
         assert reply["finish_reason"] == "length"
 
+    def test_drafts(self, run: Run, chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        plain = json.loads(run("generate", chat_folder, "-p", "abc", "--json", "--draft", "off", *FIXED).out)
+        assert plain["usage"]["passes"] == plain["usage"]["drafted_tokens"] == 0
+        drafted = run("generate", chat_folder, "-p", "abc", "--json", "--spec-type", "2", *FIXED)
+        reply = json.loads(drafted.out)
+        assert reply["ids"] == plain["ids"]
+        assert reply["usage"]["drafted_tokens"] > 0
+        assert reply["usage"]["tokens_per_pass"] >= 1
+        assert f"of {reply['usage']['drafted_tokens']} drafts accepted, " in drafted.err
+        monkeypatch.setenv("EDGEQ_DRAFT", "2")
+        assert json.loads(run("generate", chat_folder, "-p", "abc", "--json", *FIXED).out)["ids"] == plain["ids"]
+        refused = run("chat", "no-such-model", "-p", "abc", "--draft", "nine")
+        assert refused.code == 2
+        assert "auto, off, mtp, ngram" in refused.err
+
     def test_stdin_joins_the_prompt(self, run: Run, chat_folder: Path) -> None:
         both = run("chat", chat_folder, "-p", "why?", *FIXED, stdin="the log\n")
         once = run("chat", chat_folder, "-p", "why?\n\nthe log", *FIXED)

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import edgeq
+from edgeq.backends import available, select
 from edgeq.backends.numpy import NumpyOps
 from edgeq.backends.numpy.kv_types import GROUP, KEPT, kept_int4, rotated
 from edgeq.backends.ops import Ops
@@ -141,3 +142,23 @@ class TestModels:
         with pytest.raises(UsageError, match="the mlx backend has no int4 KV cache"):
             edgeq.load(folder, backend="mlx", kv_bits=4)
         assert edgeq.load(folder, backend="mlx", kv_bits=16).ops.kv_dtype in ("f32", "f16", "bf16")
+
+
+@pytest.mark.parametrize("length", [1, 255, 256, 257])
+@pytest.mark.parametrize("added", [1, 3, 300])
+def test_what_was_taken_back_is_written_over_and_not_copied(length: int, added: int) -> None:
+    for name in [b.name for b in available() if b.ops is not None]:
+        ops = select(name)
+        x = np.random.default_rng(0).standard_normal((600, 2, 32)).astype(np.float32)
+        before = ops.kv_cache(x[:length], x[:length])
+        expected = [np.array(ops.numpy(part)) for part in before.arrays()]
+        dropped = ops.append(ops.array(x[:added]), ops.array(x[:added]), before)
+        branch = ops.append(ops.array(x[9:11]), ops.array(x[9:11]), before)
+        saved = [np.array(ops.numpy(part)) for part in branch.arrays()]
+        before.take_back(dropped)
+        after = ops.append(ops.array(x[5:7]), ops.array(x[5:7]), before)
+        for cache, held in ((before, expected), (branch, saved)):
+            assert all(np.array_equal(ops.numpy(a), b) for a, b in zip(cache.arrays(), held, strict=True))
+        assert np.array_equal(ops.numpy(after.arrays()[0])[:length], expected[0])
+        if name != "mlx" and length % 256:
+            assert next(reversed(list(before.memory()))) in list(after.memory())

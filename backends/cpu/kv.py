@@ -56,6 +56,13 @@ class NativeKV(KVCache[Array]):
             return self
         return self._with(self.pages[: -(-length // PAGE)], length)
 
+    def take_back(self, later: KVCache[Array]) -> None:
+        whole, offset = divmod(self.length, PAGE)
+        if offset and isinstance(later, NativeKV) and later.length > self.length:
+            page, end = self.pages[whole], min(PAGE, later.length - whole * PAGE)
+            if later.pages[whole] is page and page.written == end:  # else another has written there
+                page.written = offset
+
     def arrays(self) -> tuple[Array, Array]:
         keys = np.empty((self.length, self.heads, self.dim), np.float32)
         values = np.empty_like(keys)

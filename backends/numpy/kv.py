@@ -85,6 +85,13 @@ class PagedKV(KVCache[Array]):
             return self
         return self._with(self.pages[: -(-length // PAGE)], length)
 
+    def take_back(self, later: KVCache[Array]) -> None:
+        whole, offset = divmod(self.length, PAGE)
+        if offset and isinstance(later, PagedKV) and later.length > self.length:
+            page, end = self.pages[whole], min(PAGE, later.length - whole * PAGE)
+            if later.pages[whole] is page and page.written == end:  # else another has written there
+                page.written = offset
+
     def blocks(self) -> Iterator[tuple[Float32, Float32]]:
         """Keys and values page by page, each float32 [Hkv, tokens, D]."""
         for i, page in enumerate(self.pages):

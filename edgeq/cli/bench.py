@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from itertools import product
 from typing import Annotated, Any
 
@@ -91,8 +90,10 @@ def bench(
     counts = [None] if threads is None else _numbers("--threads", threads, least=1)
     kv = [None] if kv_bits is None else _numbers("--kv-bits", kv_bits)
     rows = _measure_all(model, backend, tests, list(product(counts, kv)), repetitions)
-    table: Callable[..., None] = partial(_print_table, drafts=ways != ["off"])
-    {"md": table, "json": _print_json, "csv": _print_csv}[output](rows)
+    if output == "md":
+        _print_table(rows, drafts=ways != ["off"])
+    else:
+        {"json": _print_json, "csv": _print_csv}[output](rows)
 
 
 def _numbers(option: str, text: str, least: int = 0) -> list[int]:
@@ -141,7 +142,7 @@ def _measure_all(
 # --- output ----------------------------------------------------------------------------------------------------------
 
 
-def _print_table(rows: Iterator[tuple[Model, Result]], drafts: bool) -> None:
+def _print_table(rows: Iterator[tuple[Model, Result]], *, drafts: bool) -> None:
     """llama-bench's Markdown table, and three columns more; five with drafts."""
     widths = (18, 11, 9, 7, 7, 4, 16, 16, 6, 9) + (8, 11) * drafts
     print(_table_row(_COLUMNS + _DRAFT_COLUMNS * drafts, widths))

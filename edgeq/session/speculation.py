@@ -19,7 +19,7 @@ import numpy as np
 from edgeq.engine import Engine, Feed, Ids
 from edgeq.formats.bf16 import Float32
 from edgeq.generate import Tally, look_up
-from edgeq.state import State
+from edgeq.state import KVCache, State
 
 __all__ = ["Speculation"]
 
@@ -102,6 +102,10 @@ class Speculation:
         """The drafts of the last pass that were not taken up by now never will be."""
         if self._pass is not None:
             self.engine.pace.record(*self._pass, self._accepted, chosen=self._fixed is None)
+        if self._ahead and self._state is not None:  # nobody else has seen what is dropped here
+            for now, later in zip(self._state.layers, self._ahead[-1].state.layers, strict=True):
+                if isinstance(now, KVCache) and isinstance(later, KVCache):
+                    now.take_back(later)
         self._pass, self._accepted, self._state = None, 0, None
         self._ahead.clear()
 
