@@ -176,3 +176,27 @@ def test_pictures(name: str, shown: Path) -> None:
         larger, tokens = seen(folder, kind, shown / source)
         assert 0.8 * most <= tokens <= most
         assert larger <= peak + 100 * MB, f"{source}: {larger / MB:.0f} MB, {peak / MB:.0f} MB for a picture"
+
+
+# Sees a picture of 1,024 tokens and runs a prompt with it; prints the peak.
+SEE = """
+import sys
+import numpy as np
+from edgeq.api import load
+
+model, grid = load(sys.argv[1], backend="cpu"), (1, 64, 64)
+c = model.config
+pixels = np.zeros((64 * 64, c.vision.patch_values), np.float32)
+ids = [c.vision_start_token_id, *[c.image_token_id] * 1024, c.vision_end_token_id, *range(100)]
+model.forward(ids, visuals=[("image", pixels, grid)])
+print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.parametrize(("name", "budget"), [("q4_0.8b", 0.75), ("q4_2b", 1.45), ("q4_4b", 2.9)])
+def test_real_shapes_that_see(name: str, budget: float) -> None:
+    """The tower's pages are let go before the prompt: a picture of 1,024 tokens takes little more than its text."""
+    done = run_python(SEE, str(reference(name)), timeout=1200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    peak = int(done.stdout)
+    assert peak <= budget * 1e9, f"{peak / MB:.0f} MB"
