@@ -43,7 +43,7 @@ class KVCache(ABC, Generic[A]):
     def truncated(self, length: int) -> KVCache[A]:
         """The same cache after only its first `length` tokens."""
 
-    def take_back(self, later: KVCache[A]) -> None:  # noqa: B027: most backends see for themselves
+    def take_back(self, later: KVCache[A]) -> None:
         """`later` grew out of this cache and is used by nobody any more: the next may be written over what it added,
         where a page would be copied otherwise."""
 
