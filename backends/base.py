@@ -33,4 +33,5 @@ class BaseOps(Ops[A, M]):
     delta_net = layers.delta_net
     gated_attention = layers.gated_attention
     decoder_layers = layers.decoder_layers
+    decoder = layers.decoder
     vision_blocks = vision.vision_blocks

@@ -51,6 +51,7 @@ from edgeq.weights import (
     LayerWeights,
     Matrix,
     MLPWeights,
+    TextWeights,
     VisionBlockWeights,
 )
 
@@ -145,6 +146,10 @@ class Ops(ABC, Generic[A, M]):
     @abstractmethod
     def vector(self, x: Float32) -> A:
         """A small weight (a gain, a bias, a convolution) as the backend's array."""
+
+    def ready(self, w: TextWeights[A, M], c: TextConfig) -> TextWeights[A, M]:  # noqa: ARG002
+        """The same weights in whatever form `decoder` runs them fastest; called once, when they are loaded."""
+        return w
 
     @abstractmethod
     def array(self, x: Array) -> A:
@@ -319,6 +324,14 @@ class Ops(ABC, Generic[A, M]):
         states[l][i] is the state of sequence i before layer l of `ws`; the result has keep[i] + 1 states in its place,
         the last of them after all of the sequence's tokens.
         """
+
+    @abstractmethod
+    def decoder(
+        self, x: A, w: TextWeights[A, M], c: TextConfig, positions: NDArray[np.int32],
+        states: Sequence[Sequence[LayerState[A]]], lengths: Sequence[int], keep: Sequence[int],
+    ) -> tuple[A, list[list[tuple[LayerState[A], ...]]]]:  # fmt: skip
+        """All layers of the language model and its final norm: vectors x [T, hidden], which stand at `positions`
+        int32 [3, T], -> hidden states [T, hidden]; states as of `decoder_layers`."""
 
     @abstractmethod
     def vision_blocks(

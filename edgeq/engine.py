@@ -105,7 +105,8 @@ class Engine(Generic[A, M]):
             self.ledger.open("draft vocabulary", lambda: sum(v.nbytes for v in DraftVocabulary.alive))
         self.pace = Pace()
         c = self.config
-        self._attends = [kind == "full_attention" for kind in c.layer_types]
+        self._attention = [i for i, kind in enumerate(c.layer_types) if kind == "full_attention"]
+        self._delta_nets = [i for i, kind in enumerate(c.layer_types) if kind != "full_attention"]
         self._delta_shapes = (
             (c.linear_conv_kernel_dim - 1, c.conv_dim),
             (c.linear_num_value_heads, c.linear_value_head_dim, c.linear_key_head_dim),
@@ -145,14 +146,15 @@ class Engine(Generic[A, M]):
             yield slice(done, done + piece)
             done += piece
 
-    def run(self, feeds: Sequence[Feed[A]]) -> list[Output[A]]:
+    def run(self, feeds: Sequence[Feed[A]], *, checked: bool = False) -> list[Output[A]]:
         """Run all feeds in one call of the model.
 
-        States that were given stay valid. Raises UsageError for a state that this engine did not make, ModelError
-        where the logits are not numbers.
+        States that were given stay valid. Raises UsageError for a state that this engine did not make (`checked`: the
+        caller knows that it did), ModelError where the logits are not numbers.
         """
         for feed in feeds:
-            self.check_state(feed.state)
+            if not checked:
+                self.check_state(feed.state)
             assert max(feed.rows, feed.keep) <= len(feed.ids), "more would be its neighbour's in the call"
         with np.errstate(all="ignore"):  # a damaged checkpoint shows in its logits, in one clear message
             hidden, states = self._forward(feeds)
@@ -286,6 +288,10 @@ class Engine(Generic[A, M]):
 
     def checked_ids(self, ids: Sequence[int] | NDArray[Any], state: State[A]) -> Ids:
         """`ids` as an array, if the vocabulary has them and the context has room for them after `state`."""
+        if type(ids) in (list, tuple) and len(ids) == 1 and type(ids[0]) is int:  # plain, because every token pays
+            valid = 0 <= ids[0] < self.config.vocab_size and state.length < self.context_limit
+            if valid:
+                return np.array(ids, np.int32)
         try:
             tokens = np.asarray(ids)
         except (ValueError, OverflowError):
@@ -328,11 +334,17 @@ class Engine(Generic[A, M]):
             return False
         if not isinstance(layers, tuple) or len(layers) != len(self.config.layer_types):
             return False
-        for layer, attends in zip(layers, self._attends, strict=True):  # plain, because every token pays for it
-            if attends:
-                if not isinstance(layer, KVCache) or layer.length != length:
-                    return False
-            elif type(layer) is not DeltaState or _shapes(layer) != self._delta_shapes:
+        for i in self._attention:  # plain, because every token pays for it
+            layer = layers[i]
+            if not isinstance(layer, KVCache) or layer.length != length:
+                return False
+        conv_shape, matrix_shape = self._delta_shapes
+        for i in self._delta_nets:
+            layer = layers[i]
+            if type(layer) is not DeltaState:
+                return False
+            conv, matrix = layer
+            if getattr(conv, "shape", None) != conv_shape or getattr(matrix, "shape", None) != matrix_shape:
                 return False
         return state.draft is None or self._drafts(state.draft, length)
 
@@ -415,11 +427,6 @@ def _check_patches(pixels: Pixels, grid: Grid, c: VisionConfig) -> None:
             f"the patches of the grid {brief(grid)} are {found}, expected float32 {expected}",
             hint="make both with edgeq.vision.preprocess",
         )
-
-
-def _shapes(state: DeltaState[Any]) -> tuple[object, object]:
-    conv, matrix = state
-    return getattr(conv, "shape", None), getattr(matrix, "shape", None)
 
 
 def _positions(feeds: Sequence[Feed[A]]) -> NDArray[np.int32]:

@@ -52,7 +52,7 @@ class LoadedWeights(Generic[A, M]):
     def text(self) -> TextWeights[A, M]:
         """The language model."""
         c = self.checkpoint.config.text
-        tree: TextWeights[A, M] = self._tree(Part.TEXT, lambda: declare_text(c))
+        tree: TextWeights[A, M] = self._tree(Part.TEXT, lambda: declare_text(c), lambda w: self.ops.ready(w, c))
         return tree
 
     @property
@@ -74,10 +74,10 @@ class LoadedWeights(Generic[A, M]):
         self._trees.pop(part, None)
         self._nbytes.pop(part, None)
 
-    def _tree(self, part: Part, declare: Callable[[], Any]) -> Any:
+    def _tree(self, part: Part, declare: Callable[[], Any], ready: Callable[[Any], Any] = lambda tree: tree) -> Any:
         if part not in self._trees and part in self.parts:
             self._nbytes[part] = {True: 0, False: 0}
-            self._trees[part] = map_tree(self._leaf, declare())
+            self._trees[part] = ready(map_tree(self._leaf, declare()))
             self.checkpoint.drop_pages()  # where the backend has copies of its own, the file's pages need not stay
         return self._trees.get(part)
 

@@ -134,6 +134,30 @@ def gated_attention(
     lengths: Iterable[int],
     out: Float32,
 ) -> None: ...
+
+@final
+class Layers:
+    def __init__(
+        self,
+        layers: Iterable[Iterable[Any]],
+        key_heads: int,
+        eps: float,
+        norm: Float32,
+        frequencies: Float32,
+        factor: float,
+        sections: tuple[int, int, int],
+    ) -> None: ...
+
+def decoder(
+    x: Float32,
+    layers: Layers,
+    positions: Ids,
+    states: Iterable[Iterable[Any]],
+    lengths: Iterable[int],
+    keep: Iterable[int],
+    kind: type[tuple[Any, ...]],
+    out: Float32,
+) -> list[Any]: ...
 def decoder_layers(
     x: Float32,
     layers: Iterable[Iterable[Any]],

@@ -155,8 +155,6 @@ void read_page_(const Page& page, const Out& keys, const Out& values) {
     read_page(page.data(), page.type, page.heads, page.D, tokens, keys.data(), values.data());
 }
 
-using Positions = nb::ndarray<const int32_t, nb::ndim<2>, nb::device::cpu>;
-
 void rope_angles_(const Positions& positions, const In& frequencies, float factor,
                   const std::tuple<int, int, int>& sections, const Out& cos, const Out& sin) {
     require(cos.ndim() == 2, "cos", "2 axes");

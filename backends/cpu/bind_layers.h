@@ -165,6 +165,8 @@ inline Index angles(const In& cos, const In& sin, Index T, Index D) {
     return pairs;
 }
 
+using Positions = nb::ndarray<const int32_t, nb::ndim<2>, nb::device::cpu>;
+
 // q, k or v [T, H, D], any strides before the last axis.
 inline Heads heads_of(const In& x, const char* name, Index T, Index H, Index D) {
     require_shape(x, name, {T, H, D});

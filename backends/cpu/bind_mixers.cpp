@@ -5,7 +5,14 @@
 #include "bind_states.h"
 
 #include "interruptions.h"
+
+#include <nanobind/stl/tuple.h>
+
+#include <tuple>
+
 #include "kernels/linear.h"
+#include "kernels/scratch.h"
+#include "layers/rows.h"
 #include "layers/stack.h"
 
 using namespace nanobind::literals;
@@ -84,8 +91,7 @@ DeltaNetMixer delta_net_in(nb::handle weights, Index hidden, Index key_heads, fl
             {}};
 }
 
-AttentionMixer attention_in(nb::handle weights, Index hidden, float eps, const In& cos, const In& sin, Index T,
-                            Held& held) {
+AttentionMixer attention_in(nb::handle weights, Index hidden, float eps, Held& held) {
     const nb::tuple w = held.items(weights, "w", "AttentionWeights", 6);
     const Index q = matrix_of(w[0], "q_proj").matrix.out, D = length_of(w[4], "q_norm");
     require(q / 2 / D > 0 && q % (2 * D) == 0, "q_proj", "rows for a query and a gate of every head", q);
@@ -93,7 +99,6 @@ AttentionMixer attention_in(nb::handle weights, Index hidden, float eps, const I
     a.D = D, a.Hq = q / 2 / D, a.Hkv = matrix_of(w[1], "k_proj").matrix.out / D, a.eps = eps;
     require(a.Hkv > 0 && a.Hq % a.Hkv == 0, "k_proj", "rows for a divisor of the query heads");
     a.q_norm = held.array(w[4], "q_norm", {D}).data(), a.k_norm = held.array(w[5], "k_norm", {D}).data();
-    a.pairs = angles(cos, sin, T, D), a.cos = cos.data(), a.sin = sin.data();
     return {matrix_in(w[0], "q_proj", q, hidden),
             matrix_in(w[1], "k_proj", a.Hkv * D, hidden),
             matrix_in(w[2], "v_proj", a.Hkv * D, hidden),
@@ -101,6 +106,45 @@ AttentionMixer attention_in(nb::handle weights, Index hidden, float eps, const I
             a,
             {}};
 }
+
+// Layers that are ready to run; they keep their weights. Those of a whole decoder know its final norm and its rotary
+// embedding, too.
+struct Layers {
+    Index hidden = 0;
+    float eps;
+    std::vector<DecoderLayer> layers;
+    const float *norm = nullptr, *frequencies = nullptr;
+    Index pairs = 0;
+    float factor = 1.0f;
+    int sections[3] = {};
+    Held held;
+
+    Layers(nb::handle weights, Index key_heads, float eps) : eps(eps) {
+        const nb::tuple ws = held.items(weights, "layers", "a sequence of LayerWeights");
+        for (size_t i = 0; i < nb::len(ws); i++) {
+            const nb::tuple w = held.items(ws[i], "layers", "LayerWeights", 4);
+            if (i == 0) hidden = length_of(w[0], "input_layernorm");
+            const float* input_norm = held.array(w[0], "input_layernorm", {hidden}).data();
+            const float* post_norm = held.array(w[2], "post_attention_layernorm", {hidden}).data();
+            const nb::tuple mixer = held.items(w[1], "layers", "DeltaNetWeights or AttentionWeights");
+            const FeedForward mlp = mlp_in(w[3], hidden, held);
+            if (nb::len(mixer) == 6)
+                layers.push_back({input_norm, post_norm, attention_in(mixer, hidden, eps, held), mlp});
+            else
+                layers.push_back({input_norm, post_norm, delta_net_in(mixer, hidden, key_heads, eps, held), mlp});
+        }
+    }
+
+    Layers(nb::handle weights, Index key_heads, float eps, nb::handle gain, nb::handle angles, float factor,
+           const std::tuple<int, int, int>& parts)
+        : Layers(weights, key_heads, eps) {
+        norm = held.array(gain, "norm", {hidden}).data();
+        pairs = length_of(angles, "frequencies");
+        frequencies = held.array(angles, "frequencies", {pairs}).data();
+        this->factor = factor;
+        sections[0] = std::get<0>(parts), sections[1] = std::get<1>(parts), sections[2] = std::get<2>(parts);
+    }
+};
 
 // --- sequences -------------------------------------------------------------------------------------------------------
 
@@ -143,6 +187,11 @@ nb::list take_states(DeltaNetMixer& mixer, nb::handle states, const Lengths& len
         mixer.sequences.push_back(std::move(s));
     }
     return all;
+}
+
+void take_angles(AttentionMixer& mixer, const In& cos, const In& sin, Index T) {
+    Attention& a = mixer.between;
+    a.pairs = angles(cos, sin, T, a.D), a.cos = cos.data(), a.sin = sin.data();
 }
 
 void take_pages(AttentionMixer& mixer, nb::handle caches, const Lengths& lengths, Held& held) {
@@ -193,44 +242,86 @@ void gated_attention(const In& x, nb::handle weights, float eps, const In& cos, 
     const Index T = tokens_in(x, out);
     const Lengths all(lengths, T);
     Held held;
-    AttentionMixer mixer = attention_in(weights, x.shape(1), eps, cos, sin, T, held);
+    AttentionMixer mixer = attention_in(weights, x.shape(1), eps, held);
+    take_angles(mixer, cos, sin, T);
     take_pages(mixer, caches, all, held);
     nb::gil_scoped_release release;
     run_mixer(mixer, x.data(), T, out.data());
 }
 
-nb::list decoder_layers(const In& x, nb::handle layers, Index key_heads, float eps, const In& cos, const In& sin,
+// The layers with their sequences; in `all` the states after, None for attention.
+std::vector<DecoderLayer> stack_of(const Layers& ready, nb::handle states, const Lengths& tokens, nb::handle kind,
+                                   nb::list& all, Held& held) {
+    const nb::tuple before = held.items(states, "states", "those of every layer", Index(ready.layers.size()));
+    std::vector<DecoderLayer> stack = ready.layers;
+    for (size_t i = 0; i < stack.size(); i++) {
+        if (auto* mixer = std::get_if<AttentionMixer>(&stack[i].mixer)) {
+            take_pages(*mixer, before[i], tokens, held);
+            all.append(nb::none());
+        } else {
+            all.append(take_states(std::get<DeltaNetMixer>(stack[i].mixer), before[i], tokens, kind, held));
+        }
+    }
+    return stack;
+}
+
+void give_angles(std::vector<DecoderLayer>& stack, const float* cos, const float* sin, Index pairs) {
+    for (DecoderLayer& layer : stack)
+        if (auto* mixer = std::get_if<AttentionMixer>(&layer.mixer)) {
+            require(pairs <= mixer->between.D / 2, "cos", "at most half the head's width of pairs");
+            mixer->between.pairs = pairs, mixer->between.cos = cos, mixer->between.sin = sin;
+        }
+}
+
+nb::list decoder_layers(const In& x, nb::handle weights, Index key_heads, float eps, const In& cos, const In& sin,
                         nb::handle states, nb::handle lengths, nb::handle keep, nb::type_object kind, const Out& out) {
     const Index T = tokens_in(x, out), hidden = x.shape(1);
     const Lengths tokens(lengths, keep, T);
+    const Layers ready(weights, key_heads, eps);
+    if (!ready.layers.empty()) require_shape(x, "x", {T, ready.hidden});
     Held held;
-    const nb::tuple ws = held.items(layers, "layers", "a sequence of LayerWeights");
-    const nb::tuple before = held.items(states, "states", "those of every layer", nb::len(ws));
-    std::vector<DecoderLayer> stack;
     nb::list all;
-    for (size_t i = 0; i < nb::len(ws); i++) {
-        const nb::tuple w = held.items(ws[i], "layers", "LayerWeights", 4);
-        const float* input_norm = held.array(w[0], "input_layernorm", {hidden}).data();
-        const float* post_norm = held.array(w[2], "post_attention_layernorm", {hidden}).data();
-        const nb::tuple mixing = held.items(w[1], "layers", "DeltaNetWeights or AttentionWeights");
-        const FeedForward mlp = mlp_in(w[3], hidden, held);
-        if (nb::len(mixing) == 6) {
-            AttentionMixer mixer = attention_in(mixing, hidden, eps, cos, sin, T, held);
-            take_pages(mixer, before[i], tokens, held);
-            stack.push_back({input_norm, post_norm, std::move(mixer), mlp});
-            all.append(nb::none());
-        } else {
-            DeltaNetMixer mixer = delta_net_in(mixing, hidden, key_heads, eps, held);
-            all.append(take_states(mixer, before[i], tokens, kind, held));
-            stack.push_back({input_norm, post_norm, std::move(mixer), mlp});
-        }
-    }
+    std::vector<DecoderLayer> stack = stack_of(ready, states, tokens, kind, all, held);
+    for (DecoderLayer& layer : stack)
+        if (auto* mixer = std::get_if<AttentionMixer>(&layer.mixer)) take_angles(*mixer, cos, sin, T);
     Interruptions interruptions(T > few_tokens);
     bool finished;
     {
         nb::gil_scoped_release release;
         std::memcpy(out.data(), x.data(), T * hidden * sizeof(float));
         finished = run_layers(stack, T, hidden, eps, out.data(), [&] { return interruptions.go_on(); });
+    }
+    if (!finished) nb::raise_python_error();
+    return all;
+}
+
+nb::list decoder(const In& x, const Layers& ready, const Positions& positions, nb::handle states, nb::handle lengths,
+                 nb::handle keep, nb::type_object kind, const Out& out) {
+    const Index T = tokens_in(x, out), hidden = x.shape(1);
+    require(ready.norm, "layers", "those of a whole decoder");
+    require_shape(x, "x", {T, ready.hidden});
+    require_shape(positions, "positions", {3, T});
+    require_aligned(positions, "positions");
+    const Lengths tokens(lengths, keep, T);
+    Held held;
+    nb::list all;
+    std::vector<DecoderLayer> stack = stack_of(ready, states, tokens, kind, all, held);
+    Floats angles(2 * T * ready.pairs);
+    float *cos = angles.data(), *sin = cos + T * ready.pairs;
+    give_angles(stack, cos, sin, ready.pairs);
+    Interruptions interruptions(T > few_tokens);
+    bool finished;
+    {
+        nb::gil_scoped_release release;
+        rope_angles(positions.data(), positions.stride(0), positions.stride(1), T, ready.frequencies, ready.factor,
+                    ready.sections, ready.pairs, cos, sin);
+        std::memcpy(out.data(), x.data(), T * hidden * sizeof(float));
+        finished = run_layers(stack, T, hidden, ready.eps, out.data(), [&] { return interruptions.go_on(); });
+        float* y = out.data();
+        if (finished)
+            each_row(T, hidden, [&](Index t) {
+                layer_kernels().rms_norm(y + t * hidden, y + t * hidden, ready.norm, nullptr, hidden, ready.eps);
+            });
     }
     if (!finished) nb::raise_python_error();
     return all;
@@ -247,6 +338,12 @@ void bind_mixers(nb::module_& m) {
     m.def("gated_attention", &gated_attention, "x"_a.noconvert(), "w"_a, "eps"_a, "cos"_a.noconvert(),
           "sin"_a.noconvert(), "caches"_a, "lengths"_a, "out"_a.noconvert(),
           "Gated attention: w AttentionWeights, caches (past, pages) with room for each sequence's tokens.");
+    nb::class_<Layers>(m, "Layers", "The layers of a whole decoder, made ready once.")
+        .def(nb::init<nb::handle, Index, float, nb::handle, nb::handle, float, const std::tuple<int, int, int>&>(),
+             "layers"_a, "key_heads"_a, "eps"_a, "norm"_a, "frequencies"_a, "factor"_a, "sections"_a);
+    m.def("decoder", &decoder, "x"_a.noconvert(), "layers"_a, "positions"_a.noconvert(), "states"_a, "lengths"_a,
+          "keep"_a, "kind"_a, "out"_a.noconvert(),
+          "Rotary angles for positions int32 [3, T], the layers, and the final norm; states and result as below.");
     m.def("decoder_layers", &decoder_layers, "x"_a.noconvert(), "layers"_a, "key_heads"_a, "eps"_a, "cos"_a.noconvert(),
           "sin"_a.noconvert(), "states"_a, "lengths"_a, "keep"_a, "kind"_a, "out"_a.noconvert(),
           "Whole layers: LayerWeights, and for each the states or caches of all sequences, as above. Returns what "

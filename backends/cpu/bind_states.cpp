@@ -134,6 +134,11 @@ nb::object as_array(const StateArray& x, nb::object dtype, nb::object copy) {
     return dtype.is_none() ? made : made.attr("astype")(dtype, "copy"_a = false);
 }
 
+nb::tuple shape_tuple(const StateArray& x) {
+    const DeltaMemory& m = *x.memory;
+    return x.conv ? nb::make_tuple(m.before, m.C) : nb::make_tuple(m.Hv, m.V, m.K);
+}
+
 // What else an array has; protocols, which ask for names like __array_struct__, are given __array__ alone.
 nb::object attribute_of(const StateArray& x, const char* name) {
     if (std::string(name).rfind("__", 0) == 0) throw nb::attribute_error(name);
@@ -161,12 +166,7 @@ void bind_states(nb::module_& m) {
         "The float32 conv or matrix of a DeltaNet layer's state, as an array: each time that somebody reads it, it is "
         "written out into a new one.");
     array
-        .def_prop_ro("shape",
-                     [](const StateArray& x) {
-                         nb::list sizes;
-                         for (size_t n : x.shape()) sizes.append(n);
-                         return nb::tuple(sizes);
-                     })
+        .def_prop_ro("shape", &shape_tuple)
         .def("memory", &memory_of,
              "Pieces of memory that it holds, shared with other states: what tells each from others, and its bytes.")
         .def("__array__", &as_array, "dtype"_a = nb::none(), "copy"_a = nb::none())

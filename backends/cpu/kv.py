@@ -34,8 +34,12 @@ class NativeKV(KVCache[Array]):
 
     def with_room(self, tokens: int) -> Self:
         """This cache longer by `tokens` tokens, which the caller has yet to write."""
-        pages, end = list(self.pages), self.length + tokens
+        end = self.length + tokens
         whole, offset = divmod(self.length, PAGE)
+        if offset and offset + tokens <= PAGE and (last := self.pages[-1]).written == offset:  # nearly always
+            last.written = offset + tokens
+            return self._with(self.pages, end)
+        pages = list(self.pages)
         if offset and tokens and pages[-1].written > offset:
             pages[-1] = pages[-1].copy()
         while len(pages) * PAGE < end:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeq.backends.cpu import _native
 from edgeq.backends.cpu.kv import PAGE, NativeKV
@@ -33,6 +34,7 @@ from edgeq.weights import (
     Matrix,
     MLPWeights,
     QMatrix,
+    TextWeights,
     VisionBlockWeights,
 )
 
@@ -63,6 +65,12 @@ def instruction_set() -> str:
     except RuntimeError as error:
         raise UsageError(str(error), hint="unset EDGEQ_ISA, or set it to one that is listed") from None
     return name
+
+
+class ReadyLayers(tuple[LayerWeights[Array, _native.Matrix], ...]):
+    """Layers, and beside them what the native decoder takes: weights are looked through once, not for every token."""
+
+    native: _native.Layers
 
 
 class CpuOps(ArrayOps[_native.Matrix]):
@@ -129,6 +137,14 @@ class CpuOps(ArrayOps[_native.Matrix]):
 
     def vector(self, x: Float32) -> Array:
         return plain(x)
+
+    def ready(self, w: TextWeights[Array, _native.Matrix], c: TextConfig) -> TextWeights[Array, _native.Matrix]:
+        layers, rope = ReadyLayers(w.layers), c.rope
+        layers.native = _native.Layers(
+            w.layers, c.linear_num_key_heads, c.rms_norm_eps, w.norm, rotary.frequencies(rope), rope.attention_factor,
+            rope.sections,
+        )  # fmt: skip
+        return w._replace(layers=layers)
 
     def numpy(self, x: Array) -> Float32:
         return super().numpy(np.asarray(x))  # a state's part is written out
@@ -262,7 +278,8 @@ class CpuOps(ArrayOps[_native.Matrix]):
         caches: Sequence[KVCache[Array]], lengths: Sequence[int],
     ) -> tuple[Array, list[KVCache[Array]]]:  # fmt: skip
         longer = list(map(_longer, caches, lengths))
-        _native.gated_attention(x, w, c.rms_norm_eps, *angles, _with_pages(caches, longer), lengths, y := like(x))
+        before = [(cache.length, after.pages) for cache, after in zip(caches, longer, strict=True)]
+        _native.gated_attention(x, w, c.rms_norm_eps, *angles, before, lengths, y := like(x))
         return y, list(longer)
 
     def decoder_layers(
@@ -270,12 +287,24 @@ class CpuOps(ArrayOps[_native.Matrix]):
         states: Sequence[Sequence[LayerState[Array]]], lengths: Sequence[int], keep: Sequence[int],
     ) -> tuple[Array, list[list[tuple[LayerState[Array], ...]]]]:  # fmt: skip
         """All layers in one call. Ctrl-C interrupts a long one between two layers; the states before stay valid."""
-        longer = {i: list(map(_longer, s, lengths)) for i, s in enumerate(states) if isinstance(s[0], KVCache)}
-        before = [_with_pages(s, longer[i]) if i in longer else s for i, s in enumerate(states)]
+        before, longer = _with_room(states, lengths)
         after = _native.decoder_layers(
             x, ws, c.linear_num_key_heads, c.rms_norm_eps, *angles, before, lengths, keep, DeltaState, y := like(x)
         )  # fmt: skip
-        for i, caches in longer.items():
+        for i, caches in longer:
+            after[i] = list(map(kept_caches, caches, keep))
+        return y, after
+
+    def decoder(
+        self, x: Array, w: TextWeights[Array, _native.Matrix], c: TextConfig, positions: NDArray[np.int32],
+        states: Sequence[Sequence[LayerState[Array]]], lengths: Sequence[int], keep: Sequence[int],
+    ) -> tuple[Array, list[list[tuple[LayerState[Array], ...]]]]:  # fmt: skip
+        """The same with everything before and after the layers."""
+        if not isinstance(w.layers, ReadyLayers):
+            return super().decoder(x, w, c, positions, states, lengths, keep)
+        before, longer = _with_room(states, lengths)
+        after = _native.decoder(x, w.layers.native, positions, before, lengths, keep, DeltaState, y := like(x))
+        for i, caches in longer:
             after[i] = list(map(kept_caches, caches, keep))
         return y, after
 
@@ -288,12 +317,20 @@ class CpuOps(ArrayOps[_native.Matrix]):
         return y
 
 
-def _longer(cache: LayerState[Array], tokens: int) -> NativeKV:
+def _with_room(
+    states: Sequence[Sequence[LayerState[Array]]], lengths: Sequence[int]
+) -> tuple[list[Sequence[Any]], list[tuple[int, list[NativeKV]]]]:
+    """States [layer][sequence] as the native stack takes them, caches as their lengths and pages that have room for the
+    next tokens; and, by layer, the longer caches."""
+    before, all_longer = list[Sequence[Any]](states), []
+    for i, caches in enumerate(states):  # plain, because every token pays for it
+        if type(caches[0]) is not DeltaState:
+            longer = [_longer(cache, n) for cache, n in zip(caches, lengths, strict=True)]
+            before[i] = [(cache.length, more.pages) for cache, more in zip(caches, longer, strict=True)]  # type: ignore[union-attr]
+            all_longer.append((i, longer))
+    return before, all_longer
+
+
+def _longer(cache: Any, tokens: int) -> NativeKV:
     assert isinstance(cache, NativeKV)
     return cache.with_room(tokens)
-
-
-def _with_pages(caches: Sequence[LayerState[Array]], longer: Sequence[NativeKV]) -> list[tuple[int, Any]]:
-    """How many tokens each cache holds, and pages that have room for the next ones."""
-    lengths = [cache.length for cache in caches if isinstance(cache, KVCache)]
-    return list(zip(lengths, [cache.pages for cache in longer], strict=True))

@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgeq.backends.ops import Angles, ArrayLike, Ops
 from edgeq.config import TextConfig
 from edgeq.state import DeltaState, KVCache, LayerState
-from edgeq.weights import AttentionWeights, DeltaNetWeights, LayerWeights, MLPWeights
+from edgeq.weights import AttentionWeights, DeltaNetWeights, LayerWeights, MLPWeights, TextWeights
 
 A = TypeVar("A", bound=ArrayLike)
 M = TypeVar("M")
 
-__all__ = ["decoder_layer", "decoder_layers", "delta_net", "gated_attention", "mlp", "spans"]
+__all__ = ["decoder", "decoder_layer", "decoder_layers", "delta_net", "gated_attention", "mlp", "spans"]
 
 _L2_EPS = 1e-6  # of the query and key normalisation; fixed by the architecture, not by the configuration
 
@@ -27,6 +30,16 @@ def spans(lengths: Sequence[int]) -> Iterator[slice]:
     for length in lengths:
         yield slice(start, start + length)
         start += length
+
+
+def decoder(
+    ops: Ops[A, M], x: A, w: TextWeights[A, M], c: TextConfig, positions: NDArray[np.int32],
+    states: Sequence[Sequence[LayerState[A]]], lengths: Sequence[int], keep: Sequence[int],
+) -> tuple[A, list[list[tuple[LayerState[A], ...]]]]:  # fmt: skip
+    """All layers and the final norm: [T, hidden], and for each layer and sequence its keep + 1 states."""
+    angles = ops.rope_angles(ops.array(positions), c.rope)
+    x, after = ops.decoder_layers(x, w.layers, c, angles, states, lengths, keep)
+    return ops.rms_norm(x, w.norm, c.rms_norm_eps), after
 
 
 def decoder_layers(
@@ -68,7 +81,7 @@ def _mix(
 
 def kept_caches(cache: KVCache[A], keep: int) -> tuple[KVCache[A], ...]:
     """The cache after all but the last keep, ..., 0 of its tokens."""
-    return tuple([cache.truncated(cache.length - keep + i) for i in range(keep + 1)])
+    return (*[cache.truncated(cache.length - keep + i) for i in range(keep)], cache)
 
 
 def mlp(ops: Ops[A, M], x: A, w: MLPWeights[M]) -> A:

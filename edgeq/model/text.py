@@ -85,10 +85,8 @@ def run_layers(
     Returns the hidden states after the final norm [T, hidden] and, for sequence i, keep[i] + 1 states: entry n is the
     state after all but the last keep[i] - n of its tokens, so the last entry is the state after all of them.
     """
-    angles = ops.rope_angles(ops.array(positions), c.rope)
     before = list(zip(*(state.layers for state in states), strict=True))  # [layer][sequence]
-    x, after = ops.decoder_layers(x, weights.layers, c, angles, before, lengths, keep)
-    hidden = ops.rms_norm(x, weights.norm, c.rms_norm_eps)
+    hidden, after = ops.decoder(x, weights, c, positions, before, lengths, keep)
     after_all = [
         _kept_states(state, positions[:, rows], list(kept))
         for state, rows, kept in zip(states, spans(lengths), zip(*after, strict=True), strict=True)
@@ -105,11 +103,12 @@ def _kept_states(
     Text after an image goes on one past the largest position the image used on any axis.
     """
     tokens, kept = positions.shape[1], len(layers[0])
-    stands = list(zip(*positions.tolist(), strict=True))  # of each token; for one, NumPy would take longer
+    _, length, next_position, origin, draft = before
+    furthest = list(map(max, *positions.tolist()))  # of each token on any axis; for one, NumPy would take longer
     states = []
     for whole, n in zip(zip(*layers, strict=True), range(tokens + 1 - kept, tokens + 1), strict=True):
-        next_position = max(before.next_position, 1 + max(map(max, stands[:n]), default=-1))
-        states.append(before._replace(layers=whole, length=before.length + n, next_position=next_position))
+        stands = max(next_position, 1 + max(furthest[:n], default=-1))
+        states.append(State(whole, length + n, stands, origin, draft))
     return tuple(states)
 
 

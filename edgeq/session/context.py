@@ -24,6 +24,7 @@ Progress = Callable[[int, int], None]
 class Context:
     """A sequence on an engine: its state, and the only place where prompts are run.
 
+    state: where it goes on from, one that the engine has made or checked; None begins.
     sight: for a sequence with pictures. speculation: drafts for its replies; None generates a token at a time.
     """
 
@@ -64,7 +65,7 @@ class Context:
             if self._on_prefill and piece is not pieces[-1]:
                 self._on_prefill(piece.start, total)
             wanted = max(0, piece.stop - max(piece.start, total - rows))
-            (output,) = self.engine.run([self._piece(tokens[piece], wanted, pictures)])
+            (output,) = self.engine.run([self._piece(tokens[piece], wanted, pictures)], checked=True)
             self.state = output.state
             if wanted:
                 logits.append(output.logits)

@@ -90,7 +90,7 @@ class Speculation:
         started = perf_counter()
         source, drafts, state = self._draft(state, token, remaining - 1)
         ids = np.array([token, *drafts], np.int32)
-        (output,) = self.engine.run([Feed(state, ids, keep=len(drafts), rows=len(ids))])
+        (output,) = self.engine.run([Feed(state, ids, keep=len(drafts), rows=len(ids))], checked=True)
         self._pass = source, len(drafts), perf_counter() - started
         self._state, *others = output.states
         self._ahead.extend(map(_Ahead, drafts, output.logits[1:], others))
