@@ -33,7 +33,7 @@ SHARED = Path(__file__).parent.parent.parent / "shared"
 # NMSE of features and of the last logits. Two orders of float32 sums differ by 1e-12 in features; the layers of the
 # language model amplify that a hundredfold. A GELU of the wrong kind would be 3e-7 in the logits.
 FEATURES, LOGITS = 1e-11, 1e-9
-BOUNDS = {  # products of 16-bit codes, 4e-9 each (tests/test_ops.py), fed back from block to block and amplified likewise
+BOUNDS = {  # products of 16-bit codes, 4e-9 each (tests/test_ops.py), amplified likewise from block to block
     "cpu": (1e-6, 1e-5),
 }
 
