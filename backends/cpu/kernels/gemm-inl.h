@@ -10,8 +10,8 @@ constexpr int tile_rows = row_vectors * lanes;
 constexpr int tile_depth = 512;        // codes of a row unpacked at a time: the tile stays in the first-level cache
 constexpr int plain_tile_depth = 128;  // the same for floats
 
-// A block of weights made ready: codes as [row vector][depth / 4][lane][4] (or as transpose of the set likes it), scales
-// and biases as [group][row].
+// A block of weights made ready: codes as [row vector][depth / 4][lane][4] (or as the set's transpose leaves them),
+// scales and biases as [group][row].
 struct Tile {
     alignas(64) uint8_t codes[tile_rows * tile_depth];
     alignas(64) float scales[tile_depth / 16][tile_rows];

@@ -25,15 +25,15 @@
 //   look_up(v)                4-bit codes -> iq4_codes[code] (minus 128 for signed_bytes)
 //   dot(acc, w, a)            acc + sums of 4 (or, where signed_bytes, any) neighbouring products; codes below 64
 //   dot8(acc, w, a)           the same for 8-bit codes
-//   dot_group<bits, tokens>(codes, distance, q, stride, group, d)  gemm's inner loop: to d[v][t], in lane i, the products
-//                             of a group's codes of row v * lanes + i, in the order that transpose leaves them in,
-//                             row vectors `distance` bytes apart, with those of token t, `stride` bytes apart; codes of
-//                             8 bits, of 6, or (bits = 5) of fewer. dot-rows-inl.h defines it by
+//   dot_group<bits, tokens>(codes, distance, q, stride, group, d)  gemm's inner loop: to d[v][t], in lane i, the
+//                             products of a group's codes of row v * lanes + i, in the order that transpose leaves them
+//                             in, row vectors `distance` bytes apart, with those of token t, `stride` bytes apart;
+//                             codes of 8 bits, of 6, or (bits = 5) of fewer. dot-rows-inl.h defines it by
 //   Codes16, load_codes16(p)  16 activation codes of one token, as dot_rows likes to have them
 //   dot_rows<bits>(acc, w, a) acc + every lane's own 4 bytes of w[0], ..., w[3] times the 16 of a
 //   f_spread<n>(p, g)         lanes / n times p[g], then p[g + 1], ..., of sixteen aligned p
-//   transpose(p, n, out)      lanes rows of 4 * lanes bytes, n bytes apart: the first 4 bytes of every row, the next 4 ...
-//                             (or as many as the set's dot_group takes from a row at a time)
+//   transpose(p, n, out)      lanes rows of 4 * lanes bytes, n bytes apart: the first 4 bytes of every row, then the
+//                             next 4 ... (or as many as the set's dot_group takes from a row at a time)
 //   f_transpose(p, n, out)    lanes rows of lanes floats, n floats apart, transposed
 #pragma once
 

@@ -5,7 +5,7 @@ namespace edgeq {
 namespace {
 constexpr bool signed_bytes = true;
 constexpr int row_bytes = 4;
-}
+}  // namespace
 }  // namespace edgeq
 
 #include "kernels/isa/neon-inl.h"

@@ -5,7 +5,7 @@ namespace edgeq {
 namespace {
 constexpr bool signed_bytes = false;  // usdot and usmmla multiply unsigned by signed
 constexpr int row_bytes = 8;
-}
+}  // namespace
 }  // namespace edgeq
 
 #include "kernels/isa/neon-inl.h"
