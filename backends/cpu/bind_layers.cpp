@@ -169,8 +169,8 @@ void rope_angles_(const Positions& positions, const In& frequencies, float facto
     }
     const int parts[] = {std::get<0>(sections), std::get<1>(sections), std::get<2>(sections)};
     nb::gil_scoped_release release;
-    rope_angles(positions.data(), positions.stride(0), positions.stride(1), T, frequencies.data(), factor, parts,
-                pairs, cos.data(), sin.data());
+    rope_angles(positions.data(), positions.stride(0), positions.stride(1), T, frequencies.data(), factor, parts, pairs,
+                cos.data(), sin.data());
 }
 
 nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> empty(size_t nbytes) {
@@ -228,8 +228,9 @@ void bind_layers(nb::module_& m) {
           "beta"_a.noconvert(), "state"_a.noconvert(), "after"_a, "out"_a.noconvert());
     m.def("attention", &attention_, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "past"_a, "pages"_a,
           "out"_a.noconvert());
-    m.def("rope_angles", &rope_angles_, "positions"_a.noconvert(), "frequencies"_a.noconvert(), "factor"_a, "sections"_a, "cos"_a.noconvert(),
-          "sin"_a.noconvert(), "positions int32 [3, T] -> cos, sin float32 [T, pairs].");
+    m.def("rope_angles", &rope_angles_, "positions"_a.noconvert(), "frequencies"_a.noconvert(), "factor"_a,
+          "sections"_a, "cos"_a.noconvert(), "sin"_a.noconvert(),
+          "positions int32 [3, T] -> cos, sin float32 [T, pairs].");
     bind_pages(m);
     bind_mixers(m);
 }

@@ -165,16 +165,15 @@ void bind_states(nb::module_& m) {
         m, "StateArray",
         "The float32 conv or matrix of a DeltaNet layer's state, as an array: each time that somebody reads it, it is "
         "written out into a new one.");
-    array
-        .def_prop_ro("shape", &shape_tuple)
+    array.def_prop_ro("shape", &shape_tuple)
         .def("memory", &memory_of,
              "Pieces of memory that it holds, shared with other states: what tells each from others, and its bytes.")
         .def("__array__", &as_array, "dtype"_a = nb::none(), "copy"_a = nb::none())
         .def("__len__", [](const StateArray& x) { return x.shape()[0]; })
         .def("__getattr__", &attribute_of);
-    for (const char* name : {"__getitem__", "__iter__", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__",
-                             "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__",
-                             "__rtruediv__", "__pow__", "__neg__", "__abs__"})
+    for (const char* name :
+         {"__getitem__", "__iter__", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__add__", "__radd__",
+          "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__pow__", "__neg__", "__abs__"})
         array.def(name, [name](const StateArray& x, nb::args with) { return x.array().attr(name)(*with); });
     array.attr("__hash__") = nb::none();
 }

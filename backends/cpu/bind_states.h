@@ -9,8 +9,8 @@
 
 namespace edgeq {
 
-// One layer's state: a matrix that was written at some time, the updates that it lacks, and the convolution's tail. What
-// is native lies in blocks that many states may share.
+// One layer's state: a matrix that was written at some time, the updates that it lacks, and the convolution's tail.
+// What is native lies in blocks that many states may share.
 struct DeltaMemory {
     struct Update {
         std::shared_ptr<Owned> memory;

@@ -97,8 +97,8 @@ struct Left {
     bool past_caches;  // `to` is aligned, and nobody reads it soon
 };
 
-// R rows of a state take the updates [first, last) in (`some` of them: 0, 1, or 2 for any number) and are left where they
-// are wanted. Then they may be asked: sums [R, 2] become S k and S q.
+// R rows of a state take the updates [first, last) in (`some` of them: 0, 1, or 2 for any number) and are left where
+// they are wanted. Then they may be asked: sums [R, 2] become S k and S q.
 INLINE void delta_pass(const Left& left, const float* from, const int R, const Index K, Index row, const DeltaSteps& s,
                        Index first, Index last, const int some, const bool asked, const float* k, const float* q,
                        float* sums) {
@@ -184,8 +184,8 @@ INLINE void delta_end(float* to, const float* from, float* near, const int R, co
 
 // Rows stay in the nearest cache while all tokens pass. What a token writes waits for what it was answered, so several
 // groups of rows are on their way together. A state comes from memory and goes back there: what is needed next is asked
-// for early, and what is written goes past the caches, which spares reading what was there. (Measured for one token on a
-// cold state, one Zen 4 core: 121 instead of 182 microseconds for 1 MB.)
+// for early, and what is written goes past the caches, which spares reading what was there. (Measured for one token on
+// a cold state, one Zen 4 core: 121 instead of 182 microseconds for 1 MB.)
 INLINE void delta_steps_of(float* to, const float* from, Index rows, const Index K, const DeltaSteps& s) {
     const bool past_caches = K % W == 0 && reinterpret_cast<uintptr_t>(to) % (W * sizeof(float)) == 0;
     const Index ahead = delta_ahead / K;  // rows

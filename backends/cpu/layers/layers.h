@@ -123,11 +123,11 @@ struct DeltaChunk {
 // lacks, every number is the same, to the bit.
 struct DeltaSteps {
     Index K, before, tokens;
-    const float* const* k;           // [before + tokens], each [K] and of unit length
-    float* const* d;                 // [before + tokens], each [rows]; the tokens' are written
-    const float* decay;              // [before + tokens]
-    const float* q;                  // [tokens, K], unit length times K^-0.5
-    const float* v;                  // [tokens, v_stride]
+    const float* const* k;  // [before + tokens], each [K] and of unit length
+    float* const* d;        // [before + tokens], each [rows]; the tokens' are written
+    const float* decay;     // [before + tokens]
+    const float* q;         // [tokens, K], unit length times K^-0.5
+    const float* v;         // [tokens, v_stride]
     Index v_stride;
     float* o;  // [tokens, o_stride]
     Index o_stride;
@@ -204,8 +204,8 @@ struct DeltaSequence {
     const float* tail;                 // [width - 1, C]
     const float* state;                // [Hv, V, K]
     std::vector<DeltaUpdate> pending;  // which it lacks, at most delta_most
-    // [width - 1 + keep, C]: a window of the inputs, of which width - 1 rows from row i on are the tail after all but the
-    // last keep - i tokens.
+    // [width - 1 + keep, C]: a window of the inputs, of which width - 1 rows from row i on are the tail after all but
+    // the last keep - i tokens.
     float* window;
     std::vector<float*> states_after;  // after all but the last keep tokens, delta_most tokens later, and so on
     std::vector<DeltaUpdate> updates;  // of the last keep tokens
@@ -269,9 +269,9 @@ void attention(const Attention& a, const std::vector<KvSequence>& sequences);
 // Appending alone: keys and values of rows start ... start + s.tokens - 1.
 void append_kv(const Attention& a, const KvSequence& s, Index start);
 
-// Cosines and sines of interleaved mRoPE times `factor`, each [T, pairs]: a frequency follows the time, or the height or
-// the width where its number modulo 3 is 1 or 2 and less than 3 * sections[1] or [2]. Position of token t on an axis:
-// positions[axis * axis_stride + t * stride].
+// Cosines and sines of interleaved mRoPE times `factor`, each [T, pairs]: a frequency follows the time, or the height
+// or the width where its number modulo 3 is 1 or 2 and less than 3 * sections[1] or [2]. Position of token t on an
+// axis: positions[axis * axis_stride + t * stride].
 void rope_angles(const int32_t* positions, Index axis_stride, Index stride, Index T, const float* frequencies,
                  float factor, const int* sections, Index pairs, float* cos, float* sin);
 
