@@ -115,7 +115,7 @@ class Model:
         return self.engine.state()
 
     def forward(
-        self, ids: Sequence[int], state: State[Any] | None = None, *, visuals: Sequence[Any] = ()
+        self, ids: Sequence[int], state: State[Any] | None = None, visuals: Sequence[Any] = ()
     ) -> tuple[Float32, State[Any]]:
         """Run `ids` from `state` (None: from the beginning): the logits after the last of them, float32 [vocab_size],
         and the new state.
