@@ -295,11 +295,11 @@ def test_ctrl_c_in_a_pass_leaves_the_state_before_it(model: Model, monkeypatch: 
     decoding = Decoding(prompt, model.language.sampler(GREEDY), room=context.room, eos_ids=())
     run, calls = model.engine.run, [0]
 
-    def interrupted(feeds: Sequence[Feed[Any]]) -> Any:
+    def interrupted(feeds: Sequence[Feed[Any]], **options: Any) -> Any:
         calls[0] += 1
         if calls[0] % 3 == 0:
             raise KeyboardInterrupt
-        return run(feeds)
+        return run(feeds, **options)
 
     monkeypatch.setattr(model.engine, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
