@@ -92,6 +92,10 @@ class TestDrawing:
         (tmp_path / "folder.png").mkdir()
         with pytest.raises(UsageError, match="is not a file, so it is not overwritten"):
             draw_marks(Image.new("RGB", (9, 9)), [], tmp_path / "folder.png")
+        (tmp_path / "link.png").symlink_to("elsewhere.png")
+        for name in ("folder.png", "link.png"):
+            with pytest.raises(UsageError, match="is not a file, so it is not overwritten"):
+                check_drawing(tmp_path / name)
 
 
 class TestDropped:

@@ -208,7 +208,12 @@ class TestCommandLine:
             (["--image", "missing.png"], 4, "missing.png"),
             (["--image", "https://example.com/a.png"], 2, "https://example.com/a.png"),
             (["--image", "demo", "--image-tokens", "0"], 2, "image-tokens"),
-            (["--image", "demo", "--fps", "0"], 2, "fps must be above 0"),
+            (["--image", "demo", "--fps", "0"], 2, "fps must be from 1e-06 to 1000"),
+            (
+                ["--image", "demo", "--min-pixels", "100000"],
+                2,
+                "min_pixels is 100000, expected at most the maximum of 9216",
+            ),
             (["--image", "demo", "--draw-boxes", "out.txt"], 2, "out.txt does not end in .png"),
             (["--draw-boxes", "out.png"], 2, "--draw-boxes draws on one image, got 0"),
             (["--image", "demo", "--draw-boxes", "out.png"], 1, "has no boxes or points that can be drawn: out.png"),

@@ -88,8 +88,10 @@ class TestSizes:
         assert vision.image_size(3000, 4000, max_pixels=1_000_000) == vision.image_size(3000, 4000, image_tokens=976)
         assert vision.image_size(10, 10, min_pixels=1_000_000) == (1024, 1024)
         assert vision.image_size(600, 600, max_pixels=1024) == (32, 32)
-        with pytest.raises(UsageError, match="at least 5000 pixels and at most 4000"):
+        with pytest.raises(UsageError, match="min_pixels is 5000, expected at most the maximum of 4000 pixels"):
             vision.image_size(10, 10, min_pixels=5000, max_pixels=4000)
+        with pytest.raises(UsageError, match="min_pixels is 5000, expected at most the maximum of 2048 pixels"):
+            vision.image_size(10, 10, min_pixels=5000, image_tokens=2)
         with pytest.raises(UsageError, match="the number of tokens is 0"):
             vision.image_size(10, 10, image_tokens=0)
 
@@ -336,8 +338,13 @@ class TestOpening:
             vision.preprocess(source)
         assert caught.value.exit_code == 4
 
+    @pytest.mark.parametrize("body", ["@@@@", "iVBORw0KGgo*", "iVB=Rw0K", "a"])
+    def test_broken_base64_is_said_to_be_that(self, body: str) -> None:
+        with pytest.raises(MediaError, match="no base64"):
+            vision.preprocess(f"data:image/png;base64,{body}")
+
     def test_what_could_be_none(self, tmp_path: Path) -> None:
-        for source in (3, None, object(), {}, "https://example.org/x.png"):
+        for source in (3, None, object(), {}, "https://example.org/x.png", "file:///x.png", "s3://x/y.png"):
             with pytest.raises(UsageError):
                 vision.preprocess(source)
         with (tmp_path / "t").open("w+") as file, pytest.raises(UsageError, match="open as text"):

@@ -266,6 +266,10 @@ class TestForward:
             (("image", np.zeros((4, 1536)), (1, 2, 2)), "a picture must be"),
             (("image", np.zeros((4, 1536), np.float32), (1, 4, 1)), "a picture must be"),
             (("image", np.zeros((4, 1536), np.float32), (1, 2)), "a picture must be"),
+            (("image", np.zeros((4, 1536), np.float32), (1.5, 2, 2)), "a picture must be"),
+            (("image", np.zeros((4, 1536), np.float32), "122"), "a picture must be"),
+            (("image", np.full((4, 1536), np.nan, np.float32), (1, 2, 2)), "patches that are NaN or infinite"),
+            (("video", np.full((4, 1536), -np.inf, np.float32), (1, 2, 2)), "patches that are NaN or infinite"),
             (("image", np.zeros((4, 1536), np.float32), (1, 4, 2)), "has 4 patches, expected 1 x 4 x 2"),
             (("image", np.zeros((4, 5), np.float32), (1, 2, 2)), r"float32 \(4, 5\)"),
         ],
@@ -274,6 +278,11 @@ class TestForward:
         ids = self.prompt(demo, (1, 1)).ids
         with pytest.raises(UsageError, match=message):
             demo.forward(ids, visuals=[wrong])
+
+    @pytest.mark.parametrize("wrong", [5, 1.5, {1: 2}, iter(())])
+    def test_what_is_no_list_of_pictures(self, demo: Model, wrong: Any) -> None:
+        with pytest.raises(UsageError, match="visuals must be a list of pictures, got"):
+            demo.forward([1, 2], visuals=wrong)
 
     def test_a_model_that_does_not_see(self, tmp_path: Path) -> None:
         write_checkpoint(tmp_path, config_values())
@@ -343,6 +352,9 @@ class TestParts:
             ([{"type": "image_url", "image_url": {"url": "a", "detail": "low"}}], "has 'detail', which"),
             ([{"type": "image", "image": "a", "nframes": 3}], "has 'nframes', which .* image does not take"),
             ([{"type": "image"}], "has 1 parts without a picture of their own, got 0"),
+            ([{"type": "text", "text": None}], "has the text None"),
+            ([{"type": "text", "text": 5}], "has the text 5"),
+            ([{}], "has the text None"),
             (5, "must be text or a list of parts"),
         ],
     )
@@ -360,6 +372,13 @@ class TestParts:
     def test_too_many_and_too_few(self) -> None:
         with pytest.raises(UsageError, match="has 1 parts without a picture of their own, got 2 pictures"):
             sources_of([{"type": "image"}], ["a", "b"])
+
+    def test_what_a_place_asks_is_heard(self) -> None:
+        place = {"type": "image", "min_pixels": 9, "detail": "auto"}
+        assert sources_of([place], ["a"])[1] == [("image", "a", {"min_pixels": 9})]
+        for unknown in ("file_id", "source"):
+            with pytest.raises(UsageError, match=f"has '{unknown}', which a part of type image does not take"):
+                sources_of([{"type": "image", unknown: "x"}], ["a"])
 
     def test_none_in_a_system_message(self, demo: Model) -> None:
         with pytest.raises(UsageError, match="a system message cannot have pictures"):

@@ -47,6 +47,10 @@ class TestSizesAndFrames:
         for total, fps, indices, seconds in FOUND["samplings"]:
             assert vision.sample_frames(total, fps) == (indices, seconds)
 
+    def test_an_empty_file_is_said_to_be_empty(self) -> None:
+        with pytest.raises(MediaError, match="video is empty"):
+            vision.preprocess_video(b"")
+
     def test_one_frame_counts_twice(self) -> None:
         assert vision.sample_frames(1, 24) == ([0], [0.0])
         assert vision.video_size(1, 64, 96) == vision.video_size(2, 64, 96) == (64, 96)
@@ -58,6 +62,7 @@ class TestSizesAndFrames:
         assert vision.sample_frames(300, 30, rate=1)[0] == [0, 33, 66, 100, 133, 166, 199, 233, 266, 299]
         assert vision.sample_frames(300, 30, max_frames=3)[0] == [0, 150, 299]
         assert len(vision.sample_frames(10**6, 30)[0]) == 768
+        assert vision.sample_frames(3, 5e-324)[0] == [0, 1, 2]
         assert vision.sample_frames(48, None) == vision.sample_frames(48, 24)
         tokens = 4 * np.prod(vision.video_size(8, 720, 1280, video_tokens=400)) // 1024
         assert 300 < tokens <= 400

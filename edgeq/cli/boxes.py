@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgeq.errors import UsageError
 from edgeq.files import new_file
-from edgeq.inputs import is_file
+from edgeq.inputs import exists, is_file
 from edgeq.printable import brief
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ def check_drawing(out: Path) -> None:
     """UsageError unless a picture can be written at `out`, before any work."""
     if out.suffix.lower() not in _FORMATS:
         raise UsageError(f"{out} does not end in {', '.join(_FORMATS)}", hint="name the picture that is to be drawn")
+    if out.is_symlink() or exists(out):
+        _check_file(out)
 
 
 def draw_marks(picture: Image, marks: list[Mark], out: Path) -> None:
@@ -116,5 +118,5 @@ def draw_marks(picture: Image, marks: list[Mark], out: Path) -> None:
 
 
 def _check_file(place: Path) -> None:
-    if not is_file(place):
+    if place.is_symlink() or not is_file(place):
         raise UsageError(f"{place} is not a file, so it is not overwritten", hint="choose another name")

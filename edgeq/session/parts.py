@@ -74,12 +74,16 @@ def sources_of(
     for part in parts:
         kind = _kind(part) if isinstance(part, Mapping) else None
         if kind is None:
-            read.append({"type": "text", "text": part.get("text")} if _is_text(part) else part)
+            if isinstance(part, Mapping) and not _is_text(part):
+                raise UsageError(f"a part of the message has the text {brief(part.get('text'))}", hint="give a string")
+            read.append({"type": "text", "text": part["text"]} if _is_text(part) else part)
             continue
         if role == "system":
             raise UsageError("a system message cannot have pictures", hint="put them into a user's message")
         read.append({"type": kind})
-        sources.append(Source(kind, next(given[kind])) if _is_place(part) else _source(part, kind))
+        sources.append(
+            Source(kind, next(given[kind]), _settings(part, kind)) if _is_place(part) else _source(part, kind)
+        )
     return read, sources
 
 
@@ -118,12 +122,18 @@ def _source(part: Mapping[str, Any], kind: Kind) -> Source:
     (key, *others) = [key for key in _KEYS[kind] if key in part]
     if others:
         raise UsageError(f"a part of the message has both {key} and {others[0]}", hint="give one of them")
-    what, settings = part[key], {name: value for name, value in part.items() if name not in ("type", key)}
+    what, settings = part[key], {name: value for name, value in part.items() if name != key}
     if key.endswith("_url") and isinstance(what, Mapping):
         settings |= {name: value for name, value in what.items() if name != "url"}
         what = what.get("url")
     if key == "base64":
         what = _decoded(what)
+    return Source(kind, what, _settings(settings, kind))
+
+
+def _settings(part: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
+    """What is asked of a picture by the part that has it or is its place; UsageError for what is not understood."""
+    settings = {name: value for name, value in part.items() if name != "type"}
     if settings.get("detail", "auto") == "auto":  # OpenAI's; other values ask for sizes that edgeq names otherwise
         settings.pop("detail", None)
     if unknown := [name for name in settings if name not in _SETTINGS[kind]]:
@@ -131,7 +141,7 @@ def _source(part: Mapping[str, Any], kind: Kind) -> Source:
             f"a part of the message has {brief(unknown[0])}, which a part of type {kind} does not take",
             hint=f"it takes {', '.join(_SETTINGS[kind])}",
         )
-    return Source(kind, what, settings)
+    return settings
 
 
 def _decoded(text: Any) -> bytes:

@@ -14,6 +14,7 @@ from edgeq.engine import Engine, Ids
 from edgeq.errors import UsageError
 from edgeq.inputs import expand_user, is_folder
 from edgeq.model.vision import BAND
+from edgeq.printable import brief
 from edgeq.session.parts import Source
 from edgeq.session.places import Pads, Place, find_places
 from edgeq.session.visual import Visual, VisualSettings
@@ -64,6 +65,10 @@ class Sight:
         Without visuals all ids are tokens like any other, as those are that a model has said; but what a template wrote
         for a picture is refused, which is then missing.
         """
+        if not isinstance(visuals, Sequence):
+            raise UsageError(
+                f"visuals must be a list of pictures, got {brief(visuals)}", hint="put one into a list, too"
+            )
         config = self._engine.checkpoint.config
         image, video = config.image_token_id, config.video_token_id
         if not visuals:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,7 @@ __all__ = ["CHAT_VISUALS", "Visual", "VisualSettings"]
 _RANGES = {
     "image_tokens": Range(1, 1 << 20, whole=True), "video_tokens": Range(1, 1 << 20, whole=True),
     "min_pixels": Range(1, 1 << 40, whole=True), "max_pixels": Range(1, 1 << 40, whole=True),
-    "fps": Range(0, 1000, above=True), "max_frames": Range(1, 1 << 20, whole=True),
+    "fps": Range(1e-6, 1000), "max_frames": Range(1, 1 << 20, whole=True),
 }  # fmt: skip
 
 
@@ -103,7 +104,7 @@ class Visual:
             return visual
         try:
             kind, pixels, grid = visual
-            pixels, (frames, rows, columns) = np.asarray(pixels), (int(n) for n in grid)
+            pixels, (frames, rows, columns) = np.asarray(pixels), map(index, grid)
         except (TypeError, ValueError, OverflowError):
             raise _no_visual(visual) from None
         whole = min(frames, rows, columns) > 0 and rows % square == columns % square == 0
@@ -113,6 +114,10 @@ class Visual:
             raise UsageError(
                 f"the {kind} has {len(pixels)} patches, expected {frames} x {rows} x {columns} as its grid says",
                 hint="make both with edgeq.vision.preprocess",
+            )
+        if pixels.size and not np.isfinite([pixels.min(), pixels.max()]).all():
+            raise UsageError(
+                f"the {kind} has patches that are NaN or infinite", hint="make them with edgeq.vision.preprocess"
             )
         digest = blake2b(np.ascontiguousarray(pixels).data, digest_size=16).digest()
         return cls(kind, (frames, rows, columns), square, pixels, digest, name=kind)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from edgeq.errors import EdgeqError, MediaError, UsageError
 from edgeq.foreign import translated
-from edgeq.inputs import expand_user, open_file
+from edgeq.inputs import exists, expand_user, open_file
 from edgeq.printable import brief, one_line
 from edgeq.vision.headers import gif_frames, webp_canvas
 from edgeq.vision.resize import Rows, UInt8
@@ -207,8 +207,9 @@ def opened_file(source: Source, kind: str) -> tuple[BinaryIO, str]:
     """A file that can be read from any place, and its name; `kind` names what is wanted, and what has no name."""
     if isinstance(source, str) and source.startswith("data:"):
         return BytesIO(_data_url(source)), kind
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        raise UsageError(f"{source} is not on this machine", hint="download it, and give the file")
+    if isinstance(source, str) and "://" in source and not exists(Path(source)):
+        where = "is a URL" if source.startswith("file:") else "is not on this machine"
+        raise UsageError(f"{brief(source)} {where}, expected a path", hint=f"give the {kind} as a file, by its path")
     if isinstance(source, bytes | bytearray | memoryview):
         return BytesIO(source), kind
     if isinstance(source, str | Path):
@@ -354,7 +355,8 @@ def _data_url(url: str) -> bytes:
     content = unquote_to_bytes(body)
     if not head.lower().rstrip().endswith(";base64"):
         return content
+    content = b"".join(content.split()).rstrip(b"=")
     try:
-        return binascii.a2b_base64(content + b"=" * (-len(content) % 4))
+        return binascii.a2b_base64(content + b"=" * (-len(content) % 4), strict_mode=True)
     except binascii.Error as error:
         raise MediaError(f"a data: URL that is no base64: {one_line(error)}", hint="encode the image again") from None

@@ -93,7 +93,7 @@ def sample_frames(
     most = c.max_frames if max_frames is None else max_frames
     if most < 1:
         raise UsageError(f"at most {most} frames of a video", hint="take one frame or more")
-    count = min(max(int(total / fps * rate), c.min_frames), most, total)
+    count = min(max(int(min(total / fps * rate, total)), c.min_frames), most, total)
     indices = [int(i) for i in np.linspace(0, total - 1, count).round()]
     return indices, timestamps(indices, fps, c)
 
@@ -116,8 +116,11 @@ def limited(
     if tokens is not None:
         most = min(most, tokens * c.factor**2)
     least = own[0] if min_pixels is None else min_pixels
-    if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
-        raise UsageError(f"at least {min_pixels} pixels and at most {max_pixels}", hint="give a range")
+    if min_pixels is not None and min_pixels > most:
+        raise UsageError(
+            f"min_pixels is {min_pixels}, expected at most the maximum of {most} pixels",
+            hint="give fewer, or raise the maximum with max_pixels",
+        )
     return min(least, most), most, (max_pixels, tokens) != (None, None)
 
 

@@ -103,6 +103,8 @@ def open_video(
         file.seek(0)
         if head.startswith(_ANIMATED) or (head[:4], head[8:]) == (b"RIFF", b"WEBP"):
             return _Animation(file, fps, name or called, memory)
+        if not head:
+            raise MediaError(f"{name or called} is empty", hint=_HINT)
         path = None if isinstance(file, BytesIO) else Path(called)
         return _file_reader()(file, path, fps, name or called, memory)
     except BaseException:
