@@ -1,13 +1,10 @@
 // layers_test: every instruction set that this machine has against scalar, and each against itself in other company,
 // through the functions that the backend calls, on vectors that end exactly where their memory ends.
-// NMSE = sum of squared differences over sum of squares.
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
-#include <functional>
-#include <random>
 #include <vector>
 
+#include "dev/compare.h"
 #include "kernels/isa.h"
 #include "kernels/threads.h"
 #include "layers/layers.h"
@@ -16,42 +13,10 @@ using namespace edgeq;
 
 namespace {
 
-using Vector = std::vector<float>;
-
 constexpr double sums_nmse = 1e-12;       // float32 sums in another order
 constexpr double recurrent_nmse = 1e-10;  // and fed back a hundred times
 constexpr double rounded_nmse = 1e-8;     // a key near the middle of two 16-bit numbers may become the other one: a
                                           // 256th (bfloat16) or a 127th of the largest (int8), once in some thousands
-
-int failures = 0;
-std::mt19937 generator(7);
-
-Vector normal(Index n, float scale = 1.0f) {
-    std::normal_distribution<float> distribution(0.0f, scale);
-    Vector x(n);
-    for (float& v : x) v = distribution(generator);
-    return x;
-}
-
-// Runs `compute` under every instruction set; it returns what is to be compared.
-void compare(const char* what, double bound, const std::function<Vector()>& compute) {
-    set_isa("scalar");
-    const Vector expected = compute();
-    for (int i = 1; i < isa_count; i++) {
-        const Isa isa = static_cast<Isa>(i);
-        if (!isa_supported(isa)) continue;
-        set_isa(isa_name(isa));
-        const Vector found = compute();
-        double error = 0, power = 0;
-        for (size_t j = 0; j < expected.size(); j++) {
-            error += std::pow(double(expected[j]) - found[j], 2);
-            power += std::pow(double(expected[j]), 2);
-        }
-        if (error <= bound * power) continue;
-        failures++;
-        std::printf("FAILED %s: %s, NMSE %g\n", isa_name(isa), what, error / power);
-    }
-}
 
 void test_rows(Index n) {
     const Vector x = normal(n, 5), z = normal(n, 5), gain = normal(n);

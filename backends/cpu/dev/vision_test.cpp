@@ -1,14 +1,13 @@
 // vision_test: the vision tower's kernels, every instruction set that this machine has against scalar, and rows against
 // themselves in other company and on other threads; on vectors that end exactly where their memory ends.
-// NMSE = sum of squared differences over sum of squares.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <functional>
-#include <random>
 #include <vector>
 
+#include "dev/compare.h"
 #include "kernels/isa.h"
 #include "kernels/threads.h"
 #include "layers/half.h"
@@ -18,28 +17,10 @@ using namespace edgeq;
 
 namespace {
 
-using Vector = std::vector<float>;
-
 constexpr double sums_nmse = 1e-12;  // float32 sums in another order, or with another rounding of a product
 constexpr double codes_nmse = 1e-9;  // scales differ in their last bit, and a number in the middle becomes another code
 constexpr double tower_nmse = 1e-8;  // and that fed back from block to block
 constexpr double floats_nmse = 1e-7;  // where codes are floats: all that codes lose, once (4e-9) or in a whole tower
-
-int failures = 0;
-std::mt19937 generator(7);
-
-void check(bool right, const char* what, const char* isa, double nmse) {
-    if (right) return;
-    failures++;
-    std::printf("FAILED %s: %s, NMSE %g\n", isa, what, nmse);
-}
-
-Vector normal(Index n, float scale = 1.0f) {
-    std::normal_distribution<float> distribution(0.0f, scale);
-    Vector x(n);
-    for (float& v : x) v = distribution(generator);
-    return x;
-}
 
 // Small integers: the sum of their squares is exact, and so are the scales of their codes.
 Vector integers(Index n) {
@@ -48,24 +29,9 @@ Vector integers(Index n) {
     return x;
 }
 
-// Runs `compute` under every instruction set; it returns what is to be compared. With the bound 0 it has to be equal,
-// where codes are integers.
-void compare(const char* what, double bound, const std::function<Vector()>& compute) {
-    set_isa("scalar");
-    const Vector expected = compute();
-    for (int i = 1; i < isa_count; i++) {
-        const Isa isa = static_cast<Isa>(i);
-        if (!isa_supported(isa)) continue;
-        set_isa(isa_name(isa));
-        const Vector found = compute();
-        double error = 0, power = 0;
-        for (size_t j = 0; j < expected.size(); j++) {
-            error += std::pow(double(expected[j]) - found[j], 2);
-            power += std::pow(double(expected[j]), 2);
-        }
-        const bool floats = vision_kernels().step == 1 && bound != sums_nmse;
-        check(error <= (floats ? floats_nmse : bound) * power, what, isa_name(isa), error / power);
-    }
+// Where codes are integers the results are within `bound`, equal if that is 0; where they are floats, codes lose anew.
+void compare_codes(const char* what, double bound, const std::function<Vector()>& compute) {
+    compare(what, [bound] { return vision_kernels().step == 1 ? floats_nmse : bound; }, compute);
 }
 
 // A matrix of 16 or 32 bits, in memory of its size.
@@ -118,8 +84,8 @@ void test_products(Index T, Index out, Index in) {
     for (Type type : {Type::bf16, Type::f16, Type::f32}) {
         const TestMatrix whole(out, in, type, integers(out * in)), any(out, in, type, normal(out * in, 0.03f));
         const Vector x = integers(T * in), y = normal(T * in);
-        if (in <= group_depth) compare("products of integers", 0.0, [&] { return product(x, T, whole.w); });
-        compare("products", codes_nmse, [&] { return product(y, T, any.w); });
+        if (in <= group_depth) compare_codes("products of integers", 0.0, [&] { return product(x, T, whole.w); });
+        compare_codes("products", codes_nmse, [&] { return product(y, T, any.w); });
         const Vector all = product(y, T, any.w);  // under the best set
         const Vector last(y.end() - in, y.end()), alone = product(last, 1, any.w);
         check(std::equal(alone.begin(), alone.end(), all.end() - out), "a row alone", "", 0);
@@ -152,7 +118,7 @@ void test_attention(const std::vector<Index>& spans, Index H, Index D, float spr
     Index T = 0;
     for (Index n : spans) T += n;
     const Vector q = normal(T * H * D, spread), k = normal(T * H * D), v = normal(T * H * D);
-    compare("attention", codes_nmse, [&] { return attended(spans, H, D, q, k, v); });
+    compare_codes("attention", codes_nmse, [&] { return attended(spans, H, D, q, k, v); });
     const Vector together = attended(spans, H, D, q, k, v);
     const Index first = spans[0] * H * D;  // the first span alone
     auto begin = [&](const Vector& x) { return Vector(x.begin(), x.begin() + first); };
@@ -196,7 +162,7 @@ void test_tower(const std::vector<Index>& spans, bool quantized) {
         run_vision(tower, y.data(), [] { return true; });
         return y;
     };
-    compare(quantized ? "tower, 8 bits" : "tower", quantized ? 1e-5 : tower_nmse, run);  // int8 ties are coarser
+    compare_codes(quantized ? "tower, 8 bits" : "tower", quantized ? 1e-5 : tower_nmse, run);  // int8 ties are coarser
     const Vector several = run();
     set_thread_count(1);
     check(run() == several, "one thread", "", 0);
