@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from edgeq.session.chat import Chat
     from edgeq.session.prompt import Prompt
     from edgeq.session.reply import Reply, Usage
-    from edgeq.session.visual import Visual, VisualSettings
+    from edgeq.session.visual_settings import VisualSettings
     from edgeq.text.channels import Piece
+    from edgeq.vision.visual import Visual
 
 _LAZY = {
     "Chat": "edgeq.session.chat",
@@ -43,8 +44,8 @@ _LAZY = {
     "Prompt": "edgeq.session.prompt",
     "Reply": "edgeq.session.reply",
     "Usage": "edgeq.session.reply",
-    "Visual": "edgeq.session.visual",
-    "VisualSettings": "edgeq.session.visual",
+    "Visual": "edgeq.vision.visual",
+    "VisualSettings": "edgeq.session.visual_settings",
     "load": "edgeq.api",
     "quantize": "edgeq.quant",
 }

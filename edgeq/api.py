@@ -32,7 +32,7 @@ from edgeq.state import State
 
 if TYPE_CHECKING:
     from edgeq.session.chat import Chat
-    from edgeq.session.visual import VisualSettings
+    from edgeq.session.visual_settings import VisualSettings
     from edgeq.text.template import ChatTemplate, Message
     from edgeq.text.tokenizer import Tokenizer
 
@@ -228,7 +228,7 @@ class Model:
         for an image, and 64 frames and 2,048 tokens for a video. See `edgeq.session.chat.Chat`.
         """
         from edgeq.session.chat import Chat  # its templates' library takes 25 ms and 8 MB
-        from edgeq.session.visual import CHAT_VISUALS
+        from edgeq.session.visual_settings import CHAT_VISUALS
 
         return Chat(
             self, thinking=thinking, system=system, tools=tools, settings=settings,

@@ -28,11 +28,11 @@ from edgeq.memory.ledger import Ledger
 from edgeq.memory.plan import prefill_chunk
 from edgeq.model import text, vision
 from edgeq.model.layers import spans
-from edgeq.model.vision import Grid, Pixels
 from edgeq.numbers import Range
 from edgeq.pace import Pace
 from edgeq.printable import brief
 from edgeq.state import DeltaState, DraftState, KVCache, Rows, State, joined
+from edgeq.vision.visual import Grid, Pixels
 from edgeq.weights import Part
 
 __all__ = ["Engine", "Feed", "Ids", "Output"]

@@ -131,7 +131,7 @@ SEE = """
 import json, sys
 path, kind, source = json.loads(sys.argv[1])
 from edgeq.api import load
-from edgeq.session.visual import CHAT_VISUALS
+from edgeq.session.visual_settings import CHAT_VISUALS
 chat = load(path, backend="cpu").chat(
     max_tokens=4, temperature=0.0, draft="off", visual_settings=CHAT_VISUALS.replace(fps=2.0)
 )

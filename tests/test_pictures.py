@@ -21,6 +21,7 @@ from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 import edgeq
+import edgeq.vision
 from edgeq import VisualSettings
 from edgeq.api import Model
 from edgeq.cli.repl import Repl
@@ -297,3 +298,16 @@ class TestAtThePrompt:
         out, err = self.talk(demo, keyboard, capsys, f"/image {tmp_path / 'a.png'}", "/video nothing.mp4", "hello")
         assert err.count("error: ") == 2
         assert out.strip()
+
+
+def test_what_edgeq_vision_reads_can_be_sent() -> None:
+    """There is one kind of picture, whoever reads it."""
+    model, file = edgeq.load("demo", backend="numpy"), DEMO / "picture.png"
+    read = edgeq.vision.read_image(file, model.config, image_tokens=1024)
+    assert isinstance(read, edgeq.Visual)
+    said = [
+        model.prompt([{"role": "user", "content": [{"type": "image", "image": what}, {"type": "text", "text": "?"}]}])
+        for what in (read, file)
+    ]
+    assert said[0].ids == said[1].ids
+    assert said[0].visuals[0].digest == said[1].visuals[0].digest

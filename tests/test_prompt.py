@@ -24,8 +24,9 @@ from edgeq.session.context import Context
 from edgeq.session.parts import sources_of
 from edgeq.session.places import Pads, find_places, positions
 from edgeq.session.prompt import Prompt
-from edgeq.session.visual import Visual, VisualSettings
+from edgeq.session.visual_settings import VisualSettings
 from edgeq.testing import config_values, nmse, write_checkpoint
+from edgeq.vision.visual import Visual
 
 CASES = json.loads((Path(__file__).parent / "data" / "prompts.json").read_text())
 ROUNDING = 1e-9  # float32 in another order: NumPy's products choose one by the shape of their input

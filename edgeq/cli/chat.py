@@ -22,7 +22,7 @@ from edgeq.cli.pictures import announce, by_kind, check_one, draw_boxes_of
 from edgeq.cli.reply import reply_object, show_reply
 from edgeq.session.chat import Chat
 from edgeq.session.reply import Reply
-from edgeq.session.visual import Visual
+from edgeq.vision.visual import Visual
 
 __all__ = ["chat"]
 

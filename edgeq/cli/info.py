@@ -110,7 +110,7 @@ def _seeing(checkpoint: Checkpoint, stored: list[tuple[TensorSpec, Storage]]) ->
     """The vision tower, and what a picture costs in tokens."""
     if not stored or checkpoint.config.vision is None:
         return {"vision tower": f"no: {checkpoint.lacks_tower()}"}
-    from edgeq.session.visual import CHAT_VISUALS
+    from edgeq.session.visual_settings import CHAT_VISUALS
     from edgeq.vision import image_size
 
     nbytes = Counter[str]()

@@ -28,7 +28,7 @@ from edgeq.errors import UsageError
 if TYPE_CHECKING:
     from edgeq.api import Model
     from edgeq.generate import GenerationSettings
-    from edgeq.session.visual import VisualSettings
+    from edgeq.session.visual_settings import VisualSettings
 
 __all__ = [
     "MODEL_HELP",
@@ -254,7 +254,7 @@ class VisualOptions:
 
     def settings(self) -> VisualSettings:
         """Those of a conversation with what was asked for; UsageError for a value out of range."""
-        from edgeq.session.visual import CHAT_VISUALS
+        from edgeq.session.visual_settings import CHAT_VISUALS
 
         given = {name: getattr(self, name) for name in (field.name for field in fields(CHAT_VISUALS))}
         return CHAT_VISUALS.replace(**given)

@@ -17,7 +17,7 @@ from edgeq.inputs import exists, expand_user, is_file
 from edgeq.printable import printable
 from edgeq.session.chat import Speaker
 from edgeq.session.cost import seconds_to_see
-from edgeq.session.visual import Visual
+from edgeq.vision.visual import Visual
 
 __all__ = ["announce", "by_kind", "check_one", "draw_boxes_of", "dropped", "named"]
 
@@ -62,7 +62,7 @@ def announce(model: Speaker, visuals: Sequence[Visual]) -> None:
 
 
 def _described(visual: Visual) -> str:
-    size = "" if visual.size is None else " {} x {}".format(*visual.size)
+    size = "" if visual.size is None else " {1} x {0}".format(*visual.size)
     taken = f", {visual.taken} frames" if visual.kind == "video" else ""
     return f"{printable(Path(visual.name).name)}{size}{taken}"
 

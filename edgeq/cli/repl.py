@@ -26,7 +26,7 @@ from edgeq.inputs import expand_user
 from edgeq.printable import printable
 from edgeq.session.chat import Chat
 from edgeq.session.reply import Reply
-from edgeq.session.visual import Visual
+from edgeq.vision.visual import Visual
 
 __all__ = ["Repl"]
 

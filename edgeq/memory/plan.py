@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from edgeq.backends.ops import Ops
 from edgeq.checkpoint import Checkpoint
 from edgeq.config import TextConfig
-from edgeq.model.vision import Grid, largest_band
+from edgeq.model.vision import largest_band
+from edgeq.vision.visual import Grid
 from edgeq.weights import Part
 
 __all__ = ["Plan", "plan_memory", "prefill_chunk"]

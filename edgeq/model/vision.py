@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,19 +20,16 @@ from numpy.typing import NDArray
 from edgeq.backends.ops import Angles, ArrayLike, Ops
 from edgeq.config import VisionConfig
 from edgeq.formats.bf16 import Float32
+from edgeq.vision.visual import Grid, Pixels
 from edgeq.weights import MergerWeights, VisionBlockWeights, VisionWeights
 
 A = TypeVar("A", bound=ArrayLike)
 M = TypeVar("M")
-Grid = tuple[int, int, int]
-"""Frames (of two pictures each), rows and columns of patches."""
 Index = NDArray[np.int32]
 
 __all__ = [
     "BAND",
     "EPS",
-    "Grid",
-    "Pixels",
     "largest_band",
     "patch_places",
     "position_taps",
@@ -45,17 +42,6 @@ BAND = 4096  # patches that go through the tower together; through its blocks a 
 
 EPS = 1e-6  # of every layer norm; fixed by the architecture, not by the configuration
 _THETA = 10000.0  # likewise, of the rotary embedding
-
-
-class Pixels(Protocol):
-    """The values of patches [patches, values]: a float32 array, or what makes some rows of one when they are asked for
-    (of a long video the whole would be large)."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> np.dtype[Any]: ...
-    def __getitem__(self, rows: slice, /) -> Float32: ...
 
 
 class _Frames(NamedTuple):

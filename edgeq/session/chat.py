@@ -20,12 +20,14 @@ from edgeq.session.parts import sources_of, text_of
 from edgeq.session.places import Place, rope_delta
 from edgeq.session.reply import Reply
 from edgeq.session.sight import Sight
-from edgeq.session.visual import CHAT_VISUALS, Visual, VisualSettings
+from edgeq.session.visual_settings import CHAT_VISUALS, VisualSettings
 from edgeq.state import State
 from edgeq.text.channels import ChannelParser, ends_in_thinking
 from edgeq.text.conversation import Conversation, Mark
 from edgeq.text.messages import check_thinking
 from edgeq.text.template import Content
+from edgeq.text.visuals import Outline
+from edgeq.vision.visual import Visual
 
 __all__ = ["Chat", "Speaker"]
 
@@ -160,7 +162,7 @@ class Chat:
     def _say(self, said: _Said) -> Reply:
         """Append a turn, and begin the reply to it."""
         self._settle()
-        conversation, outlines = self._conversation, [visual.outline for visual in said.visuals]
+        conversation, outlines = self._conversation, [Outline.of(visual) for visual in said.visuals]
         turn = _Turn(said, conversation.mark(), len(self._places), self._context.state)
         start = turn.mark.length
         if said.role == "user":

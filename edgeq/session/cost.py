@@ -15,7 +15,7 @@ import numpy as np
 from edgeq.config import VisionConfig
 from edgeq.engine import Engine
 from edgeq.model.vision import vision_angles
-from edgeq.session.visual import Visual
+from edgeq.vision.visual import Visual
 from edgeq.weights import TensorSpec, declare_text, declare_vision, leaves
 
 __all__ = ["seconds_to_see"]

@@ -11,10 +11,10 @@ from edgeq.session.language import Language
 from edgeq.session.parts import Source, sources_of
 from edgeq.session.prompt import Prompt
 from edgeq.session.sight import Sight
-from edgeq.session.visual import VisualSettings
+from edgeq.session.visual_settings import VisualSettings
 from edgeq.text.messages import check_thinking, protected_message, protected_tools
 from edgeq.text.template import Message
-from edgeq.text.visuals import expanded
+from edgeq.text.visuals import Outline, expanded
 
 __all__ = ["make_prompt"]
 
@@ -42,7 +42,7 @@ def make_prompt(
         history, add_generation_prompt=True, enable_thinking=thinking, tools=protected_tools(tools, tokenizer),
         **({"add_vision_id": True} if add_vision_id else {}),
     )  # fmt: skip
-    outlines = [visual.outline for visual in visuals]
+    outlines = [Outline.of(visual) for visual in visuals]
     ids = tokenizer.encode(
         expanded(text, outlines, language.spelling, outer=settings.outer_vision_tokens), control=True
     )

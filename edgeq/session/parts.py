@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgeq.errors import UsageError
 from edgeq.printable import brief
-from edgeq.text.visuals import Kind
+from edgeq.vision.visual import Kind
 
 if TYPE_CHECKING:
     from edgeq.text.template import Content

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.errors import UsageError
-from edgeq.session.visual import Visual
+from edgeq.vision.visual import Visual
 
 __all__ = ["Pads", "Place", "find_places", "positions", "rope_delta"]
 

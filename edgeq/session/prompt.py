@@ -12,8 +12,9 @@ from edgeq.session.language import Language
 from edgeq.session.parts import Source
 from edgeq.session.places import Place, positions, rope_delta
 from edgeq.session.sight import Sight
-from edgeq.session.visual import Visual, VisualSettings
-from edgeq.text.visuals import expanded
+from edgeq.session.visual_settings import VisualSettings
+from edgeq.text.visuals import Outline, expanded
+from edgeq.vision.visual import Visual
 
 __all__ = ["Prompt", "completion_prompt"]
 
@@ -43,7 +44,7 @@ def completion_prompt(
     """A text to be continued as it is, after some pictures."""
     sources = [*(Source("image", what) for what in images), *(Source("video", what) for what in videos)]
     visuals = [sight.open(source, settings) for source in sources]
-    tokenizer, spelling, outlines = language.need_tokenizer(), language.spelling, [v.outline for v in visuals]
+    tokenizer, spelling, outlines = language.need_tokenizer(), language.spelling, [Outline.of(v) for v in visuals]
     places = "".join(spelling.place(visual.kind) for visual in visuals) if spelling else ""
     before = expanded(places, outlines, spelling, outer=settings.outer_vision_tokens)
     ids = tokenizer.encode(before, control=True) + tokenizer.encode(text)

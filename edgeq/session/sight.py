@@ -17,7 +17,8 @@ from edgeq.model.vision import BAND
 from edgeq.printable import brief
 from edgeq.session.parts import Source
 from edgeq.session.places import Pads, Place, find_places
-from edgeq.session.visual import Visual, VisualSettings
+from edgeq.session.visual_settings import VisualSettings
+from edgeq.vision.visual import Visual
 
 __all__ = ["Looking", "Sight"]
 
@@ -99,11 +100,11 @@ class Sight:
         limits: dict[str, Any] = {"min_pixels": own.min_pixels, "max_pixels": own.max_pixels}
         tokens = (own.image_tokens if source.kind == "image" else own.video_tokens) if own.max_pixels is None else None
         if source.kind == "image":
-            return Visual.read(vision.read_image(what, config, image_tokens=tokens, **limits), square)
+            return vision.read_image(what, config, image_tokens=tokens, **limits)
         most = vision.processor_of(config).max_frames
         limits |= {"video_tokens": tokens, "max_frames": min(own.max_frames or most, most)}
         limits["fps" if _is_frames(what) else "rate"] = own.fps
-        return Visual.read(vision.read_video(what, config, **limits), square)
+        return vision.read_video(what, config, **limits)
 
     def known(self, visual: Visual) -> int:
         """How many of its temporal patches were seen already, and are kept."""

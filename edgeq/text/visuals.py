@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from edgeq.errors import ModelError
 from edgeq.text.tokenizer import Tokenizer
+from edgeq.vision.visual import Kind, Visual
 
-__all__ = ["Kind", "Outline", "Spelling", "expanded"]
-
-Kind = Literal["image", "video"]
+__all__ = ["Outline", "Spelling", "expanded"]
 
 
 class Outline(NamedTuple):
@@ -28,6 +27,11 @@ class Outline(NamedTuple):
     """Of an image, or of each temporal patch of a video."""
     timestamps: tuple[float, ...] = ()
     """Seconds, one for each temporal patch of a video."""
+
+    @classmethod
+    def of(cls, visual: Visual) -> Outline:
+        """That of a picture."""
+        return cls(visual.kind, visual.height * visual.width, visual.timestamps)
 
 
 class Spelling(NamedTuple):

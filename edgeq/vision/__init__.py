@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from edgeq.processor import FAMILY, PixelConfig, ProcessorConfig
     from edgeq.vision.images import OpenImage, open_image
     from edgeq.vision.patches import Patches
+    from edgeq.vision.reading import frames_of, preprocess, preprocess_video, read_image, read_video
     from edgeq.vision.settings import processor_of
     from edgeq.vision.sizes import image_size, sample_frames, tokens_of, video_size
     from edgeq.vision.video import OpenVideo, open_video
-    from edgeq.vision.visual import Visual, frames_of, preprocess, preprocess_video, read_image, read_video
+    from edgeq.vision.visual import Visual
 
 _LAZY = {
     "FAMILY": "edgeq.processor",
@@ -27,15 +28,15 @@ _LAZY = {
     "PixelConfig": "edgeq.processor",
     "ProcessorConfig": "edgeq.processor",
     "Visual": "edgeq.vision.visual",
-    "frames_of": "edgeq.vision.visual",
+    "frames_of": "edgeq.vision.reading",
     "image_size": "edgeq.vision.sizes",
     "open_image": "edgeq.vision.images",
     "open_video": "edgeq.vision.video",
-    "preprocess": "edgeq.vision.visual",
-    "preprocess_video": "edgeq.vision.visual",
+    "preprocess": "edgeq.vision.reading",
+    "preprocess_video": "edgeq.vision.reading",
     "processor_of": "edgeq.vision.settings",
-    "read_image": "edgeq.vision.visual",
-    "read_video": "edgeq.vision.visual",
+    "read_image": "edgeq.vision.reading",
+    "read_video": "edgeq.vision.reading",
     "sample_frames": "edgeq.vision.sizes",
     "tokens_of": "edgeq.vision.sizes",
     "video_size": "edgeq.vision.sizes",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from edgeq.config import ModelConfig, VisionConfig, read_json
 from edgeq.errors import ModelError, UsageError
@@ -12,9 +12,7 @@ from edgeq.inputs import exists
 from edgeq.printable import brief
 from edgeq.processor import FAMILY, ProcessorConfig, parse_processor
 
-__all__ = ["Config", "Kind", "processor_of", "processor_values"]
-
-Kind = Literal["image", "video"]
+__all__ = ["Config", "processor_of", "processor_values"]
 
 
 class HasConfig(Protocol):

@@ -1,141 +1,141 @@
-"""Images that are ready for the vision tower."""
+"""A picture that is ready for the vision tower: an image, or a video as a row of temporal patches."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from operator import index
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from edgeq.errors import UsageError
 from edgeq.formats.bf16 import Float32
-from edgeq.vision.images import Source, open_image
-from edgeq.vision.patches import Patches
-from edgeq.vision.resize import resize
-from edgeq.vision.settings import Config, Kind, processor_of
-from edgeq.vision.sizes import ASSUMED_FPS, image_size, sample_frames, timestamps, video_size
-from edgeq.vision.video import OpenVideo, open_video
+from edgeq.printable import brief
 
-__all__ = ["Visual", "digest_of", "frames_of", "preprocess", "preprocess_video", "read_image", "read_video"]
+__all__ = ["Grid", "Kind", "Pixels", "Visual"]
+
+Kind = Literal["image", "video"]
+Grid = tuple[int, int, int]
+"""Temporal patches, rows and columns of patches."""
+
+
+class Pixels(Protocol):
+    """The values of patches [patches, values]: a float32 array, or what makes some rows of one when they are asked for
+    (of a long video the whole would be large)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    def __getitem__(self, rows: slice, /) -> Float32: ...
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Visual:
-    """An image or a video, resized.
+    """An image or a video, resized. It unpacks as `kind, pixel_values, grid = visual`.
 
-    pixels: its patches, float32 [patches, values] where rows are asked for; what is kept is an eighth of that.
-    timestamps: seconds, one for each temporal patch of a video. digest: equal where pixels and settings are.
-    name, size: of what it was made from, the latter (height, width). taken: frames of a video.
+    grid: temporal patches, rows and columns of patches. square: rows (and columns) of patches that make a token.
+    pixels: [temporal patches * rows * columns, values], in block order: an array, or what makes some rows when they are
+    wanted.
+    timestamps: seconds, one for each temporal patch of a video. digest: equal for equal patches.
+    name, size: of what it was made from, the latter (height, width) in pixels; taken: frames of a video.
     """
 
     kind: Kind
-    pixels: Patches
+    grid: tuple[int, int, int]
+    square: int
+    pixels: Pixels
     digest: bytes
-    name: str
-    size: tuple[int, int]
     timestamps: tuple[float, ...] = ()
+    name: str = ""
+    size: tuple[int, int] | None = None
     taken: int = 1
 
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Temporal patches, rows and columns of patches."""
-        return self.pixels.grid
+    @classmethod
+    def given(cls, visual: Any, square: int) -> Visual:
+        """One that was given as (kind, pixel_values, grid); UsageError for what is none.
+
+        Its pixels are float32 [patches, values of a patch]; whether they fit the tower, the tower says.
+        """
+        if isinstance(visual, Visual):
+            return visual
+        try:
+            kind, pixels, grid = visual
+            pixels, (frames, rows, columns) = np.asarray(pixels), map(index, grid)
+        except (TypeError, ValueError, OverflowError):
+            raise _no_visual(visual) from None
+        whole = min(frames, rows, columns) > 0 and rows % square == columns % square == 0
+        if kind not in ("image", "video") or pixels.ndim != 2 or pixels.dtype != np.float32 or not whole:
+            raise _no_visual(visual)
+        if len(pixels) != frames * rows * columns:
+            raise UsageError(
+                f"the {kind} has {len(pixels)} patches, expected {frames} x {rows} x {columns} as its grid says",
+                hint="make both with edgeq.vision.preprocess",
+            )
+        if pixels.size and not np.isfinite([pixels.min(), pixels.max()]).all():
+            raise UsageError(
+                f"the {kind} has patches that are NaN or infinite", hint="make them with edgeq.vision.preprocess"
+            )
+        digest = blake2b(np.ascontiguousarray(pixels).data, digest_size=16).digest()
+        return cls(kind, (frames, rows, columns), square, pixels, digest, name=kind)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.kind, self.pixel_values, self.grid))
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> Any:
+        return (self.kind, self.pixel_values, self.grid)[index]
 
     @property
     def pixel_values(self) -> Float32:
-        """All patches at once."""
-        return self.pixels[:]
+        """All patches: float32 [temporal patches * rows * columns, values]."""
+        return self.pixels[0 : self.pixels.shape[0]]
+
+    def temporal_patches(self, first: int, count: int) -> Pixels:
+        """The patches of some of them."""
+        _, rows, columns = self.grid
+        return _Rows(self.pixels, first * rows * columns, count * rows * columns)
+
+    @property
+    def frames(self) -> int:
+        """Temporal patches: pictures of their own for the tower and for positions."""
+        return self.grid[0]
+
+    @property
+    def height(self) -> int:
+        """Rows of tokens."""
+        return self.grid[1] // self.square
+
+    @property
+    def width(self) -> int:
+        """Columns of tokens."""
+        return self.grid[2] // self.square
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that it takes, timestamps not counted."""
+        return self.frames * self.height * self.width
 
 
-def preprocess(
-    image: Source, config: Config = None, *, min_pixels: int | None = None, max_pixels: int | None = None,
-    image_tokens: int | None = None, memory: int | None = None,
-) -> tuple[Float32, tuple[int, int, int]]:  # fmt: skip
-    """An image as the vision tower takes it: pixel_values, float32 [patches, 1536], and their grid (1, rows, columns).
+class _Rows:
+    """`count` rows of `pixels` from `first` on, made when they are wanted."""
 
-    image: bytes, a path, a data: URL, a binary file, a Pillow image, or an array uint8 [h, w], [h, w, 3] or [h, w, 4].
-    config: a model's `config`, whose checkpoint's settings hold; for others see `edgeq.vision.settings`.
-    min_pixels, max_pixels, image_tokens: limits in the place of the checkpoint's, see `image_size`. memory: bytes that
-    decoding may take (512 MiB); a larger JPEG is decoded at a half, a quarter or an eighth of its size where that is
-    still as large as the result, which then differs by a few levels.
+    def __init__(self, pixels: Pixels, first: int, count: int) -> None:
+        self._pixels, self._first = pixels, first
+        self.shape = (count, *pixels.shape[1:])
+        self.dtype = pixels.dtype
 
-    The values are those of transformers, to the bit, but where it disagrees with itself: EXIF's orientation is applied,
-    what is transparent is put on white, 16-bit grey is scaled to 8 bits, and of an animation the first frame is taken.
-    Raises MediaError (exit code 4) for what is damaged, too large or too narrow.
-    """
-    visual = read_image(
-        image, config, min_pixels=min_pixels, max_pixels=max_pixels, image_tokens=image_tokens, memory=memory
+    def __getitem__(self, rows: slice) -> Float32:
+        start, stop, _ = rows.indices(self.shape[0])
+        return self._pixels[self._first + start : self._first + stop]
+
+
+def _no_visual(visual: object) -> UsageError:
+    return UsageError(
+        f"a picture must be (kind, pixel_values, grid), got {brief(visual)}",
+        hint='kind is "image" or "video"; edgeq.vision.preprocess makes the other two',
     )
-    return visual.pixel_values, visual.grid
-
-
-def read_image(
-    image: Source, config: Config = None, *, min_pixels: int | None = None, max_pixels: int | None = None,
-    image_tokens: int | None = None, memory: int | None = None, name: str | None = None,
-) -> Visual:  # fmt: skip
-    """The same as a `Visual`, which makes its patches when they are wanted. `image` may be an `OpenImage`, too."""
-    c = processor_of(config)
-    with open_image(image, name=name, memory=memory) as opened:
-        size = image_size(*opened.size, c, min_pixels=min_pixels, max_pixels=max_pixels, image_tokens=image_tokens)
-        frames = resize(opened.decoded(size), size)[None]
-        patches = Patches(frames, c, c.image)
-        return Visual("image", patches, digest_of(patches), opened.name, opened.size)
-
-
-def preprocess_video(
-    frames: Source, config: Config = None, fps: float | None = None, sample: bool = True, *,
-    rate: float | None = None, max_frames: int | None = None, min_pixels: int | None = None,
-    max_pixels: int | None = None, video_tokens: int | None = None, memory: int | None = None,
-) -> tuple[Float32, tuple[int, int, int]]:  # fmt: skip
-    """A video as the vision tower takes it: pixel_values, float32 [patches, 1536], and their grid.
-
-    frames: a sequence of images of one size, an array uint8 [frames, h, w, 3], or anything that `open_video` opens.
-    fps: frames in a second, as they are given; 24 where nothing is known. sample: take some of them, as `sample_frames`
-    says with `rate` and `max_frames`; otherwise all. One frame, or an odd last one, counts twice. Limits are for all
-    frames together, see `video_size`.
-    """
-    visual = read_video(
-        frames, config, fps=fps, sample=sample, rate=rate, max_frames=max_frames, min_pixels=min_pixels,
-        max_pixels=max_pixels, video_tokens=video_tokens, memory=memory,
-    )  # fmt: skip
-    return visual.pixel_values, visual.grid
-
-
-def read_video(
-    video: Source, config: Config = None, *, fps: float | None = None, sample: bool = True, rate: float | None = None,
-    max_frames: int | None = None, min_pixels: int | None = None, max_pixels: int | None = None,
-    video_tokens: int | None = None, memory: int | None = None, name: str | None = None,
-) -> Visual:  # fmt: skip
-    """The same as a `Visual`. Frames are resized as they come; all of them together are there only in the new size."""
-    c = processor_of(config)
-    with open_video(video, fps=fps, name=name, memory=memory) as opened:
-        indices, seconds = frames_of(opened, c, sample=sample, rate=rate, max_frames=max_frames)
-        size = video_size(
-            len(indices), *opened.size, c, min_pixels=min_pixels, max_pixels=max_pixels, video_tokens=video_tokens
-        )
-        frames = np.empty((len(indices), 3, *size), np.uint8)
-        for frame, picture in zip(frames, opened.frames(indices), strict=True):
-            resize(picture, size, out=frame)
-        patches = Patches(frames, c, c.video)
-        digest = digest_of(patches)
-        return Visual("video", patches, digest, opened.name, opened.size, tuple(seconds), len(indices))
-
-
-def frames_of(
-    opened: OpenVideo, config: Config = None, *, sample: bool = True, rate: float | None = None,
-    max_frames: int | None = None,
-) -> tuple[list[int], list[float]]:  # fmt: skip
-    """Which frames of an open video are taken, and the times of its temporal patches; see `sample_frames`."""
-    c = processor_of(config)
-    if sample and c.do_sample_frames:
-        return sample_frames(opened.total, opened.fps, c, rate=rate, max_frames=max_frames)
-    indices = list(range(opened.total))
-    return indices, timestamps(indices, opened.fps or ASSUMED_FPS, c)
-
-
-def digest_of(patches: Patches) -> bytes:
-    """What tells these patches from others: 16 bytes of the frames' pixels, their shape, and the settings."""
-    c = patches.config
-    settings = (patches.frames.shape, patches.pixels, c.patch_size, c.merge_size, c.temporal_patch_size)
-    digest = blake2b(repr(settings).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(patches.frames).data)
-    return digest.digest()
