@@ -407,32 +407,45 @@ class TestFolder:
         [
             ("temperature", "-0.1", "from 0 to 10, got -0.1"),
             ("temperature", "NaN", "from 0 to 10, got nan"),
-            ("temperature", "Infinity", "from 0 to 10, got inf"),
             ("temperature", "1e999", "from 0 to 10, got inf"),
             ("temperature", "true", "from 0 to 10, got True"),
             ("temperature", '"hot"', "from 0 to 10, got 'hot'"),
             ("temperature", "9" * 400, "from 0 to 10, got 999"),
+            ("temperature", "[0.7]", "from 0 to 10, got [0.7]"),
             ("top_p", "0", "above 0 and at most 1, got 0"),
             ("top_p", "1.5", "above 0 and at most 1, got 1.5"),
             ("min_p", "-1", "from 0 to 1, got -1"),
-            ("top_k", "20.0", "a whole number of at least 0, got 20.0"),
-            ("top_k", "-1", "a whole number of at least 0, got -1"),
+            ("top_k", "20.5", "a whole number of at least 0, got 20.5"),
+            ("top_k", "-2", "a whole number of at least 0, got -2"),
             ("top_k", "9" * 400, "a whole number below 2^64, got 999"),
             ("repetition_penalty", "0", "from 0.1 to 10, got 0"),
+            ("presence_penalty", "{}", "from -2 to 2, got {}"),
         ],
     )
-    def test_sampling_out_of_range(self, tmp_path: Path, name: str, value: str, expected: str) -> None:
+    def test_sampling_out_of_range_is_left_out(self, tmp_path: Path, name: str, value: str, expected: str) -> None:
         write_checkpoint(tmp_path)
-        (tmp_path / "generation_config.json").write_text(f'{{"{name}": {value}}}')
-        with pytest.raises(ModelError) as caught:
-            read(tmp_path)
-        assert f"generation_config.json: {name} must be {expected}" in caught.value.message
-        assert caught.value.hint == f"correct {name} in it, or take it out"
+        (tmp_path / "generation_config.json").write_text(f'{{"min_p": 0.25, "{name}": {value}}}')
+        found = read(tmp_path).recommended
+        assert dict(found.values) == ({"min_p": 0.25} if name != "min_p" else {})
+        assert f"{name} must be {expected}" in found.left_out[name]
+        assert found.where == str(tmp_path / "generation_config.json")
 
-    def test_sampling_that_is_null_is_none(self, tmp_path: Path) -> None:
+    def test_sampling_in_the_ways_of_people(self, tmp_path: Path) -> None:
+        """Off in its spellings says nothing, a whole number may be written as 20.0, unknown keys are passed over."""
         write_checkpoint(tmp_path)
-        (tmp_path / "generation_config.json").write_text('{"temperature": null, "top_k": 5, "num_beams": "x"}')
-        assert read(tmp_path).sampling == {"top_k": 5}
+        for text, values in (
+            ('{"temperature": null, "top_k": 5, "num_beams": "x"}', {"top_k": 5}),
+            ('{"top_k": 20.0, "top_p": "off", "min_p": false}', {"top_k": 20}),
+            ('{"top_k": -1, "temperature": " None "}', {}),
+            ('{"top_k": -1.0, "temperature": 1}', {"temperature": 1}),
+            ('{"presence_penalty": 1.5, "do_sample": false, "temperature": 0.6}',
+             {"presence_penalty": 1.5, "temperature": 0}),
+            ('{"top_k": 0, "frequency_penalty": -0.5}', {"top_k": 0, "frequency_penalty": -0.5}),
+        ):  # fmt: skip
+            (tmp_path / "generation_config.json").write_text(text)
+            found = read(tmp_path)
+            assert found.sampling == values
+            assert not found.recommended.left_out
 
 
 class TestMLXLayout:

@@ -414,12 +414,20 @@ def with_metadata(path: Path, values: dict[str, Any]) -> Path:
 class TestSampling:
     def test_the_demo_model_s_own_comes_back(self, tmp_path: Path) -> None:
         demo = open_checkpoint(DEMO)
+        assert demo.sampling == {"temperature": 0.3, "top_k": 20, "top_p": 0.9, "presence_penalty": 0.0}
         export_gguf(demo, tmp_path / "demo.gguf", "bf16")
         back = read(tmp_path / "demo.gguf")
-        assert dict(back.sampling) == pytest.approx({"temperature": 0.3, "top_k": 20, "top_p": 0.9}, rel=1e-7)
-        assert dict(back.sampling) == pytest.approx(demo.sampling, rel=1e-7)
+        assert back.sampling == demo.sampling
         quantize(tmp_path / "demo.gguf", tmp_path / "folder", bits=8)
         assert open_checkpoint(tmp_path / "folder").sampling == back.sampling
+
+    def test_what_cannot_be_is_left_out(self, chat_folder: Path, tmp_path: Path) -> None:
+        path = tmp_path / "model.gguf"
+        export_gguf(open_checkpoint(chat_folder), path, "f16")
+        keys = {"top_k": 20.0, "top_p": 7.0, "temp": "off", "min_p": 0.05, "penalty_repeat": 1, "mirostat": 2}
+        found = read(with_metadata(path, {f"general.sampling.{key}": value for key, value in keys.items()})).recommended
+        assert found.values == {"top_k": 20, "min_p": 0.05, "repetition_penalty": 1}
+        assert found.left_out == {"top_p": "general.sampling.top_p must be above 0 and at most 1, got 7.0"}
 
     def test_without_any(self, chat_folder: Path, tmp_path: Path) -> None:
         export_gguf(open_checkpoint(chat_folder), tmp_path / "model.gguf", "f16")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,20 @@ class TestChat:
         shutil.copytree(chat_folder, folder)
         (folder / "generation_config.json").write_text('{"do_sample": false, "top_k": 7}')
         settings = edgeq.load(folder, backend="numpy").chat(seed=1).settings
-        assert (settings.temperature, settings.top_k, settings.presence_penalty, settings.seed) == (0.0, 7, 0.0, 1)
-        (folder / "generation_config.json").write_text('{"temperature": "hot"}')
-        with pytest.raises(ModelError, match="temperature must be from 0 to 10, got 'hot'"):
-            edgeq.load(folder, backend="numpy")
+        assert (settings.temperature, settings.top_k, settings.presence_penalty, settings.seed) == (0.0, 7, 2.0, 1)
+
+    def test_a_recommendation_that_cannot_be_is_told_once(self, chat_folder: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "model"
+        shutil.copytree(chat_folder, folder)
+        (folder / "generation_config.json").write_text('{"temperature": "hot", "top_p": 7, "presence_penalty": 0.5}')
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            model = edgeq.load(folder, backend="numpy")
+            settings = model.chat(temperature=0.5, top_p=0.5, max_tokens=1).settings
+            assert (settings.temperature, settings.presence_penalty) == (0.5, 0.5)
+        assert not told  # the caller's own settings win before anything is judged
+        with pytest.warns(UserWarning, match=r"generation_config\.json: top_p must be above 0 and at most 1, got 7: left"):
+            assert model.chat(temperature=0.5).settings.top_p == 1.0
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert model.chat().settings.temperature == 1.0

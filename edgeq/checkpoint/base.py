@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from edgeq.checkpoint.generation import Recommended
 from edgeq.config import ModelConfig
 from edgeq.formats.affine import dequantize
 from edgeq.formats.bf16 import Array, Float32, all_finite, to_float32
@@ -38,7 +38,12 @@ class Checkpoint(ABC):
     config: ModelConfig
     format: str  # in a few words, for people
     eos_token_ids: tuple[int, ...]  # from the configuration files; the tokenizer knows its own
-    sampling: Mapping[str, float] = MappingProxyType({})  # GenerationSettings that the checkpoint itself recommends
+    recommended = Recommended()  # sampling, by the checkpoint itself
+
+    @property
+    def sampling(self) -> Mapping[str, float]:
+        """The sampling that the checkpoint recommends, as fields of GenerationSettings."""
+        return self.recommended.values
 
     @abstractmethod
     def matrix(self, name: str) -> Matrix[Array]:

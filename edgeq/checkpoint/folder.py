@@ -77,7 +77,7 @@ class FolderCheckpoint(Checkpoint):
         file = path / "generation_config.json"  # the hub's small models do not have it
         generation = read_json(file) if exists(file) else {}
         self.eos_token_ids = self.config.text.eos_token_ids + read_stop_ids(generation, str(file))
-        self.sampling = read_sampling(generation, str(file))
+        self.recommended = read_sampling(generation, str(file))
         self.format = {"hub": "safetensors", "mlx": "MLX safetensors"}[self.layout]
         if any(t.quantization for t in self.tensors.values()):
             self.format += ", group-quantized"

@@ -25,7 +25,7 @@ from edgeq.checkpoint.gguf_layout import (
     file_names,
     file_shape,
     head_order,
-    sampling_values,
+    recommended_sampling,
     text_values,
 )
 from edgeq.checkpoint.gguf_tokenizer import token_ids, tokenizer_spec
@@ -90,7 +90,7 @@ class GGUFCheckpoint(Checkpoint):
         self.config = replace(parse_config(self.config_values, path.name), read_processor=self.processor)
         self.tensors = self._match_table()
         self.eos_token_ids = self.config.text.eos_token_ids
-        self.sampling = sampling_values(self.file)
+        self.recommended = recommended_sampling(self.file)
         self.format = f"GGUF, {' + '.join(self._types())}"
 
     # --- tensors -----------------------------------------------------------------------------------------------------

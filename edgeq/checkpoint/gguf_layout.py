@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.checkpoint.generation import checked_sampling
+from edgeq.checkpoint.generation import Recommended, recommended
 from edgeq.config import Linear, RopeConfig, TextConfig, VisionConfig, yarn_attention_factor
 from edgeq.errors import ModelError
 from edgeq.formats.bf16 import Array
@@ -30,7 +30,7 @@ __all__ = [
     "file_shape",
     "head_order",
     "sampling_metadata",
-    "sampling_values",
+    "recommended_sampling",
     "shortest",
     "text_metadata",
     "text_values",
@@ -90,6 +90,8 @@ _SAMPLING = {  # fields of GenerationSettings, and what follows general.sampling
     "top_p": "top_p",
     "min_p": "min_p",
     "repetition_penalty": "penalty_repeat",
+    "presence_penalty": "penalty_present",  # this and the next in llama.cpp's words; its converter writes neither
+    "frequency_penalty": "penalty_freq",
 }
 
 
@@ -367,11 +369,12 @@ def vision_metadata(v: VisionConfig, processor: Mapping[str, Any]) -> dict[str, 
 # --- recommended sampling --------------------------------------------------------------------------------------------
 
 
-def sampling_values(file: GGUFFile) -> dict[str, float]:
-    """The sampling that the file recommends, as GenerationSettings names it."""
+def recommended_sampling(file: GGUFFile) -> Recommended:
+    """The sampling that the file recommends."""
     keys = {name: f"general.sampling.{key}" for name, key in _SAMPLING.items()}
-    sampling = {name: file.get(key, int if name == "top_k" else float) for name, key in keys.items() if key in file}
-    return checked_sampling(sampling, str(file.path))
+    given = {name: file.value(key) for name, key in keys.items()}
+    plain = {name: shortest(value) if type(value) is float else value for name, value in given.items()}
+    return recommended(plain, str(file.path), keys)
 
 
 def sampling_metadata(sampling: Mapping[str, float]) -> dict[str, float]:

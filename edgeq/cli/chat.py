@@ -59,7 +59,7 @@ def chat(
 
     In a terminal, without --prompt, starts an interactive chat; /help lists its commands. With --prompt, --file, --json
     or piped input it answers once. The answer goes to stdout, thinking and statistics to stderr. Recommended sampling
-    is that of the checkpoint's generation_config.json, or else of the model card for the mode.
+    is that of the model card for the mode, and over it that of the checkpoint's generation_config.json.
     """
     one_shot = prompt.given or as_json or draw_boxes is not None or not sys.stdin.isatty()
     text = prompt.text(stdin=not visuals.takes_stdin) if one_shot else ""

@@ -100,6 +100,11 @@ class GGUFFile:
             raise ModelError(f"{self.path}: metadata {key} is {found}, expected a value of type {kind.__name__}")
         return value
 
+    def value(self, key: str) -> object:
+        """A single value of whatever kind; None if it is missing or an array."""
+        value = self._values.get(key)
+        return None if isinstance(value, np.ndarray | _Strings) else value
+
     def array(self, key: str) -> Array:
         """An array of numbers; ModelError if it is missing or holds something else."""
         value = self._values.get(key)

@@ -64,7 +64,7 @@ class Chat:
     """A conversation that keeps the ids actually generated and the model's state after them.
 
     thinking: whether the model thinks before it answers; None is the template's default.
-    settings: replaces what the checkpoint (generation_config.json) or else the model card recommends for the mode;
+    settings: replaces what the model card recommends for the mode, and over it the checkpoint (generation_config.json);
     `options` (fields of GenerationSettings) go over either.
     visual_settings: how large pictures become, and how many frames of a video are taken.
     draft: as in `Model.generate`.
@@ -108,7 +108,10 @@ class Chat:
     def settings(self) -> GenerationSettings:
         """What the next reply is generated with."""
         language = self.model.language
-        recommended = self._settings or language.recommended(thinking=self.thinking, vision=bool(self._places))
+        chosen = [name for name, value in self.options.items() if value is not None]
+        recommended = self._settings or language.recommended(
+            thinking=self.thinking, vision=bool(self._places), chosen=chosen
+        )
         return recommended.replace(**self.options)
 
     @property

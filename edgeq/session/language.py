@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Collection
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ class Language:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.vocab_size = checkpoint.config.text.vocab_size
+        self._warned = set[str]()
         self.tokenizer: Tokenizer | None = checkpoint.tokenizer()
         if self.tokenizer is not None and self.tokenizer.vocab_size > self.vocab_size:
             raise ModelError(
@@ -93,13 +96,21 @@ class Language:
             return None
         return ThinkTokens(opened, closed, tuple(tokenizer.encode(THINKING_CUT)), tuple(tokenizer.encode("\n\n")))
 
-    def recommended(self, *, thinking: bool, vision: bool = False) -> GenerationSettings:
-        """What the checkpoint (its generation_config.json) or else the model card of its size recommends for chats,
-        with or without pictures in them."""
-        own = self.checkpoint.sampling
-        if own:
-            return GenerationSettings().replace(**own)
-        return preset(thinking, vision, large=len(self.checkpoint.config.text.layer_types) > _LAYERS_OF_2B)
+    def recommended(
+        self, *, thinking: bool, vision: bool = False, chosen: Collection[str] = ()
+    ) -> GenerationSettings:  # fmt: skip
+        """What is recommended for chats, with or without pictures in them: by the model card of its size, and over that
+        by the checkpoint itself (its generation_config.json).
+
+        chosen: settings for which something else holds. What the file says of the others and cannot be is a warning,
+        once.
+        """
+        own = self.checkpoint.recommended
+        if wrong := [problem for name, problem in own.left_out.items() if name not in {*chosen, *self._warned}]:
+            self._warned.update(own.left_out)
+            warnings.warn(f"{own.where}: {'; '.join(wrong)}: left out", stacklevel=2)
+        large = len(self.checkpoint.config.text.layer_types) > _LAYERS_OF_2B
+        return preset(thinking, vision, large=large).replace(**own.values)
 
 
 _LAYERS_OF_2B = 24  # and of the 0.8B; the 4B, whose card recommends otherwise, has 32

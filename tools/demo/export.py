@@ -47,6 +47,7 @@ def generation_config(s: Shape) -> dict[str, Any]:
         "do_sample": True,
         "eos_token_id": [s.end_of_turn, s.end_of_text],
         "pad_token_id": s.end_of_text,
+        "presence_penalty": 0.0,
         "temperature": 0.3,
         "top_k": 20,
         "top_p": 0.9,
