@@ -235,7 +235,9 @@ class TestChat:
             settings = model.chat(temperature=0.5, top_p=0.5, max_tokens=1).settings
             assert (settings.temperature, settings.presence_penalty) == (0.5, 0.5)
         assert not told  # the caller's own settings win before anything is judged
-        with pytest.warns(UserWarning, match=r"generation_config\.json: top_p must be above 0 and at most 1, got 7: left"):
+        with pytest.warns(
+            UserWarning, match=r"generation_config\.json: top_p must be above 0 and at most 1, got 7: left"
+        ):
             assert model.chat(temperature=0.5).settings.top_p == 1.0
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -72,4 +72,4 @@ def _says_nothing(name: str, value: object) -> bool:
     """Whether a value is one of those with which people leave a setting off."""
     if isinstance(value, str):
         return value.strip().lower() in _OFF
-    return value is None or value is False or (name == "top_k" and value == -1 and value is not True)
+    return value is None or value is False or (name == "top_k" and value == -1)

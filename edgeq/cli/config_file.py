@@ -8,7 +8,7 @@ table named after a command for that one. `edgeq info --config` shows which won.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def config_file() -> Path:
     return expand_user(Path(base)) / "edgeq" / "config.toml"
 
 
-def read_config_file(options_of_commands: Callable[[], dict[str, dict[str, str]]]) -> dict[str, dict[str, Any]]:
+def read_config_file(options_of_commands: Callable[[], dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """The file's values by command and parameter; none without a file. Options that no command has are an error.
 
     options_of_commands: for each command its parameters by the names of their options, with _ for -.
@@ -44,8 +44,22 @@ def read_config_file(options_of_commands: Callable[[], dict[str, dict[str, str]]
     for command, options in commands.items():
         own = {_name(key): value for key, value in tables.get(command, {}).items()}
         _check(f"{path}: [{command}] has no option", own, set(options))
-        result[command] = {options[key]: value for key, value in {**shared, **own}.items() if key in options}
+        held = {key: value for key, value in shared.items() if key in options}
+        result[command] = _by_parameter(path, held, options) | _by_parameter(path, own, options)
     return result
+
+
+def _by_parameter(path: Path, given: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by parameter, whichever of its option's names they stand under; what several texts are to be is a list."""
+    found: dict[str, Any] = {}
+    for key, value in given.items():
+        parameter = options[key]
+        if parameter.name in found:
+            same = [name for name in given if options[name] is parameter]
+            raise UsageError(f"{path}: {' and '.join(same)} are the same option", hint="keep one of them")
+        several = getattr(parameter, "multiple", False)
+        found[parameter.name] = [value] if several and isinstance(value, str) else value
+    return found
 
 
 def _parsed(path: Path) -> dict[str, Any]:

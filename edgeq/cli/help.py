@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from functools import partial
 from textwrap import wrap
 from typing import Any
 
 from typer.core import TyperCommand
 
-__all__ = ["Command", "parameters", "spellings"]
+__all__ = ["Command", "parameters", "spellings", "texts"]
 
 _TIED = "\xa0"  # a space at which no line is broken
 _NAMES = 30  # columns of names; a longer name has its help on the next line
 
 
 class Command(TyperCommand):
-    """A command with help of its own making, the same with every version of typer."""
+    """A command with help of its own making, the same with every version of typer, whose options of several texts read
+    their variable as `texts` does.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for parameter in self.params:
+            if getattr(parameter, "multiple", False) and parameter.envvar:
+                vars(parameter)["value_from_envvar"] = partial(_texts_from_environment, parameter)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:  # noqa: ARG002  # click calls it with a context
         """`[OPTIONS] MODEL`, or `[OPTIONS] [MODEL]` where the command also does something without."""
@@ -33,6 +43,22 @@ class Command(TyperCommand):
                 formatter.write(f"\n{title}:\n" + "".join(f"  {row}".rstrip() + "\n" for row in rows))
 
 
+def texts(value: str) -> list[str]:
+    """The values of an option that can be given several times, out of one text: a JSON list of texts, or the text
+    itself, whatever spaces and line breaks are in it.
+    """
+    try:
+        listed = json.loads(value)
+    except ValueError:
+        return [value]
+    return listed if isinstance(listed, list) and all(isinstance(text, str) for text in listed) else [value]
+
+
+def _texts_from_environment(parameter: Any, ctx: Any) -> list[str] | None:
+    value = parameter.resolve_envvar_value(ctx)
+    return None if value is None else texts(value)
+
+
 def spellings(option: Any) -> tuple[list[str], list[str]]:
     """The names of an option that help shows (one letter, then its own), and the others that it answers to."""
     own = next(name for name in option.opts if name.startswith("--"))
@@ -41,16 +67,17 @@ def spellings(option: Any) -> tuple[list[str], list[str]]:
     return shown, others
 
 
-def parameters(command: Any) -> dict[str, str]:
-    """A command's parameters by the names that a user knows: an option's own name, with _ for -, or an argument's."""
+def parameters(command: Any) -> dict[str, Any]:
+    """A command's parameters by the names that a user knows: an option's long ones, with _ for -, or an argument's."""
     shown = [p for p in command.params if p.name and not getattr(p, "hidden", False)]
-    return {_known_as(p): p.name for p in shown}
+    return {name: parameter for parameter in shown for name in _names(parameter)}
 
 
-def _known_as(parameter: Any) -> str:
+def _names(parameter: Any) -> list[str]:
     if parameter.param_type_name == "argument":
-        return str(parameter.name)
-    return spellings(parameter)[0][-1].removeprefix("--").replace("-", "_")
+        return [str(parameter.name)]
+    long = [name for name in parameter.opts if name.startswith("--")]
+    return [name.removeprefix("--").replace("-", "_") for name in long]
 
 
 def _section(option: Any) -> str:
