@@ -7,6 +7,7 @@ weights are quantized, by the `gguf` package.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -38,6 +39,8 @@ from edgeq.formats.mapped import reading_on
 from edgeq.inputs import check_output
 from edgeq.printable import printable
 from edgeq.quant.target import FileTarget, files_of
+from edgeq.session.language import Language
+from edgeq.text.template_files import DEFAULT
 from edgeq.weights import Part, Role, TensorSpec
 
 __all__ = ["EXPORT_TYPES", "ExportReport", "check_target", "export_gguf", "export_mmproj"]
@@ -194,12 +197,41 @@ def _tokenizer(checkpoint: Checkpoint, notes: list[str]) -> dict[str, Any]:
     if files is None:
         notes.append("the checkpoint has no tokenizer: the file takes and gives token ids only")
         return {"tokenizer.ggml.model": "none", f"{ARCH}.vocab_size": rows}
-    checkpoint.tokenizer()  # raises for files that contradict each other
-    entries = {f"tokenizer.ggml.{key}": value for key, value in tokenizer_metadata(*files, rows).items()}
-    template = checkpoint.template()
-    if template is None:
-        notes.append("the checkpoint has no chat template: chats will not work")
-    return entries | ({"tokenizer.chat_template": template.source} if template else {})
+    language = Language(checkpoint)  # raises for files that contradict each other
+    entries = tokenizer_metadata(*files, rows)
+    entries |= _further_ends(language, entries, notes)
+    templates = {f"tokenizer.{key}": value for key, value in _templates(checkpoint, notes).items()}
+    return {f"tokenizer.ggml.{key}": value for key, value in entries.items()} | templates
+
+
+def _further_ends(language: Language, entries: Mapping[str, Any], notes: list[str]) -> dict[str, int]:
+    """Tokens that end a text besides the tokenizer's own and those that every reader knows by name: GGUF has a place
+    for the end of a turn and one for the end of a message."""
+    tokenizer = language.need_tokenizer()
+    known = {entries.get("eos_token_id"), *map(tokenizer.token_id, ("<|im_end|>", "<|endoftext|>"))}
+    further = [i for i in tokenizer.eos_token_ids if i not in known]
+    if left := further[2:]:
+        notes.append(f"GGUF has no place for more stop tokens: {', '.join(str(tokenizer.token(i)) for i in left)}")
+    return dict(zip(("eot_token_id", "eom_token_id"), further, strict=False))
+
+
+def _templates(checkpoint: Checkpoint, notes: list[str]) -> dict[str, Any]:
+    """The chat templates as they are: the default, and others by name. What cannot be used is noted, not refused."""
+    templates, entries = checkpoint.templates, dict[str, Any]()
+    try:
+        if checkpoint.template() is None:
+            notes.append("the checkpoint has no chat template: chats will not work")
+    except ModelError as error:
+        notes.append(f"chats will not work: {error.message}")
+    for name, template in templates.found.items():
+        key = re.sub(r"[^A-Za-z0-9_]", "_", name)  # as converters spell them
+        key = "chat_template" if name == DEFAULT else f"chat_template.{key}"
+        if key in entries:
+            notes.append(f"the chat template {printable(name)!r} is left out: another has its name in GGUF")
+        else:
+            entries[key] = template.source
+    named = [key.removeprefix("chat_template.") for key in entries if key != "chat_template"]
+    return entries | ({"chat_templates": named} if named else {})
 
 
 def _blocks(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[Float32]:

@@ -249,7 +249,8 @@ class TestSet:
         ("text", "message"),
         [
             ("", "a name and a value"), ("temperature", "takes a value"),
-            ("temperature hot", "from 0 to 10, got 'hot'"), ("top_k 1.5", "a whole number"), ("nonsense 3", "knows no nonsense"), ("context 5", "--context holds from"),
+            ("temperature hot", "from 0 to 10, got 'hot'"), ("top_k 1.5", "a whole number"),
+            ("nonsense 3", "knows no nonsense"), ("context 5", "--context holds from"),
             ("ctx-size 5", "--context holds from"), ("system x", "system prompt"), ("seed -1", "at least 0"),
             ("stop [1]", "non-empty"), ('stop ""', "non-empty"), ("think maybe", "on or off"), ("fps 0", "fps must be"),
             ("temp 1 2", "got '1 2'"),

@@ -17,6 +17,7 @@ from edgeq.weights import Matrix, QMatrix, TensorSpec, text_tensors
 
 if TYPE_CHECKING:
     from edgeq.text.template import ChatTemplate
+    from edgeq.text.template_files import Templates
     from edgeq.text.tokenizer import Tokenizer
 
 __all__ = ["Checkpoint", "Storage"]
@@ -39,6 +40,7 @@ class Checkpoint(ABC):
     format: str  # in a few words, for people
     eos_token_ids: tuple[int, ...]  # from the configuration files; the tokenizer knows its own
     recommended = Recommended()  # sampling, by the checkpoint itself
+    _templates: Templates | None = None
 
     @property
     def sampling(self) -> Mapping[str, float]:
@@ -71,8 +73,31 @@ class Checkpoint(ABC):
         """The checkpoint's tokenizer; None if it has none."""
 
     @abstractmethod
-    def template(self) -> ChatTemplate | None:
-        """The checkpoint's chat template; None if it has none."""
+    def read_templates(self) -> Templates:
+        """The chat templates by name, and what stands in the place of one; raises nothing."""
+
+    @property
+    def templates(self) -> Templates:
+        """The chat templates; others may be put in their place."""
+        if self._templates is None:
+            self._templates = self.read_templates()
+        return self._templates
+
+    @templates.setter
+    def templates(self, templates: Templates) -> None:
+        self._templates = templates
+
+    def template(self, tokenizer: Tokenizer | None = None, *, tools: bool = False) -> ChatTemplate | None:
+        """The chat template for conversations with or without tools; None if there is none. ModelError for one that
+        cannot be used. tokenizer: the checkpoint's, if it has been read already; templates may name its special tokens.
+        """
+        from edgeq.text.template import ChatTemplate
+
+        named = self.templates.pick(tools=tools)
+        if named is None:
+            return None
+        tokenizer = tokenizer or self.tokenizer()
+        return ChatTemplate(named.source, named.where, tokenizer.special_tokens if tokenizer else {})
 
     @abstractmethod
     def tokenizer_files(self) -> tuple[dict[str, Any], dict[str, Any]] | None:

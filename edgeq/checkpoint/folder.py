@@ -33,7 +33,7 @@ from edgeq.vision.settings import processor_values
 from edgeq.weights import Matrix, Part, QMatrix, Role, TensorSpec, all_tensors, mtp_tensors
 
 if TYPE_CHECKING:
-    from edgeq.text.template import ChatTemplate
+    from edgeq.text.template_files import Templates
     from edgeq.text.tokenizer import Tokenizer
 
 __all__ = ["FolderCheckpoint", "Quantization"]
@@ -145,13 +145,10 @@ class FolderCheckpoint(Checkpoint):
 
         return Tokenizer.from_folder(self.path) if exists(self.path / "tokenizer.json") else None
 
-    def template(self) -> ChatTemplate | None:
-        from edgeq.text.template import ChatTemplate
+    def read_templates(self) -> Templates:
+        from edgeq.text.template_files import read_templates
 
-        config = self.path / "tokenizer_config.json"
-        if exists(self.path / "chat_template.jinja") or (exists(config) and "chat_template" in read_json(config)):
-            return ChatTemplate.from_folder(self.path)
-        return None
+        return read_templates(self.path)
 
     def tokenizer_files(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         from edgeq.text.components import checked_components

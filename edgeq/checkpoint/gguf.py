@@ -40,7 +40,7 @@ from edgeq.formats.qmatrix import TwoLevel
 from edgeq.weights import Matrix, Part, QMatrix, Role, TensorSpec, mtp_tensors, text_tensors, vision_tensors
 
 if TYPE_CHECKING:
-    from edgeq.text.template import ChatTemplate
+    from edgeq.text.template_files import Templates
     from edgeq.text.tokenizer import Tokenizer
 
 __all__ = ["GGUFCheckpoint"]
@@ -138,11 +138,13 @@ class GGUFCheckpoint(Checkpoint):
         files = self.tokenizer_files()
         return Tokenizer.from_spec(json.dumps(files[0], ensure_ascii=False), files[1]) if files else None
 
-    def template(self) -> ChatTemplate | None:
-        from edgeq.text.template import ChatTemplate
+    def read_templates(self) -> Templates:
+        from edgeq.text.template_files import DEFAULT, Templates, templates_in
 
-        source = self.file.get("tokenizer.chat_template", str, "")
-        return ChatTemplate(source, "tokenizer.chat_template") if source else None
+        key, problems = "tokenizer.chat_template", list[str]()
+        given = {name: self.file.value(name) for name in (key, *self.file.beginning(f"{key}.")) if name in self.file}
+        named = {name.removeprefix(key).removeprefix(".") or DEFAULT: value for name, value in given.items()}
+        return Templates(str(self.path), dict(templates_in(named, key, problems)), tuple(problems))
 
     def tokenizer_files(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         return tokenizer_spec(self.file)
@@ -168,16 +170,19 @@ class GGUFCheckpoint(Checkpoint):
 
     def folder_files(self) -> dict[str, str]:
         """What a checkpoint folder has beside its weights, by file name: configuration, tokenizer, chat template."""
+        from edgeq.text.template_files import place
+
         files = {"config.json": json.dumps(self.config_values, indent=2)}
-        if self.sampling:
-            files["generation_config.json"] = json.dumps(self.sampling, indent=2)
+        stops = {"eos_token_id": list(self.eos_token_ids)} if len(self.eos_token_ids) > 1 else {}
+        if generation := {**stops, **self.sampling}:
+            files["generation_config.json"] = json.dumps(generation, indent=2)
         if tokenizer := self.tokenizer_files():
             files["tokenizer.json"] = json.dumps(tokenizer[0], ensure_ascii=False)
             files["tokenizer_config.json"] = json.dumps(tokenizer[1], ensure_ascii=False, indent=2)
         if self.tower:
             files["preprocessor_config.json"] = json.dumps(self.tower.processor, indent=2)
-        if source := self.file.get("tokenizer.chat_template", str, ""):
-            files["chat_template.jinja"] = source
+        for name, template in self.templates.found.items():
+            files[place(name)] = template.source
         return files
 
     def _order(self, name: str) -> HeadOrder | None:

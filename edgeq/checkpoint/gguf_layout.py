@@ -219,7 +219,7 @@ def text_values(file: GGUFFile) -> dict[str, Any]:
             "mtp_num_hidden_layers": mtp,
             "mtp_use_dedicated_embeddings": False,
             "tie_word_embeddings": tied,
-            "eos_token_id": file.get("tokenizer.ggml.eos_token_id", int) if "tokenizer.ggml.tokens" in file else None,
+            "eos_token_id": _stop_ids(file),
             "rope_parameters": _rope_scaling(file)
             | {
                 "rope_theta": shortest(file.get(f"{ARCH}.rope.freq_base", float)),
@@ -229,6 +229,13 @@ def text_values(file: GGUFFile) -> dict[str, Any]:
             },
         },
     }
+
+
+def _stop_ids(file: GGUFFile) -> list[int]:
+    """The tokens that end a text, a turn and a message, as far as the file names them; -1 is none."""
+    given = (file.value(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom"))
+    rows = _embedding_rows(file)
+    return list(dict.fromkeys(i for i in given if type(i) is int and 0 <= i < rows))
 
 
 def _rope_scaling(file: GGUFFile) -> dict[str, Any]:

@@ -90,6 +90,10 @@ class GGUFFile:
     def __contains__(self, key: str) -> bool:
         return key in self._values
 
+    def beginning(self, prefix: str) -> list[str]:
+        """The keys that begin so, in the file's order."""
+        return [key for key in self._values if key.startswith(prefix)]
+
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
         """A single value; ModelError if it is missing without a default, or not of this kind."""
         value = self._values.get(key, default)

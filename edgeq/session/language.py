@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from edgeq.engine import Engine
 from edgeq.errors import ModelError
 from edgeq.generate import THINKING_CUT, GenerationSettings, Sampler, ThinkTokens, check_draft, preset
 from edgeq.session.speculation import Speculation
+from edgeq.text.messages import protected_kwargs
+from edgeq.text.template_files import ANOTHER_TEMPLATE
 from edgeq.text.visuals import Spelling
 
 if TYPE_CHECKING:
@@ -22,18 +24,27 @@ __all__ = ["Language"]
 
 
 class Language:
-    """The text side of a checkpoint. `tokenizer` is None for one without; token ids still work."""
+    """The text side of a checkpoint. `tokenizer` is None for one without; token ids still work.
+
+    Every token that ends a text is in one set, `eos_ids`, which the tokenizer has, too: those of config.json, of
+    generation_config.json and of the tokenizer, the family's, and what the chat template ends a turn with.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.vocab_size = checkpoint.config.text.vocab_size
         self._warned = set[str]()
-        self.tokenizer: Tokenizer | None = checkpoint.tokenizer()
-        if self.tokenizer is not None and self.tokenizer.vocab_size > self.vocab_size:
+        tokenizer, known = checkpoint.tokenizer(), checkpoint.eos_token_ids
+        if tokenizer is not None and tokenizer.vocab_size > self.vocab_size:
             raise ModelError(
-                f"{checkpoint.path}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model {self.vocab_size}",
+                f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {self.vocab_size}",
                 hint="the tokenizer files belong to another model; copy those of this one",
             )
+        known = tuple(i for i in known if i < self.vocab_size)
+        if tokenizer is not None:
+            tokenizer = tokenizer.ending_with((*known, *_turn_ends(checkpoint, tokenizer)))
+        self.tokenizer: Tokenizer | None = tokenizer
+        self.eos_ids = frozenset(tokenizer.eos_token_ids if tokenizer else known)
 
     @property
     def tokens(self) -> int:
@@ -43,7 +54,7 @@ class Language:
     @cached_property
     def template(self) -> ChatTemplate | None:
         """The chat template; read when it is first wanted, because its library takes 25 ms and 8 MB."""
-        return self.checkpoint.template()
+        return self.checkpoint.template(self.tokenizer)
 
     @cached_property
     def spelling(self) -> Spelling | None:
@@ -51,12 +62,6 @@ class Language:
         c = self.checkpoint.config
         ids = (c.image_token_id, c.video_token_id, c.vision_start_token_id, c.vision_end_token_id)
         return Spelling.of(self.tokenizer, ids) if self.tokenizer else None
-
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        """Every token that ends a text: of the configuration files and the tokenizer together."""
-        ids = self.checkpoint.eos_token_ids + (self.tokenizer.eos_token_ids if self.tokenizer else ())
-        return frozenset(i for i in ids if i < self.vocab_size)
 
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer, or a ModelError that says what is missing."""
@@ -67,14 +72,18 @@ class Language:
             )
         return self.tokenizer
 
-    def need_template(self) -> ChatTemplate:
-        """The chat template, or a ModelError that says what to do without one."""
-        if self.template is None:
+    def need_template(self, *, tools: bool = False, kwargs: Mapping[str, Any] | None = None) -> ChatTemplate:
+        """The chat template for conversations with or without tools, or a ModelError that says what to do without one.
+
+        kwargs: variables for it, which are text as a user's is where they spell special tokens.
+        """
+        template = self.checkpoint.template(self.tokenizer, tools=True) if tools else self.template
+        if template is None:
             raise ModelError(
                 f"{self.checkpoint.path} has no chat template",
-                hint="`edgeq generate` continues plain text without one",
+                hint=ANOTHER_TEMPLATE,
             )
-        return self.template
+        return template.bound(protected_kwargs(kwargs, self.need_tokenizer())) if kwargs else template
 
     def sampler(self, settings: GenerationSettings) -> Sampler:
         """A sampler over the tokens that exist; the vocabulary's padding rows are never drawn."""
@@ -114,3 +123,21 @@ class Language:
 
 
 _LAYERS_OF_2B = 24  # and of the 0.8B; the 4B, whose card recommends otherwise, has 32
+
+
+def _turn_ends(checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[int]:
+    """What the chat template ends a turn with, if it is a control token: none where the tokenizer knows it.
+
+    A template that writes the family's turns and no tokens but the family's is not rendered for it: that would cost
+    those who want no conversation the template library's 25 ms and 8 MB. What is wrong with a template is told when it
+    is wanted.
+    """
+    try:
+        named = checkpoint.templates.pick()
+        if named is None or ("<|im_end|>" in named.source and not tokenizer.strange_tokens(named.source)):
+            return []
+        template = checkpoint.template(tokenizer)
+        close = tokenizer.encode(template.reply_close, control=True) if template else []
+    except ModelError:
+        return []
+    return [i for i in close[:1] if i in tokenizer.control_ids]

@@ -161,7 +161,7 @@ class Conversation:
         """What ends a finished reply: `<|im_end|>` and a newline."""
         close = self._after_reply(self._render(_STAND_IN, None, generation=False))
         ids = self._tokenizer.encode(close, control=True)
-        if not ids or ids[0] not in self._tokenizer.eos_token_ids:
+        if not ids or ids[0] not in self._tokenizer.control_ids:
             raise self._not_append_only(f"ends a reply with {close!r}, which does not begin with a stop token")
         return close
 

@@ -14,7 +14,7 @@ from edgeq.errors import UsageError
 from edgeq.printable import brief
 from edgeq.text.tokenizer import Tokenizer
 
-__all__ = ["check_thinking", "protected_content", "protected_message", "protected_tools"]
+__all__ = ["check_thinking", "protected_content", "protected_kwargs", "protected_message", "protected_tools"]
 
 _MAX_DEPTH = 64
 _MAX_VALUES = 1 << 18
@@ -63,6 +63,30 @@ def protected_tools(tools: object, tokenizer: Tokenizer) -> Any:
     ):
         raise UsageError(f"tools must be a list of objects, got {brief(tools)}")
     return _Protector(tokenizer, "tools").value(tools)
+
+
+def protected_kwargs(kwargs: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Variables for a chat template, with every text in them protected, but for special tokens in the place of the
+    checkpoint's own (`eos_token`).
+
+    UsageError for what is no variable, and for those that a conversation fills itself.
+    """
+    if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) and name.isidentifier() for name in kwargs):
+        raise UsageError(f"template_kwargs must be an object of values by name, got {brief(kwargs)}")
+    for name, instead in _TAKEN.items():
+        if name in kwargs:
+            raise UsageError(f"template_kwargs has {name!r}, which the conversation fills", hint=instead)
+    check_thinking(kwargs.get("enable_thinking"))
+    protector = _Protector(tokenizer, "template_kwargs")
+    own = tokenizer.special_tokens.keys() | {"bos_token", "eos_token", "pad_token", "unk_token"}
+    return {n: value if n in own and isinstance(value, str) else protector.value(value) for n, value in kwargs.items()}
+
+
+_TAKEN = {
+    "messages": "give them as messages",
+    "tools": "give them as tools",
+    "add_generation_prompt": "leave it out: a reply is what follows",
+}
 
 
 class _Protector:

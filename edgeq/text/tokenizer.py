@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -22,12 +23,19 @@ from edgeq.text.bpe import BYTE_OF, Bpe, bpe_of, load_bpe
 from edgeq.text.components import MAX_ADDED, MAX_ADDED_SPELLING, MAX_TOKENS
 from edgeq.text.pieces import check_length
 
-__all__ = ["Tokenizer"]
+__all__ = ["Tokenizer", "special_tokens"]
 
 # Of the family's added tokens those that its files do not call special, but that templates are written with.
 _FAMILY = {
     "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>", "<|fim_prefix|>",
     "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
+}  # fmt: skip
+
+_FAMILY_SPECIAL = {
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>", "<tts_pad>",
+    "<tts_text_bos>", "<tts_text_bos_single>", "<tts_text_eod>",
 }  # fmt: skip
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -38,7 +46,8 @@ class Tokenizer:
     """Byte-level BPE with special tokens; agrees with Hugging Face's tokenizer on the same files.
 
     `vocab_size` counts the tokens that exist, also those listed in tokenizer_config.json alone; rows of the
-    embedding beyond it are padding. `eos_token_ids` holds every token that ends a text, the chat turn's first.
+    embedding beyond it are padding. `eos_token_ids` holds every token that ends a text, the tokenizer's own first.
+    `special_tokens` are those that tokenizer_config.json names (`eos_token`, ...), for templates.
     """
 
     def __init__(self, bpe: Bpe, config: Mapping[str, Any]) -> None:
@@ -57,6 +66,7 @@ class Tokenizer:
         self.control_ids = frozenset(added[text].id for text in control)
         self.vocab_size = max(bpe.size, max(self._literal, default=-1) + 1)
         self.eos_token_ids = self._find_eos(config)
+        self.special_tokens = special_tokens(config)
 
     @classmethod
     def from_folder(cls, path: Path) -> Self:
@@ -141,15 +151,49 @@ class Tokenizer:
             raise ModelError(f"tokenizer.json: token id {max(ids)} is beyond its {self.vocab_size} tokens")
         return ids
 
+    def ending_with(self, ids: Iterable[int]) -> Self:
+        """The same tokenizer for which these tokens end a text, too."""
+        other = copy(self)
+        other.eos_token_ids = tuple(dict.fromkeys((*self.eos_token_ids, *ids)))
+        return other
+
+    def strange_tokens(self, text: str) -> set[str]:
+        """The control tokens that trusted text spells and that are none of the family's."""
+        spelled = {token for token in self._trusted.findall(text) if self._added[token] in self.control_ids}
+        return spelled - _FAMILY - _FAMILY_SPECIAL
+
     def _find_eos(self, config: Mapping[str, Any]) -> tuple[int, ...]:
-        """The chat turn's end from tokenizer_config.json, and the end of a document: both stop generation."""
+        """The end that tokenizer_config.json names, of a turn and of a document: all of them stop generation.
+
+        A fine-tune of a base model often names the document's only, and ends its turns as the family does.
+        """
         name = config.get("eos_token")
         if isinstance(name, Mapping):
             name = name.get("content")
         if name is not None and not (isinstance(name, str) and name in self._added):
             raise ModelError(f"tokenizer_config.json: eos_token is {brief(name)}, which is not a special token")
-        names = dict.fromkeys([name, "<|endoftext|>"])
+        names = dict.fromkeys([name, "<|im_end|>", "<|endoftext|>"])
         return tuple(self._added[name] for name in names if name in self._added)
+
+
+_OWN = ("eos_token", "pad_token", "unk_token")
+_DEFAULTS = dict.fromkeys(("Qwen2Tokenizer", "Qwen2TokenizerFast", "Qwen3_5Tokenizer"), _OWN)
+"""What transformers' classes fill in where the file says nothing."""
+
+
+def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens that have a name (`eos_token`, `image_token`), as transformers gives them to templates."""
+    named: dict[Any, Any] = dict.fromkeys(_DEFAULTS.get(str(config.get("tokenizer_class")), ()), "<|endoftext|>")
+    named |= config
+    for key in ("extra_special_tokens", "model_specific_special_tokens"):
+        own = config.get(key)
+        named |= own if isinstance(own, Mapping) else {}
+    found = {}
+    for name, token in named.items():
+        text = token.get("content") if isinstance(token, Mapping) else token
+        if isinstance(name, str) and name.endswith("_token") and isinstance(text, str) and not _SURROGATE.search(text):
+            found[name] = text
+    return found
 
 
 class _Added(NamedTuple):
