@@ -60,6 +60,7 @@ SAMPLING: Mapping[str, Range] = {
     "seed": Range(0, _MAX_INTEGER, whole=True),
     "max_tokens": Range(1, _MAX_INTEGER, whole=True),
     "thinking_budget": Range(0, _MAX_INTEGER, whole=True),
+    "max_total_tokens": Range(1, _MAX_INTEGER, whole=True),
 }
 """The settings of generation that are numbers, whether a user gives them or a file recommends them."""
 

@@ -119,7 +119,7 @@ class TestGroups:
 
     def test_every_setting_of_generation_has_an_option(self) -> None:
         names = {field.name for field in group_fields(GenerationSettings)} - {"thinking_budget"}
-        given = SamplingOptions.of(GenerationSettings(max_tokens=1, seed=1, stop=("x",))).given()
+        given = SamplingOptions.of(GenerationSettings(max_tokens=1, max_total_tokens=1, seed=1, stop=("x",))).given()
         assert given.keys() == names
 
 

@@ -140,11 +140,52 @@ def test_thinking_that_ends_by_itself() -> None:
     assert reply.finish == (StopReason.STOP_TOKEN, 3, 3, None, False)
 
 
-def test_the_model_may_open_the_block_itself_but_once() -> None:
-    engine = FakeEngine([OPEN, 10, CLOSE, 12, OPEN, 13, EOS])
+def test_the_model_may_open_the_block_itself_and_again() -> None:
+    engine = FakeEngine([OPEN, 10, CLOSE, 12, OPEN, 13, EOS, 14, EOS])
     reply = decode(engine, think=THINK)
-    assert [token.thinking for token in reply] == [True, True, True, False, False, False, False]
-    assert reply.finish == (StopReason.STOP_TOKEN, 3, 4, None, False)
+    assert [token.id for token in reply] == [OPEN, 10, CLOSE, 12, OPEN, 13, CLOSE, BLANK, 14, EOS]
+    assert reply.finish == (StopReason.STOP_TOKEN, 5, 3, StopReason.STOP_TOKEN, False)
+
+
+def test_a_block_after_the_answer_began_is_bounded() -> None:
+    endless = [OPEN, 10, CLOSE, 12, OPEN, *range(20, 50)]
+    left = decode(FakeEngine(endless), options=GREEDY.replace(thinking_budget=6, max_tokens=8), think=THINK)
+    assert ids_of(left) == [OPEN, 10, CLOSE, 12, OPEN, 20, 21, CLOSE, BLANK, 22, 23, 24, 25]
+    assert left.finish == (StopReason.LENGTH, 6, 5, StopReason.LENGTH, False)
+    within = decode(FakeEngine(endless), options=GREEDY.replace(max_tokens=4), think=THINK)
+    assert ids_of(within) == [OPEN, 10, CLOSE, 12, OPEN, 20, 21]
+    assert within.finish == (StopReason.LENGTH, 6, 1, None, True)
+    spent = decode(FakeEngine(endless), options=GREEDY.replace(thinking_budget=3, max_tokens=3), think=THINK)
+    assert ids_of(spent) == [OPEN, 10, CLOSE, 12, OPEN, CLOSE, BLANK, 20]
+
+
+@pytest.mark.parametrize("total", range(1, 9))
+def test_thinking_and_answer_together(total: int) -> None:
+    options = GREEDY.replace(max_total_tokens=total, thinking_budget=4)
+    reply = decode(FakeEngine([10, 11, CLOSE, 12, 13, 14]), options=options, think=THINK, starts_in_thinking=True)
+    assert ids_of(reply) == [10, 11, CLOSE, 12, 13, 14, 36, 0][:total]
+    assert reply.finish == (StopReason.LENGTH, min(total, 3), max(0, total - 3), None, total < 3)
+
+
+@pytest.mark.parametrize("cut", range(15))
+def test_going_on(cut: int) -> None:
+    """Left anywhere and gone on with, penalties, draws and the thinking budget included: as if it had not been left."""
+    rng = np.random.default_rng(3)
+    table = rng.normal(size=(VOCAB, VOCAB)).astype(np.float32)
+    options = GenerationSettings(
+        temperature=1.0, seed=5, presence_penalty=1.5, frequency_penalty=0.5, repetition_penalty=1.2,
+        thinking_budget=6, max_total_tokens=15,
+    )  # fmt: skip
+
+    def run(take: int, said: tuple[Token, ...] = (), drawn: int = 0) -> tuple[tuple[Token, ...], int]:
+        sampler = Sampler(options, vocab_size=VOCAB, drawn=drawn)
+        decoding = Decoding([1, 2], sampler, room=90, eos_ids=(), think=THINK, starts_in_thinking=True, begun=said)
+        while not decoding.finished and len(decoding.reply_ids) < take:
+            if decoding.forced() is None:
+                decoding.take(table[decoding.unseen(0)[-1]])
+        return decoding.said, sampler.drawn
+
+    assert run(15 - cut, *run(cut)) == run(15)
 
 
 def test_without_thinking_its_tokens_mean_nothing() -> None:
@@ -340,15 +381,16 @@ def test_the_prompt_counts_for_repetition_only(monkeypatch: pytest.MonkeyPatch) 
     context_limit=st.integers(6, 60),
     max_tokens=st.none() | st.integers(1, 20),
     budget=st.none() | st.integers(0, 10),
+    total=st.none() | st.integers(1, 20),
     starts_in_thinking=st.booleans(),
     leave_after=st.integers(0, 60),
 )
 def test_invariants_of_any_reply(
     script: list[int], prompt: list[int], context_limit: int, max_tokens: int | None, budget: int | None,
-    starts_in_thinking: bool, leave_after: int,
+    total: int | None, starts_in_thinking: bool, leave_after: int,
 ) -> None:  # fmt: skip
     engine = FakeEngine(script, context_limit)
-    options = GREEDY.replace(max_tokens=max_tokens, thinking_budget=budget)
+    options = GREEDY.replace(max_tokens=max_tokens, thinking_budget=budget, max_total_tokens=total)
     reply = decode(engine, prompt, options, think=THINK, starts_in_thinking=starts_in_thinking)
     tokens = list[Token]()
     for token in itertools.islice(reply, leave_after):
@@ -361,9 +403,12 @@ def test_invariants_of_any_reply(
     assert all(token.id not in (EOS, EOT) for token in answer[:-1])
     assert all(token.id not in (EOS, EOT) for token in tokens if token.thinking)
     assert len(answer) <= (max_tokens or len(answer))
-    assert len(sampled) - len(answer) <= (budget if budget is not None else len(sampled)) + (not starts_in_thinking)
-    changes = sum(a.thinking != b.thinking for a, b in itertools.pairwise(tokens))
-    assert changes <= (1 if starts_in_thinking else 2)
+    assert len(sampled) <= (total or len(sampled))
+    begun = next((i for i, token in enumerate(tokens) if not token.thinking), len(tokens))
+    late = [token for token in tokens[begun:] if not token.forced]
+    assert len(late) <= (max_tokens or len(late))
+    opened = sum(token.id == OPEN for token in sampled)
+    assert len(sampled) - len(answer) <= (budget if budget is not None else len(sampled)) + opened
     assert reply.finish.answer_tokens == len(answer)
     assert reply.finish.thinking_tokens == len(sampled) - len(answer)
     last = tokens[-1] if tokens else Token(0, thinking=starts_in_thinking)

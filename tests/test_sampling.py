@@ -229,8 +229,11 @@ def test_extreme_numbers_still_draw(temperature: float) -> None:
         ("seed", -1, "whole number of at least 0"),
         ("max_tokens", 0, "whole number of at least 1"),
         ("thinking_budget", -1, "whole number of at least 0"),
-        ("stop", "abc", "tuple of non-empty strings"),
-        ("stop", ("a", ""), "tuple of non-empty strings"),
+        ("stop", "", "strings that are not empty"),
+        ("stop", ("a", ""), "strings that are not empty"),
+        ("stop", 5, "strings that are not empty"),
+        ("stop", ["a", 5], "strings that are not empty"),
+        ("max_total_tokens", 0, "whole number of at least 1"),
     ],
 )
 def test_settings_out_of_range_name_option_value_and_range(option: str, value: Any, expected: str) -> None:
@@ -255,3 +258,13 @@ def test_presets_are_those_of_the_cards() -> None:
         (1.0, 1.0, 2.0), (0.7, 0.8, 1.5), (1.0, 0.95, 1.5), (0.6, 0.95, 0.0),
     ]  # fmt: skip
     assert all((s.top_k, s.min_p, s.repetition_penalty) == (20, 0, 1) for s in chosen.values())
+
+
+def test_what_is_meant_as_well() -> None:
+    given = GenerationSettings(
+        temperature=np.float32(0.5), max_tokens=np.int64(7), loop_guard=np.bool_(False), stop="x"
+    )  # type: ignore[arg-type]
+    assert given == GenerationSettings(temperature=0.5, max_tokens=7, loop_guard=False, stop=("x",))
+    assert GenerationSettings(stop=["a", "bc"]).stop == ("a", "bc")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"temperature must be from 0 to 10, got 11\.0"):
+        GenerationSettings().replace(temperature=np.float64(11))

@@ -301,6 +301,13 @@ class SamplingOptions:
             default="until the context is full", help="Maximum tokens to generate, excluding thinking.",
         ),
     ] = None  # fmt: skip
+    max_total_tokens: Annotated[
+        int | None,
+        option(
+            "--max-total-tokens", metavar="N", default="until the context is full",
+            help="Maximum tokens to generate, thinking and answer together.",
+        ),
+    ] = None  # fmt: skip
     temp: Annotated[
         float | None,
         option(

@@ -71,16 +71,19 @@ class Decoding:
             ...                                            # leaving early is fine
         decoding.finish, decoding.reply_ids
 
-    **Ends** with the first of `eos_ids` in the answer, `max_tokens` of the answer, a loop in the answer, or a full
-    context (see `Finish.reason`); or when nobody goes on (INTERRUPTED), or calls `stop` with a reason that only the
-    caller can know, such as a stop string in the text.
+    **Ends** with the first of `eos_ids` in the answer, `max_tokens` of the answer, `max_total_tokens` of thinking and
+    answer together, a loop in the answer, or a full context (see `Finish.reason`); or when nobody goes on
+    (INTERRUPTED), or calls `stop` with a reason that only the caller can know, such as a stop string in the text.
 
     `tally` counts what whoever drives it has drafted.
 
     **Thinking** (if `think` is given) has rules of its own. A stop token inside it is dropped and taken for
-    `</think>`; the `thinking_budget`, or a loop, closes it with `think.cut` and `</think>`. The answer follows. There
-    is one block: after its end, or if `<think>` never comes, everything is answer. `starts_in_thinking`: the prompt
-    ends inside the block.
+    `</think>`; the `thinking_budget`, or a loop, closes it with `think.cut` and `</think>`. The answer follows. Should
+    the model begin to think again, what is left of the budget holds for that, too, and `max_tokens` counts it as
+    answer. `starts_in_thinking`: the prompt ends inside a block.
+
+    **Going on** with a reply that ended early is a new one with the same prompt, and in `begun` what was said before:
+    penalties and the thinking budget count it, the other limits and the loop guard begin anew.
 
     Raises UsageError for an empty prompt, MemoryBudgetError for one that leaves no room for a reply, before any work.
     """
@@ -94,9 +97,10 @@ class Decoding:
         eos_ids: Collection[int],
         think: ThinkTokens | None = None,
         starts_in_thinking: bool = False,
+        begun: Sequence[Token] = (),
     ) -> None:
         assert think is not None or not starts_in_thinking, "thinking without its tokens cannot end"
-        _check_prompt(len(prompt_ids), room)
+        _check_prompt(len(prompt_ids) + len(begun), room)
         sampler.observe_prompt(prompt_ids)
         self._sampler = sampler
         self._settings = sampler.settings
@@ -104,11 +108,23 @@ class Decoding:
         self._think = think
         self._guard = LoopGuard() if sampler.settings.loop_guard else None
         self._capacity = room
-        self._prompt_length = len(prompt_ids)
         self._ids = list(prompt_ids)
         self._forced: deque[int] = deque()  # decided, but not yet said
         self._thinking = starts_in_thinking
-        self._may_think = think is not None and not starts_in_thinking
+        self._answering = False  # the answer has begun
+        self._again = False  # the latest block came after that
+        self._budget_used = 0  # tokens of all blocks, those of `begun` included
+        self._late = 0  # tokens of blocks after the answer began
+        self._said = list(begun)
+        for token in begun:
+            if not token.forced:
+                sampler.accept(token.id)
+                self._budget_used += token.thinking
+            self._enter(token.id)
+        self._ids += [token.id for token in begun]
+        self._prompt_length = len(self._ids)
+        if think is not None and begun and begun[-1].forced and not self._thinking:  # left behind a forced `</think>`
+            self._forced.extend(think.after[self._ids[::-1].index(think.close) :])
         self._looping = False
         self._thinking_tokens = 0
         self._answer_tokens = 0
@@ -140,6 +156,11 @@ class Decoding:
         return taken
 
     @property
+    def said(self) -> tuple[Token, ...]:
+        """The reply so far, and before it what it was `begun` with."""
+        return tuple(self._said)
+
+    @property
     def reply_ids(self) -> tuple[int, ...]:
         """Ids of the reply so far."""
         return tuple(self._ids[self._prompt_length :])
@@ -151,11 +172,13 @@ class Decoding:
     @property
     def remaining(self) -> int:
         """Tokens that it can still say at most, as far as is known: drafts beyond them would be for nothing."""
+        settings, said = self._settings, self._thinking_tokens + self._answer_tokens
+        ends = [(settings.max_total_tokens, said)]
         if self._thinking:
-            said, limit = self._thinking_tokens, self._settings.thinking_budget
-        else:
-            said, limit = self._answer_tokens, self._settings.max_tokens
-        return self._room if limit is None else min(self._room, limit - said)
+            ends.append((settings.thinking_budget, self._budget_used))
+        if self._again or not self._thinking:
+            ends.append((settings.max_tokens, self._answer_tokens + self._late))
+        return min([self._room, *(limit - done for limit, done in ends if limit is not None)])
 
     @property
     def finish(self) -> Finish:
@@ -177,7 +200,7 @@ class Decoding:
         if not self._thinking or self.finished:
             return
         budget = self._settings.thinking_budget
-        if budget is not None and self._thinking_tokens >= budget:
+        if budget is not None and self._budget_used >= budget:
             self._close_thinking(StopReason.LENGTH)
         elif self._looping:
             self._close_thinking(StopReason.LOOP)
@@ -185,13 +208,17 @@ class Decoding:
     def _close_thinking(self, why: StopReason) -> None:
         """Close the thinking block by force, if an answer would fit behind it."""
         assert self._think is not None
-        said = () if why is StopReason.STOP_TOKEN else self._think.cut
+        said = () if why is StopReason.STOP_TOKEN or self._answering else self._think.cut
         forced = (*said, self._think.close, *self._think.after)
         if len(forced) >= self._room:
             self._reason = StopReason.CONTEXT_FULL
             return
         self._thinking_cut = why
-        self._forced.extend(forced)
+        self._forced.extend(forced[self._forced_last() :])
+
+    def _forced_last(self) -> int:
+        """Tokens at the end of the reply that were put in by force: an end of thinking that was left in its middle."""
+        return next((n for n, token in enumerate(reversed(self._said)) if not token.forced), len(self._said))
 
     def _accept(self, token: int) -> Token:
         """Put a sampled token into the reply, and decide whether it was the last."""
@@ -199,33 +226,40 @@ class Decoding:
         taken = self._append(token)
         if taken.thinking:
             self._thinking_tokens += 1
+            self._budget_used += 1
+            self._late += self._again
         else:
             self._answer_tokens += 1
-            self._reason = self._answer_end(token)
-        if self._reason is None and not self._room:
-            self._reason = StopReason.CONTEXT_FULL
+        self._reason = self._end(taken)
         return taken
 
-    def _answer_end(self, token: int) -> StopReason | None:
-        """Why the answer ends with `token`, its latest, if it does."""
-        if token in self._eos_ids:
+    def _end(self, last: Token) -> StopReason | None:
+        """Why the reply ends with `last`, if it does."""
+        settings, answer = self._settings, self._answer_tokens + self._late
+        if not last.thinking and last.id in self._eos_ids:
             return StopReason.STOP_TOKEN
-        if self._looping:
+        if not last.thinking and self._looping:
             return StopReason.LOOP
-        if self._answer_tokens == self._settings.max_tokens:
+        if answer == settings.max_tokens or self._thinking_tokens + self._answer_tokens == settings.max_total_tokens:
             return StopReason.LENGTH
-        return None
+        return None if self._room else StopReason.CONTEXT_FULL
 
     def _append(self, token: int, *, forced: bool = False) -> Token:
-        """Add `token` to the ids, entering and leaving the thinking block with its tokens."""
-        if self._may_think and self._think is not None and token == self._think.open:
-            self._thinking, self._may_think = True, False
-        taken = Token(token, forced, self._thinking)
-        if self._think is not None and token == self._think.close:
-            self._thinking = self._may_think = False
+        """Add `token` to the ids."""
+        taken = Token(token, forced, self._enter(token))
         self._ids.append(token)
+        self._said.append(taken)
         self._looping = self._guard is not None and self._guard.observe(token)
         return taken
+
+    def _enter(self, token: int) -> bool:
+        """Whether `token` is thinking, whose blocks are entered and left with their tokens."""
+        if self._think is not None and token == self._think.open and not self._thinking:
+            self._thinking, self._again = True, self._answering
+        thinking = self._thinking
+        if not thinking or (self._think is not None and token == self._think.close):
+            self._thinking, self._answering = False, True
+        return thinking
 
     @property
     def _room(self) -> int:
@@ -239,6 +273,6 @@ def _check_prompt(length: int, room: int) -> None:
         raise UsageError("the prompt is empty: there is nothing to continue")
     if length >= room:
         raise MemoryBudgetError(
-            f"the prompt ({length} tokens) leaves no room for a reply: {room} tokens of the context are free",
+            f"the prompt ({length} tokens) leaves no room for a reply: {room} tokens fit into the context",
             hint="shorten the prompt, start a new conversation or use a larger context",
         )

@@ -30,15 +30,18 @@ class Sampler:
     """Draws tokens; remembers the tokens of the reply for the penalties.
 
     `vocab_size` is the number of tokens that exist: the logits may have more rows, which are padding and never
-    drawn, and neither are the `suppressed` ids.
+    drawn, and neither are the `suppressed` ids. `drawn`: how often it has been drawn with the seed before; counts on.
     """
 
-    def __init__(self, settings: GenerationSettings, *, vocab_size: int, suppressed: Iterable[int] = ()) -> None:
+    def __init__(
+        self, settings: GenerationSettings, *, vocab_size: int, suppressed: Iterable[int] = (), drawn: int = 0
+    ) -> None:
         self.settings = settings
         self._vocab_size = vocab_size
         self._suppressed = np.array(sorted({i for i in suppressed if 0 <= i < vocab_size}), dtype=np.int64)
         assert len(self._suppressed) < vocab_size, "every token is suppressed"
-        self._random = np.random.Generator(np.random.PCG64(settings.seed))
+        self._random = np.random.Generator(np.random.PCG64(settings.seed).advance(drawn))  # a number each
+        self.drawn = drawn
         self._counts = np.zeros(vocab_size, dtype=np.int32)  # of each token in this reply
         self._penalty = np.zeros(vocab_size, dtype=np.float32)  # presence + frequency * count, where count > 0
         self._seen = np.zeros(vocab_size, dtype=np.bool_)  # in the prompt or the reply
@@ -71,8 +74,9 @@ class Sampler:
             return int(np.argmax(scores))
         ids, probabilities = self._distribution(self._in_blocks(scores))
         cumulative = np.cumsum(probabilities)
-        drawn = self._random.random() * cumulative[-1]
-        return int(ids[np.searchsorted(cumulative, drawn, side="right")])
+        at = self._random.random() * cumulative[-1]
+        self.drawn += 1
+        return int(ids[np.searchsorted(cumulative, at, side="right")])
 
     def distribution(self, logits: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """What `sample` draws from: the ids that can be drawn, ascending, and their probabilities (sum 1)."""

@@ -6,13 +6,15 @@ from dataclasses import dataclass, fields
 from dataclasses import replace as dataclass_replace
 from typing import Any
 
+import numpy as np
+
 from edgeq.errors import UsageError
 from edgeq.numbers import SAMPLING
 from edgeq.printable import brief
 
 __all__ = ["GenerationSettings", "preset"]
 
-_OPTIONAL = ("seed", "max_tokens", "thinking_budget")
+_OPTIONAL = ("seed", "max_tokens", "thinking_budget", "max_total_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +48,24 @@ class GenerationSettings:
     """Maximum tokens to generate, excluding thinking; None is until the context is full."""
     thinking_budget: int | None = None
     """Maximum thinking tokens; then the answer starts; None is no limit."""
+    max_total_tokens: int | None = None
+    """Maximum tokens to generate, thinking and answer together; None is until the context is full."""
     loop_guard: bool = True
     """End thinking, or else the reply, when the output repeats itself."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):  # NumPy's numbers are numbers, and one stop string, or a list, is meant as well
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):
+                object.__setattr__(self, field.name, value.item())
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, tuple | list) or not all(isinstance(text, str) and text for text in stop):
+            raise UsageError(f"stop must be strings that are not empty, got {brief(self.stop)}")
+        object.__setattr__(self, "stop", tuple(stop))
         for option, allowed in SAMPLING.items():
             value = getattr(self, option)
             if not (allowed.holds(value) or (value is None and option in _OPTIONAL)):
                 raise UsageError(f"{option} must be {allowed.wanted(value)}, got {brief(value)}")
-        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
-            raise UsageError(f"stop must be a tuple of non-empty strings, got {brief(self.stop)}")
 
     def replace(self, **given: Any) -> GenerationSettings:
         """These settings with those of `given` that are not None: what was asked for goes over a preset."""
