@@ -15,11 +15,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from edgeq.errors import ModelError
 from edgeq.printable import brief
-from edgeq.text.template import ChatTemplate, Message
+
+if TYPE_CHECKING:
+    from edgeq.text.template import ChatTemplate, Message
 
 __all__ = ["MalformedCall", "Segment", "ToolCall", "ToolCallParser", "ToolForm", "tool_form"]
 
