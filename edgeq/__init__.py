@@ -31,16 +31,15 @@ if TYPE_CHECKING:
     from edgeq.quant import quantize
     from edgeq.session.chat import Chat
     from edgeq.session.prompt import Prompt
-    from edgeq.session.reply import Reply, Usage
+    from edgeq.session.reply import Piece, Reply, Usage
     from edgeq.session.visual_settings import VisualSettings
-    from edgeq.text.channels import Piece
     from edgeq.vision.visual import Visual
 
 _LAZY = {
     "Chat": "edgeq.session.chat",
     "GenerationSettings": "edgeq.generate",
     "Model": "edgeq.api",
-    "Piece": "edgeq.text.channels",
+    "Piece": "edgeq.session.reply",
     "Prompt": "edgeq.session.prompt",
     "Reply": "edgeq.session.reply",
     "Usage": "edgeq.session.reply",

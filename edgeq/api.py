@@ -208,13 +208,16 @@ class Model:
         if isinstance(prompt, Prompt) and not np.array_equal(prompt.positions, Prompt.of(ids, places).positions):
             raise UsageError("the prompt's positions do not belong to its ids", hint="make it with model.prompt")
         chosen = (settings or GenerationSettings()).replace(**options)
+        if ignore_eos and chosen.shape is not None:
+            raise UsageError(f"ignore_eos cannot be combined with a {chosen.shape[0]}, which says where the text ends")
         context = Context(
             self.engine, sight=self.sight, speculation=self.language.speculation(self.engine, draft),
             on_prefill=on_prefill, on_look=on_look,
         )  # fmt: skip
         decoding = Decoding(
-            ids, self.language.sampler(chosen), room=context.room, eos_ids=() if ignore_eos else self.eos_ids
-        )
+            ids, self.language.sampler(chosen), room=context.room, eos_ids=() if ignore_eos else self.eos_ids,
+            constraint=self.language.constraint(chosen),
+        )  # fmt: skip
         tokens = context.tokens(decoding, places)
         return Reply(decoding, PlainText(self.tokenizer), tokens, chosen.stop, cached=0, prompt=len(ids))
 

@@ -58,6 +58,7 @@ SAMPLING: Mapping[str, Range] = {
     "repetition_penalty": Range(0.1, 10),
     "top_k": Range(0, _MAX_INTEGER, whole=True),
     "seed": Range(0, _MAX_INTEGER, whole=True),
+    "logprobs": Range(0, 1000, whole=True),
     "max_tokens": Range(1, _MAX_INTEGER, whole=True),
     "thinking_budget": Range(0, _MAX_INTEGER, whole=True),
     "max_total_tokens": Range(1, _MAX_INTEGER, whole=True),

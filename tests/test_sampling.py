@@ -261,9 +261,8 @@ def test_presets_are_those_of_the_cards() -> None:
 
 
 def test_what_is_meant_as_well() -> None:
-    given = GenerationSettings(
-        temperature=np.float32(0.5), max_tokens=np.int64(7), loop_guard=np.bool_(False), stop="x"
-    )  # type: ignore[arg-type]
+    numbers: dict[str, Any] = {"temperature": np.float32(0.5), "max_tokens": np.int64(7), "loop_guard": np.bool_(False)}
+    given = GenerationSettings(**numbers, stop="x")  # type: ignore[arg-type]
     assert given == GenerationSettings(temperature=0.5, max_tokens=7, loop_guard=False, stop=("x",))
     assert GenerationSettings(stop=["a", "bc"]).stop == ("a", "bc")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"temperature must be from 0 to 10, got 11\.0"):

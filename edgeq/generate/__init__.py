@@ -1,6 +1,8 @@
 """Generation: sampling, stop rules, the loop guard and the decode loop. Knows token ids, neither models nor text."""
 
+from edgeq.generate.constraint import Constraint
 from edgeq.generate.decode import THINKING_CUT, Decoding, Finish, ThinkTokens, Token
+from edgeq.generate.logprobs import Logprobs
 from edgeq.generate.loop_guard import LoopGuard
 from edgeq.generate.sampling import Sampler
 from edgeq.generate.settings import GenerationSettings, preset
@@ -11,9 +13,11 @@ __all__ = [
     "DRAFT_HINT",
     "MOST_DRAFTS",
     "THINKING_CUT",
+    "Constraint",
     "Decoding",
     "Finish",
     "GenerationSettings",
+    "Logprobs",
     "LoopGuard",
     "Sampler",
     "StopReason",

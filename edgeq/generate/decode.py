@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.errors import MemoryBudgetError, UsageError
+from edgeq.generate.constraint import Constraint
+from edgeq.generate.logprobs import Logprobs
 from edgeq.generate.loop_guard import LoopGuard
 from edgeq.generate.sampling import Sampler
 from edgeq.generate.speculate import Tally
@@ -48,6 +50,10 @@ class Token(NamedTuple):
     """Put in the model's mouth rather than sampled."""
     thinking: bool = False
     """Inside the thinking block, whose `<think>` and `</think>` belong to it."""
+    logprobs: Logprobs | None = None
+    """If they were asked for, and the model was asked for the token."""
+    only: bool = False
+    """The only one that the constraint allowed, whatever the model thought of it."""
 
 
 class Finish(NamedTuple):
@@ -77,6 +83,9 @@ class Decoding:
 
     `tally` counts what whoever drives it has drafted.
 
+    **A constraint** holds for the answer: its mask is laid over what the model says, and the reply ends (COMPLETE)
+    where nothing may follow. Behind a thinking block comes the blank line that the model would say itself.
+
     **Thinking** (if `think` is given) has rules of its own. A stop token inside it is dropped and taken for
     `</think>`; the `thinking_budget`, or a loop, closes it with `think.cut` and `</think>`. The answer follows. Should
     the model begin to think again, what is left of the budget holds for that, too, and `max_tokens` counts it as
@@ -98,6 +107,7 @@ class Decoding:
         think: ThinkTokens | None = None,
         starts_in_thinking: bool = False,
         begun: Sequence[Token] = (),
+        constraint: Constraint | None = None,
     ) -> None:
         assert think is not None or not starts_in_thinking, "thinking without its tokens cannot end"
         _check_prompt(len(prompt_ids) + len(begun), room)
@@ -106,6 +116,9 @@ class Decoding:
         self._settings = sampler.settings
         self._eos_ids = frozenset(eos_ids)
         self._think = think
+        self._constraint = constraint
+        self.constrained = 0
+        """Tokens that were the only ones that the constraint allowed."""
         self._guard = LoopGuard() if sampler.settings.loop_guard else None
         self._capacity = room
         self._ids = list(prompt_ids)
@@ -120,10 +133,19 @@ class Decoding:
             if not token.forced:
                 sampler.accept(token.id)
                 self._budget_used += token.thinking
+                if constraint is not None and not token.thinking:
+                    constraint.accept(token.id)
             self._enter(token.id)
         self._ids += [token.id for token in begun]
         self._prompt_length = len(self._ids)
-        if think is not None and begun and begun[-1].forced and not self._thinking:  # left behind a forced `</think>`
+        if (
+            think is not None
+            and begun
+            and not self._thinking
+            and (  # left behind a `</think>` that is followed by force
+                begun[-1].forced or (constraint is not None and begun[-1].id == think.close)
+            )
+        ):
             self._forced.extend(think.after[self._ids[::-1].index(think.close) :])
         self._looping = False
         self._thinking_tokens = 0
@@ -147,13 +169,29 @@ class Decoding:
         ends the reply or only decides what is said by force.
         """
         assert not self._forced, "what is forced comes first"
-        token = self._sampler.sample(logits)
+        allowed = self._constraint.allowed() if self._constraint and not self._thinking else None
+        token = self._sampler.sample(logits, allowed)
         if self._thinking and token in self._eos_ids:
             self._close_thinking(StopReason.STOP_TOKEN)
             return self.forced()
         taken = self._accept(token)
+        if allowed is not None:
+            taken = self._constrain(taken, allowed)
         self._enforce_thinking_limit()
+        if (most := self._settings.logprobs) is not None:
+            taken = taken._replace(logprobs=self._sampler.logprobs(logits, token, most))
         return taken
+
+    def _constrain(self, taken: Token, allowed: NDArray[np.bool_]) -> Token:
+        """Go on in the constraint behind a token that it allowed."""
+        assert self._constraint is not None
+        only = int(np.count_nonzero(allowed)) == 1
+        self.constrained += only
+        if taken.id not in self._eos_ids:
+            self._constraint.accept(taken.id)
+            if self._reason is None and self._constraint.complete:
+                self._reason = StopReason.COMPLETE
+        return taken._replace(only=only)
 
     @property
     def said(self) -> tuple[Token, ...]:
@@ -228,6 +266,8 @@ class Decoding:
             self._thinking_tokens += 1
             self._budget_used += 1
             self._late += self._again
+            if self._constraint and self._think and not self._thinking and len(self._think.after) < self._room:
+                self._forced.extend(self._think.after)
         else:
             self._answer_tokens += 1
         self._reason = self._end(taken)

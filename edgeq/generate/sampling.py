@@ -2,7 +2,7 @@
 
 The order is that of Hugging Face transformers, for which the model cards' numbers are meant:
 
-    repetition, presence and frequency penalties -> temperature -> top-k -> top-p -> min-p -> draw
+    bias -> repetition, presence and frequency penalties -> mask -> temperature -> top-k -> top-p -> min-p -> draw
 
 Each step sees what the one before left over: top-p counts probabilities that are renormalised over the top-k tokens
 and already shaped by the temperature. (llama.cpp applies the temperature last; with the same numbers it keeps other
@@ -17,7 +17,8 @@ from math import isfinite
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.errors import ModelError
+from edgeq.errors import ModelError, UsageError
+from edgeq.generate.logprobs import Logprobs, logprobs
 from edgeq.generate.settings import GenerationSettings
 
 __all__ = ["Sampler"]
@@ -42,6 +43,14 @@ class Sampler:
         assert len(self._suppressed) < vocab_size, "every token is suppressed"
         self._random = np.random.Generator(np.random.PCG64(settings.seed).advance(drawn))  # a number each
         self.drawn = drawn
+        bias = settings.logit_bias or {}
+        if wrong := [i for i in bias if i >= vocab_size]:
+            raise UsageError(
+                f"logit_bias names token {wrong[0]}, but the model has {vocab_size} tokens",
+                hint="use token ids of this model's tokenizer",
+            )
+        self._biased = np.fromiter(bias, dtype=np.int64, count=len(bias))
+        self._bias = np.fromiter(bias.values(), dtype=np.float32, count=len(bias))
         self._counts = np.zeros(vocab_size, dtype=np.int32)  # of each token in this reply
         self._penalty = np.zeros(vocab_size, dtype=np.float32)  # presence + frequency * count, where count > 0
         self._seen = np.zeros(vocab_size, dtype=np.bool_)  # in the prompt or the reply
@@ -64,12 +73,12 @@ class Sampler:
         self._penalty[token] = self.settings.presence_penalty + self.settings.frequency_penalty * self._counts[token]
         self._seen[token] = True
 
-    def sample(self, logits: NDArray[np.float32]) -> int:
-        """The next token, given float32 logits [rows], rows >= vocab_size.
+    def sample(self, logits: NDArray[np.float32], allowed: NDArray[np.bool_] | None = None) -> int:
+        """The next token, given float32 logits [rows], rows >= vocab_size; one of `allowed`, a mask [vocab_size].
 
         Raises ModelError if there are fewer rows than tokens, or a logit is not finite.
         """
-        scores = self._penalized(logits)
+        scores = self._penalized(logits, allowed)
         if self.settings.temperature == 0:
             return int(np.argmax(scores))
         ids, probabilities = self._distribution(self._in_blocks(scores))
@@ -78,22 +87,28 @@ class Sampler:
         self.drawn += 1
         return int(ids[np.searchsorted(cumulative, at, side="right")])
 
-    def distribution(self, logits: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    def logprobs(self, logits: NDArray[np.float32], token: int, most: int) -> Logprobs:
+        """Log probabilities of `token` and the `most` most likely ones, before anything here has shaped them."""
+        return logprobs(logits[: self._vocab_size], token, most)
+
+    def distribution(
+        self, logits: NDArray[np.float32], allowed: NDArray[np.bool_] | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """What `sample` draws from: the ids that can be drawn, ascending, and their probabilities (sum 1)."""
-        scores = self._penalized(logits)
+        scores = self._penalized(logits, allowed)
         if self.settings.temperature == 0:
             return np.array([np.argmax(scores)], dtype=np.int64), np.ones(1)
         return self._distribution(self._in_blocks(scores))
 
-    def _penalized(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Scores of the tokens [V]: logits with penalties, -inf for what cannot be drawn.
+    def _penalized(self, logits: NDArray[np.float32], allowed: NDArray[np.bool_] | None) -> NDArray[np.float32]:
+        """Scores of the tokens [V]: logits with bias and penalties, -inf for what cannot be drawn.
 
         The logits themselves where nothing changes them, else a buffer that the next call overwrites.
         """
         if logits.ndim != 1 or len(logits) < self._vocab_size:
             raise ModelError(f"the model gives logits of shape {logits.shape} for a vocabulary of {self._vocab_size}")
         settings = self.settings
-        scores = self._repetition_penalized(logits[: self._vocab_size])
+        scores = self._repetition_penalized(self._with_bias(logits[: self._vocab_size]))
         if settings.presence_penalty or settings.frequency_penalty:
             with np.errstate(over="ignore"):
                 scores = np.subtract(scores, self._penalty, out=self._flat)
@@ -103,6 +118,8 @@ class Sampler:
             self._flat[:] = scores
             scores = self._flat
             scores[self._suppressed] = -np.inf
+        if allowed is not None:
+            scores = np.where(allowed, scores, np.float32(-np.inf))
         return scores
 
     def _in_blocks(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -110,6 +127,13 @@ class Sampler:
         if scores is not self._flat:
             self._flat[:] = scores
         return self._scores
+
+    def _with_bias(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        if not len(self._biased):
+            return logits
+        self._flat[:] = logits
+        self._flat[self._biased] += self._bias
+        return self._flat
 
     def _repetition_penalized(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits [V] with those of seen tokens moved away from "likely" by the repetition penalty (CTRL, 4.1)."""
@@ -145,7 +169,11 @@ def _largest(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     if not 0 < k < flat.size:
         return np.flatnonzero(flat > -np.inf)
     floor = _kth_largest(scores.max(axis=1), k) if k <= len(scores) else np.float32(-np.inf)
-    candidates = np.flatnonzero(flat >= floor)
+    candidates = np.flatnonzero(
+        flat >= floor if floor > -np.inf else flat > -np.inf
+    )  # the latter where few are allowed
+    if len(candidates) <= k:
+        return candidates
     return candidates[flat[candidates] >= _kth_largest(flat[candidates], k)]
 
 

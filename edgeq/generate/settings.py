@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from dataclasses import replace as dataclass_replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from edgeq.errors import UsageError
-from edgeq.numbers import SAMPLING
-from edgeq.printable import brief
+from edgeq.numbers import SAMPLING, Range
+from edgeq.printable import brief, one_line
+
+if TYPE_CHECKING:
+    from edgeq.text.grammar import Shape
 
 __all__ = ["GenerationSettings", "preset"]
 
-_OPTIONAL = ("seed", "max_tokens", "thinking_budget", "max_total_tokens")
+_OPTIONAL = ("seed", "max_tokens", "thinking_budget", "max_total_tokens", "logprobs")
+_BIAS = Range(-100, 100)  # as OpenAI's interface has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +58,24 @@ class GenerationSettings:
     """Maximum tokens to generate, thinking and answer together; None is until the context is full."""
     loop_guard: bool = True
     """End thinking, or else the reply, when the output repeats itself."""
+    logprobs: int | None = None
+    """Tell the log probability of every token, and those of so many of the most likely ones."""
+    logit_bias: Mapping[int, float] | None = None
+    """Added to the logits of tokens, by id, before everything else; -100 to 100."""
+    schema: Any = None
+    """JSON schema that the answer fits: an object, its JSON text, or a class of pydantic."""
+    regex: str | None = None
+    """Regular expression that the whole answer matches."""
+    grammar: str | None = None
+    """Grammar, in Lark's notation or GBNF, that the whole answer follows."""
 
     def __post_init__(self) -> None:
         for field in fields(self):  # NumPy's numbers are numbers, and one stop string, or a list, is meant as well
             value = getattr(self, field.name)
             if isinstance(value, np.generic):
                 object.__setattr__(self, field.name, value.item())
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        stop: Any = self.stop
+        stop = (stop,) if isinstance(stop, str) else stop
         if not isinstance(stop, tuple | list) or not all(isinstance(text, str) and text for text in stop):
             raise UsageError(f"stop must be strings that are not empty, got {brief(self.stop)}")
         object.__setattr__(self, "stop", tuple(stop))
@@ -66,6 +83,27 @@ class GenerationSettings:
             value = getattr(self, option)
             if not (allowed.holds(value) or (value is None and option in _OPTIONAL)):
                 raise UsageError(f"{option} must be {allowed.wanted(value)}, got {brief(value)}")
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
+            raise UsageError(f"stop must be a tuple of non-empty strings, got {brief(self.stop)}")
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
+        if self.schema is not None:
+            object.__setattr__(self, "schema", _schema_text(self.schema))
+        for option in ("regex", "grammar"):
+            if not isinstance(getattr(self, option), str | None):
+                raise UsageError(f"{option} must be text, got {brief(getattr(self, option))}")
+        if len(self._shapes) > 1:
+            raise UsageError(f"{' and '.join(dict(self._shapes))} cannot be combined", hint="give one of them")
+
+    @property
+    def shape(self) -> Shape | None:
+        """What an answer is to fit, if anything."""
+        return next(iter(self._shapes), None)
+
+    @property
+    def _shapes(self) -> list[Shape]:
+        kinds: tuple[Literal["schema", "regex", "grammar"], ...] = ("schema", "regex", "grammar")
+        return [(kind, text) for kind in kinds if (text := getattr(self, kind)) is not None]
 
     def replace(self, **given: Any) -> GenerationSettings:
         """These settings with those of `given` that are not None: what was asked for goes over a preset."""
@@ -74,6 +112,33 @@ class GenerationSettings:
             if option not in names:
                 raise UsageError(f"unknown generation option {option!r}", hint=f"use one of {', '.join(names)}")
         return dataclass_replace(self, **{option: value for option, value in given.items() if value is not None})
+
+
+def _checked_bias(bias: object) -> dict[int, float]:
+    """`bias` by id; ids may also be written as text, as the keys of JSON objects are."""
+    if not isinstance(bias, Mapping):
+        raise UsageError(f"logit_bias must be an object of token ids and numbers, got {brief(bias)}")
+    checked = {}
+    for key, value in bias.items():
+        token = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10 else key
+        if type(token) is not int or token < 0 or not _BIAS.holds(value):
+            raise UsageError(f"logit_bias must be token ids with numbers {_BIAS}, got {brief(key)}: {brief(value)}")
+        checked[token] = float(value)
+    return checked
+
+
+def _schema_text(schema: Any) -> str:
+    """A JSON schema as JSON text."""
+    if isinstance(schema, type) and hasattr(schema, "model_json_schema"):  # pydantic
+        schema = schema.model_json_schema()
+    try:
+        schema = json.loads(schema) if isinstance(schema, str) else schema
+        text = json.dumps(schema)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"the schema is not JSON: {one_line(error)}") from None
+    if not isinstance(schema, Mapping | bool):
+        raise UsageError(f"a JSON schema must be an object, got {brief(schema)}")
+    return text
 
 
 def preset(thinking: bool, vision: bool = False, *, large: bool = False) -> GenerationSettings:

@@ -13,6 +13,8 @@ class StopReason(Enum):
 
     STOP_TOKEN = "stop token"
     STOP_STRING = "stop string"
+    COMPLETE = "complete"
+    """Nothing may follow in the schema, regex or grammar that was asked for."""
     LENGTH = "length"
     LOOP = "loop"
     CONTEXT_FULL = "context full"

@@ -201,10 +201,14 @@ class Chat:
         decoding = Decoding(
             ids[cached:], sampler, room=context.room, eos_ids=language.eos_ids, think=think,
             starts_in_thinking=think is not None and ends_in_thinking(ids, tokenizer),
+            constraint=language.constraint(settings),
         )  # fmt: skip
         parser = ChannelParser(tokenizer, ids)
         tokens = context.tokens(decoding, self._places)
-        return Reply(decoding, parser, tokens, settings.stop, cached=cached, prompt=len(ids), on_end=self._record)
+        return Reply(
+            decoding, parser, tokens, settings.stop, cached=cached, prompt=len(ids), on_end=self._record,
+            calls=language.tool_calls(self._tools, f"call_{len(ids)}"),
+        )  # fmt: skip
 
     def _record(self, reply: Reply) -> None:
         self._conversation.append_generated(reply.ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,10 @@ from edgeq.text.template_files import ANOTHER_TEMPLATE
 from edgeq.text.visuals import Spelling
 
 if TYPE_CHECKING:
+    from edgeq.text.grammar import Grammars, Matcher
     from edgeq.text.template import ChatTemplate
     from edgeq.text.tokenizer import Tokenizer
+    from edgeq.text.tool_calls import ToolCallParser, ToolForm
 
 __all__ = ["Language"]
 
@@ -88,6 +90,29 @@ class Language:
     def sampler(self, settings: GenerationSettings) -> Sampler:
         """A sampler over the tokens that exist; the vocabulary's padding rows are never drawn."""
         return Sampler(settings, vocab_size=self.tokens)
+
+    def constraint(self, settings: GenerationSettings) -> Matcher | None:
+        """What the answer is to fit, if anything; UsageError for what cannot be done."""
+        return None if settings.shape is None else self._grammars.matcher(settings.shape)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        """The vocabulary as grammars need it: 0.6 s and 60 MB for the family's, spent where one is asked for."""
+        from edgeq.text.grammar import Grammars
+
+        return Grammars(self.need_tokenizer(), tokens=self.tokens, eos_ids=self.eos_ids)
+
+    def tool_calls(self, tools: Sequence[Mapping[str, Any]] | None, prefix: str) -> ToolCallParser | None:
+        """What takes the calls out of an answer where `tools` were offered, with ids that begin with `prefix`."""
+        from edgeq.text.tool_calls import ToolCallParser
+
+        return ToolCallParser(self._tool_form, tools, prefix) if tools else None
+
+    @cached_property
+    def _tool_form(self) -> ToolForm:
+        from edgeq.text.tool_calls import tool_form
+
+        return tool_form(self.need_template())
 
     def speculation(self, engine: Engine[Any, Any], draft: str | int) -> Speculation | None:
         """Drafts for a new sequence; None for "off"."""

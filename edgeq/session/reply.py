@@ -6,26 +6,46 @@ itself: iterating over it generates it. Leaving early is fine; `finish` and `usa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from time import perf_counter
-from typing import NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from edgeq.generate import Decoding, Finish, StopReason, StopStrings, Tally, Token
-from edgeq.text.channels import Piece
+from edgeq.text.channels import ChannelPiece
 from edgeq.text.detokenizer import StreamingDetokenizer
 from edgeq.text.tokenizer import Tokenizer
+from edgeq.text.tool_calls import MalformedCall, ToolCall, ToolCallParser
 
-__all__ = ["PlainText", "Reply", "Transcript", "Usage"]
+__all__ = ["Piece", "PlainText", "Reply", "Transcript", "Usage"]
 
 
 class Transcript(Protocol):
     """Makes pieces of text out of tokens."""
 
-    def push(self, token: int) -> Piece:
+    def push(self, token: int) -> ChannelPiece:
         """The piece of the next token."""
 
-    def flush(self) -> Piece:
+    def flush(self) -> ChannelPiece:
         """What was still undecided when the tokens ended."""
+
+
+class Piece(NamedTuple):
+    """Some text of a reply, in its channel: "thinking", "answer", or "tool_call" for a call as the model wrote it.
+
+    token: the token that set it free; None for what the end of the reply set free, and for all but the last of several
+    pieces of one token.
+    logprob, top_logprobs: its log probability and the most likely tokens with theirs, `(id, logprob)`, where they were
+    asked for and the model was asked for the token: of the model's own distribution, before bias, penalties, constraint
+    and temperature.
+    forced: the model had no choice; the token was put in, or was the only one that the constraint allowed.
+    """
+
+    channel: Literal["thinking", "answer", "tool_call"]
+    text: str
+    token: int | None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    forced: bool = False
 
 
 class PlainText:
@@ -35,12 +55,12 @@ class PlainText:
         self._text = StreamingDetokenizer(tokenizer) if tokenizer else None
         self._silent = frozenset(tokenizer.eos_token_ids) if tokenizer else frozenset()
 
-    def push(self, token: int) -> Piece:
+    def push(self, token: int) -> ChannelPiece:
         shown = self._text is not None and token not in self._silent
-        return Piece("answer", self._text.push(token) if self._text and shown else "", token)
+        return ChannelPiece("answer", self._text.push(token) if self._text and shown else "", token)
 
-    def flush(self) -> Piece:
-        return Piece("answer", self._text.flush() if self._text else "", None)
+    def flush(self) -> ChannelPiece:
+        return ChannelPiece("answer", self._text.flush() if self._text else "", None)
 
 
 class Usage(NamedTuple):
@@ -48,6 +68,7 @@ class Usage(NamedTuple):
 
     passes: calls of the model after the prompt, with the drafts (`drafted_tokens`) that they verified; those accepted
     (`accepted_tokens`) came in addition to one token a pass. All three are 0 where drafting is off.
+    forced_tokens: those of the answer that were the only ones that its schema, regex or grammar allowed.
     """
 
     prompt_tokens: int
@@ -59,6 +80,7 @@ class Usage(NamedTuple):
     passes: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    forced_tokens: int = 0
 
     @property
     def generated_tokens(self) -> int:
@@ -86,19 +108,21 @@ class Usage(NamedTuple):
 
 
 class Reply:
-    """A reply in progress: an iterator of `Piece(channel, text, token)`.
+    """A reply in progress: an iterator of `Piece(channel, text, token, ...)`.
 
     A piece per token, with the text that is already final, and at the end one without a token for what was held back.
-    `text` and `thinking` collect the two channels.
+    `text` and `thinking` collect the two channels; `tool_calls` are those of `calls`, complete so far, and
+    `malformed_calls` what looked like one and stayed text.
     tokens: what drives it (`Context.tokens`). `on_end`, if given, is called once, however the reply ends.
     """
 
     def __init__(
         self, decoding: Decoding, transcript: Transcript, tokens: Iterator[Token], stop: tuple[str, ...], *,
-        cached: int, prompt: int, on_end: Callable[[Reply], None] | None = None,
+        cached: int, prompt: int, on_end: Callable[[Reply], None] | None = None, calls: ToolCallParser | None = None,
     ) -> None:  # fmt: skip
         self.text = ""
         self.thinking = ""
+        self._calls = calls
         self._decoding, self._transcript, self._stop = decoding, transcript, StopStrings(stop)
         self._cached, self._prompt, self._on_end = cached, prompt, on_end
         self._started = self._prompt_seconds = self._generate_seconds = 0.0
@@ -126,6 +150,16 @@ class Reply:
         return self._decoding.tally.accepted
 
     @property
+    def tool_calls(self) -> list[ToolCall]:
+        """The functions that the model calls, in order."""
+        return list(self._calls.calls) if self._calls else []
+
+    @property
+    def malformed_calls(self) -> list[MalformedCall]:
+        """What began like a call and is part of the answer, and why."""
+        return list(self._calls.malformed) if self._calls else []
+
+    @property
     def finish(self) -> Finish:
         """How the reply ended, or would if it were left now."""
         return self._decoding.finish
@@ -137,21 +171,25 @@ class Reply:
         return Usage(
             self._prompt, self._cached, finish.thinking_tokens, finish.answer_tokens,
             self._prompt_seconds, self._generate_seconds, tally.passes, tally.drafted, tally.accepted,
+            self._decoding.constrained,
         )  # fmt: skip
 
     def start(self) -> None:
         """The prompt is about to be run: time counts from here."""
         self._started = perf_counter()
 
-    def push(self, token: Token) -> Piece:
-        """The piece of the next token."""
+    def push(self, token: Token) -> list[Piece]:
+        """The pieces of the next token: one, unless a call begins or ends in it."""
         now = perf_counter()
         if not self._prompt_seconds:
             self._prompt_seconds, self._started = now - self._started, now
         self._generate_seconds = now - self._started
-        return self._collect(self._transcript.push(token.id))
+        pieces = self._collect(self._transcript.push(token.id))
+        logprob, top = token.logprobs or (None, ())
+        pieces[-1] = Piece(*pieces[-1][:2], token.id, logprob, top, token.forced or token.only)
+        return pieces
 
-    def flush(self) -> Piece:
+    def flush(self) -> list[Piece]:
         """What was held back, when the tokens have ended."""
         return self._collect(self._transcript.flush(), last=True)
 
@@ -159,23 +197,40 @@ class Reply:
         self.start()
         try:
             for token in tokens:
-                yield self.push(token)
-            yield self.flush()
+                yield from self.push(token)
+            yield from self.flush()
         finally:
             self._end()
 
-    def _collect(self, piece: Piece, *, last: bool = False) -> Piece:
-        """Pass the answer through the stop strings, and remember what is shown."""
-        if piece.channel == "thinking":
-            self.thinking += piece.text
-            return piece
-        shown = self._stop.push(piece.text) + (self._stop.flush() if last else "")
+    def _collect(self, piece: ChannelPiece, *, last: bool = False) -> list[Piece]:
+        """Pass the answer through the stop strings, take the calls out of it, and remember what is shown."""
+        segments: list[tuple[Any, str]] = [("thinking", piece.text)] if piece.channel == "thinking" else []
+        shown = "" if segments else self._stop.push(piece.text)
+        if last:
+            shown += self._stop.flush()
         if self._stop.matched is not None:
             self._decoding.stop(StopReason.STOP_STRING)
-        self.text += shown
-        return piece._replace(text=shown)
+        if shown or last or not segments:
+            segments += self._without_calls(shown, last=last)
+        return [self._said(Piece(channel, text, None)) for channel, text in segments]
+
+    def _without_calls(self, text: str, *, last: bool) -> Sequence[tuple[Any, str]]:
+        """Text of the answer, in which calls are channels of their own; at least one."""
+        if self._calls is None:
+            return [("answer", text)]
+        segments = self._calls.push(text) + (self._calls.flush() if last else [])
+        return segments or [("tool_call" if self._calls.in_call else "answer", "")]
+
+    def _said(self, piece: Piece) -> Piece:
+        if piece.channel == "thinking":
+            self.thinking += piece.text
+        elif piece.channel == "answer":
+            self.text += piece.text
+        return piece
 
     def _end(self) -> None:
+        for segment in self._calls.flush() if self._calls else ():  # a call that was left in its middle is text
+            self._said(Piece(segment.channel, segment.text, None))
         if self._on_end:
             on_end, self._on_end = self._on_end, None
             on_end(self)

@@ -12,12 +12,12 @@ from typing import Literal, NamedTuple
 from edgeq.text.detokenizer import StreamingDetokenizer
 from edgeq.text.tokenizer import Tokenizer
 
-__all__ = ["Channel", "ChannelParser", "Piece", "ends_in_thinking"]
+__all__ = ["Channel", "ChannelParser", "ChannelPiece", "ends_in_thinking"]
 
 Channel = Literal["thinking", "answer"]
 
 
-class Piece(NamedTuple):
+class ChannelPiece(NamedTuple):
     """What one token adds to a channel: `text` is empty while a character or a newline is still undecided.
 
     `token` is None for the text that the end of the stream set free.
@@ -59,19 +59,19 @@ class ChannelParser:
     def channel(self) -> Channel:
         return "thinking" if self.in_thinking else "answer"
 
-    def push(self, token: int) -> Piece:
+    def push(self, token: int) -> ChannelPiece:
         """Take the next generated token. A stop token has no text."""
         if token in (self.think_open_id, self.think_close_id):
             return self._switch(token)
         text = self._text.flush() if token in self._eos else self._text.push(token)
-        return Piece(self.channel, self._trim(text), token)
+        return ChannelPiece(self.channel, self._trim(text), token)
 
-    def flush(self) -> Piece:
+    def flush(self) -> ChannelPiece:
         """End the stream: the text that was still undecided."""
-        return Piece(self.channel, self._trim(self._text.flush()), None)
+        return ChannelPiece(self.channel, self._trim(self._text.flush()), None)
 
-    def _switch(self, token: int) -> Piece:
-        last = Piece(self.channel, self._trim(self._text.flush()), token)
+    def _switch(self, token: int) -> ChannelPiece:
+        last = ChannelPiece(self.channel, self._trim(self._text.flush()), token)
         thinking = token == self.think_open_id
         self._at_start = self._at_start or thinking != self.in_thinking
         self.in_thinking = thinking
