@@ -222,21 +222,24 @@ class Model:
         return Reply(decoding, PlainText(self.tokenizer), tokens, chosen.stop, cached=0, prompt=len(ids))
 
     def chat(
-        self, *, thinking: bool | None = None, system: str | None = None,
+        self, *, messages: Sequence[Message] = (), thinking: bool | None = None, system: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None, settings: GenerationSettings | None = None,
-        visual_settings: VisualSettings | None = None, draft: str | int = "auto", on_prefill: Progress | None = None,
-        on_look: Progress | None = None, **options: Any,
+        visual_settings: VisualSettings | None = None, draft: str | int = "auto", overflow: str = "stop",
+        on_prefill: Progress | None = None, on_look: Progress | None = None, **options: Any,
     ) -> Chat:  # fmt: skip
-        """Start a conversation. thinking: None is the chat template's default; visual_settings: None is 1,024 tokens
-        for an image, and 64 frames and 2,048 tokens for a video. See `edgeq.session.chat.Chat`.
+        """Start a conversation, or go on with one: messages, as OpenAI's interfaces write them.
+
+        thinking: None is the chat template's default. visual_settings: None is 1,024 tokens for an image, and 64 frames
+        and 2,048 tokens for a video. overflow: "shift" forgets the oldest turns where the context is full. See
+        `edgeq.session.chat.Chat`.
         """
         from edgeq.session.chat import Chat  # its templates' library takes 25 ms and 8 MB
         from edgeq.session.visual_settings import CHAT_VISUALS
 
         return Chat(
-            self, thinking=thinking, system=system, tools=tools, settings=settings,
-            visual_settings=visual_settings or CHAT_VISUALS, draft=draft, on_prefill=on_prefill, on_look=on_look,
-            **options,
+            self, messages=messages, thinking=thinking, system=system, tools=tools, settings=settings,
+            visual_settings=visual_settings or CHAT_VISUALS, draft=draft, overflow=overflow, on_prefill=on_prefill,
+            on_look=on_look, **options,
         )  # fmt: skip
 
 

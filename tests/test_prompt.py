@@ -426,7 +426,7 @@ class TestChat:
         assert (again.ids, list(chat.ids)) == (first.ids, ids)
         list(chat.send("And now?"))
         assert list(chat.ids)[: len(ids)] == ids
-        assert chat.undo() == "And now?"
+        assert [turn.text for turn in chat.undo()] == ["And now?"]
         list(chat.send("The same?", images=[image(seed=77)]))
         assert demo.sight.encoded == before + 4
         assert len(chat.visuals) == 3

@@ -166,8 +166,10 @@ class TestChat:
         again = chat.regenerate()
         list(again)
         assert again.ids == reply.ids
-        assert chat.undo() == "two"
+        assert [turn.text for turn in chat.undo()] == ["two"]
         assert list(chat.ids) == before
+        assert [turn.text for turn in chat.undo()] == ["one"]
+        assert not chat.ids
         with pytest.raises(UsageError, match="nothing to undo"):
             chat.undo()
 

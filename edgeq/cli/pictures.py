@@ -75,7 +75,7 @@ def _about(seconds: float) -> str:
     return f"about {seconds / 60:.0f} min"
 
 
-def by_kind(visuals: Sequence[Visual]) -> dict[str, list[Visual]]:
+def by_kind(visuals: Sequence[Visual]) -> dict[str, Any]:
     """Pictures as `Chat.send` takes them beside a text."""
     return {f"{kind}s": [visual for visual in visuals if visual.kind == kind] for kind in ("image", "video")}
 

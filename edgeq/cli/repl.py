@@ -165,7 +165,7 @@ class Repl:
         _say("conversation cleared")
 
     def _undo(self, _: list[str]) -> None:
-        _say(f"undone: {self._chat.undo()}")
+        _say(f"undone: {self._chat.undo()[0].text}")
 
     def _regenerate(self, _: list[str]) -> None:
         self._answer(self._chat.regenerate())

@@ -229,6 +229,16 @@ class Decoding:
             self._thinking,
         )
 
+    def move(self, prompt_ids: Sequence[int]) -> None:
+        """Go on after another prompt, which leaves more room: the reply so far stays, not ended by its lack."""
+        said = [token.id for token in self._said]
+        own = len(self._ids) - self._prompt_length
+        self._ids = [*prompt_ids, *said]
+        self._prompt_length = len(self._ids) - own
+        if self._reason is StopReason.CONTEXT_FULL:
+            self._reason = None
+            self._enforce_thinking_limit()
+
     def stop(self, reason: StopReason) -> None:
         """End the reply after the last token."""
         self._reason = reason

@@ -8,28 +8,37 @@ chat.send("What is this?", images=["photo.jpg"])
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 from edgeq.engine import Engine
-from edgeq.errors import EdgeqError, UsageError
-from edgeq.generate import Decoding, GenerationSettings
+from edgeq.errors import UsageError
+from edgeq.generate import Decoding, GenerationSettings, StopReason, Token
+from edgeq.printable import brief
+from edgeq.session import turns as turns_of
 from edgeq.session.context import Context, Progress
 from edgeq.session.language import Language
-from edgeq.session.parts import sources_of, text_of
 from edgeq.session.places import Place, rope_delta
+from edgeq.session.prefixes import Prefix, Prefixes
 from edgeq.session.reply import Reply
 from edgeq.session.sight import Sight
+from edgeq.session.turns import ContextUse, Said, Turn
 from edgeq.session.visual_settings import CHAT_VISUALS, VisualSettings
-from edgeq.state import State
 from edgeq.text.channels import ChannelParser, ends_in_thinking
-from edgeq.text.conversation import Conversation, Mark
-from edgeq.text.messages import check_thinking
-from edgeq.text.template import Content
+from edgeq.text.conversation import Conversation, Entry
+from edgeq.text.messages import check_thinking, checked_messages
+from edgeq.text.template import Content, Message
+from edgeq.text.tool_calls import ToolCallParser
 from edgeq.text.visuals import Outline
 from edgeq.vision.visual import Visual
 
 __all__ = ["Chat", "Speaker"]
+
+_WHOLE = (StopReason.STOP_TOKEN, StopReason.STOP_STRING, StopReason.COMPLETE)
+"""How a reply ends that has nothing more to say."""
 
 
 class Speaker(Protocol):
@@ -43,65 +52,81 @@ class Speaker(Protocol):
     def sight(self) -> Sight: ...
 
 
-class _Said(NamedTuple):
-    """What a user, or tools, said: contents for the template, and the pictures in them in order."""
+class _Saved(NamedTuple):
+    """A conversation as it was."""
 
-    role: str
-    contents: list[Content]
-    visuals: list[Visual]
-
-
-class _Turn(NamedTuple):
-    """Where the conversation stood before a turn, and what was then said."""
-
-    said: _Said
-    mark: Mark
-    places: int
-    state: State[Any]
+    turns: list[Turn]
+    system: Said | None
+    entries: tuple[Entry, ...]
+    places: list[Place]
+    forgotten: int
 
 
 class Chat:
     """A conversation that keeps the ids actually generated and the model's state after them.
 
+    messages: what was said before, OpenAI-shaped: a system message, users' and assistants' (with reasoning_content and
+    tool_calls), results of tools. It has the ids that the chat template gives it.
     thinking: whether the model thinks before it answers; None is the template's default.
     settings: replaces what the model card recommends for the mode, and over it the checkpoint (generation_config.json);
     `options` (fields of GenerationSettings) go over either.
     visual_settings: how large pictures become, and how many frames of a video are taken.
     draft: as in `Model.generate`.
+    overflow: what happens where a turn or a reply does not fit the context: "stop", or "shift", which forgets the
+    oldest turns and reads what is left again (a recurrent state cannot be cut).
     on_prefill, on_look (done, total): called while a long prompt goes through the model, pictures through the tower.
+
+    **Nothing is lost.** A reply that is left, by Ctrl-C for example, stays as far as it was generated, and `resume`
+    goes on with it. Left before its first token, the turn stays without a reply: `answer` replies to it, `undo` takes
+    it back, and what is said next comes beside it. After an error before the first token the conversation is as before
+    the turn. A reply that is generated again is given up for the new one's first token.
     """
 
     def __init__(
-        self, model: Speaker, *, thinking: bool | None = None, system: str | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None, settings: GenerationSettings | None = None,
-        visual_settings: VisualSettings = CHAT_VISUALS, draft: str | int = "auto", on_prefill: Progress | None = None,
+        self, model: Speaker, *, messages: Sequence[Message] = (), thinking: bool | None = None,
+        system: Content | None = None, tools: Sequence[Mapping[str, Any]] | None = None,
+        settings: GenerationSettings | None = None, visual_settings: VisualSettings = CHAT_VISUALS,
+        draft: str | int = "auto", overflow: str = "stop", on_prefill: Progress | None = None,
         on_look: Progress | None = None, **options: Any,
     ) -> None:  # fmt: skip
         tokenizer, template = model.language.need_tokenizer(), model.language.need_template()
         check_thinking(thinking)
+        if overflow not in ("stop", "shift"):
+            raise UsageError(f'overflow must be "stop" or "shift", got {brief(overflow)}')
         self.model = model
         self.thinking = template.thinking_default if thinking is None else thinking
         self.options = options
-        self.system = system
         self.visual_settings = visual_settings
-        self._settings = settings
-        self._tools, self._on_prefill, self._on_look = tools, on_prefill, on_look
-        self.draft = draft
+        self.draft, self.overflow = draft, overflow
+        self._settings, self._tools, self._on_prefill, self._on_look = settings, tools, on_prefill, on_look
+        engine = model.engine
         self._context = Context(
-            model.engine, sight=model.sight, speculation=model.language.speculation(model.engine, draft),
-            on_prefill=on_prefill, on_look=on_look,
+            engine, sight=model.sight, speculation=model.language.speculation(engine, draft),
+            prefixes=Prefixes.of(engine), on_prefill=on_prefill, on_look=on_look,
         )  # fmt: skip
         self._conversation = Conversation(
-            tokenizer, template, system=system, tools=tools, spelling=model.language.spelling,
+            tokenizer, template, tools=tools, enable_thinking=self.thinking, spelling=model.language.spelling,
             outer_vision_tokens=visual_settings.outer_vision_tokens,
         )  # fmt: skip
+        self._system: Said | None = None
+        self._turns = list[Turn]()
         self._places: list[Place] = []  # of all pictures of the conversation
-        self._last: _Turn | None = None
         self._reply: Reply | None = None
+        self._forgotten = 0
+        self.settings  # noqa: B018 (what is wrong with the options is told here)
+        given = self._read(messages)
+        if system is not None:
+            if given and given[0].message["role"] == "system":
+                raise UsageError("there are two system prompts", hint="give it in system= or as the first message")
+            given = [*self._read([{"role": "system", "content": system}]), *given]
+        self._append(given)
+        self._find_places()
+
+    # --- what there is -----------------------------------------------------------------------------------------------
 
     @property
     def ids(self) -> Sequence[int]:
-        """Every token of the conversation so far."""
+        """Every token of the conversation so far; where something was said last, with the beginning of the reply."""
         return self._conversation.ids
 
     @property
@@ -115,111 +140,395 @@ class Chat:
         return recommended.replace(**self.options)
 
     @property
+    def system(self) -> Any:
+        """The system prompt, text or parts; None without one."""
+        return None if self._system is None else self._system.message["content"]
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """What was said and replied so far."""
+        return tuple(self._turns)
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation, OpenAI-shaped; pictures are parts with a Visual, which `messages=` takes as well."""
+        found = [] if self._system is None else [self._system.message]
+        for turn in self._turns:
+            found += [*turn.messages, *([] if turn.reply is None else [turn.reply])]
+        return [dict(message) for message in found]
+
+    def transcript(self) -> str:
+        """The conversation as Markdown."""
+        return turns_of.markdown(self.messages)
+
+    @property
     def visuals(self) -> list[Visual]:
         """The pictures of the conversation so far."""
         return [place.visual for place in self._places if place.frame == 0]
 
-    def send(self, content: Content, *, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Reply:
+    @property
+    def context(self) -> ContextUse:
+        """How full the context is."""
+        return ContextUse(len(self.ids), self.model.engine.context_limit, self._context.position)
+
+    @property
+    def forgotten(self) -> int:
+        """Turns that were forgotten so far because the context was full."""
+        return self._forgotten
+
+    # --- what can be done --------------------------------------------------------------------------------------------
+
+    def send(
+        self, content: Content, *, images: Sequence[Any] = (), videos: Sequence[Any] = (), assistant_prefix: str = ""
+    ) -> Reply:
         """Say something; iterate over the result to generate the reply (see `edgeq.session.reply.Reply`).
 
         content: text, or a list of parts (see `Model.prompt`). images, videos: paths, bytes, data URLs, PIL images or
         arrays, of which a list or a folder is the frames of a video; they come before the text, or in the place of
         parts that do not say which picture they are.
+        assistant_prefix: the answer begins with this text, without thinking before it.
 
         If you stop iterating, the partial reply stays in the conversation. Raises MemoryBudgetError if the turn does
         not fit the context; the conversation is then as it was before.
         """
-        return self._say(self._opened("user", [content], images, videos))
+        said = self._opened("user", content, images, videos)
+        return self._say([said], assistant_prefix)
 
-    def send_tool_results(self, *results: Content) -> Reply:
-        """Give the results of the tools that the last reply called, in order; like `send`."""
-        return self._say(self._opened("tool", results))
+    def send_tool_results(self, *results: Any, assistant_prefix: str = "") -> Reply:
+        """Give the results of the tools that the last reply called, one for each call; like `send`.
 
-    def undo(self) -> str:
-        """Take back the last turn and its reply; returns what was said. Only one turn can be taken back."""
-        return " ".join(map(text_of, self._take_back().contents))
+        results: texts, or lists of parts, in the order of the calls; or messages with "tool_call_id" and "content"; or
+        one object that has the results by the ids of their calls.
+        """
+        self._settle()
+        if not self._turns:
+            raise UsageError("a tool result cannot open a conversation", hint="start with a user's turn")
+        return self._say(self._read(turns_of.tool_results(results, self._turns[-1].reply)), assistant_prefix)
+
+    def answer(self, messages: Sequence[Message] | None = None, *, assistant_prefix: str = "") -> Reply:
+        """Reply to what was said and has no reply.
+
+        messages: a whole history, in place of the conversation; what both begin with stays as it is, so that only the
+        rest is read. Thinking that the history leaves out does not count as a difference.
+        """
+        self._settle()
+        saved = self._save()
+        with self._undone_on_error(saved):
+            if messages is not None:
+                self._adopt(self._read(messages))
+            if not self._turns or self._turns[-1].reply is not None:
+                raise UsageError(
+                    "there is nothing to answer: the last message is not a user's or a tool's",
+                    hint="use send, or resume",
+                )
+            return self._begin(saved, assistant_prefix)
 
     def regenerate(self) -> Reply:
-        """Take back the last reply and generate another."""
-        return self._say(self._take_back())
+        """Take back the last reply and generate another, with the next seed (`seed` + `Turn.attempt`)."""
+        self._settle()
+        if not self._turns:
+            raise UsageError("nothing to answer again", hint="send something first")
+        saved, turn = self._save(), self._turns[-1]
+        with self._undone_on_error(saved):
+            if not turn.said:
+                raise UsageError("nothing was said that the last message replies to", hint="send something first")
+            again = turn.attempt + (turn.reply is not None)
+            self._turns[-1] = Turn(turn.said, turn.mark, turn.asked, attempt=again)
+            return self._begin(saved, turn.prefix)
 
-    def fresh(self, *, system: str | None = None) -> Chat:
-        """A new, empty conversation with the same model and settings."""
+    def resume(self) -> Reply:
+        """Go on with the last reply, which was left or cut at a limit; the Reply has the new text only.
+
+        Thinking goes on, too, or is closed first if `thinking` was turned off in the meantime.
+        """
+        self._settle()
+        if not self._turns or self._turns[-1].reply is None:
+            return self.answer()
+        saved, turn = self._save(), self._turns[-1]
+        if turn.finish is not None and turn.finish.reason in _WHOLE:
+            raise UsageError("the last reply is complete", hint="send something, or generate it again")
+        with self._undone_on_error(saved):
+            return self._go_on(saved)
+
+    def edit(
+        self, content: Content, *, back: int = 1, images: Sequence[Any] | None = None,
+        videos: Sequence[Any] | None = None, assistant_prefix: str = "",
+    ) -> Reply:  # fmt: skip
+        """Say something in place of the user's last message, or of the one `back` users' messages ago; what was said
+        after that is forgotten. images, videos: None keeps the message's own.
+        """
+        self._settle()
+        users = [i for i, turn in enumerate(self._turns) if turn.role == "user"]
+        if type(back) is not int or not 1 <= back <= len(users):
+            raise UsageError(f"there are {len(users)} messages to edit, got back={brief(back)}")
+        saved, place = self._save(), users[-back]
+        own = self._turns[place].visuals
+        if images is None:
+            images = [visual for visual in own if visual.kind == "image"]
+        if videos is None:
+            videos = [visual for visual in own if visual.kind == "video"]
+        said = self._opened("user", content, images, videos)
+        with self._undone_on_error(saved):
+            self._cut(place)
+            return self._say([said], assistant_prefix, saved)
+
+    def undo(self, n: int = 1) -> tuple[Turn, ...]:
+        """Take back the last `n` turns with their replies; returns them, the oldest first."""
+        self._settle()
+        if not self._turns:
+            raise UsageError("nothing to undo", hint="send something first")
+        if type(n) is not int or not 1 <= n <= len(self._turns):
+            raise UsageError(f"{len(self._turns)} turns can be undone, got {brief(n)}")
+        taken = tuple(self._turns[-n:])
+        self._cut(len(self._turns) - n)
+        self._rewind_state()
+        return taken
+
+    def fresh(self, *, system: Content | None = None, messages: Sequence[Message] = ()) -> Chat:
+        """A new conversation with the same model and settings, empty but for what is given."""
         return Chat(
-            self.model, thinking=self.thinking, system=system, tools=self._tools, settings=self._settings,
-            visual_settings=self.visual_settings, draft=self.draft, on_prefill=self._on_prefill, on_look=self._on_look,
-            **self.options,
+            self.model, messages=messages, thinking=self.thinking, system=system, tools=self._tools,
+            settings=self._settings, visual_settings=self.visual_settings, draft=self.draft, overflow=self.overflow,
+            on_prefill=self._on_prefill, on_look=self._on_look, **self.options,
         )  # fmt: skip
 
     def open(self, content: Content, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> list[Visual]:
         """The pictures that `send` would show the model, opened and resized; nothing is said yet."""
-        return self._opened("user", [content], images, videos).visuals
+        return list(self._opened("user", content, images, videos).visuals)
 
-    def _opened(
-        self, role: str, contents: Sequence[Content], images: Sequence[Any] = (), videos: Sequence[Any] = ()
-    ) -> _Said:
-        read = [sources_of(content, images, videos) for content in contents]
-        visuals = [self.model.sight.open(source, self.visual_settings) for _, sources in read for source in sources]
-        return _Said(role, [content for content, _ in read], visuals)
+    # --- messages ----------------------------------------------------------------------------------------------------
 
-    def _say(self, said: _Said) -> Reply:
-        """Append a turn, and begin the reply to it."""
-        self._settle()
-        conversation, outlines = self._conversation, [Outline.of(visual) for visual in said.visuals]
-        turn = _Turn(said, conversation.mark(), len(self._places), self._context.state)
-        start = turn.mark.length
-        if said.role == "user":
-            (content,) = said.contents
-            new = conversation.append_user(content, enable_thinking=self.thinking, visuals=outlines)
-        else:
-            new = conversation.append_tool(*said.contents, enable_thinking=self.thinking, visuals=outlines)
+    def _opened(self, role: str, content: Content, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Said:
+        return turns_of.said({"role": role, "content": content}, self.model.sight, self.visual_settings, images, videos)
+
+    def _read(self, messages: Sequence[Message]) -> list[Said]:
+        return [
+            turns_of.said(message, self.model.sight, self.visual_settings) for message in checked_messages(messages)
+        ]
+
+    def _append(self, messages: Sequence[Said]) -> None:
+        """Messages of a history, or of one turn: each goes to the turn that it belongs to."""
+        for said in messages:
+            role, last = said.message["role"], self._turns[-1] if self._turns else None
+            begins = not (self._turns or self._system)
+            outlines, mark = [Outline.of(visual) for visual in said.visuals], self._conversation.mark()
+            self._conversation.append([said.rendered], visuals=outlines)
+            if role == "system" and begins:
+                self._system = said
+                continue
+            if last is None or last.reply is not None or (role == "user" and last.role in ("user", "tool")):
+                last = Turn((), mark, mark)
+                self._turns.append(last)
+            if role == "assistant":
+                self._turns[-1] = replace(last, reply=said.message, shown=said.visuals)
+            else:
+                self._turns[-1] = replace(last, said=(*last.said, said), asked=self._conversation.mark())
+
+    def _adopt(self, given: Sequence[Said]) -> None:
+        """Be a given history, keeping the turns that it begins with."""
+        same = turns_of.agreeing(self.messages, [said.message for said in given])
+        done, kept = int(self._system is not None), 0
+        for turn in self._turns:
+            if turn.reply is None or done + len(turn.said) + 1 > same:
+                break
+            done, kept = done + len(turn.said) + 1, kept + 1
+        self._cut(kept)
+        if not same:
+            self._conversation.rewind(0)
+            self._system, done = None, 0
+        self._append(given[done:])
+
+    def _cut(self, place: int) -> None:
+        """Take back the turns from a place on."""
+        if place < len(self._turns):
+            self._conversation.rewind(self._turns[place].mark)
+            del self._turns[place:]
+            self._find_places()
+
+    def _find_places(self) -> None:
+        """Find the pictures of what was said last; those before stay where they are."""
+        conversation = self._conversation
+        ids, start = conversation.ids, conversation.settled
+        before = [place for place in self._places if place.start < start]
+        visuals = [visual for turn in self._turns for visual in turn.visuals]
+        self._places = before + self.model.sight.places(
+            ids[start:], visuals[sum(place.frame == 0 for place in before) :], start=start,
+            position=start + rope_delta(before),
+        )  # fmt: skip
+
+    def _save(self) -> _Saved:
+        return _Saved(list(self._turns), self._system, self._conversation.entries, self._places, self._forgotten)
+
+    def _restore(self, saved: _Saved) -> None:
+        self._turns, self._system, entries, self._places, self._forgotten = saved
+        self._turns = list(self._turns)
+        self._conversation.restore(entries)
+        self._rewind_state()
+
+    @contextmanager
+    def _undone_on_error(self, saved: _Saved) -> Iterator[None]:
         try:
-            self._places += self.model.sight.places(
-                new, said.visuals, start=start, position=start + rope_delta(self._places)
-            )
-            reply = self._new_reply()
-        except EdgeqError:
-            self._restore(turn)
+            yield
+        except BaseException:
+            self._restore(saved)
             raise
-        self._last, self._reply = turn, reply
-        return reply
 
-    def _take_back(self) -> _Said:
+    def _rewind_state(self) -> None:
+        """Let go of states that are not the conversation's."""
+        self._context.resume(self.ids, self._places)
+
+    # --- replies -----------------------------------------------------------------------------------------------------
+
+    def _say(self, messages: Sequence[Said], prefix: str, saved: _Saved | None = None) -> Reply:
+        """Append a turn, and begin the reply to it. saved: the conversation before, if not as it is now."""
         self._settle()
-        if self._last is None:
-            raise UsageError("nothing to undo", hint="send something first")
-        turn, self._last = self._last, None
-        self._restore(turn)
-        return turn.said
+        saved = saved or self._save()
+        with self._undone_on_error(saved):
+            self._context.keep()
+            self._append(messages)
+            return self._begin(saved, prefix)
 
-    def _new_reply(self) -> Reply:
-        language, ids, context = self.model.language, self._conversation.ids, self._context
-        cached, settings, tokenizer = context.position, self.settings, language.need_tokenizer()
-        sampler = language.sampler(settings)
-        sampler.observe_prompt(ids[:cached])
-        think = language.think_tokens()
+    def _begin(self, saved: _Saved, prefix: str) -> Reply:
+        """The reply to the last turn, from its beginning."""
+        if not isinstance(prefix, str):
+            raise UsageError(f"assistant_prefix must be a text, got {brief(prefix)}")
+        base = {"role": "assistant", "content": prefix} if prefix else None
+        self._turns[-1] = replace(self._turns[-1], thinking=self.thinking, prefix=prefix, base=base)
+        self._open(self._turns[-1])
+        return self._new_reply(saved)
+
+    def _go_on(self, saved: _Saved) -> Reply:
+        """More of the last turn's reply."""
+        turn = self._turns[-1]
+        if self._conversation.generated is None:
+            self._turns[-1] = replace(turn, base=turn.reply)
+            self._open(self._turns[-1])
+        return self._new_reply(saved)
+
+    def _open(self, turn: Turn) -> None:
+        """Stand where the reply to a turn begins."""
+        self._conversation.rewind(turn.asked)
+        self._conversation.enable_thinking = turn.thinking
+        if turn.base is not None:
+            self._conversation.open(turn.base)
+
+    def _new_reply(self, saved: _Saved) -> Reply:
+        language, engine, turn = self.model.language, self.model.engine, self._turns[-1]
+        self._find_places()
+        forgotten, limit = 0, engine.context_limit
+        if self.overflow == "shift" and len(self.ids) >= limit:
+            forgotten = self._forget(limit // 2, limit - 1)
+        ids, begun, tokenizer = self.ids, self._turns[-1].tokens, language.need_tokenizer()
+        settings = self.settings
+        if settings.seed is not None:
+            settings = settings.replace(seed=(settings.seed + turn.attempt) % (1 << 64))
+        if begun and not self.thinking:
+            settings = settings.replace(thinking_budget=0)
+        prompt, think = ids[: len(ids) - len(begun)], language.think_tokens()
+        sampler = language.sampler(settings, drawn=turn.drawn)
         decoding = Decoding(
-            ids[cached:], sampler, room=context.room, eos_ids=language.eos_ids, think=think,
-            starts_in_thinking=think is not None and ends_in_thinking(ids, tokenizer),
+            prompt, sampler, room=limit, eos_ids=language.eos_ids, think=think, begun=begun,
+            starts_in_thinking=think is not None and ends_in_thinking(prompt, tokenizer),
             constraint=language.constraint(settings),
         )  # fmt: skip
-        parser = ChannelParser(tokenizer, ids)
-        tokens = context.tokens(decoding, self._places)
-        return Reply(
-            decoding, parser, tokens, settings.stop, cached=cached, prompt=len(ids), on_end=self._record,
-            calls=language.tool_calls(self._tools, f"call_{len(ids)}"),
-        )  # fmt: skip
+        found = self._context.resume(ids, self._places)
 
-    def _record(self, reply: Reply) -> None:
-        self._conversation.append_generated(reply.ids)
+        def record(reply: Reply) -> None:
+            self._record(reply, decoding, sampler.drawn, saved)
+
+        message = turns_of.assistant_message(turn.base, tokenizer, prompt, [token.id for token in begun])
+        calls = self._calls(len(prompt))
+        if calls is not None:
+            calls.push(message["content"])  # a call may have been left in its middle
+        self._reply = Reply(
+            decoding, ChannelParser(tokenizer, ids), self._tokens(decoding, found), settings.stop,
+            cached=len(found.ids), prompt=len(ids), on_end=record, calls=calls, prefix=message["content"],
+            forgotten=forgotten,
+        )  # fmt: skip
+        return self._reply
+
+    def _tokens(self, decoding: Decoding, found: Prefix) -> Iterator[Token]:
+        """Drive a reply, also beyond the end of the context where turns can be forgotten."""
+        logits = found.logits
+        while True:
+            yield from self._context.tokens(decoding, self._places, start=0, logits=logits)
+            if decoding.finish.reason is not StopReason.CONTEXT_FULL or self.overflow != "shift":
+                return
+            limit, said = self.model.engine.context_limit, [token.id for token in decoding.said]
+            forgotten = self._forget(limit // 2 - len(said), limit * 7 // 8 - len(said))
+            if not forgotten:
+                return
+            assert self._reply is not None, "the reply that is driven"
+            self._reply.forgotten += forgotten
+            prompt = self.ids[: len(self.ids) - len(self._conversation.generated or ())]
+            decoding.move(prompt)
+            logits = self._context.resume([*prompt, *said], self._places).logits
+
+    def _forget(self, wanted: int, most: int) -> int:
+        """Forget the oldest turns until at most `wanted` tokens are left, or else as many as can be; how many.
+
+        None are forgotten if more than `most` tokens would be left. What is left begins with a user's turn, and is what
+        the chat template makes of its messages.
+        """
+        turns, saved = list(self._turns), self._save()
+        starts = [i for i in range(1, len(turns)) if turns[i].role == "user"]
+
+        def fits(i: int) -> bool:
+            self._replay(turns[i:])
+            return len(self.ids) <= wanted
+
+        place = starts[min(bisect_left(starts, True, key=fits), len(starts) - 1)] if starts else 0
+        self._replay(turns[place:])
+        if not place or len(self.ids) > most:
+            self._turns, self._places = turns, saved.places
+            self._conversation.restore(saved.entries)
+            return 0
+        self._places = []
+        self._find_places()
+        self._forgotten += place
+        return place
+
+    def _replay(self, turns: Sequence[Turn]) -> None:
+        """Consist of some turns, whose messages are rendered anew; the reply to the last is begun as it was."""
+        generated = self._conversation.generated
+        self._conversation.rewind(0)
+        self._turns, system, self._system = [], self._system, None
+        self._append([system] if system else [])
+        for turn in turns:
+            self._append(turn.said)
+            if turn is not turns[-1] and turn.reply is not None:
+                self._append(self._read([turn.reply]))
+            here = self._turns[-1]
+            self._turns[-1] = replace(turn, mark=here.mark, asked=here.asked)
+        self._open(self._turns[-1])
+        if generated is not None:
+            self._conversation.append_generated(generated)
+
+    def _record(self, reply: Reply, decoding: Decoding, drawn: int, saved: _Saved) -> None:
+        """Keep what a reply said, which has just ended. saved: the conversation before it began."""
+        turn, conversation, prompt, new = self._turns[-1], self._conversation, self.ids, reply.ids
+        if not new:
+            before = saved.turns[-1] if saved.turns else None
+            if reply.failed or (before is not None and before.said is turn.said and before.reply is not None):
+                self._restore(saved)
+            return
+        tokenizer = self.model.language.need_tokenizer()
+        if reply.finish.reason is StopReason.STOP_STRING:
+            new = turns_of.before_stop(tokenizer, prompt, new, reply.shown)
+        conversation.append_generated(new)
+        generated = conversation.generated or ()
+        prompt = self.ids[: len(self.ids) - len(generated)]
+        message = turns_of.assistant_message(turn.base, tokenizer, prompt, generated)
+        message = turns_of.with_calls(message, self._calls(len(prompt)))
+        self._turns[-1] = replace(turn, reply=message, finish=reply.finish, tokens=decoding.said, drawn=drawn)
+        reply.message = message
+
+    def _calls(self, prompt: int) -> ToolCallParser | None:
+        """What takes the calls out of a reply after `prompt` tokens."""
+        return self.model.language.tool_calls(self._tools, f"call_{prompt}")
 
     def _settle(self) -> None:
         """End a reply that nobody listened to until its end."""
         if self._reply is not None:
             self._reply.close()
             self._reply = None
-
-    def _restore(self, turn: _Turn) -> None:
-        self._conversation.rewind(turn.mark)
-        del self._places[turn.places :]
-        self._context.state = turn.state

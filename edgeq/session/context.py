@@ -11,6 +11,7 @@ from edgeq.engine import Engine, Feed, Ids
 from edgeq.formats.bf16 import Float32
 from edgeq.generate import Decoding, Token
 from edgeq.session.places import Place, positions
+from edgeq.session.prefixes import Prefix, Prefixes
 from edgeq.session.sight import Looking, Sight
 from edgeq.session.speculation import Speculation
 from edgeq.state import State
@@ -26,14 +27,18 @@ class Context:
 
     state: where it goes on from, one that the engine has made or checked; None begins.
     sight: for a sequence with pictures. speculation: drafts for its replies; None generates a token at a time.
+    prefixes: keeps the states from which replies began, for `resume`.
     """
 
     def __init__(
         self, engine: Engine[Any, Any], state: State[Any] | None = None, *, sight: Sight | None = None,
-        speculation: Speculation | None = None, on_prefill: Progress | None = None, on_look: Looking | None = None,
+        speculation: Speculation | None = None, prefixes: Prefixes | None = None, on_prefill: Progress | None = None,
+        on_look: Looking | None = None,
     ) -> None:  # fmt: skip
         self.engine = engine
-        self._sight, self._speculation = sight, speculation
+        self._sight, self._speculation, self._prefixes = sight, speculation, prefixes
+        self._ids = list[int]()  # what was run from an empty state on, and perhaps more that was not finished
+        self._places: Sequence[Place] = ()
         if state is None:
             state = engine.state(draft=speculation is not None and speculation.with_head)
         self.state = state
@@ -56,6 +61,7 @@ class Context:
         tokens are run a chunk at a time, so that an interruption loses one chunk at most.
         """
         tokens = self.engine.checked_ids(ids, self.state)
+        self._ids[self.state.length :], self._places = tokens.tolist(), places
         if self._speculation is not None:
             self._speculation.observe(self.state.length, tokens)
         total, start, logits = len(tokens), self.state.length, list[Float32]()
@@ -93,17 +99,49 @@ class Context:
         where = positions(here, start, len(tokens), self.state.next_position)
         return Feed(self.state, tokens, inserts, where, rows=rows)
 
-    def tokens(self, decoding: Decoding, places: Sequence[Place] = ()) -> Iterator[Token]:
+    def resume(self, ids: Sequence[int], places: Sequence[Place] = ()) -> Prefix:
+        """Go on from the longest prefix of a sequence that is at hand, whatever was run before; the prefix."""
+        assert self._prefixes is not None, "a context that keeps no prefixes has none to go on from"
+        tokens, here = np.array(ids, np.int32), self._prefix()
+        found = self._prefixes.longest(tokens, places)
+        if here.begins(tokens, places) and (found is None or len(here.ids) > len(found.ids)):
+            found = here
+        if found is None:
+            empty = self.engine.state(draft=self.state.draft is not None)
+            found = Prefix(tokens[:0], (), empty)
+        self.state, self._ids = found.state, found.ids.tolist()
+        if self._speculation is not None:
+            self._speculation.observe(0, found.ids)
+        return found
+
+    def keep(self, logits: Float32 | None = None) -> None:
+        """Keep the state for `resume`; logits: those after its last token, if known."""
+        if self._prefixes is not None and self.position:
+            self._prefixes.keep(self._prefix(logits))
+
+    def _prefix(self, logits: Float32 | None = None) -> Prefix:
+        return Prefix(np.array(self._ids[: self.position], np.int32), tuple(self._places), self.state, logits)
+
+    def tokens(
+        self, decoding: Decoding, places: Sequence[Place] = (), *, start: int | None = None,
+        logits: Float32 | None = None,
+    ) -> Iterator[Token]:  # fmt: skip
         """Drive a reply to a prompt that comes next in this context; leaving early leaves nothing to repair.
 
-        places: the pictures of the sequence.
+        places: the pictures of the sequence. start: where in it the prompt begins; None is here. logits: those after
+        the prompt, where all of it was run and they are known.
         """
-        start = self.position
+        start, known, first = self.position if start is None else start, logits, True
         try:
             while not decoding.finished:
                 token = decoding.forced()
                 if token is None:
-                    token = decoding.take(self._logits_after(decoding.unseen(self.position - start), decoding, places))
+                    unseen = decoding.unseen(self.position - start)
+                    if known is None or unseen:
+                        known = self._logits_after(unseen, decoding, places)
+                        if first and len(unseen) > 1:  # the end of a prompt
+                            self.keep(known)
+                    token, known, first = decoding.take(known), None, False
                 if token is not None:
                     yield token
         finally:
@@ -115,6 +153,7 @@ class Context:
         if self._speculation is None or len(ids) > 1 or not self.position:
             logits: Float32 = self.feed(ids, places=places)[-1]
             return logits
+        self._ids[self.position :] = ids
         logits, self.state = self._speculation.advance(self.state, ids[0], decoding.remaining, decoding.tally)
         return logits
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgeq.errors import UsageError
-from edgeq.printable import brief
 from edgeq.session.language import Language
 from edgeq.session.parts import Source, sources_of
 from edgeq.session.prompt import Prompt
 from edgeq.session.sight import Sight
 from edgeq.session.visual_settings import VisualSettings
-from edgeq.text.messages import check_thinking, protected_message, protected_tools
+from edgeq.text.messages import check_thinking, checked_messages, protected_message, protected_tools
 from edgeq.text.template import Message
 from edgeq.text.visuals import Outline, expanded
 
@@ -33,8 +31,10 @@ def make_prompt(
     tokenizer, template = language.need_tokenizer(), language.need_template()
     settings = settings or VisualSettings()
     history, sources = list[dict[str, Any]](), list[Source]()
-    for message in _listed(messages):
-        content, own = sources_of(message.get("content", ""), role=str(message.get("role")))
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    for message in checked_messages(messages):
+        content, own = sources_of(message.get("content", ""), role=message["role"])
         history.append(protected_message({**message, "content": content}, tokenizer))
         sources += own
     visuals = [sight.open(source, settings) for source in sources]
@@ -47,11 +47,3 @@ def make_prompt(
         expanded(text, outlines, language.spelling, outer=settings.outer_vision_tokens), control=True
     )
     return Prompt.of(ids, sight.places(ids, visuals))
-
-
-def _listed(messages: Sequence[Message] | str) -> Sequence[Message]:
-    if isinstance(messages, str):
-        return [{"role": "user", "content": messages}]
-    if not isinstance(messages, list | tuple) or not all(isinstance(message, Mapping) for message in messages):
-        raise UsageError(f"messages must be a list of objects, got {brief(messages)}", hint='"role" and "content" each')
-    return messages

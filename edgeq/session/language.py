@@ -87,9 +87,9 @@ class Language:
             )
         return template.bound(protected_kwargs(kwargs, self.need_tokenizer())) if kwargs else template
 
-    def sampler(self, settings: GenerationSettings) -> Sampler:
-        """A sampler over the tokens that exist; the vocabulary's padding rows are never drawn."""
-        return Sampler(settings, vocab_size=self.tokens)
+    def sampler(self, settings: GenerationSettings, *, drawn: int = 0) -> Sampler:
+        """A sampler over the tokens that exist; the vocabulary's padding rows are never drawn. drawn: see Sampler."""
+        return Sampler(settings, vocab_size=self.tokens, drawn=drawn)
 
     def constraint(self, settings: GenerationSettings) -> Matcher | None:
         """What the answer is to fit, if anything; UsageError for what cannot be done."""

@@ -43,8 +43,8 @@ class Source(NamedTuple):
 
 
 def sources_of(
-    content: Content, images: Sequence[Any] = (), videos: Sequence[Any] = (), *, role: str = "user"
-) -> tuple[Content, list[Source]]:
+    content: Content | None, images: Sequence[Any] = (), videos: Sequence[Any] = (), *, role: str = "user"
+) -> tuple[Content | None, list[Source]]:
     """A message's content as a chat template takes it, and where its pictures come from, in order.
 
     images, videos: fill the parts that name no source, or else come before the text. Raises UsageError for parts that

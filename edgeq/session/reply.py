@@ -114,14 +114,24 @@ class Reply:
     `text` and `thinking` collect the two channels; `tool_calls` are those of `calls`, complete so far, and
     `malformed_calls` what looked like one and stayed text.
     tokens: what drives it (`Context.tokens`). `on_end`, if given, is called once, however the reply ends.
+
+    shown: the answer as it was generated, calls included, up to a stop string.
+    prefix: what the message began with before this was generated: a text that was put there, or the reply that goes on.
+    forgotten: turns that were forgotten to make room for it (`overflow="shift"`).
+    failed: an error ended it, and not whoever listened.
+    message: the assistant's message, as it stands in the conversation since the reply ended; None before, and without.
     """
 
     def __init__(
         self, decoding: Decoding, transcript: Transcript, tokens: Iterator[Token], stop: tuple[str, ...], *,
         cached: int, prompt: int, on_end: Callable[[Reply], None] | None = None, calls: ToolCallParser | None = None,
+        prefix: str = "", forgotten: int = 0,
     ) -> None:  # fmt: skip
         self.text = ""
         self.thinking = ""
+        self.shown = ""
+        self.prefix, self.forgotten, self.failed = prefix, forgotten, False
+        self.message: dict[str, Any] | None = None
         self._calls = calls
         self._decoding, self._transcript, self._stop = decoding, transcript, StopStrings(stop)
         self._cached, self._prompt, self._on_end = cached, prompt, on_end
@@ -199,6 +209,9 @@ class Reply:
             for token in tokens:
                 yield from self.push(token)
             yield from self.flush()
+        except Exception:
+            self.failed = True
+            raise
         finally:
             self._end()
 
@@ -210,6 +223,7 @@ class Reply:
             shown += self._stop.flush()
         if self._stop.matched is not None:
             self._decoding.stop(StopReason.STOP_STRING)
+        self.shown += shown
         if shown or last or not segments:
             segments += self._without_calls(shown, last=last)
         return [self._said(Piece(channel, text, None)) for channel, text in segments]

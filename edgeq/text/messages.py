@@ -6,15 +6,21 @@ print. An object that holds itself, or one that holds the same list a billion ti
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from edgeq.errors import UsageError
 from edgeq.printable import brief
 from edgeq.text.tokenizer import Tokenizer
 
-__all__ = ["check_thinking", "protected_content", "protected_kwargs", "protected_message", "protected_tools"]
+__all__ = [
+    "check_thinking", "checked_messages", "protected_content", "protected_kwargs", "protected_message",
+    "protected_tools",
+]  # fmt: skip
 
 _MAX_DEPTH = 64
 _MAX_VALUES = 1 << 18
@@ -24,6 +30,61 @@ def check_thinking(thinking: object) -> None:
     """UsageError unless `thinking` is True, False or None."""
     if thinking is not None and not isinstance(thinking, bool):
         raise UsageError(f"thinking must be True, False or None, got {brief(thinking)}")
+
+
+def checked_messages(messages: object) -> list[dict[str, Any]]:
+    """Messages of a history, as OpenAI's interfaces write them, in the form that chat templates take.
+
+    The arguments of tool calls, which those interfaces write as a text of JSON, become objects. Raises UsageError for
+    what is no message, for calls that are no calls and for results of calls that nobody made.
+    """
+    if not isinstance(messages, list | tuple) or not all(isinstance(message, Mapping) for message in messages):
+        raise UsageError(f"messages must be a list of objects, got {brief(messages)}", hint='"role" and "content" each')
+    checked, calls = list[dict[str, Any]](), set[object]()
+    for i, message in enumerate(messages):
+        where, fields = f"message {i + 1}", dict(message)
+        if not isinstance(fields.get("role"), str):
+            raise UsageError(f"{where} has the role {brief(fields.get('role'))}", hint="name its role")
+        if fields.get("function_call") is not None:
+            raise UsageError(f"{where} has a function_call", hint="write it as one of tool_calls")
+        if fields.get("tool_calls") is not None:
+            fields["tool_calls"] = _checked_calls(fields["tool_calls"], where)
+            calls |= {call["id"] for call in fields["tool_calls"] if "id" in call}
+        answered = fields.get("tool_call_id") if fields["role"] == "tool" else None
+        if answered is not None and calls and answered not in calls:
+            raise UsageError(
+                f"{where} has the result of the tool call {brief(answered)}, which no message before it made",
+                hint="give it the id of one of the assistant's tool_calls",
+            )
+        checked.append(fields)
+    return checked
+
+
+def _checked_calls(calls: object, where: str) -> list[dict[str, Any]]:
+    """Tool calls with their arguments as objects."""
+    if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
+        raise UsageError(f"{where} has the tool_calls {brief(calls)}", hint="give a list of objects")
+    checked = list[dict[str, Any]]()
+    for call in calls:
+        function = call.get("function", call)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise UsageError(
+                f"{where} has the tool call {brief(dict(call))}",
+                hint='write {"function": {"name": ..., "arguments": ...}}',
+            )
+        arguments = function.get("arguments")
+        try:
+            found = json.loads(arguments or "{}") if isinstance(arguments, str | None) else arguments
+        except ValueError:
+            found = None
+        if not isinstance(found, Mapping):
+            raise UsageError(
+                f"{where} calls {brief(function['name'])} with the arguments {brief(arguments)}",
+                hint="give an object, or the text of one in JSON",
+            )
+        function = {**function, "arguments": found}
+        checked.append({**call, "function": function} if "function" in call else function)
+    return checked
 
 
 def protected_content(content: object, tokenizer: Tokenizer) -> Any:
@@ -41,8 +102,6 @@ def protected_message(message: Mapping[str, Any], tokenizer: Tokenizer) -> dict[
     the family's template does, which would not find it in protected text.
     """
     fields = dict(message)
-    if not isinstance(fields.get("role"), str):
-        raise UsageError(f"a message of the history has the role {brief(fields.get('role'))}", hint="name its role")
     content, assistant = fields.pop("content", None), fields["role"] == "assistant"
     if assistant and isinstance(content, str) and "</think>" in content and fields.get("reasoning_content") is None:
         fields["reasoning_content"], content = _thought_and_answer(content)
@@ -61,7 +120,7 @@ def protected_tools(tools: object, tokenizer: Tokenizer) -> Any:
     if tools is not None and (
         isinstance(tools, str) or not isinstance(tools, Sequence) or not all(isinstance(t, Mapping) for t in tools)
     ):
-        raise UsageError(f"tools must be a list of objects, got {brief(tools)}")
+        raise UsageError(f"tools must be a list of objects, got {brief(tools)}", hint="put a single one into a list")
     return _Protector(tokenizer, "tools").value(tools)
 
 
@@ -103,6 +162,8 @@ class _Protector:
                 f"{self._what} must be JSON of at most {_MAX_DEPTH} levels and {_MAX_VALUES:,} values",
                 hint="check that nothing in it holds itself",
             )
+        if isinstance(value, np.generic):
+            value = value.item()
         if isinstance(value, str):
             return self._tokenizer.protect(value)
         if isinstance(value, Mapping):
