@@ -170,7 +170,7 @@ class Model:
     def prompt(
         self, messages: Sequence[Message] | str, thinking: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None, *, visual_settings: VisualSettings | None = None,
-        add_vision_id: bool = False,
+        add_vision_id: bool = False, template_kwargs: Mapping[str, Any] | None = None,
     ) -> Prompt:  # fmt: skip
         """The prompt for a reply to a history, by the chat template: ids, their positions, and the pictures.
 
@@ -178,12 +178,13 @@ class Model:
         {"type": "image", "image": path, bytes, data URL, PIL image or array}, {"type": "video", "video": path or
         frames}, or what OpenAI's interfaces have in their place. thinking: None is the template's default.
         visual_settings: None is the checkpoint's own limits. add_vision_id: number the pictures ("Picture 1: ").
+        template_kwargs: further variables for the chat template.
         """
         from edgeq.session.history import make_prompt  # its templates' library takes 25 ms and 8 MB
 
         return make_prompt(
             self.language, self.sight, messages, thinking=thinking, tools=tools, settings=visual_settings,
-            add_vision_id=add_vision_id,
+            add_vision_id=add_vision_id, template_kwargs=template_kwargs,
         )  # fmt: skip
 
     def generate(
@@ -225,21 +226,22 @@ class Model:
         self, *, messages: Sequence[Message] = (), thinking: bool | None = None, system: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None, settings: GenerationSettings | None = None,
         visual_settings: VisualSettings | None = None, draft: str | int = "auto", overflow: str = "stop",
-        on_prefill: Progress | None = None, on_look: Progress | None = None, **options: Any,
+        template_kwargs: Mapping[str, Any] | None = None, on_prefill: Progress | None = None,
+        on_look: Progress | None = None, **options: Any,
     ) -> Chat:  # fmt: skip
         """Start a conversation, or go on with one: messages, as OpenAI's interfaces write them.
 
         thinking: None is the chat template's default. visual_settings: None is 1,024 tokens for an image, and 64 frames
-        and 2,048 tokens for a video. overflow: "shift" forgets the oldest turns where the context is full. See
-        `edgeq.session.chat.Chat`.
+        and 2,048 tokens for a video. overflow: "shift" forgets the oldest turns where the context is full.
+        template_kwargs: further variables for the chat template. See `edgeq.session.chat.Chat`.
         """
         from edgeq.session.chat import Chat  # its templates' library takes 25 ms and 8 MB
         from edgeq.session.visual_settings import CHAT_VISUALS
 
         return Chat(
             self, messages=messages, thinking=thinking, system=system, tools=tools, settings=settings,
-            visual_settings=visual_settings or CHAT_VISUALS, draft=draft, overflow=overflow, on_prefill=on_prefill,
-            on_look=on_look, **options,
+            visual_settings=visual_settings or CHAT_VISUALS, draft=draft, overflow=overflow,
+            template_kwargs=template_kwargs, on_prefill=on_prefill, on_look=on_look, **options,
         )  # fmt: skip
 
 

@@ -74,6 +74,7 @@ class Chat:
     draft: as in `Model.generate`.
     overflow: what happens where a turn or a reply does not fit the context: "stop", or "shift", which forgets the
     oldest turns and reads what is left again (a recurrent state cannot be cut).
+    template_kwargs: further variables for the chat template.
     on_prefill, on_look (done, total): called while a long prompt goes through the model, pictures through the tower.
 
     **Nothing is lost.** A reply that is left, by Ctrl-C for example, stays as far as it was generated, and `resume`
@@ -86,10 +87,11 @@ class Chat:
         self, model: Speaker, *, messages: Sequence[Message] = (), thinking: bool | None = None,
         system: Content | None = None, tools: Sequence[Mapping[str, Any]] | None = None,
         settings: GenerationSettings | None = None, visual_settings: VisualSettings = CHAT_VISUALS,
-        draft: str | int = "auto", overflow: str = "stop", on_prefill: Progress | None = None,
-        on_look: Progress | None = None, **options: Any,
+        draft: str | int = "auto", overflow: str = "stop", template_kwargs: Mapping[str, Any] | None = None,
+        on_prefill: Progress | None = None, on_look: Progress | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        tokenizer, template = model.language.need_tokenizer(), model.language.need_template()
+        tokenizer = model.language.need_tokenizer()
+        template = model.language.need_template(tools=bool(tools), kwargs=template_kwargs)
         check_thinking(thinking)
         if overflow not in ("stop", "shift"):
             raise UsageError(f'overflow must be "stop" or "shift", got {brief(overflow)}')
@@ -98,7 +100,8 @@ class Chat:
         self.options = options
         self.visual_settings = visual_settings
         self.draft, self.overflow = draft, overflow
-        self._settings, self._tools, self._on_prefill, self._on_look = settings, tools, on_prefill, on_look
+        self._settings, self._tools, self._template_kwargs = settings, tools, template_kwargs
+        self._on_prefill, self._on_look = on_prefill, on_look
         engine = model.engine
         self._context = Context(
             engine, sight=model.sight, speculation=model.language.speculation(engine, draft),
@@ -289,7 +292,7 @@ class Chat:
         return Chat(
             self.model, messages=messages, thinking=self.thinking, system=system, tools=self._tools,
             settings=self._settings, visual_settings=self.visual_settings, draft=self.draft, overflow=self.overflow,
-            on_prefill=self._on_prefill, on_look=self._on_look, **self.options,
+            template_kwargs=self._template_kwargs, on_prefill=self._on_prefill, on_look=self._on_look, **self.options,
         )  # fmt: skip
 
     def open(self, content: Content, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> list[Visual]:

@@ -20,7 +20,7 @@ __all__ = ["make_prompt"]
 def make_prompt(
     language: Language, sight: Sight, messages: Sequence[Message] | str, *, thinking: bool | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None, settings: VisualSettings | None = None,
-    add_vision_id: bool = False,
+    add_vision_id: bool = False, template_kwargs: Mapping[str, Any] | None = None,
 ) -> Prompt:  # fmt: skip
     """The prompt for a reply to `messages`, by the checkpoint's own template.
 
@@ -28,7 +28,8 @@ def make_prompt(
     pictures ("Picture 1: ").
     """
     check_thinking(thinking)
-    tokenizer, template = language.need_tokenizer(), language.need_template()
+    tokenizer = language.need_tokenizer()
+    template = language.need_template(tools=bool(tools), kwargs=template_kwargs)
     settings = settings or VisualSettings()
     history, sources = list[dict[str, Any]](), list[Source]()
     if isinstance(messages, str):
