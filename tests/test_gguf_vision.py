@@ -157,7 +157,7 @@ def test_what_is_asked_for_must_fit(folder: Path, model: Path, tmp_path: Path) -
     (tmp_path / "noise.gguf").write_bytes(bytes(100))
     with pytest.raises(ModelError, match="is not a valid GGUF file"):
         read(model, tmp_path / "noise.gguf")
-    with pytest.raises(UsageError, match=r"is no \.gguf file"):
+    with pytest.raises(UsageError, match=r"is no GGUF file"):
         open_checkpoint(folder, model)
     result = CliRunner().invoke(app, ["generate", str(model), "-p", "x", "--mmproj", str(tmp_path / "none.gguf")])
     assert result.exit_code == ModelError.exit_code

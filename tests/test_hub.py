@@ -354,8 +354,10 @@ class TestHostileHub:
 
 class TestNames:
     def test_a_folder_is_itself(self, tmp_path: Path) -> None:
-        assert find_model(tmp_path) == tmp_path
-        assert find_model(str(tmp_path)) == tmp_path
+        folder = tmp_path / "model"
+        write_checkpoint(folder)
+        assert find_model(folder) == folder
+        assert find_model(str(folder)) == folder
 
     @pytest.mark.parametrize(
         "name",
@@ -378,7 +380,7 @@ class TestNames:
         ],
     )
     def test_short_names(self, short: str, repo: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked: list[tuple[str, str | None]] = []
-        monkeypatch.setattr("edgeq.hub._download", lambda repo, revision: asked.append((repo, revision)))
+        asked: list[tuple[str | None, ...]] = []
+        monkeypatch.setattr("edgeq.hub._from_hub", lambda *names: asked.append(names))
         find_model(short)
-        assert asked == [(repo, None)]
+        assert asked == [(repo, None, None, None)]
