@@ -21,7 +21,7 @@ from edgeq.errors import EdgeqError, MemoryBudgetError, ModelError, NetworkError
 from edgeq.foreign import translated
 from edgeq.formats.gguf import first_part
 from edgeq.identify import identify
-from edgeq.inputs import exists, expand_user, is_link
+from edgeq.inputs import exists, expand_user, is_file, is_link
 from edgeq.ollama import find_manifest
 from edgeq.printable import one_line
 
@@ -91,10 +91,7 @@ def _download(repo: str, revision: str | None, wanted: list[str]) -> Path:
         from edgeq.hub_guard import guard_client
 
         guard_client()
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
-    if not exists(folder):
-        raise NetworkError(f"{repo} holds no model files", hint="check the spelling of the id")
-    return folder
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
 
 
 # --- GGUF files ------------------------------------------------------------------------------------------------------
@@ -111,24 +108,24 @@ def _download_gguf(repo: str, revision: str | None, tag: str | None, file: str |
 
 
 def _listing(repo: str, revision: str | None) -> list[str]:
-    """The names of a repository's files; of those in the cache, if the hub cannot be reached."""
+    """The names of a repository's files; of those in the cache, if the hub does not say."""
     with translated(lambda error: _failure(repo, revision, error)):
         from huggingface_hub import HfApi, snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 
         from edgeq.hub_guard import guard_client
 
         guard_client()
         try:
             return sorted(file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or [])
-        except HfHubHTTPError:
+        except RevisionNotFoundError:
             raise
-        except Exception as error:  # whatever the network does; without a cached copy it is told
-            try:
-                folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        except Exception as error:  # as the library: whatever is wrong with the hub, a copy in the cache will do
+            try:  # none of its files is needed, so the folder is all that is asked for
+                folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[]))
             except LocalEntryNotFoundError:
                 raise error from None
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if exists(path))
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if is_file(path))
 
 
 def _choose(repo: str, names: list[str], tag: str | None, file: str | None) -> str:

@@ -174,13 +174,13 @@ def _shard(path: Path) -> Source:
         raise _adapter(folder)
     if not exists(folder / "config.json"):
         raise ModelError(
-            f"{path} is a safetensors file without the rest of its model: {folder} has no config.json",
+            f"{path} is a safetensors file without the rest of its model: its folder has no config.json",
             hint="download the whole model, and name its folder",
         )
     source = _folder(folder)
     if path not in _weights(folder):
         raise ModelError(
-            f"{path} is a safetensors file, but none of the model in {folder}", hint=f"name the folder: {folder}"
+            f"{path} is a safetensors file, but none of the model in its folder", hint=f"name the folder: {folder}"
         )
     return source
 

@@ -291,9 +291,9 @@ def open_gguf(path: Path, check: Callable[[GGUFFile], object] | None = None) -> 
     others = [path.with_name(f"{named['stem']}-{n:05d}-of-{named['count']}{path.suffix}") for n in range(2, count + 1)]
     absent = [other for other in others if not is_file(other)]
     if absent:
-        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        missing = f"{absent[0].name} is" if len(absent) == 1 else f"{absent[0].name} and {len(absent) - 1} more are"
         raise ModelError(
-            f"{path} is the first of {count} parts, and {absent[0].name}{more} is missing beside it",
+            f"{path} is the first of {count} parts, and {missing} missing beside it",
             hint="download all parts into one folder",
         )
     return SplitGGUF([first, *map(GGUFFile, others)])
