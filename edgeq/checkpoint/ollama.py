@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgeq.checkpoint.generation import read_sampling
+from edgeq.checkpoint.generation import RECOMMENDED, Recommended, read_sampling
 from edgeq.checkpoint.gguf import GGUFCheckpoint
 from edgeq.errors import ModelError
 from edgeq.identify import identify
@@ -117,9 +117,9 @@ def _use_parameters(checkpoint: GGUFCheckpoint, layers: list[_Layer]) -> None:
     for layer in layers:
         if layer.kind == "params":
             values = {_SAMPLING.get(key, key): value for key, value in _object(layer.blob, layer.blob).items()}
-            recommended = read_sampling(values, str(layer.blob))
-            checkpoint.sampling = dict(checkpoint.sampling) | recommended
-            if unused := sorted(values.keys() - recommended.keys() - {"num_ctx"}):
+            file, own = checkpoint.recommended, read_sampling(values, str(layer.blob))
+            checkpoint.recommended = Recommended(own.where, {**file.values, **own.values}, own.left_out)
+            if unused := sorted(values.keys() - {*RECOMMENDED, "num_ctx"}):
                 _warn(f"its parameters {', '.join(unused)} are not used: give them as options")
 
 
