@@ -50,7 +50,8 @@ class Models:
         self.checkpoint, self.chat = folder / "checkpoint", chat
         write_checkpoint(self.checkpoint, config_values(vision=True))
         source = open_checkpoint(self.checkpoint)
-        self.gguf, self.mmproj = folder / "model.gguf", folder / "tower.gguf"
+        self.gguf, self.mmproj = folder / "model.gguf", folder / "tower" / "tower.gguf"
+        self.mmproj.parent.mkdir()
         export_gguf(source, self.gguf, "bf16")
         export_mmproj(source, self.mmproj, "f16")
 
