@@ -70,8 +70,8 @@ def find_model(model: str | Path) -> Path:
         return _from_hub(hub["repo"], hub["revision"], hub["tag"], hub["file"])
     raise UsageError(
         f"model not found: {name} (not a local path or a Hugging Face ID)",
-        hint="give a checkpoint folder, a .gguf file, a Hugging Face ID (Qwen/Qwen3.5-2B), a short name (qwen3.5:2b) "
-        "or demo",
+        hint="give a checkpoint folder, a .gguf file, a Hugging Face ID (Qwen/Qwen3.5-2B, OWNER/NAME:Q4_K_M), a short "
+        "name (qwen3.5:2b), ollama:NAME or demo",
     )
 
 
@@ -79,7 +79,7 @@ def _from_hub(repo: str, revision: str | None, tag: str | None, file: str | None
     if tag or file:
         return _download_gguf(repo, revision, tag, file)
     folder = _download(repo, revision, _WANTED)
-    if any(folder.glob("*.safetensors")):
+    if any(folder.rglob("*.safetensors")):
         return identify(folder).path
     return _download_gguf(repo, revision, None, None)
 
