@@ -99,7 +99,7 @@ def _download(repo: str, revision: str | None, wanted: list[str]) -> Path:
 
 def _download_gguf(repo: str, revision: str | None, tag: str | None, file: str | None) -> Path:
     """The GGUF file that is meant, with all its parts and the vision tower beside it."""
-    names = _listing(repo, revision)
+    names = _listing(repo, revision, f"{repo}/{file}" if file else None)
     chosen = _choose(repo, names, tag, file)
     wanted = [name for name in names if first_part(Path(name)) == Path(chosen)]
     tower = _choose_tower(names)
@@ -107,9 +107,9 @@ def _download_gguf(repo: str, revision: str | None, tag: str | None, file: str |
     return identify(folder / chosen).path
 
 
-def _listing(repo: str, revision: str | None) -> list[str]:
+def _listing(repo: str, revision: str | None, asked: str | None) -> list[str]:
     """The names of a repository's files; of those in the cache, if the hub does not say."""
-    with translated(lambda error: _failure(repo, revision, error)):
+    with translated(lambda error: _failure(repo, revision, error, asked)):
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 
@@ -195,15 +195,16 @@ def _listed(names: list[str]) -> list[str]:
 # --- failures --------------------------------------------------------------------------------------------------------
 
 
-def _failure(repo: str, revision: str | None, error: BaseException) -> EdgeqError:
-    """What went wrong with a download, for the person at the prompt."""
+def _failure(repo: str, revision: str | None, error: BaseException, asked: str | None = None) -> EdgeqError:
+    """What went wrong with a download, for the person at the prompt. asked: for a file, how it was named."""
     if isinstance(error, OSError) and error.errno in _FULL:
         return MemoryBudgetError(
             f"{repo} does not fit the disk of the Hugging Face cache: {error.strerror}",
             hint=f"free some space, or name another folder with HF_HUB_CACHE; {_RESUME}",
         )
     problem, hint = _reason(repo, revision, error)
-    return NetworkError(f"{repo} {problem}", hint=f"{hint} ({repo} is not a local folder either)")
+    local = f"{repo} is not a local folder either" if asked is None else f"{asked} is not a local file either"
+    return NetworkError(f"{repo} {problem}", hint=f"{hint} ({local})")
 
 
 def _reason(repo: str, revision: str | None, error: BaseException) -> tuple[str, str]:

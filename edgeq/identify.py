@@ -9,6 +9,7 @@ one GGUF model to that. Everything else is one line with the next step. Content 
 from __future__ import annotations
 
 import json
+from codecs import getincrementaldecoder
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -164,7 +165,12 @@ def _not_a_model(path: Path, head: bytes) -> ModelError | None:
 
 
 def _is_text(head: bytes) -> bool:
-    return all(byte >= 32 or byte in b"\t\r\n" for byte in head[:200])
+    """Whether a file begins with words: UTF-8 without control characters, and no format's mark."""
+    try:
+        text = getincrementaldecoder("utf-8")().decode(head[:200])  # which may end within a character
+    except UnicodeDecodeError:
+        return False
+    return not head.startswith((b"GGUF", *(magic for magic, _, _ in _MAGICS))) and "".join(text.split()).isprintable()
 
 
 def _shard(path: Path) -> Source:
@@ -309,8 +315,15 @@ def _check_content(folder: Path, file: Path) -> None:
         if unfinished := _unfinished(folder):
             raise ModelError(f"{folder} is an unfinished download: {file.name} is missing ({unfinished})", hint=_AGAIN)
         return  # said by the reader, with all others that are missing
-    if is_file(file) and (problem := _not_a_model(file, _head(file))):
+    if not is_file(file):
+        raise ModelError(f"{file} is not a file, as a model has it", hint="download the model again")
+    head = _head(file)
+    if problem := _not_a_model(file, head):
         raise problem
+    if file.suffix == ".safetensors" and not _is_safetensors(head, file):
+        if head.startswith(b"GGUF"):
+            raise ModelError(f"{file} is a GGUF file, not safetensors", hint=f"name the file itself: {file}")
+        raise _other_file(file, head)
 
 
 def _unfinished(folder: Path) -> str:
@@ -388,7 +401,7 @@ def _no_model(path: Path, names: list[str]) -> ModelError | UsageError:
         )
     if unfinished := _unfinished(path):
         return ModelError(f"{path} is an unfinished download ({unfinished})", hint=_AGAIN)
-    if inner := [entry for entry in names if _is_model(path / entry)]:
+    if inner := _models_below(path, names):
         return UsageError(
             f"{path} is no model, but holds {'one' if len(inner) == 1 else len(inner)}:",
             details=_listed(inner),
@@ -445,6 +458,13 @@ def _entries(path: Path) -> list[Path]:
         return sorted(path.iterdir())
     except OSError:
         return []
+
+
+def _models_below(path: Path, names: list[str]) -> list[str]:
+    """The entries of a folder that are models; if there are none, those of the folders in it."""
+    if inner := [name for name in names if _is_model(path / name)]:
+        return inner
+    return [f"{name}/{below.name}" for name in names for below in _entries(path / name) if _is_model(below)]
 
 
 def _is_model(path: Path) -> bool:

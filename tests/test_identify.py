@@ -224,6 +224,13 @@ def _above(path: Path, models: Models) -> Path:
     return path
 
 
+@refused("folder that holds models two folders down")
+def _two_above(path: Path, models: Models) -> Path:
+    (path / "publisher" / "model").mkdir(parents=True)
+    shutil.copy(models.gguf, path / "publisher" / "model")
+    return path
+
+
 @refused("folder with several GGUF models")
 def _several(path: Path, models: Models) -> Path:
     for name in ("a-Q4_K_M.gguf", "a-Q8_0.gguf"):
@@ -283,7 +290,9 @@ def weights(what: str, data: bytes) -> None:
 
 weights("checkpoint cloned without Git LFS", LFS)
 weights("checkpoint whose weights are a web page", b"\n<!DOCTYPE html><html></html>")
-weights("checkpoint whose weights are an error in words", b"Entry not found")
+weights("checkpoint whose weights are an error in words", "Entry not found: café".encode())
+weights("checkpoint whose weights are pickled", pickle.dumps({"a": 1}))
+weights("checkpoint whose weights are a GGUF file", b"GGUF\x03\0\0\0")
 
 
 @refused("GGUF vision tower (mmproj)")
