@@ -47,8 +47,8 @@ def load(
 ) -> Model:  # fmt: skip
     """Load a model.
 
-    model: a checkpoint folder, a .gguf file, a Hugging Face ID ("Qwen/Qwen3.5-2B"), a short name ("qwen3.5:2b") or
-    "demo".
+    model: a checkpoint folder, a .gguf file, a Hugging Face ID ("Qwen/Qwen3.5-2B", "OWNER/NAME:Q4_K_M"), a short name
+    ("qwen3.5:2b"), a model of ollama's ("ollama:qwen3.5:2b") or "demo" (docs/reference/formats.md).
     backend: "auto", "numpy", "cpu", "mlx", or the name of an installed plug-in.
     threads: for backends that have their own; None lets the backend choose.
     context: the context window in tokens; None is the model's maximum.

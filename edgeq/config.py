@@ -276,9 +276,11 @@ def read_json(path: Path, limit: int = TEXT_LIMIT) -> dict[str, Any]:
         raise ModelError(f"{path} does not exist", hint="give the folder of a complete checkpoint") from None
     except (OSError, ValueError, RecursionError) as error:
         what = (isinstance(error, OSError) and error.strerror) or one_line(error)
-        raise ModelError(f"{path} cannot be read as JSON: {what}") from None
+        raise ModelError(f"{path} cannot be read as JSON: {what}", hint="download or copy the file again") from None
     if not isinstance(value, dict):
-        raise ModelError(f"{path} holds {type(value).__name__}, expected a JSON object")
+        raise ModelError(
+            f"{path} holds {type(value).__name__}, expected a JSON object", hint="download or copy the file again"
+        )
     return value
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "expand_user",
     "is_file",
     "is_folder",
+    "is_link",
     "open_file",
     "read_text",
 ]
@@ -78,6 +79,14 @@ def is_file(path: Path) -> bool:
 def is_folder(path: Path) -> bool:
     """Whether `path` leads to a folder."""
     return stat.S_ISDIR(_mode(path) or 0)
+
+
+def is_link(path: Path) -> bool:
+    """Whether `path` is a symbolic link, to something or to nothing."""
+    try:
+        return path.is_symlink()
+    except (OSError, ValueError):
+        return False
 
 
 def expand_user(path: Path) -> Path:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import edgeq
 from edgeq.checkpoint import FolderCheckpoint, open_checkpoint
-from edgeq.errors import ModelError
+from edgeq.errors import ModelError, UsageError
 from edgeq.formats.bf16 import Array, from_float32, to_float32
 from edgeq.formats.names import hub_name, neutral_name
 from edgeq.formats.safetensors import SafetensorsFile, SafetensorsWriter
@@ -378,12 +378,12 @@ class TestFolder:
         assert file_weights(read(tmp_path)).norm.shape == (64,)
 
     def test_no_weights_no_config_no_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(ModelError, match=r"config\.json does not exist"):
+        with pytest.raises(ModelError, match="is an empty folder"):
             open_checkpoint(tmp_path)
         (tmp_path / "config.json").write_text(json.dumps(config_values()))
-        with pytest.raises(ModelError, match=r"holds no model\*\.safetensors"):
+        with pytest.raises(ModelError, match=r"holds a config\.json, but no model\*\.safetensors"):
             open_checkpoint(tmp_path)
-        with pytest.raises(ModelError, match="neither a checkpoint folder"):
+        with pytest.raises(UsageError, match="is a text file of a model"):
             open_checkpoint(tmp_path / "config.json")
 
     def test_nan_in_a_vector(self, tmp_path: Path) -> None:

@@ -747,7 +747,7 @@ class TestBadFiles:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda raw: b"GGML" + raw[4:], "it begins with b'GGML', not with 'GGUF'"),
+            (lambda raw: b"GGML" + raw[4:], "is no GGUF file: its first bytes are 47 47 4d 4c"),
             (lambda raw: raw[:4] + struct.pack("<I", 1) + raw[8:], "is GGUF version 1; edgeq reads versions 2 and 3"),
             (lambda raw: raw[:4] + struct.pack(">I", 3) + raw[8:], "is a big-endian GGUF file"),
             (lambda raw: raw.replace(b"qwen35", b"llama3", 1), "is of architecture 'llama3', expected 'qwen35'"),

@@ -142,11 +142,26 @@ def test_q8_0(folder: Path, model: Path) -> None:
 
 
 def test_the_file_that_is_asked_for(folder: Path, model: Path, tmp_path: Path) -> None:
-    source, elsewhere = open_checkpoint(folder), tmp_path / "elsewhere.gguf"
+    source, elsewhere = open_checkpoint(folder), tmp_path / "elsewhere" / "tower.gguf"
+    elsewhere.parent.mkdir()
     export_mmproj(source, elsewhere, "f32")
     assert not Engine(read(model), NumpyOps()).sees
     assert_same_tower(read(model, elsewhere), source)
     assert edgeq.load(model, mmproj=elsewhere).engine.sees
+
+
+def test_one_that_is_not_called_so(folder: Path, model: Path) -> None:
+    source = open_checkpoint(folder)
+    export_mmproj(source, model.parent / "vision-f32.gguf", "f32")
+    export_gguf(source, model.parent / "other-quantization.gguf", "q8_0")
+    assert_same_tower(read(model), source)
+
+
+def test_one_at_the_top_of_its_repository(folder: Path, model: Path, tmp_path: Path) -> None:
+    source, snapshot = open_checkpoint(folder), tmp_path / "models--a--b" / "snapshots" / "0123"
+    (snapshot / "BF16").mkdir(parents=True)
+    export_mmproj(source, snapshot / "mmproj-F32.gguf", "f32")
+    assert_same_tower(read(model.rename(snapshot / "BF16" / "model.gguf")), source)
 
 
 def test_what_is_asked_for_must_fit(folder: Path, model: Path, tmp_path: Path) -> None:
@@ -157,7 +172,7 @@ def test_what_is_asked_for_must_fit(folder: Path, model: Path, tmp_path: Path) -
     (tmp_path / "noise.gguf").write_bytes(bytes(100))
     with pytest.raises(ModelError, match="is not a valid GGUF file"):
         read(model, tmp_path / "noise.gguf")
-    with pytest.raises(UsageError, match=r"is no \.gguf file"):
+    with pytest.raises(UsageError, match=r"is no GGUF file"):
         open_checkpoint(folder, model)
     result = CliRunner().invoke(app, ["generate", str(model), "-p", "x", "--mmproj", str(tmp_path / "none.gguf")])
     assert result.exit_code == ModelError.exit_code

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from process import run_python
@@ -65,20 +66,22 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(401, b'{"error": "Invalid credentials"}', {"X-Error-Code": "GatedRepo"}, body)
         if f"/{REPO}" not in path:
             return self.reply(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"}, body)
-        files = sorted(file for file in self.server.folder.iterdir())
+        folder = self.server.folder
+        files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
         if path.startswith("/api/models/"):
             if "/revision/nope" in path:
                 return self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
             if "/tree/" in path:
                 listing: Any = [
-                    {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": etag(f)} for f in files
+                    {"type": "file", "path": name, "size": file.stat().st_size, "oid": etag(file)}
+                    for name, file in files.items()
                 ]
             else:
-                siblings = [{"rfilename": f.name} for f in files]
+                siblings = [{"rfilename": name} for name in files]
                 listing = {"id": REPO, "modelId": REPO, "sha": COMMIT, "siblings": siblings, "private": False}
             return self.reply(200, json.dumps(listing).encode(), {"Content-Type": "application/json"}, body)
-        file = self.server.folder / path.rsplit("/", 1)[1]
-        if not file.exists():
+        file = folder / unquote(path.split("/resolve/")[-1].partition("/")[2])
+        if not file.is_file():
             return self.reply(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
         return self.send_file(file, body)
 
@@ -225,6 +228,89 @@ class TestHub:
         assert "Traceback" not in result.stderr
 
 
+class TestGGUF:
+    """A repository of GGUF files: which is meant, and what comes along."""
+
+    FILES = (
+        "config.json", "imatrix_data.gguf", "mmproj-BF16.gguf", "mmproj-F16.gguf", "mmproj-F32.gguf", "M-Q4_K_M.gguf",
+        "M-Q4_K_M_L.gguf", "M-UD-Q4_K_M.gguf", "M-UD-Q2_K_XL.gguf", "M-IQ4_XS.gguf", "M_q8_0.gguf",
+        "BF16/M-BF16-00001-of-00002.gguf", "BF16/M-BF16-00002-of-00002.gguf",
+    )  # fmt: skip
+
+    @pytest.fixture
+    def repository(self, hub: Hub) -> Hub:
+        for file in hub.folder.iterdir():
+            file.unlink()
+        for name in self.FILES:
+            (hub.folder / name).parent.mkdir(exist_ok=True)
+            (hub.folder / name).write_bytes(b"GGUF" + name.encode())
+        return hub
+
+    @pytest.mark.parametrize(
+        ("model", "file"),
+        [
+            (f"{REPO}:Q4_K_M", "M-Q4_K_M.gguf"),
+            pytest.param(f"{REPO}:q4_k_m_l@main", "M-Q4_K_M_L.gguf", marks=pytest.mark.slow),
+            pytest.param(f"{REPO}:Q2_K_XL", "M-UD-Q2_K_XL.gguf", marks=pytest.mark.slow),
+            pytest.param(f"{REPO}:Q8_0", "M_q8_0.gguf", marks=pytest.mark.slow),
+            (f"hf.co/{REPO}:BF16", "BF16/M-BF16-00001-of-00002.gguf"),
+            (f"{REPO}/BF16/M-BF16-00002-of-00002.gguf", "BF16/M-BF16-00001-of-00002.gguf"),
+            (f"https://huggingface.co/{REPO}/resolve/main/M-IQ4_XS.gguf?download=true", "M-IQ4_XS.gguf"),
+            pytest.param(f"https://hf.co/{REPO}/blob/main/M-IQ4_XS.gguf", "M-IQ4_XS.gguf", marks=pytest.mark.slow),
+        ],
+    )  # fmt: skip
+    def test_the_file_that_is_meant(self, repository: Hub, tmp_path: Path, model: str, file: str) -> None:
+        result = fetch(repository, tmp_path, model)
+        assert result.returncode == 0, result.stderr
+        path = Path(result.stdout.strip())
+        snapshot = tmp_path / "hf" / "hub" / "models--Qwen--Qwen3.5-Tiny" / "snapshots" / COMMIT
+        assert path == snapshot / file
+        assert path.read_bytes() == b"GGUF" + file.encode()
+        parts = {name for name in self.FILES if file.startswith("BF16/") and name.startswith("BF16/")}
+        got = {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*.gguf")}
+        assert got == {file, "mmproj-F16.gguf", *parts}
+
+    def test_offline_it_is_the_copy_in_the_cache(self, repository: Hub, tmp_path: Path) -> None:
+        first = fetch(repository, tmp_path, f"{REPO}:Q4_K_M")
+        again = fetch(repository, tmp_path, f"{REPO}:Q4_K_M", HF_HUB_OFFLINE="1")
+        assert again.stdout == first.stdout != ""
+        other = fetch(repository, tmp_path, f"{REPO}:Q8_0", HF_HUB_OFFLINE="1")
+        assert other.returncode == UsageError.exit_code
+        assert "holds no GGUF model of Q8_0" in other.stderr
+
+    @pytest.mark.parametrize(
+        ("model", "code", "messages"),
+        [
+            (REPO, 2, ["holds 7 GGUF models:", "M-Q4_K_M.gguf", "BF16/M-BF16-00001-of-00002.gguf"]),
+            (f"{REPO}:Q5_K", 2, ["holds no GGUF model of Q5_K, but:", "M-IQ4_XS.gguf"]),
+            (f"{REPO}/M-Q3_K_S.gguf", 2, ["holds no M-Q3_K_S.gguf", "M-IQ4_XS.gguf"]),
+            ("Qwen/Nope:Q4_K_M", 5, ["Qwen/Nope is not on the Hugging Face Hub, or is private"]),
+        ],
+    )
+    def test_what_is_not_clear(
+        self, repository: Hub, tmp_path: Path, model: str, code: int, messages: list[str]
+    ) -> None:
+        result = fetch(repository, tmp_path, model)
+        assert result.returncode == code, result.stderr
+        assert all(message in result.stderr for message in messages), result.stderr
+        assert "mmproj" not in result.stderr
+        assert not list((tmp_path / "hf").rglob("*.gguf"))
+
+    def test_the_only_one(self, repository: Hub, tmp_path: Path) -> None:
+        for name in self.FILES[5:]:
+            (repository.folder / name).unlink()
+        (repository.folder / "model.gguf").write_bytes(b"GGUF")
+        assert fetch(repository, tmp_path, REPO).stdout.strip().endswith(f"{COMMIT}/model.gguf")
+
+    def test_nothing_that_edgeq_opens(self, repository: Hub, tmp_path: Path) -> None:
+        for name in self.FILES:
+            (repository.folder / name).unlink()
+        (repository.folder / "pytorch_model.bin").write_bytes(b"x")
+        result = fetch(repository, tmp_path, REPO)
+        assert result.returncode == 4, result.stderr
+        assert "Qwen/Qwen3.5-Tiny holds PyTorch weights (pytorch_model.bin), which edgeq does not read" in result.stderr
+
+
 def outside(tmp_path: Path) -> list[Path]:
     """Files that a download has left anywhere but in its cache."""
     cache, repository = tmp_path / "hf", tmp_path / "repository"
@@ -354,8 +440,10 @@ class TestHostileHub:
 
 class TestNames:
     def test_a_folder_is_itself(self, tmp_path: Path) -> None:
-        assert find_model(tmp_path) == tmp_path
-        assert find_model(str(tmp_path)) == tmp_path
+        folder = tmp_path / "model"
+        write_checkpoint(folder)
+        assert find_model(folder) == folder
+        assert find_model(str(folder)) == folder
 
     @pytest.mark.parametrize(
         "name",
@@ -378,7 +466,7 @@ class TestNames:
         ],
     )
     def test_short_names(self, short: str, repo: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked: list[tuple[str, str | None]] = []
-        monkeypatch.setattr("edgeq.hub._download", lambda repo, revision: asked.append((repo, revision)))
+        asked: list[tuple[str | None, ...]] = []
+        monkeypatch.setattr("edgeq.hub._from_hub", lambda *names: asked.append(names))
         find_model(short)
-        assert asked == [(repo, None)]
+        assert asked == [(repo, None, None, None)]

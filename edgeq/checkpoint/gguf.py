@@ -1,4 +1,4 @@
-"""GGUF checkpoints: a model file of llama.cpp's, with its vision tower beside it if there is one.
+"""GGUF checkpoints: a model file of llama.cpp's or ollama's, with its vision tower beside it if there is one.
 
 Plain floats are views of the mapped file. Quantized matrices become `QMatrix` when they are fetched, exactly (see
 `edgeq.formats.ggml`): their codes are put in order in blocks of rows, and only the result stays in memory. What that
@@ -20,11 +20,11 @@ import numpy as np
 from edgeq.checkpoint.base import Checkpoint, Storage
 from edgeq.checkpoint.gguf_layout import (
     ARCH,
-    VISION_ARCH,
     HeadOrder,
     file_names,
     file_shape,
     head_order,
+    names_in,
     recommended_sampling,
     text_values,
 )
@@ -35,8 +35,9 @@ from edgeq.errors import ModelError
 from edgeq.formats.affine import IQ4, apply_groups, group_numbers, one_level, pack
 from edgeq.formats.bf16 import Array, Float32, to_float32
 from edgeq.formats.ggml import Coding, decode
-from edgeq.formats.gguf import GGUFFile, TensorInfo
+from edgeq.formats.gguf import GGUFFile, SplitGGUF, TensorInfo, open_gguf
 from edgeq.formats.qmatrix import TwoLevel
+from edgeq.identify import check_model
 from edgeq.weights import Matrix, Part, QMatrix, Role, TensorSpec, mtp_tensors, text_tensors, vision_tensors
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, mmproj: Path | None = None) -> None:
         self.path = path
-        self.file = _open_model(path)
+        self.file = open_gguf(path, check_model)
         self.config_values = text_values(self.file)
         self.tower = find_tower(self.file, mmproj)
         if self.tower:
@@ -121,7 +122,8 @@ class GGUFCheckpoint(Checkpoint):
         x = to_float32(tensor.blocks())
         if not np.isfinite(x).all():
             raise self._damaged(tensor)
-        return np.array(x) if order is None else order.from_file(x)
+        x = np.array(x) if order is None else order.from_file(x)
+        return x + 1 if self._lacks_one(tensor, x) else x
 
     def storage(self) -> Iterator[tuple[TensorSpec, Storage]]:
         for tensor in self.tensors.values():
@@ -150,7 +152,8 @@ class GGUFCheckpoint(Checkpoint):
         return tokenizer_spec(self.file)
 
     def weight_files(self) -> list[Path]:
-        return [file.path for file in self._files]
+        model = self.file.paths if isinstance(self.file, SplitGGUF) else [self.file.path]
+        return model + [file.path for file in self._files[1:]]
 
     def check_whole(self) -> None:
         for file in self._files:
@@ -186,7 +189,22 @@ class GGUFCheckpoint(Checkpoint):
         return files
 
     def _order(self, name: str) -> HeadOrder | None:
-        return head_order(name, self.config.text)
+        tiled = self.file.get(f"{ARCH}.ssm.v_head_reordered", bool, True)  # ollama's key
+        return head_order(name, self.config.text) if tiled else None
+
+    def _lacks_one(self, tensor: _Tensor, x: Float32) -> bool:
+        """Whether a norm is stored without the 1 that GGUF adds: of ollama's `mtp.*` some are.
+
+        Those of the head itself never have it; those of its layer have it or not, by the version of the converter, and
+        nothing says which: they are compared with the language model's. Wrong ones would cost drafts, not tokens.
+        """
+        if tensor.spec.role is not Role.NORM or not tensor.names[0].startswith("mtp."):
+            return False
+        role = tensor.spec.name.removeprefix("mtp.layers.0.")
+        alike = [t for name, t in self.tensors.items() if name.endswith(role) and t.spec.part is Part.TEXT]
+        if role == tensor.spec.name or not alike:
+            return True
+        return bool(x.mean() < np.mean([to_float32(t.blocks()).mean() for t in alike]) - 0.5)
 
     def _quantized(self, tensor: _Tensor, coding: Coding) -> QMatrix[Array]:
         """Decode a matrix, some rows at a time, into the layout of `QMatrix`."""
@@ -247,7 +265,7 @@ class GGUFCheckpoint(Checkpoint):
         tensors, absent = dict[str, _Tensor](), list[TensorSpec]()
         known: set[str] = set()
         for spec in (*text_tensors(self.config.text), *mtp_tensors(self.config.text)):
-            tensor = _Tensor(spec, self.file, file_names(spec.name, layers))
+            tensor = _Tensor(spec, self.file, names_in(self.file.tensors, spec.name, layers))
             if all(name in self.file.tensors for name in tensor.names):
                 tensors[spec.name] = tensor
                 known.update(tensor.names)
@@ -300,23 +318,6 @@ def _reordered(x: Array, order: HeadOrder) -> Array:
 def _in_file(rows: slice | Array, order: HeadOrder | None) -> slice | Array:
     """Where the file has the rows that neutral ones are."""
     return order.positions[rows] if order is not None and order.axis == 0 else rows
-
-
-def _open_model(path: Path) -> GGUFFile:
-    file = GGUFFile(path)
-    arch = file.get("general.architecture", str)
-    if arch == VISION_ARCH:
-        raise ModelError(
-            f"{path} is a vision tower (mmproj)", hint="pass the model file; edgeq finds the mmproj next to it"
-        )
-    if arch != ARCH:
-        raise ModelError(
-            f"{path} is of architecture {arch!r}, expected {ARCH!r}",
-            hint="use a Qwen3.5 model: 0.8B, 2B or 4B",
-        )
-    if file.get("split.count", int, 1) > 1:
-        raise ModelError(f"{path} is one part of a split model", hint="join the parts with `llama-gguf-split --merge`")
-    return file
 
 
 def _image_tokens(model: GGUFFile) -> dict[str, int | None]:

@@ -3,12 +3,17 @@
 The language model and its MTP head are llama.cpp's architecture `qwen35`, the vision tower is a second file of
 architecture `clip` ("mmproj"). The reader and the exporter share what is here; it was checked against files that
 llama.cpp's own converter wrote.
+
+ollama's converter writes the same architecture with differences of its own, by version: key-value heads for each layer,
+with 0 where DeltaNet is; three rope sections, under other keys, too; `ssm_dt` without `.bias`; the MTP head as `mtp.*`,
+its norms not all with 1 added; padding tokens as if they were the user's. All of it is read
+(https://github.com/ollama/ollama/blob/main/convert/convert_qwen3next.go, and llama/compat in the same place).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +24,8 @@ from edgeq.config import Linear, RopeConfig, TextConfig, VisionConfig, yarn_atte
 from edgeq.errors import ModelError
 from edgeq.formats.bf16 import Array
 from edgeq.formats.gguf import GGUFFile
+from edgeq.identify import ARCH, VISION_ARCH
+from edgeq.printable import brief
 from edgeq.weights import Role, TensorSpec
 
 __all__ = [
@@ -29,6 +36,7 @@ __all__ = [
     "file_names",
     "file_shape",
     "head_order",
+    "names_in",
     "recommended_sampling",
     "sampling_metadata",
     "shortest",
@@ -37,7 +45,7 @@ __all__ = [
     "vision_metadata",
 ]
 
-ARCH, VISION_ARCH, PROJECTOR = "qwen35", "clip", "qwen3vl_merger"
+PROJECTOR = "qwen3vl_merger"
 
 _TOP = {
     "embed_tokens.weight": "token_embd.weight",
@@ -116,6 +124,14 @@ def file_names(name: str, layers: int) -> tuple[str, ...]:
     return (f"blk.{number}.{_LAYER[rest]}",)
 
 
+def names_in(tensors: Container[str], name: str, layers: int) -> tuple[str, ...]:
+    """A neutral tensor's name, or names, among a file's `tensors`; llama.cpp's if it is not there."""
+    theirs = file_names(name, layers)
+    ollamas = f"mtp.layers.0.{_LAYER[name[13:]]}" if name.startswith("mtp.layers.0.") else name
+    choices = [theirs, (theirs[0].removesuffix(".bias"),), (ollamas,)]
+    return next((choice for choice in choices if all(part in tensors for part in choice)), theirs)
+
+
 def _vision_names(name: str) -> tuple[str, ...]:
     if name == "patch_embed.proj.weight":
         return "v.patch_embd.weight", "v.patch_embd.weight.1"
@@ -185,8 +201,13 @@ def text_values(file: GGUFFile) -> dict[str, Any]:
     def get(key: str, default: int | None = None) -> int:
         return file.get(f"{ARCH}.{key}", int, default)
 
-    mtp = get("nextn_predict_layers", 0)
-    layers, heads, value_heads = get("block_count") - mtp, get("attention.head_count"), get("ssm.time_step_rank")
+    blocks = get("nextn_predict_layers", 0)  # of the MTP head, counted with the others; not so where it is `mtp.*`
+    mtp = blocks or len({name.split(".")[2] for name in file.tensors if name.startswith("mtp.layers.")})
+    layers, heads, value_heads = (
+        get("block_count") - blocks,
+        _of_all(file, "attention.head_count"),
+        get("ssm.time_step_rank"),
+    )
     tied = "output.weight" not in file.tensors
     if get("attention.key_length") != get("attention.value_length") or get("ssm.inner_size") % max(value_heads, 1):
         raise ModelError(f"{file.path}: keys and values of different widths are not supported")
@@ -198,12 +219,12 @@ def text_values(file: GGUFFile) -> dict[str, Any]:
             "model_type": "qwen3_5_text",
             "vocab_size": _embedding_rows(file),
             "hidden_size": get("embedding_length"),
-            "intermediate_size": get("feed_forward_length"),
+            "intermediate_size": _of_all(file, "feed_forward_length"),
             "num_hidden_layers": layers,
             "layer_types": _layer_types(file, layers),
             "full_attention_interval": get("full_attention_interval", 4),
             "num_attention_heads": heads,
-            "num_key_value_heads": get("attention.head_count_kv"),
+            "num_key_value_heads": _of_all(file, "attention.head_count_kv"),
             "head_dim": get("attention.key_length"),
             "attention_bias": False,
             "attn_output_gate": True,
@@ -225,17 +246,52 @@ def text_values(file: GGUFFile) -> dict[str, Any]:
                 "rope_theta": shortest(file.get(f"{ARCH}.rope.freq_base", float)),
                 "partial_rotary_factor": get("rope.dimension_count") / max(get("attention.key_length"), 1),
                 "mrope_interleaved": True,
-                "mrope_section": file.integers(f"{ARCH}.rope.dimension_sections")[:3],
+                "mrope_section": _rope_sections(file),
             },
         },
     }
 
 
+def _of_all(file: GGUFFile, name: str) -> int:
+    """A number that may stand there for each layer, with 0 for layers that it does not concern."""
+    key = f"{ARCH}.{name}"
+    if not file.has_list(key):
+        return file.get(key, int)
+    numbers = sorted(set(file.integers(key)) - {0})
+    if len(numbers) != 1:
+        raise ModelError(
+            f"{file.path}: {key} is {' and '.join(map(str, numbers[:3])) or 'empty'} by layer, expected one number",
+            hint="use another file of the model",
+        )
+    return numbers[0]
+
+
 def _stop_ids(file: GGUFFile) -> list[int]:
     """The tokens that end a text, a turn and a message, as far as the file names them; -1 is none."""
-    given = (file.value(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom"))
+    given = [file.value(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
+    if file.has_list(listed := "tokenizer.ggml.eos_token_ids"):  # ollama's
+        given += file.integers(listed)
     rows = _embedding_rows(file)
     return list(dict.fromkeys(i for i in given if type(i) is int and 0 <= i < rows))
+
+
+def _rope_sections(file: GGUFFile) -> list[int]:
+    """How many frequencies turn with time, height and width: three numbers, and perhaps a 0."""
+    for key in ("rope.mrope_interleaved", "mrope_interleaved"):
+        if not file.get(f"{ARCH}.{key}", bool, True):
+            raise ModelError(
+                f"{file.path}: {ARCH}.{key} is false, expected true: Qwen3.5 interleaves its sections",
+                hint="convert the original checkpoint again",
+            )
+    keys = [f"{ARCH}.{key}" for key in ("rope.dimension_sections", "rope.mrope_section", "mrope_sections")]
+    key = next((key for key in keys if key in file), keys[0])
+    sections = file.integers(key)
+    if len(sections) < 3 or sections[3:] not in ([], [0]):
+        raise ModelError(
+            f"{file.path}: {key} is {brief(sections)}, expected three numbers, or three and a 0",
+            hint="convert the original checkpoint again",
+        )
+    return sections[:3]
 
 
 def _rope_scaling(file: GGUFFile) -> dict[str, Any]:
@@ -295,15 +351,19 @@ def _embedding_rows(file: GGUFFile) -> int:
     if info is None:
         raise ModelError(
             f"{file.path} holds no token_embd.weight",
-            hint="download it again; join the parts of a split model with `llama-gguf-split --merge`",
+            hint="download it again, or give the file of the whole model",
         )
     return info.shape[0]
 
 
 def _layer_types(file: GGUFFile, layers: int) -> list[str]:
-    """From the list of recurrent layers, which old files do not have, else from the interval."""
+    """From the list of recurrent layers, which old files do not have, else from the layers without key-value heads,
+    else from the interval."""
+    heads = f"{ARCH}.attention.head_count_kv"
     if (key := f"{ARCH}.attention.recurrent_layers") in file:
         recurrent = [bool(flag) for flag in file.integers(key)[: max(layers, 0)]]
+    elif file.has_list(heads):
+        recurrent = [not number for number in file.integers(heads)[: max(layers, 0)]]
     else:
         interval = max(file.get(f"{ARCH}.full_attention_interval", int, 4), 1)
         recurrent = [(i + 1) % interval != 0 for i in range(min(layers, 1 << 10))]

@@ -7,6 +7,7 @@ all. The model was trained behind NFC, so edgeq puts it back: a file tokenizes a
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from typing import Any
@@ -70,6 +71,7 @@ def tokenizer_spec(file: GGUFFile) -> tuple[dict[str, Any], dict[str, Any]] | No
 
 
 _ADDED = (TokenType.CONTROL, TokenType.USER_DEFINED)
+_PADDING = re.compile(r"\[PAD\d+\]")  # fills the vocabulary up to the embedding's rows
 
 
 def _vocabulary(file: GGUFFile) -> tuple[list[str], list[int]]:
@@ -79,6 +81,9 @@ def _vocabulary(file: GGUFFile) -> tuple[list[str], list[int]]:
         raise ModelError(f"{file.path}: {len(tokens):,} tokens, but {len(kinds):,} token types")
     if len(set(tokens)) != len(tokens):
         raise ModelError(f"{file.path}: a token occurs twice in tokenizer.ggml.tokens")
+    for i, token in enumerate(tokens):  # ollama's converter calls padding the user's: it would match in what they write
+        if kinds[i] == TokenType.USER_DEFINED and _PADDING.fullmatch(token):
+            kinds[i] = TokenType.UNUSED
     return tokens, kinds
 
 

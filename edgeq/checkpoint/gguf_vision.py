@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from edgeq.checkpoint.gguf_layout import ARCH, PROJECTOR, VISION_ARCH, file_names, shortest
 from edgeq.config import VisionConfig, parse_vision_config
 from edgeq.errors import ModelError
-from edgeq.formats.gguf import GGUFFile
+from edgeq.formats.gguf import GGUFFile, peek
+from edgeq.identify import gguf_kind
 from edgeq.inputs import exists
 from edgeq.weights import Role, TensorSpec, vision_tensors
 
@@ -82,7 +83,10 @@ def find_tower(model: GGUFFile, given: Path | None) -> Tower | None:
 
 
 def _beside(path: Path) -> list[Path]:
-    """The mmproj files of a model's folder, those first whose names begin most like the model's."""
+    """The vision towers in a model's folder, by name or content, those first whose names begin most like the model's.
+
+    Of a repository in the hub's cache also those at its top: quantizations have folders there.
+    """
 
     def plain(other: Path) -> str:
         return other.stem.lower().replace("mmproj", "").strip("-_.")
@@ -91,7 +95,10 @@ def _beside(path: Path) -> list[Path]:
         alike = takewhile(lambda pair: pair[0] == pair[1], zip(plain(other), plain(path), strict=False))
         return sum(1 for _ in alike)
 
-    return sorted(path.parent.glob("*mmproj*.gguf"), key=lambda other: (-shared(other), other.name))
+    folders = [path.parent, *(top for top in path.parents if top.parent.name == "snapshots")]
+    files = {file for folder in folders for file in folder.glob("*.gguf") if file != path}
+    towers = [file for file in files if "mmproj" in file.name.lower() or gguf_kind(peek(file)) == "mmproj"]
+    return sorted(towers, key=lambda other: (-shared(other), other.name))
 
 
 def _read(file: GGUFFile, hidden_size: int) -> Tower:

@@ -46,7 +46,10 @@ __all__ = [
     "option",
 ]
 
-MODEL_HELP = "Checkpoint folder, .gguf file, Hugging Face ID (Qwen/Qwen3.5-2B), short name (qwen3.5:2b) or demo."
+MODEL_HELP = (
+    "Checkpoint folder, .gguf file, Hugging Face ID (Qwen/Qwen3.5-2B, OWNER/NAME:Q4_K_M), short name (qwen3.5:2b), "
+    "ollama:NAME or demo."
+)
 
 
 def option(
