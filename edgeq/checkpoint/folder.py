@@ -93,7 +93,7 @@ class FolderCheckpoint(Checkpoint):
         elif self._packing.labels_of:
             ((label, _),) = Counter(self._packing.labels_of.values()).most_common(1)
             self.format += f", {label}"
-        elif self._packing.method is not None:
+        elif self._packing.method not in (None, "affine"):
             warnings.warn(
                 f"{path}: its tensors are not quantized, although its configuration says {self._packing.method}: "
                 "they are used as they are",
@@ -294,7 +294,7 @@ class FolderCheckpoint(Checkpoint):
         if problems and (fused := next((name for name in self._where if _is_fused(name)), None)):
             raise ModelError(
                 f"{self.path} holds {fused}: projections that are fused, as some servers keep them",
-                hint="use a checkpoint with the model's own names: in_proj_qkv, in_proj_z, in_proj_b, in_proj_a, q_proj",
+                hint="use a checkpoint with the model's own: in_proj_qkv, in_proj_z, in_proj_b, in_proj_a, q_proj",
             )
         if problems:
             more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
@@ -331,8 +331,8 @@ class FolderCheckpoint(Checkpoint):
         try:
             if packed := self._packing.open(spec, file_name):
                 return _Tensor(spec, file_name, packed=packed)
-        except Unfit as problem:
-            problems.append(str(problem))
+        except Unfit as unfit:
+            problems.append(str(unfit))
             return _Tensor(spec, file_name)
         module = file_name.removesuffix(".weight")
         if f"{module}.scales" in self._where:
@@ -378,8 +378,8 @@ class _QuantizationTable:
         if block is not None and not isinstance(block, Mapping):
             raise ModelError(f"config.json: quantization is {brief(block)}, expected an object")
         self._block: Mapping[str, Any] = block or {}
-        method = self._block.get("quant_method")
-        if method not in (None, "affine"):  # what another tool says of its own
+        self._method = self._block.get("quant_method", "affine")
+        if self._method != "affine":  # what another tool says of its own
             self._block = {}
         self._default = self._entry("quantization", self._block) if self._block else None
         self._modules = {
@@ -390,6 +390,11 @@ class _QuantizationTable:
 
     def of(self, name: str) -> Quantization | None:
         """Bits and group size of a quantized matrix, by its neutral name."""
+        if self._method != "affine":
+            raise ModelError(
+                f"config.json has quant_method {brief(self._method)}, but the tensors are quantized for MLX",
+                hint="download config.json and the weights again, from one model",
+            )
         return self._modules.get(name.removesuffix(".weight"), self._default)
 
     def _entry(self, where: str, entry: Mapping[str, Any]) -> Quantization:

@@ -1,7 +1,7 @@
 """Matrices that other tools have quantized: what a checkpoint folder's tensors and its configuration say of them.
 
-The tensors decide. Their names and types tell the format, their shapes the bits and the groups, and `g_idx` the order
-of columns, whatever the patterns of `dynamic`, `extra_config`, `ignore` or `modules_to_not_convert` say of a module. The
+The tensors decide. Their names and types tell the format, their shapes the bits and the groups, `g_idx` the order of
+columns, whatever the patterns of `dynamic`, `extra_config`, `ignore` or `modules_to_not_convert` say of a module. The
 configuration has to name what shapes leave open: which of two formats it is that have the same names, whether zero
 points are stored less 1, and what a group's size is where the last one is cut short.
 
@@ -158,7 +158,7 @@ class Packing:
     # --- one matrix --------------------------------------------------------------------------------------------------
 
     def open(self, spec: TensorSpec, file_name: str) -> Packed | None:
-        """The quantized matrix whose weight is stored under `file_name`; None if it is not quantized so. Raises Unfit."""
+        """The quantized matrix whose weight is stored as `file_name`; None if it is not quantized so. Raises Unfit."""
         module, _, part = file_name.rpartition(".")
         info = self._tensors[file_name]
         if part not in _PARTS or (part == "weight" and info.dtype not in (*FLOAT8, "I8")):
@@ -214,18 +214,21 @@ class Packing:
                 elif found.startswith("auto_round"):
                     return "gptq_v2"
             case _:
-                said = "nothing of" if self.method is None else f"quant_method {brief(self.block.get('quant_method'))} for"
+                said = (
+                    "nothing of" if self.method is None else f"quant_method {brief(self.block.get('quant_method'))} for"
+                )
                 raise ModelError(
                     f"{self._path}: {self._where} says {said} how {m.name}.qweight is packed",
                     hint="download all files of the model again, config.json and quantize_config.json too",
                 )
-        raise ModelError(
-            f"{self._path}: {self._where} has {key} {brief(found)}, which edgeq does not read", hint=_HINT
-        )
+        raise ModelError(f"{self._path}: {self._where} has {key} {brief(found)}, which edgeq does not read", hint=_HINT)
 
     def _gptq(self, m: _Module, offset: int) -> tuple[Packed, str]:
         rows = m.info("qweight").shape[0] if m.info("qweight").shape else 0
-        bits = self._bits(m, "qweight", 32 * rows, m.width, (2, 3, 4, 8))
+        possible = (
+            (2, 3, 4, 5, 6, 8) if self.method == "auto-round" else (2, 3, 4, 8)
+        )  # GPTQ has other layouts for 5, 6
+        bits = self._bits(m, "qweight", 32 * rows, m.width, possible)
         codes = m.array("qweight", (m.width * bits // 32, m.out), _WORDS)
         scales = m.array("scales", (None, m.out), _FLOATS)
         zeros = m.array("qzeros", (len(scales), -(-m.out * bits // 32)), _WORDS)
@@ -293,11 +296,11 @@ class Packing:
         scales = m.array(part, None, (*_FLOATS, "F8_E8M0"))
         if scales.dtype == np.uint8:
             scales = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
-        scales = scales.reshape(scales.shape if scales.ndim == 2 else (-1, 1))
-        block = self._block_of(m, scales.shape, part)
-        kind = f"blocks of {block[0]} x {block[1]}"
-        if scales.shape[1] == 1 and len(scales) in (1, m.out):
-            kind = "per tensor" if len(scales) == 1 else "per channel"
+        scales = _as_table(scales)
+        counts = len(scales), scales.size // len(scales)
+        block = self._block_of(m, counts, part)
+        kinds = {(1, 1): "per tensor", (m.out, 1): "per channel"}
+        kind = kinds.get(counts, f"blocks of {block[0]} x {block[1]}")
         return Float8(codes, scales, block, m.info("weight").dtype), f"FP8 {kind}"
 
     def _block_of(self, m: _Module, counts: tuple[int, ...], part: str) -> tuple[int, int]:
@@ -361,7 +364,9 @@ class Packing:
 
     def _label(self, method: str, matrix: Grouped, size: int) -> str:
         width = len(matrix.groups)
-        groups = "per channel" if size >= width else f"g{size}"
+        if size >= width:  # one group: of the size that is said, which may be more than there is
+            size = min((said for said in self._numbers["group"] if said >= width), default=-1)
+        groups = f"g{size}" if size > 0 else "per channel"
         return f"{method} {matrix.bits}-bit {groups}" + ("" if matrix.run else ", columns in act order")
 
 
@@ -392,7 +397,9 @@ class _Module:
             raise Unfit(f"{self.name}.{part} is {info.dtype}, expected {', '.join(dtypes)}")
         fits = shape is None or (
             len(info.shape) == len(shape)
-            and all(have == want if want is not None else have > 0 for have, want in zip(info.shape, shape, strict=True))
+            and all(
+                have == want if want is not None else have > 0 for have, want in zip(info.shape, shape, strict=True)
+            )
         )
         if not fits or 0 in info.shape:
             expected = ["any" if n is None else n for n in shape or ()]
@@ -402,10 +409,15 @@ class _Module:
     def scales(self, part: str) -> Array:
         """Scales [out, groups] of a matrix whose scales may also be for a row or for all of it."""
         x = self.array(part, None, _FLOATS)
-        x = x.reshape(x.shape if x.ndim == 2 else (-1, 1))
+        x = _as_table(x)
         if len(x) not in (1, self.out) or (len(x) == 1 and x.size > 1):
             raise Unfit(f"{self.name}.{part} is {list(self.info(part).shape)}, expected {[self.out, 'groups']}")
-        return np.broadcast_to(x, (self.out, x.shape[1]))
+        return np.broadcast_to(x, (self.out, x.size // len(x)))
+
+
+def _as_table(x: Array) -> Array:
+    """Scales for blocks, rows or all of a matrix, in two dimensions."""
+    return x if x.ndim == 2 else x.reshape(-1, 1)
 
 
 @cache

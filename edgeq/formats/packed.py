@@ -4,10 +4,10 @@ The integer ones hold what a `QMatrix` holds, packed otherwise: weight = (code -
 the scale of the column's group. `matrix` repacks the codes as they are; nothing is quantized again. The layouts, as the
 formats' own tools write them (int32 words, first field in the lowest bits; fields of 3 bits run on into the next word):
 
-* GPTQ: codes [in * bits / 32, out], zero points [groups, out * bits / 32], scales [groups, out], and `g_idx` [in] with
-  the group of every column. The first version of the format stores zero - 1, the second the zero point itself.
-* AWQ, "gemm": codes [in, out / 8], zero points [groups, out / 8], scales [groups, out]; 4 bits, and the fields of a word
-  are rows 0, 2, 4, 6, 1, 3, 5, 7. "gemv": codes [out, in / 8], zero points [out, ...], scales [out, ...], in order,
+* GPTQ: codes [in * bits / 32, out], zero points [groups, out * bits / 32], scales [groups, out], and `g_idx` [in], the
+  group of every column. The first version of the format stores zero - 1, the second the zero point itself.
+* AWQ, "gemm": codes [in, out / 8], zero points [groups, out / 8], scales [groups, out]; 4 bits, and the fields of a
+  word are rows 0, 2, 4, 6, 1, 3, 5, 7. "gemv": codes [out, in / 8], zero points [out, ...], scales [out, ...], in order,
   with padding behind the groups.
 * compressed-tensors, "pack-quantized": codes [out, in * bits / 32] and zero points [out * bits / 32, groups], both with
   2^(bits - 1) added, scales [out, groups]; "int-quantized": int8 [out, in].
@@ -33,7 +33,7 @@ from edgeq.formats.affine import Codes, pack, unpack
 from edgeq.formats.bf16 import Array, Float32, round_to, to_float32
 from edgeq.formats.qmatrix import Matrix, QMatrix
 
-__all__ = ["FLOAT8", "AWQ", "AWQRows", "CompressedTensors", "Float8", "GPTQ", "Grouped", "Int8", "Packed", "fields"]
+__all__ = ["AWQ", "FLOAT8", "GPTQ", "AWQRows", "CompressedTensors", "Float8", "Grouped", "Int8", "Packed", "fields"]
 
 Indices = NDArray[np.intp]
 Zeros = NDArray[np.uint8]
@@ -135,7 +135,7 @@ class Grouped(Packed):
         if not np.array_equal(order, np.arange(scales.shape[1])):
             scales, zeros = scales[:, order], zeros[:, order]
         zero = int(zeros.flat[0])
-        if zero <= 128 and (zeros == zero).all():
+        if zero in (2, 4, 8, 16, 32, 128) and (zeros == zero).all():  # symmetric
             return np.ascontiguousarray(scales), zero
         wide = to_float32(scales)
         biases = -zeros.astype(np.float32) * wide
@@ -185,10 +185,11 @@ def _numbers(count: int, rows: slice | Array) -> Indices:
 
 @dataclass(frozen=True)
 class GPTQ(Grouped):
-    """codes: uint32 [in * bits / 32, out]; packed_zeros: uint32 [groups, out * bits / 32]; stored_scales: [groups, out].
+    """codes: uint32 [in * bits / 32, out]; packed_zeros: uint32 [groups, out * bits / 32]; stored_scales: [groups,
+    out].
 
     offset: what is to be added to a stored zero point, 1 in the first version of the format, else 0. The sum is taken
-    modulo 2^bits, as its tools do.
+    modulo 2^bits, as the format's tools do.
     """
 
     codes: Codes
@@ -269,8 +270,8 @@ class AWQRows(Grouped):
 
 @dataclass(frozen=True)
 class CompressedTensors(Grouped):
-    """"pack-quantized". codes: uint32 [out, in * bits / 32]; packed_zeros: uint32 [out * bits / 32, groups], or None for
-    symmetric ones; stored_scales: [out, groups]."""
+    """What is called "pack-quantized". codes: uint32 [out, in * bits / 32]; packed_zeros: uint32 [out * bits / 32,
+    groups], or None for symmetric ones; stored_scales: [out, groups]."""
 
     as_stored = True
     codes: Codes
@@ -297,8 +298,8 @@ class CompressedTensors(Grouped):
 
 @dataclass(frozen=True)
 class Int8(Grouped):
-    """"int-quantized" of compressed-tensors. values: int8 [out, in]; offsets: int8 [out, groups] or None; stored_scales:
-    [out, groups]."""
+    """What compressed-tensors calls "int-quantized". values: int8 [out, in]; offsets: int8 [out, groups], or None;
+    stored_scales: [out, groups]."""
 
     values: NDArray[np.int8]
     offsets: NDArray[np.int8] | None
@@ -339,8 +340,8 @@ def _float8(kind: str) -> Float32:
 
 @dataclass(frozen=True)
 class Float8(Packed):
-    """codes: uint8 [out, in], places in the table of `kind`; stored_scales: [row blocks, column blocks], of `block` rows and
-    columns each, of which the last may be cut short. weight = value * scale."""
+    """codes: uint8 [out, in], places in the table of `kind`; stored_scales: [row blocks, column blocks], of `block`
+    rows and columns each, of which the last may be cut short. weight = value * scale."""
 
     codes: NDArray[np.uint8]
     stored_scales: Array
