@@ -117,7 +117,7 @@ class FolderCheckpoint(Checkpoint):
             patches = self._array(tensor.file_name)
             return self._channels_first(patches).reshape(len(patches), -1)
         if tensor.packed is not None:
-            self._tell(tensor.packed)
+            self._tell(tensor)
             return tensor.packed.matrix()
         if tensor.quantization is None:
             return self._array(tensor.file_name)
@@ -153,14 +153,14 @@ class FolderCheckpoint(Checkpoint):
     def _channels_first(self, patches: Array) -> Array:
         return np.moveaxis(patches, -1, 1) if self.layout == "mlx" else patches
 
-    def _tell(self, packed: Packed) -> None:
+    def _tell(self, tensor: _Tensor) -> None:
         """Say once that there are matrices which take more memory than their file."""
-        if self._told or (isinstance(packed, Grouped) and packed.run):
+        if self._told or (isinstance(tensor.packed, Grouped) and tensor.packed.run):
             return
         self._told = True
-        what = "columns are in act order" if isinstance(packed, Grouped) else "weights are FP8"
         warnings.warn(
-            f"{self.path}: {what}: such matrices take 16 bits a weight in memory; `edgeq quantize` makes less of them",
+            f"{self.path}: {self._packing.labels_of[tensor.spec.name]}: such matrices take 16 bits a weight in memory; "
+            "`edgeq quantize` makes less of them",
             stacklevel=3,
         )
 
@@ -211,6 +211,11 @@ class FolderCheckpoint(Checkpoint):
         if isinstance(recipe, dict) and recipe.get("vision") == "none":
             return "it was quantized without its vision tower (--vision none)"
         return super().lacks_tower()
+
+    @property
+    def config_files(self) -> list[Path]:
+        """The files that say how the tensors are to be read."""
+        return self._packing.files
 
     def weight_files(self) -> list[Path]:
         return [file.path for file in self.files]

@@ -37,11 +37,9 @@ from edgeq.inputs import exists
 from edgeq.printable import brief
 from edgeq.weights import TensorSpec
 
-__all__ = ["CONFIG_KEYS", "Packing", "Unfit", "weight_name"]
+__all__ = ["Packing", "Unfit", "weight_name", "without_quantization"]
 
-CONFIG_KEYS = ("quantization_config", "compression_config")
-"""What config.json says of a quantization, MLX's aside."""
-
+_KEYS = ("quantization_config", "compression_config")
 _FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # where older exports say it
 _FLOATS = ("F16", "BF16", "F32")
 _WORDS = ("I32", "U32")
@@ -112,6 +110,14 @@ def weight_name(file_name: str) -> str:
     return file_name
 
 
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without what it says of a quantization."""
+    kept = {key: value for key, value in config.items() if key not in _KEYS}
+    if isinstance(text := config.get("text_config"), Mapping):
+        kept["text_config"] = {key: value for key, value in text.items() if key not in _KEYS}
+    return kept
+
+
 class Packing:
     """The quantized matrices of a folder, by their files' names."""
 
@@ -123,6 +129,7 @@ class Packing:
         array: Callable[[str], Array],
     ) -> None:
         self._path, self._tensors, self._array = path, tensors, array
+        self.files = [path / name for name in ("config.json", *_FILES) if exists(path / name)]
         self.block, self._where = _block(path, config)
         method = self.block.get("quant_method")
         self.method = str(method).lower().replace("_", "-").removeprefix("intel/") if method is not None else None
@@ -133,10 +140,10 @@ class Packing:
 
     def what_it_is(self) -> str | None:
         """The name of a quantization that edgeq does not read; None if the tensors show none."""
+        for end, kind in _BY_NAME:
+            if any(name.endswith(end) for name in self._tensors):
+                return kind
         for name, info in self._tensors.items():
-            for end, kind in _BY_NAME:
-                if name.endswith(end):
-                    return kind
             if info.dtype == "F4" or (name.endswith(".weight_packed") and info.dtype == "U8"):
                 return "4-bit floats (NVFP4 or MXFP4)"
             if info.dtype.startswith("F6"):
@@ -367,7 +374,8 @@ class Packing:
         if size >= width:  # one group: of the size that is said, which may be more than there is
             size = min((said for said in self._numbers["group"] if said >= width), default=-1)
         groups = f"g{size}" if size > 0 else "per channel"
-        return f"{method} {matrix.bits}-bit {groups}" + ("" if matrix.run else ", columns in act order")
+        in_order = matrix.run or (np.diff(matrix.groups) >= 0).all()
+        return f"{method} {matrix.bits}-bit {groups}" + ("" if in_order else ", columns in act order")
 
 
 class _Module:
@@ -432,7 +440,7 @@ def _block(path: Path, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], st
     """What is said of the quantization, and where."""
     text = config.get("text_config")
     for values in (config, text if isinstance(text, Mapping) else {}):
-        for key in CONFIG_KEYS:
+        for key in _KEYS:
             if isinstance(block := values.get(key), Mapping) and block:
                 return block, f"config.json's {key}"
     for name in _FILES:

@@ -4,11 +4,11 @@ The integer ones hold what a `QMatrix` holds, packed otherwise: weight = (code -
 the scale of the column's group. `matrix` repacks the codes as they are; nothing is quantized again. The layouts, as the
 formats' own tools write them (int32 words, first field in the lowest bits; fields of 3 bits run on into the next word):
 
-* GPTQ: codes [in * bits / 32, out], zero points [groups, out * bits / 32], scales [groups, out], and `g_idx` [in], the
-  group of every column. The first version of the format stores zero - 1, the second the zero point itself.
+* GPTQ: codes [in * bits / 32, out], zero points [groups, out * bits / 32], scales [groups, out], and `g_idx` [in] with
+  every column's group. The first version of the format stores zero - 1, the second the zero point itself.
 * AWQ, "gemm": codes [in, out / 8], zero points [groups, out / 8], scales [groups, out]; 4 bits, and the fields of a
-  word are rows 0, 2, 4, 6, 1, 3, 5, 7. "gemv": codes [out, in / 8], zero points [out, ...], scales [out, ...], in order,
-  with padding behind the groups.
+  word are rows 0, 2, 4, 6, 1, 3, 5, 7. "gemv": codes [out, in / 8], zero points [out, ...], scales [out, ...], in
+  order, with padding behind the groups.
 * compressed-tensors, "pack-quantized": codes [out, in * bits / 32] and zero points [out * bits / 32, groups], both with
   2^(bits - 1) added, scales [out, groups]; "int-quantized": int8 [out, in].
 

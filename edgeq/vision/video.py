@@ -330,7 +330,7 @@ def _file_reader() -> type[_FFmpeg] | type[_PyAV]:
     if shutil.which("ffmpeg"):
         return _FFmpeg
     with suppress(ImportError):
-        import av
+        import av  # noqa: F401
 
         return _PyAV
     raise MediaError(
