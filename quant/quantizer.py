@@ -72,13 +72,14 @@ def quantize(
 ) -> Report:
     """Quantize `src`, a folder or Hugging Face ID of an unquantized checkpoint, into the new folder `out`.
 
-    `recipe` is q4 (the default), q4+, q5, q6, q8, none or keep. With keep, the default for what is in groups of integer
-    codes already (GPTQ, AWQ, AutoRound, compressed-tensors), these are converted without a change in value. `bits` and `group_size` replace its base's; `types` are
-    PATTERN=SPEC overrides, e.g. "*.down_proj=6g64". `vision` is what becomes of the vision tower: 16 (as it is), 8
-    (its matrices in 8 bits; the default wherever anything is quantized) or "none" (left out). With `dry_run` nothing is
-    quantized and `out` may be None. `report` is a file for the sizes and errors of all tensors, as JSON. With `force`
-    an existing model folder, or report, is replaced once the new one is complete. `revision` goes on record; it is
-    known for folders in the hub's cache. Memory stays below about 300 MB, whatever the model's size.
+    `recipe` is q4 (the default), q4+, q5, q6, q8, none or keep; with keep, the default for what is in groups of integer
+    codes already (GPTQ, AWQ, AutoRound, compressed-tensors), these are converted without a change in value. `bits` and
+    `group_size` replace the recipe's base; `types` are PATTERN=SPEC overrides, e.g. "*.down_proj=6g64". `vision` is
+    what becomes of the vision tower: 16 (as it is), 8 (its matrices in 8 bits; the default wherever anything is
+    quantized) or "none" (left out). With `dry_run` nothing is quantized and `out` may be None. `report` is a file for
+    the sizes and errors of all tensors, as JSON. With `force` an existing model folder, or report, is replaced once the
+    new one is complete. `revision` goes on record; it is known for folders in the hub's cache. Memory stays below about
+    300 MB, whatever the model's size.
     """
     if out is not None:
         check_output(Path(out))

@@ -172,7 +172,7 @@ RECIPES = _recipes(
     Recipe("q6", "6-bit", QuantSpec(6, 64)),
     Recipe("q8", "8-bit", QuantSpec(8, 64)),
     Recipe("none", "bfloat16, not quantized", None),
-    Recipe("keep", "as it is: groups of GPTQ, AWQ or compressed-tensors to the bit", None, plain=KEEP),
+    Recipe("keep", "as it is; GPTQ, AWQ and the like to the bit", None, plain=KEEP),
 )
 
 

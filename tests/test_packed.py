@@ -19,11 +19,11 @@ from packed_forms import Form, Tensors, linear, pack_folder, read_tensors, strea
 import edgeq
 from edgeq.checkpoint import FolderCheckpoint, open_checkpoint
 from edgeq.checkpoint.packing import Packing
-from edgeq.errors import EdgeqError, ModelError
+from edgeq.errors import ModelError
 from edgeq.formats.affine import dequantize
-from edgeq.formats.bf16 import Array, Float32, from_float32, round_to, to_float32
+from edgeq.formats.bf16 import Float32, from_float32, round_to, to_float32
 from edgeq.formats.names import neutral_name
-from edgeq.formats.packed import Grouped, Packed, fields
+from edgeq.formats.packed import Packed, fields
 from edgeq.formats.safetensors import SafetensorsFile
 from edgeq.quant import quantize, verify
 from edgeq.quant.gguf_export import export_gguf
@@ -404,6 +404,38 @@ KINDS: dict[str, tuple[dict[str, Any], Tensors]] = {
     }),
     "'a-new-one'": ({"quant_method": "a-new-one"}, {"codes": (U8, BYTES)}),
 }  # fmt: skip
+
+
+class TestCommands:
+    @pytest.fixture
+    def run(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+        leave_home(tmp_path, monkeypatch)
+        return runner(capsys, monkeypatch)
+
+    @pytest.mark.parametrize("name", ["GPTQ 4-bit g32", "FP8 blocks of 48 x 32"])
+    def test_on_a_folder(self, chat_folder: Path, tmp_path: Path, run: Run, name: str) -> None:
+        weights = pack_folder(chat_folder, tmp_path / "packed", FORMS[name])
+        twin(chat_folder, tmp_path / "twin", weights, "BF16" if "FP8" in name else "F32")
+        said = run("info", tmp_path / "packed")
+        assert said.code == 0
+        assert f"safetensors, {name}" in said.out
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            ask = ("-p", "hi", "--max-tokens", "8", "--temp", "0")
+            answers = [run("chat", tmp_path / kind, *ask) for kind in ("packed", "twin")]
+        assert answers[0].out == answers[1].out
+        assert ("16 bits a weight in memory" in answers[0].err) == ("FP8" in name)
+        assert run("export", tmp_path / "packed", "-o", tmp_path / "model.gguf", "--type", "bf16").code == 0
+        planned = run("quantize", tmp_path / "packed", "--dry-run")
+        assert ("as it was" in planned.out) == ("GPTQ" in name)
+
+    def test_a_refusal(self, chat_folder: Path, tmp_path: Path, run: Run) -> None:
+        twin(chat_folder, tmp_path / "other", {})
+        repack(tmp_path / "other", lambda tensors: tensors.update({f"{UP}.W_q": (U8, BYTES)}))
+        for command in (["info"], ["chat", "-p", "hi"], ["quantize", "--dry-run"]):
+            said = run(command[0], tmp_path / "other", *command[1:])
+            assert said.code == 4
+            assert "is quantized as HQQ, which edgeq does not read" in said.err
 
 
 class TestRefusals:

@@ -312,15 +312,12 @@ class Packing:
 
     def _block_of(self, m: _Module, counts: tuple[int, ...], part: str) -> tuple[int, int]:
         """Rows and columns of one scale, where there are `counts` of them."""
-        rows, columns = counts
         if counts in ((1, 1), (m.out, 1)):
-            return m.out // rows, m.width
+            return m.out // counts[0], m.width
         sizes = [(a, b) for a, b in _blocks(self.block) if (-(-m.out // a), -(-m.width // b)) == counts]
         sizes += [(1, size) for size in self._numbers["group"] if size > 0 and (m.out, -(-m.width // size)) == counts]
         if sizes:
             return sizes[0]
-        if rows and columns and m.out % rows == 0 and m.width % columns == 0:
-            return m.out // rows, m.width // columns
         raise Unfit(f"{m.name}.{part} is {list(counts)}, which no block size of {self._where} makes")
 
     # --- what the configuration has to say ---------------------------------------------------------------------------
