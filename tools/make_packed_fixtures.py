@@ -121,17 +121,14 @@ def awq(n: Numbers, version: str) -> Case:
     return parts_of(module, "qweight", "qzeros", "scales"), config
 
 
-def compressed(args: QuantizationArgs, kind: type, name: str, n: Numbers | None = None, scale: Tensor | None = None,
-               zero: Tensor | None = None, weight: Tensor | None = None) -> Case:  # fmt: skip
+def compressed(
+    args: QuantizationArgs, kind: Any, name: str, scale: Tensor, weight: Tensor, n: Numbers | None = None
+) -> Case:
+    """`weight` is that of `n`, if it is given."""
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
-    assert n is not None or (scale is not None and weight is not None)
-    state: Parts = {
-        "weight": n.weights if n and weight is None else weight,
-        "weight_scale": n.scales.float() if n and scale is None else scale,
-    }
-    if not args.symmetric:
-        offset = 1 << (args.num_bits - 1)
-        state["weight_zero_point"] = zero if zero is not None else (n.zeros - offset).to(torch.int8)
+    state: Parts = {"weight": weight, "weight_scale": scale}
+    if n and not n.sym:
+        state["weight_zero_point"] = (n.zeros - (1 << (n.bits - 1))).to(torch.int8)
     packed = kind.compress(state, scheme)
     group = {"targets": ["Linear"], "weights": json.loads(args.model_dump_json()), "input_activations": None}
     config = {
@@ -139,7 +136,7 @@ def compressed(args: QuantizationArgs, kind: type, name: str, n: Numbers | None 
         "ignore": ["lm_head", "re:.*visual.*"], "quantization_status": "compressed", "kv_cache_scheme": None,
         "sparsity_config": {}, "transform_config": {},
     }  # fmt: skip
-    parts = {key: value.contiguous() for key, value in packed.items()}
+    parts = dict(packed)
     expected = kind.decompress(dict(packed), scheme)["weight"]
     if n is None:
         parts["in/weights"] = expected
@@ -148,15 +145,15 @@ def compressed(args: QuantizationArgs, kind: type, name: str, n: Numbers | None 
     return parts, config
 
 
-def pack_quantized(n: Numbers, strategy: str, dtype: torch.dtype = torch.float16) -> Case:
+def pack_quantized(n: Numbers, strategy: str) -> Case:
     group = {"group_size": n.group} if strategy == "group" else {}
     args = QuantizationArgs(num_bits=n.bits, type="int", symmetric=n.sym, strategy=strategy, **group)
-    return compressed(args, PackedQuantizationCompressor, "pack-quantized", n, scale=n.scales.to(dtype))
+    return compressed(args, PackedQuantizationCompressor, "pack-quantized", n.scales, n.weights, n)
 
 
 def int_quantized(n: Numbers) -> Case:
     args = QuantizationArgs(num_bits=8, type="int", symmetric=n.sym, strategy="channel")
-    return compressed(args, NaiveQuantizationCompressor, "int-quantized", n, scale=n.scales)
+    return compressed(args, NaiveQuantizationCompressor, "int-quantized", n.scales, n.weights, n)
 
 
 def float_quantized(strategy: str, counts: tuple[int, ...], dtype: torch.dtype, block: list[int] | None = None) -> Case:
@@ -164,7 +161,7 @@ def float_quantized(strategy: str, counts: tuple[int, ...], dtype: torch.dtype, 
     scale = (torch.rand(counts, generator=rng) * 0.001 + 0.0001).to(dtype)
     weight = torch.randn((ROWS, COLUMNS), generator=rng) * 0.05
     args = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy=strategy, block_structure=block)
-    parts, config = compressed(args, NaiveQuantizationCompressor, "float-quantized", scale=scale, weight=weight)
+    parts, config = compressed(args, NaiveQuantizationCompressor, "float-quantized", scale, weight)
     parts["input_scale"] = torch.tensor([0.01])
     return parts, config
 
