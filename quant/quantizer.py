@@ -24,17 +24,18 @@ import numpy as np
 
 from edgeq.errors import ModelError, UsageError
 from edgeq.files import new_file, new_folder
-from edgeq.formats.bf16 import Array, Float32, round_to, to_float32
+from edgeq.formats.bf16 import Array, Float32, all_finite, round_to, to_float32
 from edgeq.formats.mapped import reading_on
 from edgeq.formats.names import mlx_module
-from edgeq.formats.safetensors import DTYPES, SafetensorsWriter
+from edgeq.formats.packed import Grouped
+from edgeq.formats.safetensors import DTYPES, SafetensorsWriter, dtype_name
 from edgeq.hub import find_model
 from edgeq.inputs import check_output
 from edgeq.quant.matrix import QuantizedRows, quantize_rows
 from edgeq.quant.provenance import RECORD, Source, hash_files, provenance
 from edgeq.quant.recipe import KEEP, Assignment, QuantSpec, Recipe, TypeRule, assign, choose_recipe
 from edgeq.quant.report import Report, TensorReport
-from edgeq.quant.source import open_source
+from edgeq.quant.source import WeightSource, coarse_warning, open_source
 from edgeq.quant.target import FileTarget, FolderTarget, files_of
 from edgeq.weights import Part
 
@@ -71,18 +72,23 @@ def quantize(
 ) -> Report:
     """Quantize `src`, a folder or Hugging Face ID of an unquantized checkpoint, into the new folder `out`.
 
-    `recipe` is q4 (the default), q4+, q5, q6, q8 or none; `bits` and `group_size` replace its base's; `types` are
-    PATTERN=SPEC overrides, e.g. "*.down_proj=6g64". `vision` is what becomes of the vision tower: 16 (as it is), 8
-    (its matrices in 8 bits; the default wherever anything is quantized) or "none" (left out). With `dry_run` nothing is
-    quantized and `out` may be None. `report` is a file for the sizes and errors of all tensors, as JSON. With `force`
-    an existing model folder, or report, is replaced once the new one is complete. `revision` goes on record; it is
-    known for folders in the hub's cache. Memory stays below about 300 MB, whatever the model's size.
+    `recipe` is q4 (the default), q4+, q5, q6, q8, none or keep; with keep, the default for what is in groups of integer
+    codes already (GPTQ, AWQ, AutoRound, compressed-tensors), these are converted without a change in value. `bits` and
+    `group_size` replace the recipe's base; `types` are PATTERN=SPEC overrides, e.g. "*.down_proj=6g64". `vision` is
+    what becomes of the vision tower: 16 (as it is), 8 (its matrices in 8 bits; the default wherever anything is
+    quantized) or "none" (left out). With `dry_run` nothing is quantized and `out` may be None. `report` is a file for
+    the sizes and errors of all tensors, as JSON. With `force` an existing model folder, or report, is replaced once the
+    new one is complete. `revision` goes on record; it is known for folders in the hub's cache. Memory stays below about
+    300 MB, whatever the model's size.
     """
     if out is not None:
         check_output(Path(out))
     start = time.perf_counter()
-    chosen = choose_recipe(recipe, bits, group_size, vision)
-    plan = _Plan(find_model(src), chosen, [TypeRule.parse(t) for t in types])
+    chosen, rules = choose_recipe(recipe, bits, group_size, vision), [TypeRule.parse(t) for t in types]
+    opened = open_source(find_model(src))
+    if opened.in_groups and (recipe, bits, group_size) == (None, None, None):
+        chosen = choose_recipe("keep", None, None, vision)
+    plan = _Plan(opened, chosen, rules)
     if vision in (8, 16, "8", "16") and not plan.sees:
         raise UsageError(f"{src} has no vision tower to store in {vision} bits", hint="leave that setting out")
     targets = _Targets(plan, out, report, dry_run, force)
@@ -137,15 +143,56 @@ class _Part(NamedTuple):
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
+class _Carried:
+    """A matrix whose codes and scales are kept."""
+
+    def __init__(self, groups: Grouped) -> None:
+        assert groups.run is not None
+        self.groups, self.spec = groups, QuantSpec(groups.bits, groups.run)
+        self.scale_type = dtype_name(groups.factors()[0].dtype)
+
+    def factors(self) -> tuple[Array, Array]:
+        """Scales and biases, of one type."""
+        scales, biases = self.groups.factors()
+        if isinstance(biases, int):  # a power of two, and the product exact
+            biases = round_to(to_float32(scales) * np.float32(-biases), scales.dtype)
+        return scales, biases
+
+
 class _Plan:
     """Everything that is decided before the first byte is written."""
 
-    def __init__(self, src: Path, recipe: Recipe, rules: Sequence[TypeRule]) -> None:
-        self.source = open_source(src)
+    def __init__(self, source: WeightSource, recipe: Recipe, rules: Sequence[TypeRule]) -> None:
+        self.source = source
         self.recipe = recipe
         self.rules = rules
-        self.assignments = assign(self.source.tensors, recipe, rules)
-        self.scale_type = self.source.scale_type
+        self.assignments = assign(source.tensors, recipe, rules)
+        self.scale_type = source.scale_type
+        kept = ((a.spec.name, source.groups(a.spec.name)) for a in self.assignments if a.storage == KEEP)
+        self.carried = {name: _Carried(groups) for name, groups in kept if groups}
+        self.warnings = (*source.warnings, *self._losses())
+
+    def _losses(self) -> Iterator[str]:
+        """What is said of matrices that were quantized, and do not stay as they were."""
+        coarse, wide = set[str](), list[Assignment]()
+        for a in self.assignments:
+            packed = self.source.packed.get(a.spec.name)
+            if isinstance(a.storage, QuantSpec) and isinstance(packed, Grouped) and packed.bits <= 6:
+                coarse.add(f"{packed.bits}-bit codes")
+            if a.storage == KEEP and isinstance(packed, Grouped) and a.spec.name not in self.carried:
+                wide.append(a)
+        yield from coarse_warning(self.source.path, coarse)
+        if wide:
+            yield (
+                f"{len(wide)} matrices, {wide[0].file_name} and others, are stored as {self.scale_type}, rounded once: "
+                "their columns are not in groups of 32, 64 or 128"
+            )
+
+    def spec(self, a: Assignment) -> QuantSpec | None:
+        """Bits and group size of what is written in groups."""
+        if carried := self.carried.get(a.spec.name):
+            return carried.spec
+        return a.storage if isinstance(a.storage, QuantSpec) else None
 
     @property
     def sees(self) -> bool:
@@ -154,15 +201,18 @@ class _Plan:
 
     def parts(self, a: Assignment) -> list[_Part]:
         """What is written for a tensor: itself, or the triple of a quantized matrix."""
-        if not isinstance(a.storage, QuantSpec):
+        spec, carried = self.spec(a), self.carried.get(a.spec.name)
+        if spec is None:
+            assert not isinstance(a.storage, QuantSpec)
             stored = self.source.stored(a.spec.name)
             return [_Part(a.file_name, stored.dtype if a.storage == KEEP else a.storage, stored.shape)]
         rows, columns = a.spec.shape
-        module, groups = a.file_name.removesuffix(".weight"), (rows, columns // a.storage.group_size)
+        module, groups = a.file_name.removesuffix(".weight"), (rows, columns // spec.group_size)
+        scale_type = carried.scale_type if carried else self.scale_type
         return [
-            _Part(a.file_name, "U32", (rows, columns * a.storage.bits // 32)),
-            _Part(f"{module}.scales", self.scale_type, groups),
-            _Part(f"{module}.biases", self.scale_type, groups),
+            _Part(a.file_name, "U32", (rows, columns * spec.bits // 32)),
+            _Part(f"{module}.scales", scale_type, groups),
+            _Part(f"{module}.biases", scale_type, groups),
         ]
 
     def nbytes(self) -> int:
@@ -174,12 +224,13 @@ class _Plan:
         tensors = []
         for a in self.assignments:
             parts = self.parts(a)
-            kind = str(a.storage) if isinstance(a.storage, QuantSpec) else parts[0].dtype
+            kind = str(self.spec(a) or parts[0].dtype)
             nbytes = sum(part.nbytes for part in parts)
+            note = "as it was" if a.spec.name in self.carried else a.note
             tensors.append(
-                TensorReport(a.spec.name, a.file_name, a.spec.part.value, a.spec.shape, kind, nbytes, note=a.note)
+                TensorReport(a.spec.name, a.file_name, a.spec.part.value, a.spec.shape, kind, nbytes, note=note)
             )
-        return Report(source, out, self.recipe.name, tuple(tensors), warnings=self.source.warnings)
+        return Report(source, out, self.recipe.name, tuple(tensors), warnings=self.warnings)
 
     def shards(self) -> dict[str, list[Assignment]]:
         """Files by name, and what goes into each."""
@@ -215,15 +266,15 @@ class _Plan:
         values |= {"tie_word_embeddings": text.tie_word_embeddings} if "text_config" in values else known
         if self.recipe.vision == "none":
             values.pop("vision_config", None)
-        specs = [a.storage for a in self.assignments if isinstance(a.storage, QuantSpec)]
-        base = self.recipe.base or next(iter(specs), None)
+        specs = {a.spec.name: spec for a in self.assignments if (spec := self.spec(a))}
+        base = self.recipe.base or next(iter(specs.values()), None)
         if base is None:
             return values
         block: dict[str, Any] = {"group_size": base.group_size, "bits": base.bits}
         block["mode"] = "affine"
-        for a in self.assignments:
-            if isinstance(a.storage, QuantSpec) and a.storage != base:
-                block[mlx_module(a.spec.name)] = {"group_size": a.storage.group_size, "bits": a.storage.bits}
+        for name, spec in specs.items():
+            if spec != base:
+                block[mlx_module(name)] = {"group_size": spec.group_size, "bits": spec.bits}
         return values | {"quantization": block, "quantization_config": block}
 
     def recipe_record(self) -> dict[str, Any]:
@@ -284,7 +335,9 @@ class _WeightWriter:
             entries = {p.name: (p.dtype, p.shape) for a in assignments for p in self.plan.parts(a)}
             with SafetensorsWriter(self.folder / file_name, entries, {"format": "pt"}) as file:
                 for a in assignments:
-                    if isinstance(a.storage, QuantSpec):
+                    if carried := self.plan.carried.get(a.spec.name):
+                        self._write_carried(file, a, carried)
+                    elif isinstance(a.storage, QuantSpec):
                         errors[a.spec.name] = self._write_quantized(file, a, a.storage)
                     else:
                         self._write_plain(file, a)
@@ -309,6 +362,16 @@ class _WeightWriter:
         file.write(biases.name, np.concatenate([b for _, b in factors]))
         return squared_error / squares if squares else 0.0
 
+    def _write_carried(self, file: SafetensorsWriter, a: Assignment, carried: _Carried) -> None:
+        codes, scales, biases = self.plan.parts(a)
+        factors = carried.factors()
+        if not all(map(all_finite, factors)):
+            raise self._not_finite(a)
+        for words in self._map_rows(a, carried.groups.words):
+            file.write(codes.name, words)
+        file.write(scales.name, factors[0])
+        file.write(biases.name, factors[1])
+
     def _write_plain(self, file: SafetensorsWriter, a: Assignment) -> None:
         (part,) = self.plan.parts(a)
 
@@ -323,13 +386,15 @@ class _WeightWriter:
 
     def _map_blocks(self, a: Assignment, job: Callable[[Float32], B]) -> Iterator[B]:
         """`job` of every block of rows of a tensor, in order; blocks are read, checked and worked on by the pool."""
+        return self._map_rows(a, lambda rows: job(self._checked(a, self.plan.source.rows(a.spec.name, rows))))
+
+    def _map_rows(self, a: Assignment, work: Callable[[slice], B]) -> Iterator[B]:
         source, count = self.plan.source, a.spec.shape[0]
         width = a.spec.size // count
         step = max(1, _BLOCK // width)
 
         def read(start: int) -> B:
-            block = self._checked(a, source.rows(a.spec.name, slice(start, start + step)))
-            result = job(block)
+            result = work(slice(start, start + step))
             source.check_whole()
             return result
 
@@ -344,10 +409,13 @@ class _WeightWriter:
     def _checked(self, a: Assignment, block: Array) -> Float32:
         x = to_float32(block)
         if not np.isfinite(x).all():
-            raise ModelError(
-                f"{self.plan.source.path}: {a.file_name} holds NaN or infinity", hint="download or copy the file again"
-            )
+            raise self._not_finite(a)
         return x
+
+    def _not_finite(self, a: Assignment) -> ModelError:
+        return ModelError(
+            f"{self.plan.source.path}: {a.file_name} holds NaN or infinity", hint="download or copy the file again"
+        )
 
     def _write_index(self, shards: dict[str, list[Assignment]]) -> None:
         parts = {part.name: (file, part.nbytes) for file, s in shards.items() for a in s for part in self.plan.parts(a)}

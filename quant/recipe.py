@@ -118,7 +118,7 @@ def _bits_and_group(spec: str) -> tuple[int, int | None] | None:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """`base` for every matrix, at least `lifted` bits where a pattern matches the neutral name; None: all bfloat16.
+    """`base` for every matrix, at least `lifted` bits where a pattern matches the neutral name; None: all are `plain`.
     `vision` is what becomes of the tower."""
 
     name: str
@@ -126,6 +126,7 @@ class Recipe:
     base: QuantSpec | None
     lifted: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     vision: VisionChoice = "16"
+    plain: Literal["BF16", "keep"] = "BF16"
 
     def keeps(self, spec: TensorSpec) -> bool:
         """Whether the result has the tensor at all."""
@@ -136,7 +137,7 @@ class Recipe:
         if spec.part is Part.VISION and _quantizable(spec) and self.vision == "8":
             return QuantSpec(8, _VISION_GROUP)
         if self.base is None:
-            return KEEP if spec.role in _EXACT else "BF16"
+            return KEEP if spec.role in _EXACT else self.plain
         if not _quantizable(spec) or spec.part is Part.VISION:
             return KEEP
         lifts = [bits for pattern, bits in self.lifted.items() if fnmatchcase(spec.name, pattern)]
@@ -171,6 +172,7 @@ RECIPES = _recipes(
     Recipe("q6", "6-bit", QuantSpec(6, 64)),
     Recipe("q8", "8-bit", QuantSpec(8, 64)),
     Recipe("none", "bfloat16, not quantized", None),
+    Recipe("keep", "as it is; GPTQ, AWQ and the like to the bit", None, plain=KEEP),
 )
 
 

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from edgeq.checkpoint import FolderCheckpoint, open_checkpoint
 from edgeq.checkpoint.gguf import GGUFCheckpoint
+from edgeq.checkpoint.packing import weight_name, without_quantization
 from edgeq.config import ModelConfig, read_json
 from edgeq.errors import ModelError, UsageError
+from edgeq.formats.affine import GROUP_SIZES
 from edgeq.formats.bf16 import Array, Float32, from_float32, to_float32
 from edgeq.formats.names import hub_name
+from edgeq.formats.packed import Grouped, Packed
 from edgeq.formats.safetensors import DTYPES, dtype_name
 from edgeq.inputs import open_file
 from edgeq.weights import Role, TensorSpec
 
-__all__ = ["Stored", "WeightSource", "open_source"]
+__all__ = ["Stored", "WeightSource", "coarse_warning", "open_source"]
 
 _COPIED = (  # what belongs to a model besides weights and config.json
     "*token*.json",
@@ -50,6 +55,18 @@ class WeightSource(ABC):
     tensors: list[tuple[TensorSpec, str]]  # and their names in the output
     scale_type: str  # the 16-bit type of the weights: mlx computes in the widest type of what it multiplies
     warnings: tuple[str, ...] = ()
+
+    packed: Mapping[str, Packed] = MappingProxyType({})  # what other tools have quantized, by neutral names
+
+    def groups(self, name: str) -> Grouped | None:
+        """A matrix in groups of integer codes that the output can have as they are; None for any other."""
+        packed = self.packed.get(name)
+        return packed if isinstance(packed, Grouped) and packed.run in GROUP_SIZES else None
+
+    @property
+    def in_groups(self) -> bool:
+        """Whether there are such matrices."""
+        return any(self.groups(spec.name) for spec, _ in self.tensors)
 
     @abstractmethod
     def stored(self, name: str) -> Stored: ...
@@ -90,21 +107,32 @@ class _FolderSource(WeightSource):
     def __init__(self, checkpoint: FolderCheckpoint) -> None:
         self._checkpoint = checkpoint
         self.path, self.config = checkpoint.path, checkpoint.config
-        self.files = [self.path / "config.json", *(file.path for file in checkpoint.files)]
-        self.tensors = [(t.spec, t.file_name) for t in checkpoint.tensors.values()]
-        self.scale_type = "F16" if checkpoint.raw("embed_tokens.weight").dtype == np.float16 else "BF16"
+        self.files = [*checkpoint.config_files, *(file.path for file in checkpoint.files)]
+        self.tensors = [(t.spec, weight_name(t.file_name)) for t in checkpoint.tensors.values()]
+        self.packed = {name: t.packed for name, t in checkpoint.tensors.items() if t.packed is not None}
+        self.scale_type = "F16" if self._float16("embed_tokens.weight") else "BF16"
         self._side_files = sorted({p for pattern in _COPIED for p in self.path.glob(pattern) if p.is_file()})
 
+    def _float16(self, name: str) -> bool:
+        packed = self.packed.get(name)
+        if packed is None:
+            return self._checkpoint.raw(name).dtype == np.float16
+        return isinstance(packed, Grouped) and packed.scales(slice(0, 1)).dtype == np.float16
+
     def stored(self, name: str) -> Stored:
+        if packed := self.packed.get(name):
+            return Stored(self.scale_type, packed.shape)
         raw = self._checkpoint.raw(name)
         return Stored(dtype_name(raw.dtype), raw.shape)
 
     def rows(self, name: str, rows: slice) -> Array:
+        if name in self.packed:
+            return self._checkpoint.rows(name, rows)
         raw = self._checkpoint.raw(name)
         return raw.reshape(len(raw), -1)[rows]
 
     def config_values(self) -> dict[str, Any]:
-        return read_json(self.path / "config.json")
+        return without_quantization(read_json(self.path / "config.json"))
 
     def write_side_files(self, folder: Path) -> None:
         for path in self._side_files:
@@ -132,7 +160,7 @@ class _GGUFSource(WeightSource):
         self.tensors = [(t.spec, hub_name(t.spec.name)) for t in checkpoint.tensors.values()]
         types = {spec.name: storage.type for spec, storage in checkpoint.storage()}
         self.scale_type = "F16" if types["embed_tokens.weight"] == "F16" else "BF16"
-        self.warnings = _coarse_warning(self.path, types)
+        self.warnings = coarse_warning(self.path, {kind for kind in types.values() if kind in _COARSE})
         self._vector = cache(self._hub_vector)
 
     def stored(self, name: str) -> Stored:
@@ -193,8 +221,10 @@ def _read(path: Path) -> bytes:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _coarse_warning(path: Path, types: dict[str, str]) -> tuple[str, ...]:
-    coarse = sorted({kind for kind in types.values() if kind in _COARSE})
+def coarse_warning(path: Path, coarse: Collection[str]) -> tuple[str, ...]:
+    """What to say of a source whose matrices are of these types of few bits, if there are any."""
     if not coarse:
         return ()
-    return (f"{path.name} holds {', '.join(coarse)}: quantizing again adds to their error; better take an original",)
+    return (
+        f"{path.name} holds {', '.join(sorted(coarse))}: quantizing again adds to their error; better take an original",
+    )

@@ -515,7 +515,7 @@ class TestMLXLayout:
             ({"bits": 7}, "has bits 7"),
             ({"group_size": 16}, "group_size 16"),
             ({"mode": "mxfp4"}, "mode is 'mxfp4'"),
-            ({"quant_method": "gptq"}, "quant_method 'gptq' is not supported"),
+            ({"quant_method": "gptq"}, "quant_method 'gptq', but the tensors are quantized for MLX"),
             ({"bits": 8}, "expected .* at 8 bits"),
             ({"bits": 4.0}, r"has bits 4\.0"),
             ({"bits": True}, "has bits True"),

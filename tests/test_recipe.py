@@ -53,7 +53,7 @@ class TestRecipes:
         tower = [spec for spec in all_tensors(config) if spec.part is Part.VISION]
         for vision in (None, 8, 16, "8", "16", "none"):
             recipe = choose_recipe(name, None, None, vision)
-            assert recipe.vision == (str(vision) if vision else "16" if name == "none" else "8")
+            assert recipe.vision == (str(vision) if vision else "16" if name in ("none", "keep") else "8")
             made = {a.spec.name: a.storage for a in assign([(spec, spec.name) for spec in all_tensors(config)], recipe)}
             if recipe.vision == "none":
                 assert not any(spec.name in made for spec in tower)

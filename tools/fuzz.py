@@ -29,7 +29,7 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 
 from fuzz_mutators import cut  # noqa: E402
 from fuzz_targets import Target, targets  # noqa: E402

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from fuzz_mutators import Mutator, mutate_bytes, mutate_json, mutate_template
+from packed_forms import Form, linear, pack_folder
 from PIL import Image
 
 from edgeq import vision
@@ -60,17 +62,21 @@ def targets(folder: Path) -> list[Target]:
     _make_model(model)
     quantize(model, quantized)
     export_gguf(open_checkpoint(model), gguf, "q8_0")
+    gptq, compressed = _make_packed(model, folder)
     seed = folder / "seed"
     seed.mkdir()
     tokenizer = Tokenizer.from_folder(model)
     return [
-        Target("safetensors", seed / "x.safetensors", _small_safetensors(), _mutate_header, _read_safetensors, 220),
-        Target("gguf", seed / "x.gguf", _small_gguf(), mutate_bytes, _read_gguf, 240),
+        Target("safetensors", seed / "x.safetensors", _small_safetensors(), _mutate_header, _read_safetensors, 190),
+        Target("gguf", seed / "x.gguf", _small_gguf(), mutate_bytes, _read_gguf, 210),
         Target("gguf-model", gguf, gguf.read_bytes(), _mutate_head(20_000), _read_model, 60),
         Target("template", seed / "x.jinja", TEMPLATE.encode(), mutate_template, _render(tokenizer), 50),
         _json("config", model / "config.json", read_config, 120),
         _json("generation_config", model / "generation_config.json", _read_model, 30),
         _json("index", model / "model.safetensors.index.json", _read_model, 30),
+        Target("gptq", gptq, gptq.read_bytes(), _mutate_header, _read_matrices, 20),
+        Target("compressed", compressed, compressed.read_bytes(), _mutate_header, _read_matrices, 20),
+        _json("compressed-config", compressed.parent / "config.json", _read_matrices, 20),
         _json("quantization", quantized / "config.json", _read_model, 30),
         _json("record", quantized / "edgeq.json", lambda path: _verify(path.parent), 30),
         _json("tokenizer_config", model / "tokenizer_config.json", _read_text, 30),
@@ -128,6 +134,16 @@ def _read_model(path: Path) -> None:
         checkpoint.template()
 
 
+def _read_matrices(path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is read, and takes more memory than its file
+        checkpoint = open_checkpoint(path.parent)
+        for spec, _ in checkpoint.storage():
+            if spec.is_matrix:
+                checkpoint.rows(spec.name, slice(0, 2))
+                checkpoint.matrix(spec.name)
+
+
 def _read_text(path: Path) -> None:
     tokenizer = Tokenizer.from_folder(path.parent)
     ids = tokenizer.encode("The water, <|im_end|> and 42 wörds: 世界.\n\n", control=True)
@@ -173,6 +189,17 @@ def _make_model(folder: Path) -> None:
     for name, value in files.items():
         (folder / name).write_text(json.dumps(value))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+
+def _make_packed(model: Path, folder: Path) -> tuple[Path, Path]:
+    """The weights of a GPTQ checkpoint, and of one that has all kinds of compressed-tensors."""
+    pack_folder(model, folder / "gptq", Form("gptq"))
+    ints, floats = folder / "ints", folder / "floats"
+    pack_folder(model, ints, Form("int8", 8, -1), lambda name: name.endswith("up_proj.weight"))
+    pack_folder(ints, floats, Form("float8"), lambda name: name.endswith("down_proj.weight"))
+    packed = Form("pack", config={"weight_block_size": [48, 32]})
+    pack_folder(floats, folder / "compressed", packed, lambda name: linear(name) and ".mlp." not in name)
+    return folder / "gptq" / "model.safetensors", folder / "compressed" / "model.safetensors"
 
 
 def _tokenizer() -> dict[str, Any]:

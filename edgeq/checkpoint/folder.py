@@ -5,13 +5,15 @@ Three things differ between them, and none is guessed from values:
 * names: by their prefixes (`edgeq.formats.names`);
 * conventions: MLX files store norms with the 1 already added, the convolution as [C, width, 1] and the patch
   embedding channels-last. The convolution's axes tell which: that is mlx-lm's own rule for these files.
-* storage: a matrix is quantized if `scales` lie beside it; bits and group size are in config.json's `quantization`,
-  by module where a module differs, and must agree with the shapes.
+* storage: a matrix is quantized as MLX does it if `scales` lie beside it; bits and group size are in config.json's
+  `quantization`, by module where a module differs, and must agree with the shapes. What other tools have quantized
+  shows in the tensors too (`edgeq.checkpoint.packing`).
 """
 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +23,13 @@ import numpy as np
 
 from edgeq.checkpoint.base import Checkpoint, Storage
 from edgeq.checkpoint.generation import read_sampling, read_stop_ids
+from edgeq.checkpoint.packing import Packing, Unfit, weight_name
 from edgeq.config import ModelConfig, parse_config, read_json
 from edgeq.errors import ModelError
 from edgeq.formats.affine import BITS, GROUP_SIZES
 from edgeq.formats.bf16 import Array, Float32, to_float32
 from edgeq.formats.names import neutral_module, neutral_name
+from edgeq.formats.packed import Grouped, Packed
 from edgeq.formats.safetensors import SafetensorsFile, TensorInfo
 from edgeq.inputs import TOKENIZER_LIMIT, exists
 from edgeq.printable import brief
@@ -54,11 +58,13 @@ class Quantization(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """Where a tensor of the table is stored; `quantization` if it is a triple of codes, scales and biases."""
+    """Where a tensor of the table is stored; `quantization` if it is a triple of codes, scales and biases, `packed` if
+    another tool has quantized it."""
 
     spec: TensorSpec
     file_name: str
-    quantization: Quantization | None
+    quantization: Quantization | None = None
+    packed: Packed | None = None
 
 
 class FolderCheckpoint(Checkpoint):
@@ -70,6 +76,9 @@ class FolderCheckpoint(Checkpoint):
         self.config = replace(parse_config(values), read_processor=self.processor)
         self.files = tuple(SafetensorsFile(file) for file in _weight_files(path))
         self._where = _by_tensor(self.files)
+        self._packing = Packing(path, values, {name: self._info(name) for name in self._where}, self._array)
+        if kind := self._packing.what_it_is():
+            raise self._packing.refuse(kind)
         self.config = self._config_of_tensors()
         self.layout: Layout = self._find_layout()
         self.quantization = _QuantizationTable(values)
@@ -81,6 +90,16 @@ class FolderCheckpoint(Checkpoint):
         self.format = {"hub": "safetensors", "mlx": "MLX safetensors"}[self.layout]
         if any(t.quantization for t in self.tensors.values()):
             self.format += ", group-quantized"
+        elif self._packing.labels_of:
+            ((label, _),) = Counter(self._packing.labels_of.values()).most_common(1)
+            self.format += f", {label}"
+        elif self._packing.method not in (None, "affine"):
+            warnings.warn(
+                f"{path}: its tensors are not quantized, although its configuration says {self._packing.method}: "
+                "they are used as they are",
+                stacklevel=2,
+            )
+        self._told = False
 
     # --- tensors -----------------------------------------------------------------------------------------------------
 
@@ -97,16 +116,24 @@ class FolderCheckpoint(Checkpoint):
         if tensor.spec.role is Role.PATCH:
             patches = self._array(tensor.file_name)
             return self._channels_first(patches).reshape(len(patches), -1)
+        if tensor.packed is not None:
+            self._tell(tensor)
+            return tensor.packed.matrix()
         if tensor.quantization is None:
             return self._array(tensor.file_name)
         module = tensor.file_name.removesuffix(".weight")
         codes, scales, biases = (self._array(f"{module}.{part}") for part in ("weight", "scales", "biases"))
         return QMatrix(codes, scales, biases, *tensor.quantization)
 
+    def rows(self, name: str, rows: slice | Array) -> Float32:
+        packed = self.tensors[name].packed
+        return super().rows(name, rows) if packed is None else packed.rows(rows)
+
     def dense(self, name: str) -> Float32:
-        if self.tensors[name].quantization is not None:
+        tensor = self.tensors[name]
+        if tensor.quantization is not None:
             return self.rows(name, slice(None))
-        x = to_float32(self.raw(name))
+        x = to_float32(self.raw(name)) if tensor.packed is None else tensor.packed.rows(slice(None))
         if not np.isfinite(x).all():
             raise ModelError(
                 f"{self.path}: {self.file_name(name)} holds NaN or infinity", hint="download or copy the file again"
@@ -126,10 +153,25 @@ class FolderCheckpoint(Checkpoint):
     def _channels_first(self, patches: Array) -> Array:
         return np.moveaxis(patches, -1, 1) if self.layout == "mlx" else patches
 
+    def _tell(self, tensor: _Tensor) -> None:
+        """Say once that there are matrices which take more memory than their file."""
+        if self._told or (isinstance(tensor.packed, Grouped) and tensor.packed.run):
+            return
+        self._told = True
+        warnings.warn(
+            f"{self.path}: {self._packing.labels_of[tensor.spec.name]}: such matrices take 16 bits a weight in memory; "
+            "`edgeq quantize` makes less of them",
+            stacklevel=3,
+        )
+
     def storage(self) -> Iterator[tuple[TensorSpec, Storage]]:
         return ((tensor.spec, self._stored(tensor)) for tensor in self.tensors.values())
 
     def _stored(self, tensor: _Tensor) -> Storage:
+        if tensor.packed is not None:
+            there = self._packing.parts(tensor.file_name) & self._where.keys()
+            nbytes = sum(info.end - info.start for info in map(self._info, there))
+            return Storage(self._packing.labels_of[tensor.spec.name], nbytes)
         if tensor.quantization is None:
             info = self._info(tensor.file_name)
             return Storage(info.dtype, info.end - info.start)
@@ -138,7 +180,8 @@ class FolderCheckpoint(Checkpoint):
         return Storage("{}-bit g{}".format(*tensor.quantization), sum(info.end - info.start for info in parts))
 
     def memory_nbytes(self, spec: TensorSpec) -> int:
-        return self._stored(self.tensors[spec.name]).nbytes
+        tensor = self.tensors[spec.name]
+        return self._stored(tensor).nbytes if tensor.packed is None else tensor.packed.memory_nbytes
 
     def tokenizer(self) -> Tokenizer | None:
         from edgeq.text.tokenizer import Tokenizer
@@ -169,6 +212,11 @@ class FolderCheckpoint(Checkpoint):
             return "it was quantized without its vision tower (--vision none)"
         return super().lacks_tower()
 
+    @property
+    def config_files(self) -> list[Path]:
+        """The files that say how the tensors are to be read."""
+        return self._packing.files
+
     def weight_files(self) -> list[Path]:
         return [file.path for file in self.files]
 
@@ -191,7 +239,7 @@ class FolderCheckpoint(Checkpoint):
     def _config_of_tensors(self) -> ModelConfig:
         """The configuration with what the tensors know better: fine-tunes store a head of their own and keep the flag
         that ties it to the embedding, and tools drop the line that counts MTP layers."""
-        found = {neutral_name(name) for name in self._where}
+        found = {neutral_name(weight_name(name)) for name in self._where}
         text = self.config.text
         if text.tie_word_embeddings and "lm_head.weight" in found and not self._same("lm_head", "embed_tokens"):
             warnings.warn(
@@ -209,8 +257,8 @@ class FolderCheckpoint(Checkpoint):
 
     def _same(self, one: str, other: str) -> bool:
         """Whether two modules are stored as the same bytes."""
-        files = {neutral_name(name): name for name in self._where}
-        for part in ("weight", "scales", "biases"):
+        files = {neutral_name(weight_name(name)): name for name in self._where}
+        for part in ("weight", "scales", "biases", "qzeros", "weight_scale", "weight_scale_inv", "weight_zero_point"):
             a, b = (files.get(f"{module}.{part}") for module in (one, other))
             if (a is None) != (b is None) or (a and b and not _same(self._where[a], a, self._where[b], b)):
                 return False
@@ -233,7 +281,7 @@ class FolderCheckpoint(Checkpoint):
         found: dict[str, str] = {}
         problems: list[str] = []
         for file_name in self._where:
-            name = neutral_name(file_name)
+            name = neutral_name(weight_name(file_name))
             if name in found:
                 problems.append(f"{file_name} and {found[name]} are the same tensor")
             elif name is not None:
@@ -246,6 +294,13 @@ class FolderCheckpoint(Checkpoint):
                 absent.append(spec)
         problems += [f"missing {spec.name} {list(spec.shape)}" for spec in self._required(absent, tensors)]
         problems += [f"unexpected {name}" for name in self._unexpected(tensors)]
+        if problems and (method := self._packing.unread_method()):
+            raise self._packing.refuse(method)
+        if problems and (fused := next((name for name in self._where if _is_fused(name)), None)):
+            raise ModelError(
+                f"{self.path} holds {fused}: projections that are fused, as some servers keep them",
+                hint="use a checkpoint with the model's own: in_proj_qkv, in_proj_z, in_proj_b, in_proj_a, q_proj",
+            )
         if problems:
             more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
             raise ModelError(
@@ -263,6 +318,9 @@ class FolderCheckpoint(Checkpoint):
     def _unexpected(self, tensors: Mapping[str, _Tensor]) -> list[str]:
         known: set[str] = set()
         for tensor in tensors.values():
+            if tensor.packed is not None:
+                known |= self._packing.parts(tensor.file_name)
+                continue
             module = tensor.file_name.removesuffix(".weight")
             known |= {tensor.file_name} if tensor.quantization is None else {
                 f"{module}.weight", f"{module}.scales", f"{module}.biases"
@@ -275,6 +333,12 @@ class FolderCheckpoint(Checkpoint):
         return [n for n in self._where if n not in known and not (neutral_name(n) or n).startswith(tuple(spare))]
 
     def _check_tensor(self, spec: TensorSpec, file_name: str, problems: list[str]) -> _Tensor:
+        try:
+            if packed := self._packing.open(spec, file_name):
+                return _Tensor(spec, file_name, packed=packed)
+        except Unfit as unfit:
+            problems.append(str(unfit))
+            return _Tensor(spec, file_name)
         module = file_name.removesuffix(".weight")
         if f"{module}.scales" in self._where:
             quantization = self.quantization.of(spec.name)
@@ -287,7 +351,7 @@ class FolderCheckpoint(Checkpoint):
             problems.append(f"{file_name} is {list(info.shape)}, expected {list(shape)}")
         elif info.dtype not in _FLOATS:
             problems.append(f"{file_name} is {info.dtype}, expected {', '.join(_FLOATS)} or a quantized triple")
-        return _Tensor(spec, file_name, None)
+        return _Tensor(spec, file_name)
 
     def _triple_problem(self, spec: TensorSpec, module: str, quantization: Quantization | None) -> str | None:
         """What is wrong with a quantized matrix, if anything."""
@@ -319,12 +383,9 @@ class _QuantizationTable:
         if block is not None and not isinstance(block, Mapping):
             raise ModelError(f"config.json: quantization is {brief(block)}, expected an object")
         self._block: Mapping[str, Any] = block or {}
-        method = self._block.get("quant_method")
-        if method not in (None, "affine"):
-            raise ModelError(
-                f"config.json: quant_method {brief(method)} is not supported",
-                hint="use the unquantized model, an MLX-quantized one or a GGUF file",
-            )
+        self._method = self._block.get("quant_method", "affine")
+        if self._method != "affine":  # what another tool says of its own
+            self._block = {}
         self._default = self._entry("quantization", self._block) if self._block else None
         self._modules = {
             neutral_module(path): self._entry(f"quantization.{path}", entry)
@@ -334,6 +395,11 @@ class _QuantizationTable:
 
     def of(self, name: str) -> Quantization | None:
         """Bits and group size of a quantized matrix, by its neutral name."""
+        if self._method != "affine":
+            raise ModelError(
+                f"config.json has quant_method {brief(self._method)}, but the tensors are quantized for MLX",
+                hint="download config.json and the weights again, from one model",
+            )
         return self._modules.get(name.removesuffix(".weight"), self._default)
 
     def _entry(self, where: str, entry: Mapping[str, Any]) -> Quantization:
@@ -354,6 +420,10 @@ def _file_shape(spec: TensorSpec, layout: Layout) -> tuple[int, ...]:
     if layout == "mlx" and spec.role in (Role.CONV, Role.PATCH):
         return (spec.shape[0], *spec.shape[2:], spec.shape[1])
     return spec.shape
+
+
+def _is_fused(name: str) -> bool:
+    return any(f".{fused}." in name for fused in ("in_proj_qkvz", "in_proj_ba", "qkv_proj", "gate_up_proj"))
 
 
 def _by_tensor(files: Iterable[SafetensorsFile]) -> dict[str, SafetensorsFile]:
@@ -393,7 +463,7 @@ def _weight_files(path: Path) -> list[Path]:
     """The index names the files; without one they are the folder's model*.safetensors, as everywhere in this field."""
     index = path / "model.safetensors.index.json"
     if not exists(index):
-        files = sorted(path.glob("model*.safetensors"))
+        files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("gptq_model*.safetensors"))
         if not files:
             raise ModelError(
                 f"{path} holds no model*.safetensors files", hint="give the folder of a complete checkpoint"

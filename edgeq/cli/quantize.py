@@ -56,7 +56,13 @@ def quantize(
     ] = None,
     recipe: Annotated[
         str | None,
-        option("--recipe", metavar="NAME", env=False, default="q4, or q8 with --bits 8", help=_RECIPE_HELP),
+        option(
+            "--recipe",
+            metavar="NAME",
+            env=False,
+            default="q4; q8 with --bits 8; keep for GPTQ and the like",
+            help=_RECIPE_HELP,
+        ),
     ] = None,
     types: Annotated[
         list[str] | None,
@@ -74,7 +80,7 @@ def quantize(
             "--vision",
             metavar="16|8|none",
             env=False,
-            default="8; 16 with --recipe none",
+            default="8; 16 with --recipe none or keep",
             help="The vision tower: as it is, its matrices in 8 bits, or left out.",
         ),
     ] = None,
@@ -97,7 +103,7 @@ def quantize(
     edgeq quantize Qwen/Qwen3.5-2B -o q2b --type '*.down_proj=6' --dry-run
 
     The result runs in edgeq, and unchanged in mlx-lm and mlx-vlm. A quantized GGUF file is accepted as MODEL, with a
-    warning if it is below Q8_0.
+    warning if it is below Q8_0. GPTQ, AWQ, AutoRound and compressed-tensors are converted without a change in value.
     """
     del quantize_flag
     if report is not None:

@@ -37,6 +37,22 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "I8": np.dtype("i1"),
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
+    # What no tensor of edgeq's own has:
+    "F8_E4M3": np.dtype("u1"),
+    "F8_E5M2": np.dtype("u1"),
+    "F8_E8M0": np.dtype("u1"),
+    "U16": np.dtype("<u2"),
+    "I16": np.dtype("<i2"),
+    "U64": np.dtype("<u8"),
+    "C64": np.dtype("<c8"),
+}
+_BITS: Mapping[str, int] = {  # of all that a valid file may hold: those without a NumPy type are given as bytes
+    **{name: 8 * dtype.itemsize for name, dtype in DTYPES.items()},
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
 }
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the reference implementation
 _MAX_DIMS = 8
@@ -68,12 +84,13 @@ class SafetensorsFile:
         self._check_layout()
 
     def array(self, name: str) -> Array:
-        """A read-only view of a tensor; bfloat16 comes as uint16. ModelError if the file has been cut short."""
+        """A read-only view of a tensor; bfloat16 comes as uint16, 8-bit floats as uint8, what is smaller as a row of
+        bytes. ModelError if the file has been cut short."""
         self.check_whole()
         info = self.tensors[name]
         begin = self._data_start + info.start
         data = np.frombuffer(self.mapped, np.uint8, count=info.end - info.start, offset=begin)
-        return data.view(DTYPES[info.dtype]).reshape(info.shape)
+        return data.view(DTYPES[info.dtype]).reshape(info.shape) if info.dtype in DTYPES else data
 
     def check_whole(self) -> None:
         """ModelError if the file has been cut short since it was opened, or could not be read."""
@@ -112,15 +129,15 @@ class SafetensorsFile:
         if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
             raise self._error(f"tensor {name!r} lacks dtype, shape or data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise self._error(f"tensor {name!r} has dtype {brief(dtype)}, expected one of {', '.join(DTYPES)}")
+        if not isinstance(dtype, str) or dtype not in _BITS:
+            raise self._error(f"tensor {name!r} has dtype {brief(dtype)}, expected one of {', '.join(_BITS)}")
         if not _sizes(shape) or len(shape) > _MAX_DIMS:
             raise self._error(f"tensor {name!r} has shape {brief(shape)}")
         if not _sizes(offsets) or len(offsets) != 2:
             raise self._error(f"tensor {name!r} has data_offsets {brief(offsets)}")
-        nbytes = prod(shape) * DTYPES[dtype].itemsize
-        if offsets[1] - offsets[0] != nbytes:
-            raise self._error(f"tensor {name!r} {dtype} {shape} needs {nbytes:,} bytes, its offsets are {offsets}")
+        nbits = prod(shape) * _BITS[dtype]
+        if 8 * (offsets[1] - offsets[0]) != nbits:
+            raise self._error(f"tensor {name!r} {dtype} {shape} needs {nbits // 8:,} bytes, its offsets are {offsets}")
         return TensorInfo(dtype, tuple(shape), offsets[0], offsets[1])
 
     def _check_layout(self) -> None:

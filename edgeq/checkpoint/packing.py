@@ -1,0 +1,481 @@
+"""Matrices that other tools have quantized: what a checkpoint folder's tensors and its configuration say of them.
+
+The tensors decide. Their names and types tell the format, their shapes the bits and the groups, `g_idx` the order of
+columns, whatever the patterns of `dynamic`, `extra_config`, `ignore` or `modules_to_not_convert` say of a module. The
+configuration has to name what shapes leave open: which of two formats it is that have the same names, whether zero
+points are stored less 1, and what a group's size is where the last one is cut short.
+
+What is not read is named: see `what_it_is`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeq.config import read_json
+from edgeq.errors import ModelError
+from edgeq.formats.bf16 import Array
+from edgeq.formats.packed import (
+    AWQ,
+    FLOAT8,
+    GPTQ,
+    AWQRows,
+    CompressedTensors,
+    Float8,
+    Grouped,
+    Indices,
+    Int8,
+    Packed,
+)
+from edgeq.formats.safetensors import TensorInfo
+from edgeq.inputs import exists
+from edgeq.printable import brief
+from edgeq.weights import TensorSpec
+
+__all__ = ["Packing", "Unfit", "weight_name", "without_quantization"]
+
+_KEYS = ("quantization_config", "compression_config")
+_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # where older exports say it
+_FLOATS = ("F16", "BF16", "F32")
+_WORDS = ("I32", "U32")
+_IN_PLACE_OF_WEIGHT = (".qweight", ".weight_packed")
+_FLOAT8_SCALES = ("weight_scale_inv", "weight_scale", "scale")
+_PARTS = {
+    "qweight": ("qweight", "qzeros", "scales", "g_idx"),
+    "weight_packed": ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
+    "weight": ("weight", *_FLOAT8_SCALES, "weight_zero_point"),
+}
+_OF_ACTIVATIONS = (  # for kernels that compute in 8 bits
+    "input_scale", "input_zero_point", "input_scale_ub", "activation_scale", "act_scale", "output_scale",
+    "output_zero_point",
+)  # fmt: skip
+
+_BY_NAME = (  # ends of names that only one format has
+    (".bitsandbytes__nf4", "bitsandbytes NF4"),
+    (".bitsandbytes__fp4", "bitsandbytes FP4"),
+    (".SCB", "bitsandbytes 8-bit"),
+    (".weight.absmax", "bitsandbytes 4-bit"),
+    (".weight_scale_2", "NVFP4"),
+    (".weight_global_scale", "NVFP4"),
+    (".W_q", "HQQ"),
+    (".q_invperm", "EXL2"),
+    (".q_scale_max", "EXL2"),
+    (".trellis", "EXL3"),
+    (".codebooks", "AQLM"),
+    (".Qidxs", "QuIP#"),
+    (".centroids.weight", "VPTQ"),
+    (".pairs", "ParoQuant"),
+    (".B_24", "Marlin 2:4"),
+    (".workspace", "Marlin"),
+    (".bitmask", "sparse compressed-tensors"),
+    (".weight._data", "Quanto"),
+    (".weight_qdata", "torchao"),
+)
+_METHODS = {
+    "bitsandbytes": "bitsandbytes",
+    "hqq": "HQQ",
+    "exl2": "EXL2",
+    "exl3": "EXL3",
+    "aqlm": "AQLM",
+    "vptq": "VPTQ",
+    "quip": "QuIP#",
+    "eetq": "EETQ",
+    "higgs": "HIGGS",
+    "quanto": "Quanto",
+    "torchao": "torchao",
+    "mxfp4": "MXFP4",
+    "bitnet": "BitNet",
+    "spqr": "SpQR",
+    "paroquant": "ParoQuant",
+    "qqq": "QQQ",
+}
+_READ = ("gptq", "awq", "auto-round", "compressed-tensors", "fp8", "fbgemm-fp8", "modelopt")
+_HINT = "use the unquantized model, a GGUF file, or one quantized for MLX or as GPTQ, AWQ or compressed-tensors W4A16"
+
+
+class Unfit(Exception):
+    """What is wrong with one matrix, for the list of a checkpoint's problems."""
+
+
+def weight_name(file_name: str) -> str:
+    """The name that a tensor's weight would have unquantized: `a.weight` for `a.qweight` and `a.weight_packed`."""
+    for end in _IN_PLACE_OF_WEIGHT:
+        if file_name.endswith(end):
+            return file_name.removesuffix(end) + ".weight"
+    return file_name
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without what it says of a quantization."""
+    kept = {key: value for key, value in config.items() if key not in _KEYS}
+    if isinstance(text := config.get("text_config"), Mapping):
+        kept["text_config"] = {key: value for key, value in text.items() if key not in _KEYS}
+    return kept
+
+
+class Packing:
+    """The quantized matrices of a folder, by their files' names."""
+
+    def __init__(
+        self,
+        path: Path,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, TensorInfo],
+        array: Callable[[str], Array],
+    ) -> None:
+        self._path, self._tensors, self._array = path, tensors, array
+        self.files = [path / name for name in ("config.json", *_FILES) if exists(path / name)]
+        self.block, self._where = _block(path, config)
+        method = self.block.get("quant_method")
+        self.method = str(method).lower().replace("_", "-").removeprefix("intel/") if method is not None else None
+        self._numbers = {key: set(_mentioned(self.block, keys)) for key, keys in _SAID.items()}
+        self.labels_of: dict[str, str] = {}  # "GPTQ 4-bit g128", by the matrices' neutral names
+
+    # --- what it is --------------------------------------------------------------------------------------------------
+
+    def what_it_is(self) -> str | None:
+        """The name of a quantization that edgeq does not read; None if the tensors show none."""
+        for end, kind in _BY_NAME:
+            if any(name.endswith(end) for name in self._tensors):
+                return kind
+        for name, info in self._tensors.items():
+            if info.dtype == "F4" or (name.endswith(".weight_packed") and info.dtype == "U8"):
+                return "4-bit floats (NVFP4 or MXFP4)"
+            if info.dtype.startswith("F6"):
+                return "6-bit floats"
+            if info.dtype.endswith("FNUZ"):
+                return f"FP8 of the kind {info.dtype}"
+        return None
+
+    def unread_method(self) -> str | None:
+        """The method that the configuration names, if it is none that edgeq reads."""
+        if self.method is None or self.method in _READ:
+            return None
+        return _METHODS.get(self.method, brief(self.method))
+
+    def refuse(self, kind: str) -> ModelError:
+        """The error for what edgeq does not read."""
+        return ModelError(f"{self._path} is quantized as {kind}, which edgeq does not read", hint=_HINT)
+
+    # --- one matrix --------------------------------------------------------------------------------------------------
+
+    def open(self, spec: TensorSpec, file_name: str) -> Packed | None:
+        """The quantized matrix whose weight is stored as `file_name`; None if it is not quantized so. Raises Unfit."""
+        module, _, part = file_name.rpartition(".")
+        info = self._tensors[file_name]
+        if part not in _PARTS or (part == "weight" and info.dtype not in (*FLOAT8, "I8")):
+            return None
+        if len(spec.shape) != 2:
+            raise Unfit(f"{file_name} is quantized, which edgeq reads for matrices only")
+        matrix, label = self._opened(_Module(spec, module, self._tensors, self._array), part)
+        self.labels_of[spec.name] = label
+        return matrix
+
+    def parts(self, file_name: str) -> set[str]:
+        """The tensors that belong to a quantized matrix, those included that only concern activations, and a bias that
+        is nothing but zeros."""
+        module, _, part = file_name.rpartition(".")
+        names = {f"{module}.{part}" for part in (*_PARTS[part], *_OF_ACTIVATIONS)}
+        bias = f"{module}.bias"
+        if bias in self._tensors and not self._array(bias).any():
+            names.add(bias)
+        return names
+
+    def _opened(self, m: _Module, part: str) -> tuple[Packed, str]:
+        if part == "qweight":
+            layout = self._layout(m)
+            return self._awq(m, layout) if layout in ("gemm", "gemv") else self._gptq(m, int(layout == "gptq"))
+        if part == "weight_packed":
+            return self._compressed(m)
+        return self._int8(m) if m.info("weight").dtype == "I8" else self._float8(m)
+
+    def _layout(self, m: _Module) -> str:
+        """How qweight is packed: "gptq" (its first version), "gptq_v2", "gemm" or "gemv"."""
+        block, found = self.block, ""
+        match self.method:
+            case "gptq":
+                key = "checkpoint_format" if "checkpoint_format" in block else "format"
+                found = str(block.get(key, "gptq")).lower()
+                if found in ("gptq", "gptq_v2") and not block.get("is_marlin_format"):
+                    return found
+            case "awq":
+                key = next((key for key in ("version", "checkpoint_format", "format") if key in block), "version")
+                found = str(block.get(key, "gemm")).lower()
+                if found in ("gemm", "gemv"):
+                    return found
+            case "auto-round":
+                key = "packing_format" if "packing_format" in block else "backend"
+                found = str(block.get(key, "")).lower()
+                if block.get("data_type", "int") != "int" or block.get("rotation_config"):
+                    key = "data_type" if block.get("data_type", "int") != "int" else "rotation_config"
+                    found = str(block[key])
+                elif "awq" in found:
+                    return "gemm"
+                elif "gptq" in found and "gptqmodel" not in found:
+                    return "gptq"
+                elif found.startswith("auto_round"):
+                    return "gptq_v2"
+            case _:
+                said = (
+                    "nothing of" if self.method is None else f"quant_method {brief(self.block.get('quant_method'))} for"
+                )
+                raise ModelError(
+                    f"{self._path}: {self._where} says {said} how {m.name}.qweight is packed",
+                    hint="download all files of the model again, config.json and quantize_config.json too",
+                )
+        raise ModelError(f"{self._path}: {self._where} has {key} {brief(found)}, which edgeq does not read", hint=_HINT)
+
+    def _gptq(self, m: _Module, offset: int) -> tuple[Packed, str]:
+        rows = m.info("qweight").shape[0] if m.info("qweight").shape else 0
+        possible = (
+            (2, 3, 4, 5, 6, 8) if self.method == "auto-round" else (2, 3, 4, 8)
+        )  # GPTQ has other layouts for 5, 6
+        bits = self._bits(m, "qweight", 32 * rows, m.width, possible)
+        codes = m.array("qweight", (m.width * bits // 32, m.out), _WORDS)
+        scales = m.array("scales", (None, m.out), _FLOATS)
+        zeros = m.array("qzeros", (len(scales), -(-m.out * bits // 32)), _WORDS)
+        groups, size = self._groups(m, len(scales), "g_idx")
+        matrix = GPTQ(codes.view(np.uint32), zeros.view(np.uint32), scales, bits, groups, offset)
+        return matrix, self._label("AutoRound" if self.method == "auto-round" else "GPTQ", matrix, size)
+
+    def _awq(self, m: _Module, layout: str) -> tuple[Packed, str]:
+        self._bits(m, "qweight", 4, 1, (4,))
+        name = "AutoRound" if self.method == "auto-round" else "AWQ"
+        matrix: Grouped
+        if layout == "gemm":
+            codes = m.array("qweight", (m.width, m.out // 8), _WORDS)
+            scales = m.array("scales", (None, m.out), _FLOATS)
+            zeros = m.array("qzeros", (len(scales), m.out // 8), _WORDS)
+            groups, size = self._groups(m, len(scales), None)
+            matrix = AWQ(codes.view(np.uint32), zeros.view(np.uint32), scales, groups)
+            return matrix, self._label(name, matrix, size)
+        codes = m.array("qweight", (m.out, m.width // 8), _WORDS)
+        scales = m.array("scales", (m.out, None), _FLOATS)
+        sizes = {size if size > 0 else m.width for size in self._numbers["group"]}
+        if len(sizes) != 1 or m.width % (size := sizes.pop()) or scales.shape[1] < m.width // size:
+            raise Unfit(f"{m.name}.scales is {list(scales.shape)}, which no group_size of {self._where} makes")
+        zeros = m.array("qzeros", (m.out, scales.shape[1] // 8), _WORDS)
+        matrix = AWQRows(codes.view(np.uint32), zeros.view(np.uint32), scales, _columns(m.width, size))
+        return matrix, self._label(name, matrix, size)
+
+    def _compressed(self, m: _Module) -> tuple[Packed, str]:
+        self._check_compressed()
+        packed = m.info("weight_packed")
+        columns = packed.shape[1] if len(packed.shape) == 2 else 0
+        bits = self._bits(m, "weight_packed", 32 * columns, m.width, (2, 3, 4, 5, 6, 8))
+        codes = m.array("weight_packed", (m.out, m.width * bits // 32), _WORDS)
+        if m.has("weight_shape") and (shape := m.plain("weight_shape").tolist()) != [m.out, m.width]:
+            raise Unfit(f"{m.name}.weight_shape says {shape}, expected {[m.out, m.width]}")
+        scales = m.scales("weight_scale")
+        zeros = None
+        if m.has("weight_zero_point"):
+            shape = (-(-m.out * bits // 32), scales.shape[1])
+            zeros = m.array("weight_zero_point", shape, _WORDS).view(np.uint32)
+        groups, size = self._groups(m, scales.shape[1], "weight_g_idx")
+        matrix = CompressedTensors(codes.view(np.uint32), zeros, scales, bits, groups)
+        return matrix, self._label("compressed-tensors", matrix, size)
+
+    def _int8(self, m: _Module) -> tuple[Packed, str]:
+        if self.method != "compressed-tensors":
+            raise Unfit(f"{m.name}.weight is I8, which edgeq reads from compressed-tensors only")
+        self._check_compressed()
+        values, scales = m.array("weight", (m.out, m.width), ("I8",)), m.scales("weight_scale")
+        offsets = None
+        if m.has("weight_zero_point"):
+            offsets = m.array("weight_zero_point", None, ("I8",)).reshape(-1, scales.shape[1])
+            offsets = np.broadcast_to(offsets, scales.shape)
+        groups, size = self._groups(m, scales.shape[1], None)
+        matrix = Int8(values, offsets, scales, groups)
+        return matrix, self._label("compressed-tensors", matrix, size)
+
+    def _float8(self, m: _Module) -> tuple[Packed, str]:
+        if self.method == "compressed-tensors":
+            self._check_compressed()
+        codes = m.array("weight", (m.out, m.width), FLOAT8)
+        part = next((part for part in _FLOAT8_SCALES if m.has(part)), None)
+        if part is None:
+            raise Unfit(f"{m.name}.weight is {m.info('weight').dtype} without {m.name}.weight_scale")
+        scales = m.array(part, None, (*_FLOATS, "F8_E8M0"))
+        if scales.dtype == np.uint8:
+            scales = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
+        scales = _as_table(scales)
+        counts = len(scales), scales.size // len(scales)
+        block = self._block_of(m, counts, part)
+        kinds = {(1, 1): "per tensor", (m.out, 1): "per channel"}
+        kind = kinds.get(counts, f"blocks of {block[0]} x {block[1]}")
+        return Float8(codes, scales, block, m.info("weight").dtype), f"FP8 {kind}"
+
+    def _block_of(self, m: _Module, counts: tuple[int, ...], part: str) -> tuple[int, int]:
+        """Rows and columns of one scale, where there are `counts` of them."""
+        if counts in ((1, 1), (m.out, 1)):
+            return m.out // counts[0], m.width
+        sizes = [(a, b) for a, b in _blocks(self.block) if (-(-m.out // a), -(-m.width // b)) == counts]
+        sizes += [(1, size) for size in self._numbers["group"] if size > 0 and (m.out, -(-m.width // size)) == counts]
+        if sizes:
+            return sizes[0]
+        raise Unfit(f"{m.name}.{part} is {list(counts)}, which no block size of {self._where} makes")
+
+    # --- what the configuration has to say ---------------------------------------------------------------------------
+
+    def _bits(self, m: _Module, part: str, found: int, per: int, possible: tuple[int, ...]) -> int:
+        """Bits of a code, `found` / `per`."""
+        bits, rest = divmod(found, per)
+        said = self._numbers["bits"]
+        if rest or bits not in possible or (said and bits not in said):
+            shape = list(m.info(part).shape)
+            expected = " or ".join(map(str, sorted(said) or possible))
+            raise Unfit(f"{m.name}.{part} is {shape}, which is not {[m.out, m.width]} at {expected} bits")
+        return bits
+
+    def _groups(self, m: _Module, count: int, order: str | None) -> tuple[Indices, int]:
+        """The group of every column, and how many columns a group has."""
+        sizes = {min(size, m.width) if size > 0 else m.width for size in self._numbers["group"]}
+        fitting = {size for size in sizes if -(-m.width // size) == count}
+        if count == 1:
+            fitting = {m.width}
+        if order is not None and m.has(order):
+            groups = m.array(order, (m.width,), ("I32", "I64")).astype(np.intp)
+            unused = len(groups) > 0 and (groups == groups[0]).all() and (count > 1 or groups[0] == -1)
+            if not unused and (groups.min() < 0 or groups.max() >= count):
+                raise Unfit(f"{m.name}.{order} has groups {groups.min()} to {groups.max()}, expected 0 to {count - 1}")
+            if not unused:
+                regular = next((size for size in fitting if np.array_equal(groups, _columns(m.width, size))), None)
+                return (groups, -(-m.width // count)) if regular is None else (_columns(m.width, regular), regular)
+        if len(fitting) != 1:
+            fitting &= {m.width // count} if count and m.width % count == 0 else set()
+        if not fitting:
+            said = ", ".join(map(str, sorted(self._numbers["group"]))) or "none"
+            raise Unfit(f"{m.name} has {count} groups in rows of {m.width}; {self._where} has group_size {said}")
+        (size,) = fitting
+        return _columns(m.width, size), size
+
+    def _check_compressed(self) -> None:
+        """ModelError for what changes the arithmetic and is not in the tensors of the matrix."""
+        sparsity, transforms = self.block.get("sparsity_config"), self.block.get("transform_config")
+        if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
+            raise self.refuse(f"sparse compressed-tensors ({brief(sparsity.get('format'))})")
+        if isinstance(transforms, Mapping) and transforms.get("config_groups"):
+            raise ModelError(
+                f"{self._path}: {self._where} has transform_config: its activations are to be rotated, which edgeq "
+                "does not do",
+                hint="use a checkpoint without transforms",
+            )
+
+    def _label(self, method: str, matrix: Grouped, size: int) -> str:
+        width = len(matrix.groups)
+        if size >= width:  # one group: of the size that is said, which may be more than there is
+            size = min((said for said in self._numbers["group"] if said >= width), default=-1)
+        groups = f"g{size}" if size > 0 else "per channel"
+        in_order = matrix.run or (np.diff(matrix.groups) >= 0).all()
+        return f"{method} {matrix.bits}-bit {groups}" + ("" if in_order else ", columns in act order")
+
+
+class _Module:
+    """The tensors of one module."""
+
+    def __init__(
+        self, spec: TensorSpec, name: str, tensors: Mapping[str, TensorInfo], array: Callable[[str], Array]
+    ) -> None:
+        self.name, self._tensors, self.plain_array = name, tensors, array
+        self.out, self.width = spec.shape
+
+    def has(self, part: str) -> bool:
+        return f"{self.name}.{part}" in self._tensors
+
+    def info(self, part: str) -> TensorInfo:
+        if not self.has(part):
+            raise Unfit(f"missing {self.name}.{part}")
+        return self._tensors[f"{self.name}.{part}"]
+
+    def plain(self, part: str) -> Array:
+        return self.plain_array(f"{self.name}.{part}")
+
+    def array(self, part: str, shape: tuple[int | None, ...] | None, dtypes: tuple[str, ...]) -> Array:
+        """A part that has to be of this shape (None: any number but 0) and of one of these types."""
+        info = self.info(part)
+        if info.dtype not in dtypes:
+            raise Unfit(f"{self.name}.{part} is {info.dtype}, expected {', '.join(dtypes)}")
+        fits = shape is None or (
+            len(info.shape) == len(shape)
+            and all(
+                have == want if want is not None else have > 0 for have, want in zip(info.shape, shape, strict=True)
+            )
+        )
+        if not fits or 0 in info.shape:
+            expected = ["any" if n is None else n for n in shape or ()]
+            raise Unfit(f"{self.name}.{part} is {list(info.shape)}, expected {expected}")
+        return self.plain(part)
+
+    def scales(self, part: str) -> Array:
+        """Scales [out, groups] of a matrix whose scales may also be for a row or for all of it."""
+        x = self.array(part, None, _FLOATS)
+        x = _as_table(x)
+        if len(x) not in (1, self.out) or (len(x) == 1 and x.size > 1):
+            raise Unfit(f"{self.name}.{part} is {list(self.info(part).shape)}, expected {[self.out, 'groups']}")
+        return np.broadcast_to(x, (self.out, x.size // len(x)))
+
+
+def _as_table(x: Array) -> Array:
+    """Scales for blocks, rows or all of a matrix, in two dimensions."""
+    return x if x.ndim == 2 else x.reshape(-1, 1)
+
+
+@cache
+def _columns(width: int, size: int) -> Indices:
+    """The group of every column, where groups are `size` columns in turn."""
+    groups: Indices = np.arange(width) // size
+    groups.flags.writeable = False
+    return groups
+
+
+def _block(path: Path, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """What is said of the quantization, and where."""
+    text = config.get("text_config")
+    for values in (config, text if isinstance(text, Mapping) else {}):
+        for key in _KEYS:
+            if isinstance(block := values.get(key), Mapping) and block:
+                return block, f"config.json's {key}"
+    for name in _FILES:
+        if exists(path / name):
+            values = read_json(path / name)
+            inner = values.get("quantization")
+            if isinstance(inner, Mapping):  # of hf_quant_config.json
+                return {"quant_method": "modelopt", **inner}, name
+            return {"quant_method": "awq" if "w_bit" in values else "gptq", **values}, name
+    return {}, "config.json"
+
+
+_SAID = {"bits": ("bits", "w_bit", "num_bits"), "group": ("group_size", "q_group_size")}
+
+
+def _mentioned(block: object, keys: tuple[str, ...]) -> Iterator[int]:
+    """The numbers that stand under some keys, wherever in it."""
+    todo = [block]
+    while todo:
+        match todo.pop():
+            case Mapping() as values:
+                found = (values[key] for key in keys if key in values)
+                yield from (n for n in found if type(n) is int and (n > 0 or n == -1))
+                todo.extend(values.values())
+            case list() as values:
+                todo.extend(values)
+
+
+def _blocks(block: object) -> Iterator[tuple[int, int]]:
+    """The sizes of blocks that stand anywhere in it."""
+    todo = [block]
+    while todo:
+        match todo.pop():
+            case Mapping() as values:
+                for key in ("weight_block_size", "block_structure", "block_size"):
+                    match values.get(key):
+                        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+                            yield rows, columns
+                todo.extend(values.values())
+            case list() as values:
+                todo.extend(values)
