@@ -29,7 +29,6 @@ from edgeq.printable import one_line
 __all__ = ["Keyboard", "Line"]
 
 _LONGEST_ENTRY = 1 << 16  # characters of a line that the history keeps; a pasted book is not worth its room
-_PASTES = "\033[?2004{}"  # a terminal told `h` marks what is pasted; `l` ends that
 
 
 class Line(NamedTuple):
@@ -43,7 +42,8 @@ class Line(NamedTuple):
 class Keyboard:
     """Lines from the terminal that stdin is, with a history unless `remember` is off.
 
-    A context manager: within it the prompt is on the terminal.
+    A context manager. Within it, what is typed or pasted while nobody reads, as when the model talks, is neither
+    echoed nor changed: it waits for the next line.
     """
 
     def __init__(self, *, remember: bool = True) -> None:
@@ -58,10 +58,13 @@ class Keyboard:
             self._terminal = self._stack.enter_context(_terminal())
             if is_dumb():
                 return self
+            self._stack.enter_context(_kept(sys.stdin.fileno()))
             self._stack.enter_context(create_app_session(output=_output(self._terminal)))
+            self._stack.callback(self._mark_pastes, False)
         self._session = PromptSession(
             history=self._history, key_bindings=self._bindings(), enable_suspend=True, reserve_space_for_menu=0
         )
+        self._mark_pastes(True)
         return self
 
     def __exit__(self, *failure: object) -> None:
@@ -82,22 +85,10 @@ class Keyboard:
         try:
             entered = self._session.prompt(prompt, default=default) if self._session else self._plain(prompt)
         finally:
+            self._mark_pastes(True)  # prompt_toolkit has ended it
             self._history.report()
         text = _clean(entered)
         return Line(text, not self._is_pasted(text, str.startswith), not self._is_pasted(text, str.endswith))
-
-    @contextmanager
-    def asleep(self) -> Iterator[None]:
-        """While the model talks: nothing typed is echoed into its reply, and pastes stay pastes for the next line."""
-        if self._terminal is None or self._session is None:
-            yield
-            return
-        with _without_echo(sys.stdin.fileno()):
-            self._send(_PASTES.format("h"))
-            try:
-                yield
-            finally:
-                self._send(_PASTES.format("l"))
 
     def send(self, sequence: str) -> bool:
         """Send an escape sequence to the terminal; False if there is none that would obey it."""
@@ -113,6 +104,10 @@ class Keyboard:
         except OSError:
             return False
         return True
+
+    def _mark_pastes(self, on: bool) -> None:
+        if self._terminal is not None and self._session is not None:
+            self._send("\033[?2004h" if on else "\033[?2004l")
 
     def _plain(self, prompt: str) -> str:
         """A line as the terminal itself edits it."""
@@ -156,8 +151,8 @@ def _as_text(text: str) -> str:
 
 
 @contextmanager
-def _without_echo(descriptor: int) -> Iterator[None]:
-    """A terminal keeps what is typed for who reads it next, unseen and whole; Ctrl-C still interrupts."""
+def _kept(descriptor: int) -> Iterator[None]:
+    """A terminal keeps what is typed for who reads it next, unseen and unchanged; Ctrl-C still interrupts."""
     try:
         import termios
     except ImportError:  # Windows
@@ -168,7 +163,7 @@ def _without_echo(descriptor: int) -> Iterator[None]:
     except termios.error:  # the terminal is gone
         yield
         return
-    quiet = [*before[:3], before[3] & ~(termios.ECHO | termios.ICANON), *before[4:]]
+    quiet = [before[0] & ~termios.ICRNL, *before[1:3], before[3] & ~(termios.ECHO | termios.ICANON), *before[4:]]
     termios.tcsetattr(descriptor, termios.TCSANOW, quiet)
     try:
         yield

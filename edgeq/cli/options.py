@@ -325,7 +325,7 @@ class ConversationOptions:
     system_file: Annotated[
         Path | None,
         option(
-            "--system-file", "-sysf", "--system-prompt-file", metavar="FILE", default="none",
+            "--system-file", "-sysf", "--system-prompt-file", metavar="FILE", default="none", env=False,
             help="Read the system prompt from a text file.",
         ),
     ] = None  # fmt: skip

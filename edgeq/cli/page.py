@@ -105,6 +105,8 @@ class Wrapped:
     def _take(self, char: str) -> None:
         if char == "\n":
             self._place()
+            if self._code or not (width := self._width()) or self._column + cells(self._gap, self._column) <= width:
+                self._out.append(self._gap)
             self._new_line()
         elif char in " \t":
             self._place()
@@ -113,7 +115,7 @@ class Wrapped:
             if self._word and _may_break(self._word, char):
                 self._place()
             self._word += char
-            if self._code or len(self._word) > max(80, self._width()):  # a word that fits no line is shown as it comes
+            if len(self._word) > max(80, self._width()):  # a word that fits no line is shown as it comes
                 self._place(glue=True)
 
     def _place(self, *, glue: bool = False) -> None:
@@ -121,7 +123,7 @@ class Wrapped:
         if not self._word:
             self._glued = self._glued and glue
             return
-        if self._column == 0 and not self._glued and self._word.startswith(("```", "~~~")):
+        if self._column == 0 and not self._glued and _is_fence(self._word):
             self._code = not self._code
         width = self._width()
         gap, word = cells(self._gap, self._column), cells(self._word)
@@ -195,6 +197,11 @@ def _markdown_parser() -> MarkdownIt:
     from markdown_it import MarkdownIt
 
     return MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+
+
+def _is_fence(word: str) -> bool:
+    """Whether a line that begins with `word` begins or ends a piece of code."""
+    return word.startswith(("```", "~~~")) and "`" not in word.lstrip("`")
 
 
 def cells(text: str, column: int = 0) -> int:

@@ -183,8 +183,7 @@ class Repl:
 
     def _answer(self, reply: Reply) -> None:
         self._last = reply
-        with self._keyboard.asleep():
-            show_reply(reply, self._chat.model.engine.ops, self._display)
+        show_reply(reply, self._chat.model.engine.ops, self._display)
         if self._share() < _NEARLY_FULL:
             self._warned = False
         elif not self._warned:
