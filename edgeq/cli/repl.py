@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from edgeq.cli.options import DisplayOptions
 from edgeq.cli.pictures import announce, by_kind, dropped, named
 from edgeq.cli.prompt import file_text, without_last_newline
 from edgeq.cli.reply import show_reply, usage_line
+from edgeq.cli.settings import set_option
 from edgeq.errors import EdgeqError, UsageError
 from edgeq.generate import GenerationSettings
 from edgeq.inputs import expand_user, is_file
@@ -33,6 +34,11 @@ from edgeq.vision.visual import Visual
 __all__ = ["Repl"]
 
 _FENCE = '"""'
+_DISPLAY: dict[str, dict[str, Any]] = {  # what /set takes without a value
+    "wrap": {"wrap": True}, "nowrap": {"wrap": False}, "wordwrap": {"wrap": True}, "nowordwrap": {"wrap": False},
+    "markdown": {"markdown": True}, "nomarkdown": {"markdown": False},
+    "quiet": {"quiet": True}, "verbose": {"quiet": False},
+}  # fmt: skip
 _NEARLY_FULL = 0.8  # of the context, from where on the user is told
 
 
@@ -69,7 +75,9 @@ class Repl:
             "/nothink": _Command(
                 lambda text: self._think(False, text), "answer without thinking; with TEXT, ask that", "[TEXT]"
             ),
-            "/set": _Command(self._set, "change a setting, as in /set temperature 0.5", "NAME VALUE"),
+            "/set": _Command(
+                self._set, "change a setting, as in /set temperature 0.5; also wrap, markdown, quiet", "[NAME] [VALUE]"
+            ),
             "/show": _Command(lambda _: self._show(), "show the current settings"),
             "/system": _Command(
                 lambda text: self._restart(text if text.strip() else None),
@@ -261,13 +269,16 @@ class Repl:
             self._say(self._without_dropped(text))
 
     def _set(self, text: str) -> None:
-        words = _words(text)
-        if len(words) != 2:
-            raise UsageError("/set takes a name and a value", hint="/show lists the settings")
-        name, value = words
-        setting = {**self._chat.options, name: _value(value)}
-        self._chat.settings.replace(**{name: setting[name]})  # says what is wrong with it, if anything is
-        self._chat.options = setting
+        word, *rest = text.split(maxsplit=1) or [""]
+        if not word:
+            self._show()
+        elif word == "system":  # as ollama has it
+            self._restart(rest[0] if rest else None)
+        elif word in _DISPLAY and not rest:
+            self._display = replace(self._display, **_DISPLAY[word])
+            say(f"{word} is set")
+        else:
+            say(set_option(self._chat, text))
 
     def _show(self) -> None:
         settings = self._chat.settings
@@ -301,16 +312,3 @@ def _files(text: str) -> list[str]:
     """The files that a command names: one whose name has spaces, or several as a shell has them."""
     whole = text.strip()
     return [whole] if whole and is_file(expand_user(Path(whole))) else _words(text)
-
-
-def _value(text: str) -> Any:
-    """A setting's value as the user wrote it."""
-    known = {"true": True, "on": True, "false": False, "off": False}
-    if text.lower() in known:
-        return known[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return (text,)
