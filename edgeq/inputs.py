@@ -24,6 +24,7 @@ __all__ = [
     "is_folder",
     "is_link",
     "open_file",
+    "read_bytes",
     "read_text",
 ]
 
@@ -59,11 +60,16 @@ def open_file(path: Path, *, streams: bool = False) -> BufferedReader:
 
 def read_text(path: Path, limit: int = TEXT_LIMIT, *, streams: bool = False) -> str:
     """The text of a UTF-8 file; OSError if it cannot be read or has more than `limit` bytes, UnicodeDecodeError."""
+    return read_bytes(path, limit, streams=streams).decode("utf-8")
+
+
+def read_bytes(path: Path, limit: int, *, streams: bool = False) -> bytes:
+    """All of a file; OSError if it cannot be read or has more than `limit` bytes."""
     with open_file(path, streams=streams) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes")
-    return data.decode("utf-8")
+    return data
 
 
 def exists(path: Path) -> bool:

@@ -311,8 +311,8 @@ class TestRepl:
             "/think", "/nothink", "/undo", "/nope", "hi", "/regen", "/undo", "/system be brief", "/clear", "/quit",
         )  # fmt: skip
         for expected in (
-            "/regen", "max_tokens           2", "top_k must be a whole number of at least 0, got ('many',)",
-            "unknown generation option 'nope'", "thinking is on", "thinking is off", "nothing to undo",
+            "/regen", "max_tokens           2", "top_k must be a whole number of at least 0, got 'many'",
+            "/set knows no nope", "thinking is on", "thinking is off", "nothing to undo",
             "unknown command /nope", "undone: hi", "conversation cleared",
         ):  # fmt: skip
             assert expected in result.err, expected

@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 
 import edgeq
 from edgeq.cli.config_file import read_config_file
-from edgeq.cli.console import prepare_streams, report_error, show_warning
+from edgeq.cli.console import prepare_streams, report_error, show, show_warning
 from edgeq.cli.help import Command, parameters
 from edgeq.errors import EdgeqError, UsageError
 from edgeq.formats.mapped import guard_when_mapped
@@ -117,7 +117,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"edgeq {edgeq.__version__}")
+        show(f"edgeq {edgeq.__version__}")
         raise typer.Exit
 
 

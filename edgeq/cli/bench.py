@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import csv
-import json
-import sys
 from collections.abc import Iterator
+from io import StringIO
 from itertools import product
 from typing import Annotated, Any
 
 import edgeq
 from edgeq.api import Model, load
 from edgeq.bench import Result, Test, measure, model_size
-from edgeq.cli.console import new_bar, peak_memory
+from edgeq.cli.console import new_bar, peak_memory, show, show_json
 from edgeq.cli.options import BackendOption, ModelArgument, option
 from edgeq.errors import UsageError
 from edgeq.generate import check_draft
@@ -145,8 +144,8 @@ def _measure_all(
 def _print_table(rows: Iterator[tuple[Model, Result]], *, drafts: bool) -> None:
     """llama-bench's Markdown table, and three columns more; five with drafts."""
     widths = (18, 11, 9, 7, 7, 4, 16, 16, 6, 9) + (8, 11) * drafts
-    print(_table_row(_COLUMNS + _DRAFT_COLUMNS * drafts, widths))
-    print(_table_row([":" + "-" * (w - 1) if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)], widths))
+    show(_table_row(_COLUMNS + _DRAFT_COLUMNS * drafts, widths))
+    show(_table_row([":" + "-" * (w - 1) if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)], widths))
     for model, result in rows:
         weights, nbytes = model_size(model)
         speed = f"{result.tok_per_s:.2f} ± {result.deviation:.2f}"
@@ -159,7 +158,7 @@ def _print_table(rows: Iterator[tuple[Model, Result]], *, drafts: bool) -> None:
             _describe(model), f"{nbytes / 2**20:.2f} MiB", f"{weights / 1e6:.2f} M", model.ops.name,
             result.threads or "", model.ops.kv_dtype, result.test.name, speed, rate, share, *gain,
         )  # fmt: skip
-        print(_table_row(cells, widths), flush=True)
+        show(_table_row(cells, widths))
 
 
 def _table_row(cells: Any, widths: tuple[int, ...]) -> str:
@@ -168,18 +167,19 @@ def _table_row(cells: Any, widths: tuple[int, ...]) -> str:
 
 
 def _print_json(rows: Iterator[tuple[Model, Result]]) -> None:
-    print(json.dumps([_record(model, result) for model, result in rows], indent=2))
+    show_json([_record(model, result) for model, result in rows], indent=2)
 
 
 def _print_csv(rows: Iterator[tuple[Model, Result]]) -> None:
-    writer = None
+    header = True
     for model, result in rows:
         record = {key: value for key, value in _record(model, result).items() if not isinstance(value, list)}
-        if writer is None:
-            writer = csv.DictWriter(sys.stdout, record, lineterminator="\n")
+        writer = csv.DictWriter(lines := StringIO(), record, lineterminator="\n")
+        if header:
             writer.writeheader()
+            header = False
         writer.writerow(record)
-        sys.stdout.flush()
+        show(lines.getvalue(), end="")
 
 
 def _record(model: Model, result: Result) -> dict[str, Any]:

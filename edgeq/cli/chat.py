@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 from edgeq.cli.boxes import check_drawing
-from edgeq.cli.console import prefill_bar, show_json
+from edgeq.cli.console import prefill_bar
 from edgeq.cli.options import (
+    ChatDisplayOptions,
     ConversationOptions,
     ModelOptions,
+    PromptArgument,
     PromptOptions,
     SamplingOptions,
     VisualOptions,
@@ -19,10 +20,7 @@ from edgeq.cli.options import (
     option,
 )
 from edgeq.cli.pictures import announce, by_kind, check_one, draw_boxes_of
-from edgeq.cli.reply import reply_object, show_reply
-from edgeq.session.chat import Chat
-from edgeq.session.reply import Reply
-from edgeq.vision.visual import Visual
+from edgeq.cli.reply import print_json, show_reply
 
 __all__ = ["chat"]
 
@@ -34,6 +32,10 @@ def chat(
     as_json: Annotated[
         bool, option("--json", env=False, help="Print the reply as one JSON object (single prompt only).")
     ] = False,
+    stream: Annotated[
+        bool,
+        option("--stream", env=False, help="With --json: an object per piece, a line each (NDJSON), then the whole."),
+    ] = False,
     draw_boxes: Annotated[
         Path | None,
         option(
@@ -44,25 +46,28 @@ def chat(
             help="Draw the reply's boxes and points on the image (single prompt only).",
         ),
     ] = None,
+    display: ChatDisplayOptions,
     visuals: VisualOptions,
     conversation: ConversationOptions,
     sampling: SamplingOptions,
     model: ModelOptions,
+    words: PromptArgument = None,
 ) -> None:
     """Talk to a model, in a terminal or for one answer.
 
     \b
     edgeq chat demo
+    edgeq chat demo "What is 7 * 8?"
     edgeq chat demo --image demo -p "How many figures are there?"
     edgeq chat Qwen/Qwen3.5-2B --think --thinking-budget 512
     cat build.log | edgeq chat Qwen/Qwen3.5-2B -p "Why did this fail?"
 
-    In a terminal, without --prompt, starts an interactive chat; /help lists its commands. With --prompt, --file, --json
+    In a terminal, without a prompt, starts an interactive chat; /help lists its commands. With a prompt, --file, --json
     or piped input it answers once. The answer goes to stdout, thinking and statistics to stderr. Recommended sampling
     is that of the model card for the mode, and over it that of the checkpoint's generation_config.json.
     """
-    one_shot = prompt.given or as_json or draw_boxes is not None or not sys.stdin.isatty()
-    text = prompt.text(stdin=not visuals.takes_stdin) if one_shot else ""
+    one_shot = bool(words) or prompt.given or as_json or draw_boxes is not None or not sys.stdin.isatty()
+    text = prompt.text(words, stdin=not visuals.takes_stdin) if one_shot else ""
     options = {**conversation.given(), **sampling.given(), "visual_settings": visuals.settings()}
     if draw_boxes is not None:
         check_drawing(draw_boxes)
@@ -72,24 +77,19 @@ def chat(
     with prefill_bar() as reading, prefill_bar("looking", patience=0) as looking:
         talk = loaded.chat(draft=model.draft, on_prefill=reading, on_look=looking, **options)
         opened = talk.open(text, images, videos)
-        if one_shot:
-            reply = answer_once(talk, text, opened, as_json=as_json)
-            if draw_boxes is not None:
-                draw_boxes_of(reply.text, images[0], draw_boxes)
-        else:
+        if not one_shot:
             from edgeq.cli.repl import Repl  # line editing is a large library that one shot does not need
 
-            Repl(talk, model.name, attached=opened).run()
-
-
-def answer_once(conversation: Chat, text: str, visuals: Sequence[Visual], *, as_json: bool) -> Reply:
-    """One question, one answer."""
-    announce(conversation.model, visuals)
-    reply = conversation.send(text, **by_kind(visuals))
-    if as_json:
-        for _ in reply:
-            pass
-        show_json(reply_object(reply))
-    elif not show_reply(reply, conversation.model.engine.ops):
-        raise KeyboardInterrupt
-    return reply
+            Repl(talk, model.name, opened, display).run()
+            return
+        if not display.quiet:
+            announce(loaded, opened)
+        reply = talk.send(text, **by_kind(opened))
+        if as_json:
+            whole = print_json(reply, stream=stream, thinking=not display.hide_thinking)
+        else:
+            whole = show_reply(reply, loaded.engine.ops, display)
+        if not whole:
+            raise KeyboardInterrupt
+        if draw_boxes is not None:
+            draw_boxes_of(reply.text, images[0], draw_boxes)

@@ -10,6 +10,7 @@ from typing import Annotated, NamedTuple
 
 import typer
 
+from edgeq.cli.console import say, show
 from edgeq.errors import EdgeqError, UsageError
 from edgeq.files import find_leftovers
 from edgeq.printable import printable
@@ -48,9 +49,9 @@ def clean(
             raise UsageError(f"{folder} is not a folder", hint="name the folder that the result was to appear in")
     items = _items(folders or [Path()])
     for item in items:
-        print(f"{printable(str(item.path))}  {item.nbytes / 1e6:,.1f} MB, {item.what}")
+        show(f"{printable(str(item.path))}  {item.nbytes / 1e6:,.1f} MB, {item.what}")
     if not items:
-        print("nothing to remove", file=sys.stderr)
+        say("nothing to remove")
     elif yes or _agreed(items):
         _remove(items)
 
@@ -78,7 +79,7 @@ def _unlink(path: Path) -> Callable[[], bool]:
 
 def _agreed(items: list[_Item]) -> bool:
     if not sys.stdin.isatty():
-        print("nothing was removed: add --yes to remove", file=sys.stderr)
+        say("nothing was removed: add --yes to remove")
         return False
     total = sum(item.nbytes for item in items)
     return typer.confirm(f"Remove these {len(items)} ({total / 1e6:,.1f} MB)?", err=True)
@@ -87,6 +88,6 @@ def _agreed(items: list[_Item]) -> bool:
 def _remove(items: list[_Item]) -> None:
     kept = [item.path for item in items if not item.remove()]
     total = sum(item.nbytes for item in items if item.path not in kept)
-    print(f"removed {len(items) - len(kept)}: {total / 1e6:,.1f} MB", file=sys.stderr)
+    say(f"removed {len(items) - len(kept)}: {total / 1e6:,.1f} MB")
     if kept:
         raise EdgeqError(f"{kept[0]} could not be removed", hint="check its permissions, or whether a run has it")

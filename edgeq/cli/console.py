@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import StringIO, TextIOWrapper
 from time import monotonic
 from typing import TYPE_CHECKING, TextIO
@@ -21,25 +21,52 @@ if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
 __all__ = [
+    "Visible",
     "dim",
     "error_line",
     "for_terminal",
+    "is_dumb",
     "new_bar",
     "peak_memory",
     "peak_memory_text",
     "prefill_bar",
     "prepare_streams",
     "report_error",
+    "say",
+    "show",
     "show_json",
     "show_warning",
+    "warn",
 ]
 
-_CONTROLS = {c: f"\\x{c:02x}" for c in (*range(0x20), *range(0x7F, 0xA0)) if chr(c) not in "\t\n"} | {0x0D: ""}
+_CONTROLS = {c: f"\\x{c:02x}" for c in (*range(0x20), *range(0x7F, 0xA0)) if chr(c) not in "\t\n"}
+
+
+def show(text: str, *, end: str = "\n") -> None:
+    """Print data, to stdout."""
+    print(for_terminal(text, sys.stdout), end=end, flush=True)
+
+
+def say(text: str, *, faint: bool = False) -> None:
+    """Print what is not data, to stderr; `faint` for figures and other asides."""
+    shown = for_terminal(text, sys.stderr)
+    print(dim(shown) if faint else shown, file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """Print a warning as one line, to stderr."""
+    say(f"warning: {printable(text)}")
 
 
 def dim(text: str) -> str:
     """`text` greyed out, if stderr is a terminal that shows it."""
-    return f"\033[2m{text}\033[0m" if sys.stderr.isatty() and not os.environ.get("NO_COLOR") else text
+    plain = os.environ.get("NO_COLOR") or is_dumb() or not sys.stderr.isatty()
+    return text if plain else f"\033[2m{text}\033[0m"
+
+
+def is_dumb() -> bool:
+    """Whether the terminal knows no escape sequences, or nobody says what it knows."""
+    return os.name == "posix" and os.environ.get("TERM", "").lower() in ("", "dumb", "unknown")
 
 
 def show_json(value: object, *, indent: int | None = None) -> None:
@@ -49,16 +76,50 @@ def show_json(value: object, *, indent: int | None = None) -> None:
         text.encode(sys.stdout.encoding)
     except UnicodeEncodeError:  # not a Unicode terminal, or a path with bytes that are no text
         text = json.dumps(value, indent=indent)
-    print(text)
+    print(text.translate(_JSON_CONTROLS), flush=True)
+
+
+_JSON_CONTROLS = {c: f"\\u{c:04x}" for c in range(0x7F, 0xA0)}  # those that JSON itself lets pass
 
 
 def for_terminal(text: str, stream: TextIO) -> str:
-    """What a model says, without the control characters that would act on a terminal; as it is in a file or pipe."""
-    return text.translate(_CONTROLS) if stream.isatty() else text
+    """A text from elsewhere, with the control characters that would act on a terminal made visible (\\x1b); newline and
+    tab stay, and in a file or pipe everything does.
+    """
+    if not stream.isatty():
+        return text
+    visible = Visible()
+    return visible.push(text) + visible.flush()
+
+
+class Visible:
+    """Makes control characters of a text visible that comes in pieces: \\r\\n is a newline, alone \\r would act."""
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """The next piece, as a terminal may have it."""
+        text, self._held = self._held + text, ""
+        if text.endswith("\r"):
+            text, self._held = text[:-1], "\r"
+        return text.replace("\r\n", "\n").translate(_CONTROLS)
+
+    def flush(self) -> str:
+        """What was held back."""
+        held, self._held = self._held, ""
+        return held.translate(_CONTROLS)
 
 
 def prepare_streams() -> None:
-    """Give the process three streams that take whatever is written: an odd character is no reason to end."""
+    """Give the process three streams that take whatever is written: an odd character is no reason to end.
+
+    A descriptor that the shell has closed (`<&-`, `2>&-`) leads nowhere: the next file opened would get its number, and
+    what a library writes to "stderr" would go into that file.
+    """
+    for descriptor in range(3):
+        with suppress(OSError):  # every number is taken: no such file can get it
+            _fill(descriptor)
     sys.stdin = StringIO() if sys.stdin is None else sys.stdin  # None: closed by the shell (<&-)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -66,6 +127,17 @@ def prepare_streams() -> None:
             setattr(sys, name, _Nowhere())
         elif isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _fill(descriptor: int) -> None:
+    """Lead a closed descriptor to the null device."""
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        opened = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+        if opened != descriptor:
+            os.dup2(opened, descriptor)
+            os.close(opened)
 
 
 class _Nowhere(StringIO):
@@ -85,12 +157,12 @@ def error_line(error: EdgeqError) -> str:
 
 def show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """Print a warning to stderr as one line; in the place of `warnings.showwarning`."""
-    print(f"warning: {printable(str(message))}", file=sys.stderr)
+    warn(str(message))
 
 
 def report_error(error: EdgeqError) -> None:
     """Print an error and its hint to stderr."""
-    print(error_line(error), file=sys.stderr)
+    say(error_line(error))
 
 
 def peak_memory() -> int | None:
@@ -115,7 +187,7 @@ def new_bar(*columns: str | ProgressColumn) -> Progress | None:
     from rich.progress import Progress
 
     console = Console(stderr=True, highlight=False)
-    if not console.is_terminal:
+    if not console.is_terminal or is_dumb():
         return None
     bar = Progress(*columns, console=console, transient=True)
     bar.start()

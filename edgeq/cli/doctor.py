@@ -12,7 +12,7 @@ import typer
 
 from edgeq.backends import Backend, available, choose
 from edgeq.cli.config_file import config_file
-from edgeq.cli.console import show_json
+from edgeq.cli.console import show, show_json
 from edgeq.cli.facts import description, lines, versions
 from edgeq.errors import EdgeqError
 from edgeq.files import Leftover, find_leftovers
@@ -54,7 +54,7 @@ def doctor(
     if as_json:
         show_json(facts, indent=2)
     else:
-        print("\n".join(lines(facts)))
+        show("\n".join(lines(facts)))
 
 
 def _packages() -> dict[str, str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from edgeq.checkpoint import open_checkpoint
-from edgeq.cli.console import peak_memory_text
+from edgeq.cli.console import peak_memory_text, say
 from edgeq.cli.options import MODEL_HELP, option
 from edgeq.cli.quantize import progress_bar
 from edgeq.errors import UsageError
@@ -54,7 +53,7 @@ def export(
             reports.append(export_mmproj(checkpoint, mmproj, kind, force=force, progress=progress))
         reports.append(export_gguf(checkpoint, out, kind, force=force, progress=progress))
     for report in reports:
-        print(_summary(report), file=sys.stderr)
+        say(_summary(report))
 
 
 def _summary(report: ExportReport) -> str:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
-from edgeq.cli.console import dim, for_terminal, prefill_bar, show_json
-from edgeq.cli.options import ModelOptions, PromptOptions, SamplingOptions, VisualOptions, command, option
+from edgeq.cli.console import prefill_bar, say
+from edgeq.cli.options import (
+    DisplayOptions,
+    ModelOptions,
+    PromptArgument,
+    PromptOptions,
+    SamplingOptions,
+    VisualOptions,
+    command,
+    option,
+)
 from edgeq.cli.pictures import announce
-from edgeq.cli.reply import reply_object, usage_line
+from edgeq.cli.reply import print_json, show_reply, usage_line
 from edgeq.generate import GenerationSettings
 from edgeq.session.prompt import completion_prompt
 
@@ -25,9 +33,15 @@ def generate(
     as_json: Annotated[
         bool, option("--json", env=False, help="Print the reply as one JSON object instead of its text.")
     ] = False,
+    stream: Annotated[
+        bool,
+        option("--stream", env=False, help="With --json: an object per piece, a line each (NDJSON), then the whole."),
+    ] = False,
+    display: DisplayOptions,
     visuals: VisualOptions,
     sampling: SamplingOptions = _DEFAULTS,
     model: ModelOptions,
+    words: PromptArgument = None,
 ) -> None:
     """Complete raw text, without a chat template (base models).
 
@@ -37,19 +51,18 @@ def generate(
     The prompt comes from --prompt, a file or stdin; several are joined. Pictures come before it. The completion goes to
     stdout.
     """
-    text, options, settings = prompt.text(stdin=not visuals.takes_stdin), sampling.given(), visuals.settings()
+    text, options = prompt.text(words, stdin=not visuals.takes_stdin), sampling.given()
+    settings = visuals.settings()
     images, videos = visuals.named()
     loaded = model.load()
     shown = completion_prompt(loaded.language, loaded.sight, text, images, videos, settings)
-    announce(loaded, shown.visuals)
+    if not display.quiet:
+        announce(loaded, shown.visuals)
     options |= {"draft": model.draft, "ignore_eos": ignore_eos}
     with prefill_bar() as reading, prefill_bar("looking", patience=0) as looking:
         reply = loaded.generate(shown, on_prefill=reading, on_look=looking, **options)
-        for piece in reply:
-            if not as_json:
-                print(for_terminal(piece.text, sys.stdout), end="", flush=True)
-    if as_json:
-        show_json(reply_object(reply))
-    else:
-        print()
-    print(dim(usage_line(reply, loaded.ops)), file=sys.stderr)
+        whole = print_json(reply, stream=stream) if as_json else show_reply(reply, loaded.ops, display)
+    if as_json and not display.quiet:
+        say(usage_line(reply, loaded.ops), faint=True)
+    if not whole:
+        raise KeyboardInterrupt

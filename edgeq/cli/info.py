@@ -10,7 +10,7 @@ import typer
 
 from edgeq.backends import available, choose
 from edgeq.checkpoint import Checkpoint, Storage, open_checkpoint
-from edgeq.cli.console import show_json
+from edgeq.cli.console import show, show_json
 from edgeq.cli.facts import description, lines, versions
 from edgeq.cli.options import OptionalModelArgument, option
 from edgeq.config import TextConfig
@@ -57,7 +57,7 @@ def info(
     if as_json:
         show_json(facts, indent=2)
     else:
-        print("\n".join(lines(facts)))
+        show("\n".join(lines(facts)))
 
 
 def _installation() -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgeq.cli.console import new_bar
+from edgeq.cli.console import new_bar, say, show, show_json
 from edgeq.cli.options import MODEL_HELP, BackendOption, ThreadsOption, option
 from edgeq.cli.prompt import file_text, piped_text
 from edgeq.errors import UsageError
@@ -89,9 +87,12 @@ def kld(
     scored = (
         f"{len(pieces)} chunk{'s' if len(pieces) > 1 else ''} of {context} tokens, {results[0].positions:,} positions"
     )
-    print(f"{scored}; reference {reference} on {expected.ops.name}", file=sys.stderr)
+    say(f"{scored}; reference {reference} on {expected.ops.name}")
     records = [_record(*row) for row in zip(models, found, results, strict=True)]
-    print(json.dumps(records, indent=2) if as_json else "\n".join(_table(models, results)))
+    if as_json:
+        show_json(records, indent=2)
+    else:
+        show("\n".join(_table(models, results)))
     if max_kl is not None:
         for name, result in zip(models, results, strict=True):
             check(name, result, max_kl)

@@ -14,7 +14,7 @@ behind it are those of llama.cpp, ollama and mlx-lm.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
@@ -33,11 +33,14 @@ if TYPE_CHECKING:
 __all__ = [
     "MODEL_HELP",
     "BackendOption",
+    "ChatDisplayOptions",
     "ConversationOptions",
+    "DisplayOptions",
     "DraftOption",
     "ModelArgument",
     "ModelOptions",
     "OptionalModelArgument",
+    "PromptArgument",
     "PromptOptions",
     "SamplingOptions",
     "ThreadsOption",
@@ -71,6 +74,9 @@ def _model_argument(metavar: str) -> Any:
 
 ModelArgument = Annotated[str, _model_argument("MODEL")]
 OptionalModelArgument = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)]
+PromptArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[PROMPT]...", help="The prompt, in place of --prompt.")
+]
 BackendOption = Annotated[str, option("--backend", metavar="NAME", help="auto, cpu, mlx or numpy.")]
 ThreadsOption = Annotated[
     int | None,
@@ -167,15 +173,62 @@ class PromptOptions:
         option("--file", "-f", "--prompt-file", metavar="FILE", env=False, help="Read the prompt from a text file."),
     ] = None
 
+    no_stdin: Annotated[
+        bool, option("--no-stdin", env=False, help="Do not read stdin, even if it is a pipe that stays open.")
+    ] = False
+
     @property
     def given(self) -> bool:
-        return self.prompt is not None or self.file is not None
+        return self.prompt is not None or self.file is not None or self.no_stdin
 
-    def text(self, *, stdin: bool = True) -> str:
-        """--prompt, the file and, if `stdin` is not taken by something else, what was piped in, joined."""
+    def text(self, words: Sequence[str] | None = None, *, stdin: bool = True) -> str:
+        """--prompt or `words` in its place, the file and, if `stdin` is not taken by something else, what was piped in,
+        joined."""
         from edgeq.cli.prompt import joined_prompt
 
-        return joined_prompt(self.prompt, self.file, stdin=stdin)
+        if words and self.prompt is not None:
+            raise UsageError(f"two prompts given: {' '.join(words)} and {self.prompt}", hint="give one")
+        if self.no_stdin and (self.prompt == "-" or not stdin):
+            raise UsageError("--no-stdin is given, and - reads stdin", hint="leave one of them out")
+        return joined_prompt(" ".join(words) if words else self.prompt, self.file, stdin=stdin and not self.no_stdin)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DisplayOptions:
+    """How replies are shown."""
+
+    title: ClassVar[str] = "Display"
+
+    quiet: Annotated[
+        bool, option("--quiet", "-q", help="Print replies and errors alone: no greeting, statistics or costs.")
+    ] = False
+    wrap: Annotated[
+        bool,
+        option(
+            "--wrap/--no-wrap", " /--nowordwrap", default="on",
+            help="Break lines between words on a terminal; pipes and /copy get the text as it is.",
+        ),
+    ] = True  # fmt: skip
+    markdown: Annotated[bool, option("--markdown", help="Render Markdown on a terminal, a paragraph at a time.")] = (
+        False
+    )
+
+    @property
+    def thinking_hidden(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatDisplayOptions(DisplayOptions):
+    """How replies that may begin with thinking are shown."""
+
+    hide_thinking: Annotated[
+        bool, option("--hide-thinking", "--hidethinking", help="Do not show the thinking, only the answer.")
+    ] = False
+
+    @property
+    def thinking_hidden(self) -> bool:
+        return self.hide_thinking
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,6 +325,13 @@ class ConversationOptions:
     system: Annotated[
         str | None, option("--system", "-sys", "--system-prompt", metavar="TEXT", default="none", help="System prompt.")
     ] = None
+    system_file: Annotated[
+        Path | None,
+        option(
+            "--system-file", "-sysf", "--system-prompt-file", metavar="FILE", default="none", env=False,
+            help="Read the system prompt from a text file.",
+        ),
+    ] = None  # fmt: skip
     think: Annotated[
         bool | None,
         option(
@@ -288,7 +348,14 @@ class ConversationOptions:
 
     def given(self) -> dict[str, Any]:
         """Arguments for `Model.chat`."""
-        return {"system": self.system, "thinking": self.think, "thinking_budget": self.thinking_budget}
+        from edgeq.cli.prompt import file_text, without_last_newline
+
+        system = self.system
+        if self.system_file is not None:
+            if system is not None:
+                raise UsageError("two system prompts given, with --system and --system-file", hint="give one")
+            system = without_last_newline(file_text(self.system_file, lenient=True))
+        return {"system": system, "thinking": self.think, "thinking_budget": self.thinking_budget}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

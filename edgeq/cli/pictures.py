@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from edgeq.cli.boxes import draw_marks, find_marks
-from edgeq.cli.console import dim
+from edgeq.cli.console import say, warn
 from edgeq.errors import EdgeqError, UsageError
 from edgeq.hub import DEMO
 from edgeq.inputs import exists, expand_user, is_file
@@ -58,7 +58,7 @@ def announce(model: Speaker, visuals: Sequence[Visual]) -> None:
     """Say what pictures will cost, each on a line of stderr: `photo.jpg 4000 x 3000 -> 1,024 tokens, about 9 s`."""
     for visual in visuals:
         seconds = seconds_to_see(model.engine, [visual], known=model.sight.known(visual))
-        print(dim(f"{_described(visual)} -> {visual.tokens:,} tokens, {_about(seconds)}"), file=sys.stderr, flush=True)
+        say(f"{_described(visual)} -> {visual.tokens:,} tokens, {_about(seconds)}", faint=True)
 
 
 def _described(visual: Visual) -> str:
@@ -94,7 +94,7 @@ def draw_boxes_of(text: str, image: Any, out: Path) -> None:
 
     marks, wrong = find_marks(text)
     for place in wrong:
-        print(f"warning: {place} is neither a box nor a point in thousandths: not drawn", file=sys.stderr)
+        warn(f"{place} is neither a box nor a point in thousandths: not drawn")
     if not marks:
         raise EdgeqError(
             f"the reply has no boxes or points that can be drawn: {out} was not written",
@@ -103,7 +103,7 @@ def draw_boxes_of(text: str, image: Any, out: Path) -> None:
     with open_image(image) as opened:
         draw_marks(Image.fromarray(opened.decoded(opened.size).rows(0, opened.size[0])), marks, out)
     boxes = sum(len(mark.place) == 4 for mark in marks)
-    print(dim(f"{boxes} boxes and {len(marks) - boxes} points drawn: {out}"), file=sys.stderr)
+    say(f"{boxes} boxes and {len(marks) - boxes} points drawn: {out}", faint=True)
 
 
 def dropped(line: str) -> tuple[list[Path], list[Path], str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from edgeq.cli.console import new_bar, peak_memory_text, show_warning
+from edgeq.cli.console import new_bar, peak_memory_text, say, show, show_warning
 from edgeq.cli.options import option
 from edgeq.inputs import check_output
 from edgeq.printable import printable
@@ -125,9 +124,9 @@ def quantize(
     for warning in result.warnings:
         show_warning(warning)
     if dry_run:
-        typer.echo(format_table(result))
+        show(format_table(result))
     else:
-        print(_summary(result), file=sys.stderr)
+        say(_summary(result))
 
 
 def _summary(report: Report) -> str:

@@ -1,28 +1,31 @@
-"""The conversation at the prompt: line editing, history, multi-line input, slash commands.
+"""The conversation at the prompt: what is typed is said, or is a command.
+
+A command is one typed line that begins with a slash and is complete. Everything else is said as it is: a paste or a
+text between fences, whatever it begins with, and a line whose first slash is doubled. A line that is nearly a command
+is neither obeyed nor said, and the arrow up brings it back.
 
 Ctrl-C while the model talks stops the reply; at the prompt it clears the line, and a second time leaves. Ctrl-D leaves.
 """
 
 from __future__ import annotations
 
-import os
 import shlex
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from prompt_toolkit import PromptSession
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-
-from edgeq.cli.console import error_line
+from edgeq.cli.clipboard import copy
+from edgeq.cli.console import error_line, say, warn
+from edgeq.cli.keyboard import Keyboard, Line
+from edgeq.cli.options import DisplayOptions
 from edgeq.cli.pictures import announce, by_kind, dropped, named
+from edgeq.cli.prompt import file_text, without_last_newline
 from edgeq.cli.reply import show_reply, usage_line
+from edgeq.cli.settings import set_option
 from edgeq.errors import EdgeqError, UsageError
 from edgeq.generate import GenerationSettings
-from edgeq.inputs import expand_user
+from edgeq.inputs import expand_user, is_file
 from edgeq.printable import printable
 from edgeq.session.chat import Chat
 from edgeq.session.reply import Reply
@@ -31,218 +34,281 @@ from edgeq.vision.visual import Visual
 __all__ = ["Repl"]
 
 _FENCE = '"""'
+_DISPLAY: dict[str, dict[str, Any]] = {  # what /set takes without a value
+    "wrap": {"wrap": True}, "nowrap": {"wrap": False}, "wordwrap": {"wrap": True}, "nowordwrap": {"wrap": False},
+    "markdown": {"markdown": True}, "nomarkdown": {"markdown": False},
+    "quiet": {"quiet": True}, "verbose": {"quiet": False},
+}  # fmt: skip
+_NEARLY_FULL = 0.8  # of the context, from where on the user is told
+
+
+class _Command(NamedTuple):
+    """What a command does with the text behind its name, and how it is explained. `takes` is empty for none."""
+
+    run: Callable[[str], None]
+    help: str
+    takes: str = ""
 
 
 class Repl:
     """A conversation read from a terminal."""
 
-    def __init__(self, chat: Chat, name: str, attached: Sequence[Visual] = ()) -> None:
+    def __init__(
+        self, chat: Chat, name: str, attached: Sequence[Visual] = (), display: DisplayOptions | None = None
+    ) -> None:
         self._chat, self._name = chat, name
+        self._display = display or DisplayOptions()
         self._attached = list(attached)  # pictures that go with the next message
+        self._read_files: list[str] = []  # texts that do
         self._last: Reply | None = None
-        self._commands: dict[str, tuple[Callable[[list[str]], None], str]] = {
-            "/help": (self._help, "list the commands"),
-            "/exit": (self._exit, "leave (also /bye, /quit, Ctrl-D)"),
-            "/clear": (self._clear, "clear the conversation (also /reset)"),
-            "/undo": (self._undo, "undo the last question and its answer"),
-            "/regen": (self._regenerate, "answer the last question again"),
-            "/think": (lambda _: self._think(True), "think before answering"),
-            "/nothink": (lambda _: self._think(False), "answer without thinking"),
-            "/set": (self._set, "/set temperature 0.5: change a setting"),
-            "/show": (self._show, "show the current settings"),
-            "/system": (self._system, "/system TEXT: set the system prompt; clears the conversation"),
-            "/image": (lambda words: self._attach(images=words), "/image FILE: show an image with the next message"),
-            "/video": (lambda words: self._attach(videos=words), "/video FILE: show a video with the next message"),
-            "/stats": (self._stats, "statistics of the last reply"),
+        self._warned = False  # that the context is nearly full
+        self._keyboard = Keyboard()
+        self._commands = {
+            "/help": _Command(lambda _: self._help(), "list the commands (also /?)"),
+            "/exit": _Command(lambda _: self._exit(), "leave (also /bye, /quit, Ctrl-D)"),
+            "/clear": _Command(lambda _: self._restart(self._chat.system), "clear the conversation (also /reset)"),
+            "/undo": _Command(lambda _: self._undo(), "undo the last question and its answer"),
+            "/regen": _Command(lambda _: self._regenerate(), "answer the last question again"),
+            "/think": _Command(
+                lambda text: self._think(True, text), "think before answering; with TEXT, ask that", "[TEXT]"
+            ),
+            "/nothink": _Command(
+                lambda text: self._think(False, text), "answer without thinking; with TEXT, ask that", "[TEXT]"
+            ),
+            "/set": _Command(
+                self._set, "change a setting, as in /set temperature 0.5; also wrap, markdown, quiet", "[NAME] [VALUE]"
+            ),
+            "/show": _Command(lambda _: self._show(), "show the current settings"),
+            "/system": _Command(
+                lambda text: self._restart(text if text.strip() else None),
+                "set the system prompt, or none; clears the conversation",
+                "[TEXT]",
+            ),
+            "/read": _Command(self._read_file, "send a text file with the next message; without FILE, none", "[FILE]"),
+            "/image": _Command(
+                lambda text: self._attach(images=_files(text)), "show an image with the next message", "[FILE]"
+            ),
+            "/video": _Command(
+                lambda text: self._attach(videos=_files(text)), "show a video with the next message", "[FILE]"
+            ),
+            "/copy": _Command(lambda _: self._copy(), "copy the last answer to the clipboard"),
+            "/ctx": _Command(lambda _: self._context(), "how much of the context window is used (also /context)"),
+            "/stats": _Command(lambda _: self._stats(), "statistics of the last reply"),
         }
-        self._synonyms = {"/bye": "/exit", "/quit": "/exit", "/reset": "/clear", "/?": "/help", "/no_think": "/nothink"}
+        self._synonyms = {
+            "/bye": "/exit", "/quit": "/exit", "/reset": "/clear", "/?": "/help", "/no_think": "/nothink",
+            "/context": "/ctx",
+        }  # fmt: skip
 
     def run(self) -> None:
         """Read, answer, repeat, until the user leaves."""
-        self._greet()
-        announce(self._chat.model, self._attached)
-        session: PromptSession[str] = PromptSession(history=_history())
-        leaving = False
-        while True:
-            try:
-                line = self._read(session)
-                leaving = False
-                if line.strip():
-                    self._handle(self._without_dropped(line, session))
-            except KeyboardInterrupt:
-                if leaving:
+        with self._keyboard:
+            self._greet()
+            announce(self._chat.model, self._attached)
+            leaving = False
+            while True:
+                try:
+                    line = self._read()
+                    leaving = False
+                    self._handle(line)
+                except KeyboardInterrupt:
+                    if leaving:
+                        return
+                    leaving = True
+                    say("(press Ctrl-C again, or Ctrl-D, to leave)")
+                except EOFError:
                     return
-                leaving = True
-                _say("(press Ctrl-C again, or Ctrl-D, to leave)")
+                except EdgeqError as error:
+                    say(error_line(error))
+
+    def _read(self) -> Line:
+        """A line, or everything between two lines of three quotes, which a Ctrl-D ends too."""
+        line = self._keyboard.read(self._prompt())
+        if not line.typed_start or not line.text.strip().startswith(_FENCE):
+            return line
+        first = line.text.strip()[len(_FENCE) :]
+        lines = [line._replace(text=first, typed_end=line.typed_end and len(first) >= len(_FENCE))]
+        while not (lines[-1].typed_end and lines[-1].text.rstrip().endswith(_FENCE)):
+            try:
+                lines.append(self._keyboard.read("... ", literal=True))
             except EOFError:
-                return
-            except EdgeqError as error:
-                _say(error_line(error))
+                lines.append(Line(_FENCE))
+        lines[-1] = Line(lines[-1].text.rstrip().removesuffix(_FENCE))
+        return Line("\n".join(line.text for line in lines).strip("\n"), typed_start=False)
 
-    def _read(self, session: PromptSession[str]) -> str:
-        """A line, or everything between two lines of three quotes."""
-        line = session.prompt(">>> ")
-        if not line.strip().startswith(_FENCE):
-            return line
-        lines = [line.strip()[len(_FENCE) :]]
-        while not lines[-1].rstrip().endswith(_FENCE):
-            lines.append(session.prompt("... "))
-        lines[-1] = lines[-1].rstrip()[: -len(_FENCE)]
-        return "\n".join(lines).strip("\n")
+    def _prompt(self) -> str:
+        share = self._share()
+        return f"{share:.0%} >>> " if share >= 0.01 else ">>> "
 
-    def _handle(self, line: str) -> None:
-        word = _first_word(line)
-        command = self._command(line)
-        if command is not None:
-            command[0](_arguments(line))
-        elif word.startswith("/") and "/" not in word[1:]:
-            raise UsageError(f"unknown command {word}", hint="/help lists the commands")
-        elif word:
-            attached, self._attached = self._attached, []
-            self._answer(self._chat.send(line, **by_kind(attached)))
+    def _handle(self, line: Line) -> None:
+        if command := self._command(line):
+            name, text = command
+            if text.strip() and not self._commands[name].takes:
+                raise UsageError(
+                    f"{name} takes nothing behind it, got {printable(text.strip(), longest=40)}",
+                    hint=f"/{name} ... sends such a line as text",
+                )
+            self._commands[name].run(text)
+        else:
+            text = line.text.removeprefix("/") if line.typed_start and line.text.startswith("//") else line.text
+            self._say(self._without_dropped(text))
 
-    def _command(self, line: str) -> tuple[Callable[[list[str]], None], str] | None:
-        word = _first_word(line)
-        return self._commands.get(self._synonyms.get(word, word))
+    def _command(self, line: Line) -> tuple[str, str] | None:
+        """The command that a line is, and the text behind its name; None for a text, UsageError for an unknown one."""
+        word = next(iter(line.text.split(maxsplit=1)), "")
+        if not line.typed_start or not word.startswith("/") or "/" in word[1:]:
+            return None
+        name, text = self._synonyms.get(word, word), line.text.lstrip()[len(word) + 1 :]
+        takes_lines = name in ("/system",)
+        if "\n" in line.text.strip() and not takes_lines:
+            return None
+        if name not in self._commands:
+            raise UsageError(
+                f"unknown command {printable(word, longest=40)}",
+                hint="/help lists the commands; // begins a text with a slash",
+            )
+        return name, text
 
-    def _without_dropped(self, line: str, session: PromptSession[str]) -> str:
-        """A line without the paths of pictures that a terminal pasted into it, once the user wants them attached."""
-        images, videos, rest = dropped(line)
-        if self._command(line) is not None or not images + videos:
-            return line
+    def _say(self, text: str) -> None:
+        """Send a message, with the files and the pictures that wait for it."""
+        texts, attached = [text, *self._read_files], self._attached
+        if not text.strip():
+            return
+        self._read_files, self._attached = [], []
+        self._answer(self._chat.send("\n\n".join(texts), **by_kind(attached)))
+
+    def _without_dropped(self, text: str) -> str:
+        """A text without the paths of pictures that a terminal pasted into it, once the user wants them attached."""
+        images, videos, rest = dropped(text)
+        if not images + videos:
+            return text
         names = ", ".join(path.name for path in (*images, *videos))
-        answer = session.prompt(f"attach {printable(names)}? [Y/n] ").strip().lower()
+        answer = self._keyboard.read(f"attach {printable(names)}? [Y/n] ", literal=True).text.strip().lower()
         if answer not in ("", "y", "yes"):
-            return line
+            return text
         self._attach([str(path) for path in images], [str(path) for path in videos])
         return rest
 
     def _answer(self, reply: Reply) -> None:
         self._last = reply
-        show_reply(reply, self._chat.model.engine.ops)
+        show_reply(reply, self._chat.model.engine.ops, self._display)
+        if self._share() < _NEARLY_FULL:
+            self._warned = False
+        elif not self._warned:
+            self._warned = True
+            warn(f"{self._used()}; /undo and /clear make room")
+
+    def _share(self) -> float:
+        return len(self._chat.ids) / self._chat.model.engine.context_limit
+
+    def _used(self) -> str:
+        used, limit = len(self._chat.ids), self._chat.model.engine.context_limit
+        return f"{self._share():.0%} of the context window is used: {used:,} of {limit:,} tokens"
 
     # --- commands ----------------------------------------------------------------------------------------------------
 
     def _greet(self) -> None:
+        if self._display.quiet:
+            return
         mode = "thinks before it answers" if self._chat.thinking else "answers without thinking"
         engine = self._chat.model.engine
-        _say(f"{self._name} on the {engine.ops.name} backend; it {mode}. /help lists commands, /exit leaves.")
+        say(f"{printable(self._name)} on the {engine.ops.name} backend; it {mode}. /help lists commands, /exit leaves.")
         if engine.checkpoint.config.name == "edgeq/demo":
-            _say(
+            say(
                 "This is the built-in 8.7 MB demo: it shows that everything works, and knows very little.\n"
                 "For a real model: edgeq chat Qwen/Qwen3.5-2B"
             )
 
-    def _help(self, _: list[str]) -> None:
-        for name, (_run, text) in self._commands.items():
-            _say(f"{name:10} {text}")
-        _say(f"{_FENCE:10} starts and ends a message of several lines")
+    def _help(self) -> None:
+        for name, command in self._commands.items():
+            say(f"{f'{name} {command.takes}':16} {command.help}")
+        say(f"{_FENCE:16} starts and ends a message of several lines; Alt-Enter begins a line, too")
+        say(f"{'//':16} begins a message with a slash; a paste is never a command")
+
+    def _read_file(self, text: str) -> None:
+        """Take the text of files along with the next message; without any, leave those behind that wait."""
+        files = _files(text)
+        if not files:
+            self._read_files = []
+            say("no text file is attached")
+        for file in files:
+            content = without_last_newline(file_text(expand_user(Path(file)), lenient=True))
+            self._read_files.append(content)
+            say(f"{printable(Path(file).name)}: {len(content):,} characters, sent with the next message")
 
     def _attach(self, images: Sequence[str] = (), videos: Sequence[str] = ()) -> None:
         """Open pictures for the next message, and say what they will cost; without any, take back those attached."""
         if not images and not videos:
             self._attached = []
-            _say("no picture is attached")
+            say("no picture is attached")
             return
         opened = self._chat.open("", named(images), named(videos))
         self._attached += opened
         announce(self._chat.model, opened)
         if len(opened) == len(self._attached):
-            _say("attached to the next message")
+            say("attached to the next message")
 
-    def _exit(self, _: list[str]) -> None:
+    def _exit(self) -> None:
         raise EOFError
-
-    def _clear(self, _: list[str]) -> None:
-        self._restart(self._chat.system)
-
-    def _system(self, words: list[str]) -> None:
-        self._restart(" ".join(words) or None)
 
     def _restart(self, system: str | None) -> None:
         self._chat = self._chat.fresh(system=system)
-        self._last, self._attached = None, []
-        _say("conversation cleared")
+        self._last, self._attached, self._read_files, self._warned = None, [], [], False
+        say("conversation cleared")
 
-    def _undo(self, _: list[str]) -> None:
-        _say(f"undone: {self._chat.undo()[0].text}")
+    def _undo(self) -> None:
+        say(f"undone: {printable(self._chat.undo()[0].text, longest=200)}")
 
-    def _regenerate(self, _: list[str]) -> None:
+    def _regenerate(self) -> None:
         self._answer(self._chat.regenerate())
 
-    def _think(self, thinking: bool) -> None:
+    def _think(self, thinking: bool, text: str) -> None:
         self._chat.thinking = thinking
-        _say("thinking is on" if thinking else "thinking is off")
+        say("thinking is on" if thinking else "thinking is off")
+        if text.strip():
+            self._say(self._without_dropped(text))
 
-    def _set(self, words: list[str]) -> None:
-        if len(words) != 2:
-            raise UsageError("/set takes a name and a value", hint="/show lists the settings")
-        name, value = words
-        setting = {**self._chat.options, name: _value(value)}
-        self._chat.settings.replace(**{name: setting[name]})  # says what is wrong with it, if anything is
-        self._chat.options = setting
+    def _set(self, text: str) -> None:
+        word, *rest = text.split(maxsplit=1) or [""]
+        if not word:
+            self._show()
+        elif word == "system":  # as ollama has it
+            self._restart(rest[0] if rest else None)
+        elif word in _DISPLAY and not rest:
+            self._display = replace(self._display, **_DISPLAY[word])
+            say(f"{word} is set")
+        else:
+            say(set_option(self._chat, text))
 
-    def _show(self, _: list[str]) -> None:
+    def _show(self) -> None:
         settings = self._chat.settings
         for field in fields(GenerationSettings):
-            _say(f"{field.name:20} {getattr(settings, field.name)}")
-        _say(f"{'thinking':20} {self._chat.thinking}\n{'system':20} {self._chat.system}")
+            say(f"{field.name:20} {getattr(settings, field.name)}")
+        say(f"{'thinking':20} {self._chat.thinking}\n{'system':20} {self._chat.system}")
 
-    def _stats(self, _: list[str]) -> None:
+    def _copy(self) -> None:
+        if self._last is None or not self._last.text:
+            raise UsageError("nothing to copy: no answer yet")
+        say(copy(self._last.text, self._keyboard.send))
+
+    def _context(self) -> None:
+        say(self._used())
+
+    def _stats(self) -> None:
         if self._last is None:
             raise UsageError("no reply yet")
-        _say(usage_line(self._last, self._chat.model.engine.ops))
-        _say(f"context: {len(self._chat.ids)} of {self._chat.model.engine.context_limit} tokens")
+        say(usage_line(self._last, self._chat.model.engine.ops))
+        say(f"context: {len(self._chat.ids)} of {self._chat.model.engine.context_limit} tokens")
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _first_word(line: str) -> str:
-    return next(iter(line.split(maxsplit=1)), "")
-
-
-def _arguments(line: str) -> list[str]:
+def _words(text: str) -> list[str]:
     try:
-        return shlex.split(line)[1:]
+        return shlex.split(text)
     except ValueError:  # an apostrophe, not a quotation
-        return line.split()[1:]
+        return text.split()
 
 
-def _value(text: str) -> Any:
-    """A setting's value as the user wrote it."""
-    known = {"true": True, "on": True, "false": False, "off": False}
-    if text.lower() in known:
-        return known[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return (text,)
-
-
-def _history() -> History:
-    """Lines of earlier conversations, in the user's state folder; off with EDGEQ_NOHISTORY."""
-    if os.environ.get("EDGEQ_NOHISTORY"):
-        return InMemoryHistory()
-    folder = expand_user(Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state")) / "edgeq"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
-        return InMemoryHistory()
-    return _LenientHistory(str(folder / "history"))
-
-
-class _LenientHistory(FileHistory):
-    """A history that a full or broken disk takes lines from, but no conversation."""
-
-    def load_history_strings(self) -> Iterable[str]:
-        with suppress(OSError):
-            return list(super().load_history_strings())
-        return []
-
-    def store_string(self, string: str) -> None:
-        with suppress(OSError):
-            super().store_string(string)
+def _files(text: str) -> list[str]:
+    """The files that a command names: one whose name has spaces, or several as a shell has them."""
+    whole = text.strip()
+    return [whole] if whole and is_file(expand_user(Path(whole))) else _words(text)

@@ -6,11 +6,13 @@ import sys
 from typing import Any
 
 from edgeq.backends.ops import Ops
-from edgeq.cli.console import dim, for_terminal, peak_memory_text
+from edgeq.cli.console import dim, peak_memory_text, say, show_json
+from edgeq.cli.options import DisplayOptions
+from edgeq.cli.page import Hidden, Page, page_on
 from edgeq.generate import StopReason
 from edgeq.session.reply import Reply
 
-__all__ = ["reply_object", "show_reply", "usage_line"]
+__all__ = ["print_json", "reply_object", "show_reply", "usage_line"]
 
 _ENDINGS = {
     StopReason.LENGTH: "stopped at --max-tokens",
@@ -46,25 +48,55 @@ def usage_line(reply: Reply, ops: Ops[Any, Any]) -> str:
     return " | ".join(parts)
 
 
-def show_reply(reply: Reply, ops: Ops[Any, Any]) -> bool:
+def show_reply(reply: Reply, ops: Ops[Any, Any], display: DisplayOptions) -> bool:
     """Print a reply as it comes, then its figures; False if Ctrl-C ended it."""
-    channel, finished = "answer", True
+    answer = page_on(sys.stdout, wrap=display.wrap, markdown=display.markdown)
+    page, finished = answer, True
     try:
         for piece in reply:
-            if piece.channel != channel and (piece.text or piece.channel == "answer"):
-                if channel == "thinking":
-                    print("\n", file=sys.stderr)
-                channel = piece.channel
-            if channel == "thinking":
-                text = for_terminal(piece.text, sys.stderr)
-                print(dim(text) if text else "", end="", file=sys.stderr, flush=True)
-            elif piece.text:
-                print(for_terminal(piece.text, sys.stdout), end="", flush=True)
+            if piece.channel == "thinking":
+                if piece.text and page is answer:
+                    page = _thinking_page(display)
+            elif page is not answer:
+                page.end("\n\n")
+                page = answer
+            page.write(piece.text)
     except KeyboardInterrupt:
         reply.close()
         finished = False
-    print(flush=True)
-    print(dim(usage_line(reply, ops)), file=sys.stderr, flush=True)
+    finally:
+        if page is not answer:
+            page.end("\n")
+        answer.end("\n")
+    if not display.quiet:
+        say(usage_line(reply, ops), faint=True)
+    return finished
+
+
+def _thinking_page(display: DisplayOptions) -> Page:
+    if display.thinking_hidden:
+        if not display.quiet and sys.stderr.isatty():
+            say("thinking ...", faint=True)
+        return Hidden()
+    return page_on(sys.stderr, wrap=display.wrap, style=dim)
+
+
+def print_json(reply: Reply, *, stream: bool = False, thinking: bool = True) -> bool:
+    """Print a reply as a JSON object, with `stream` behind one of every piece on a line of its own; False if Ctrl-C
+    ended it, and what there was until then is printed.
+    """
+    finished = True
+    try:
+        for piece in reply:
+            if stream and (thinking or piece.channel != "thinking"):
+                show_json(piece._asdict())
+    except KeyboardInterrupt:
+        reply.close()
+        finished = False
+    shown = reply_object(reply)
+    if not thinking:
+        del shown["thinking"]
+    show_json({"done": True, **shown} if stream else shown)
     return finished
 
 

@@ -1,0 +1,235 @@
+"""What a shell hands to a command: streams that are closed, full, silent, or not UTF-8."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import Run, leave_home, runner
+from process import ROOT
+
+from edgeq.cli import prompt
+from edgeq.errors import UsageError
+from edgeq.session.reply import Reply
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="a POSIX shell")
+
+
+@pytest.fixture(autouse=True)
+def quiet_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_home(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    return runner(capsys, monkeypatch)
+
+
+def shell(line: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """A line of shell in which $edgeq is a command that answers shortly."""
+    paths = [path for path in sys.path if path and Path(path) != ROOT]
+    return subprocess.run(
+        ["bash", "-c", line],
+        env={
+            **os.environ, "PYTHONPATH": os.pathsep.join([*paths, str(ROOT)]), "EDGEQ_MAX_TOKENS": "3",
+            "EDGEQ_SEED": "1", "edgeq": f"{sys.executable} -P -m edgeq", **environment,
+        },
+        stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+class Source:
+    """stdin as a pipe has it."""
+
+    encoding = "utf-8"
+    closed = False
+
+    def __init__(self, data: bytes, encoding: str = "utf-8") -> None:
+        import io
+
+        self.buffer, self.encoding = io.BytesIO(data), encoding
+
+    def isatty(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "out", "err"),
+    [
+        ("$edgeq chat demo hello <&-", 0, True, b"peak memory"),
+        ("$edgeq chat demo <&-", 2, False, b"no prompt given"),
+        ("$edgeq chat demo hello 2>&-", 0, True, b""),
+        ("$edgeq chat demo hello >&-", 0, False, b"peak memory"),
+        ("$edgeq chat demo hello <&- >&- 2>&-", 0, False, b""),
+        ("$edgeq chat demo hello >/dev/full", 1, False, b"No space left on device"),
+    ],
+)
+def test_streams_that_are_closed_or_full(line: str, code: int, out: bool, err: bytes) -> None:
+    done = shell(line)
+    assert done.returncode == code, done.stderr
+    assert bool(done.stdout.strip()) == out
+    assert err in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert b"Exception ignored" not in done.stderr
+
+
+def test_a_reader_that_leaves() -> None:
+    done = shell("$edgeq chat demo hello 2>&1 | true; echo ${PIPESTATUS[0]}")
+    assert done.stdout.strip() in (b"1", b"0")
+    assert done.stderr == b""
+
+
+def test_an_encoding_that_is_not_unicode() -> None:
+    done = shell("printf 'caf\\xe9' | $edgeq chat demo --json -p 'na\u00efve'", PYTHONIOENCODING="latin-1")
+    assert done.returncode == 0
+    assert b"warning" not in done.stderr, "in this encoding the byte is a letter"
+    json.loads(done.stdout)
+
+
+class TestPipedText:
+    @pytest.mark.parametrize(
+        ("data", "text"),
+        [
+            (b"x\n\n", "x\n"), (b"x", "x"), (b"\n\nx\n", "\n\nx"), (b"x\r\n", "x"), (b" x \n", " x "),
+            (b"\xef\xbb\xbfx\n", "x"), ("x\n".encode("utf-16"), "x"), ("日\ufffd".encode(), "日\ufffd"),
+        ],
+    )  # fmt: skip
+    def test_it_stays_as_it_is(self, monkeypatch: pytest.MonkeyPatch, data: bytes, text: str) -> None:
+        monkeypatch.setattr(sys, "stdin", Source(data))
+        assert prompt.joined_prompt(None) == text
+        monkeypatch.setattr(sys, "stdin", Source(data))
+        assert prompt.joined_prompt("why?") == f"why?\n\n{text}"
+
+    def test_bad_bytes(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        monkeypatch.setattr(sys, "stdin", Source(b"line one \xff and two\n"))
+        assert prompt.joined_prompt(None) == "line one \ufffd and two"
+        assert "1 bad byte read as U+FFFD" in capsys.readouterr().err
+        monkeypatch.setattr(sys, "stdin", Source(b"caf\xe9 au lait", "iso8859-1"))
+        assert prompt.joined_prompt(None) == "café au lait"
+
+    @pytest.mark.parametrize("data", [b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", bytes(range(128, 256)), b"a\0b"])
+    def test_what_is_no_text(self, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", Source(data))
+        with pytest.raises(UsageError, match="stdin is not text but binary data"):
+            prompt.joined_prompt(None)
+
+    def test_files_are_read_the_same_way(self, tmp_path: Path) -> None:
+        (tmp_path / "text").write_bytes(b"\n x\n\n")
+        assert prompt.joined_prompt(None, tmp_path / "text") == "\n x\n"
+
+
+def test_a_silent_pipe_is_announced() -> None:
+    code = "import edgeq.cli.prompt as p; p.PATIENCE = 0.05; from edgeq.cli import main; main()"
+    paths = os.pathsep.join([path for path in sys.path if path and Path(path) != ROOT] + [str(ROOT)])
+    command = [sys.executable, "-P", "-c", code, "chat", "demo", "-p", "hello", "--max-tokens", "2"]
+    with subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": paths}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as waiting:  # fmt: skip
+        assert waiting.stderr is not None
+        assert waiting.stderr.readline().startswith(b"waiting for text on stdin; --no-stdin")
+        _, err = waiting.communicate(b"there\n", timeout=60)
+        assert b"peak memory" in err
+    with subprocess.Popen(
+        [*command, "--no-stdin"], env={**os.environ, "PYTHONPATH": paths}, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as going:  # fmt: skip
+        assert going.wait(60) == 0
+        assert going.stderr is not None
+        assert b"waiting" not in going.stderr.read()
+
+
+class TestInterrupted:
+    """Ctrl-C in the middle of a reply: what there was is not lost."""
+
+    @pytest.fixture(autouse=True)
+    def interrupt(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pieces = Reply.__iter__
+
+        def interrupted(reply: Reply) -> Any:
+            for count, piece in enumerate(pieces(reply)):
+                if count == 3:
+                    os.kill(os.getpid(), signal.SIGINT)
+                yield piece
+
+        monkeypatch.setattr(Reply, "__iter__", interrupted)
+
+    @pytest.mark.parametrize("command", ["chat", "generate"])
+    def test_json(self, run: Run, chat_folder: Path, command: str) -> None:
+        given = (command, chat_folder, "-p", "x", "--json", "--seed", "0", "--max-tokens", "20")
+        stopped = run(*given)
+        assert stopped.code == 130
+        reply = json.loads(stopped.out)
+        assert reply["finish_reason"] == "interrupted"
+        assert 0 < len(reply["ids"]) < 20
+        *pieces, whole = map(json.loads, run(*given, "--stream").out.splitlines())
+        assert whole["ids"] == reply["ids"]
+        assert whole["done"] is True
+        assert pieces
+
+    @pytest.mark.parametrize("command", ["chat", "generate"])
+    def test_text(self, run: Run, chat_folder: Path, command: str) -> None:
+        stopped = run(command, chat_folder, "-p", "x", "--seed", "0", "--max-tokens", "20")
+        assert stopped.code == 130
+        assert stopped.out.strip()
+        assert "interrupted" in stopped.err
+
+
+class TestOptions:
+    def test_the_prompt_behind_the_model(self, run: Run, chat_folder: Path) -> None:
+        given = ("--seed", "0", "--max-tokens", "4", "--quiet")
+        expected = run("chat", chat_folder, "-p", "hello there", *given)
+        assert run("chat", chat_folder, "hello", "there", *given) == expected
+        assert run("chat", *given, chat_folder, "hello there") == expected
+        assert expected.err == ""
+        assert run("generate", chat_folder, "hello there", *given) == run(
+            "generate", chat_folder, "-p", "hello there", *given
+        )
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ("x -p y", "two prompts given: x and y"),
+            ("-p - --no-stdin", "--no-stdin is given, and - reads stdin"),
+            ("--no-stdin", "no prompt given"),
+            ("x --system a --system-file b", "two system prompts given"),
+            ("x --system-file /no/such", "text file not found: /no/such"),
+        ],
+    )
+    def test_what_contradicts_itself(self, run: Run, chat_folder: Path, arguments: str, message: str) -> None:
+        result = run("chat", chat_folder, *arguments.split())
+        assert result.code == 2
+        assert message in result.err
+
+    def test_a_system_prompt_from_a_file(self, run: Run, chat_folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "system.txt").write_text("Be brief.\n")
+        given = ("chat", chat_folder, "x", "--seed", "0", "--max-tokens", "4", "--json")
+        told = json.loads(run(*given, "--system", "Be brief.").out)
+        read = json.loads(run(*given, "--system-file", tmp_path / "system.txt").out)
+        assert read["ids"] == told["ids"]
+        assert read["usage"]["prompt_tokens"] == told["usage"]["prompt_tokens"]
+
+    def test_thinking_is_hidden(self, run: Run, chat_folder: Path) -> None:
+        given = ("chat", chat_folder, "-p", "hello", "--think", "--thinking-budget", "8", "--seed", "1")
+        shown, hidden = run(*given), run(*given, "--hide-thinking")
+        assert hidden.out == shown.out
+        assert len(hidden.err.strip().splitlines()) == 1, "the figures alone"
+        *pieces, whole = map(json.loads, run(*given, "--json", "--stream", "--hide-thinking").out.splitlines())
+        assert "thinking" not in whole
+        assert {piece["channel"] for piece in pieces} == {"answer"}
+
+
+def test_commands_print_through_what_makes_control_characters_visible() -> None:
+    """Neither print nor typer.echo is used but in console.py."""
+    for path in sorted((ROOT / "edgeq" / "cli").glob("*.py")):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        used = {func.id for func in calls if isinstance(func, ast.Name)} & {"print"}
+        used |= {func.attr for func in calls if isinstance(func, ast.Attribute)} & {"echo", "secho"}
+        assert path.name == "console.py" or not used, path.name
