@@ -77,14 +77,12 @@ class GenerationSettings:
         stop: Any = self.stop
         stop = (stop,) if isinstance(stop, str) else stop
         if not isinstance(stop, tuple | list) or not all(isinstance(text, str) and text for text in stop):
-            raise UsageError(f"stop must be strings that are not empty, got {brief(self.stop)}")
+            raise UsageError(f"stop must be non-empty strings, got {brief(self.stop)}")
         object.__setattr__(self, "stop", tuple(stop))
         for option, allowed in SAMPLING.items():
             value = getattr(self, option)
             if not (allowed.holds(value) or (value is None and option in _OPTIONAL)):
                 raise UsageError(f"{option} must be {allowed.wanted(value)}, got {brief(value)}")
-        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
-            raise UsageError(f"stop must be a tuple of non-empty strings, got {brief(self.stop)}")
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
         if self.schema is not None:
