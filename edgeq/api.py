@@ -44,6 +44,7 @@ KV_DTYPES = {16: "f16", 8: "int8", 4: "int4"}  # by bits
 def load(
     model: str | Path, *, backend: str = "auto", threads: int | None = None, context: int | None = None,
     kv_bits: int | None = None, rope_scaling: str | None = None, mmproj: str | Path | None = None,
+    adapter: str | Path | Sequence[str | Path] | None = None,
 ) -> Model:  # fmt: skip
     """Load a model.
 
@@ -55,10 +56,16 @@ def load(
     kv_bits: 16, 8 or 4, the precision of the KV cache; None lets the backend choose (docs/concepts/backends.md).
     rope_scaling: "yarn:4" for four times the context, "linear:2" or "none"; None is what the checkpoint says.
     mmproj: the vision tower of a .gguf file; None takes the one in it, or beside it, that fits.
+    adapter: a LoRA adapter of PEFT, mlx-lm or llama.cpp, or several: paths or Hugging Face IDs, each with `:SCALE`
+    behind it or not ("my-lora:0.5"). See docs/guides/adapters.md.
     """
     if kv_bits not in (None, *KV_DTYPES):
         raise UsageError(f"keys and values cannot be kept in {kv_bits} bits", hint="choose 16, 8 or 4 bits")
     checkpoint = open_checkpoint(find_model(model), None if mmproj is None else Path(mmproj))
+    if adapter is not None:
+        from edgeq.adapters import adapted, given_adapters  # and with them all of GGUF: for who needs it
+
+        checkpoint = adapted(checkpoint, given_adapters(adapter))
     if rope_scaling is not None:
         checkpoint.config = stretched(checkpoint.config, rope_scaling)
     kv_dtype = None if kv_bits is None else KV_DTYPES[kv_bits]

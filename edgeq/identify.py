@@ -68,7 +68,10 @@ _MAGICS = (  # what files begin with
 )
 _GGUFS: Mapping[GGUFKind, tuple[str, str]] = {
     "mmproj": ("a vision tower (mmproj)", "pass the model file; edgeq finds the mmproj next to it"),
-    "adapter": ("a LoRA adapter for llama.cpp", "name the model; edgeq reads adapters of PEFT and mlx-lm"),
+    "adapter": (
+        "a LoRA adapter for llama.cpp",
+        "name the model it is for, and this file with `--adapter` (adapter= in Python)",
+    ),
     "imatrix": ("an importance matrix of llama.cpp's, not a model", "name the model's own .gguf file"),
     "control vector": ("a control vector of llama.cpp's, not a model", "name the model's own .gguf file"),
     "part": ("a later part of a split model", "name the first part, which ends in -00001-of-0000N.gguf"),
@@ -433,7 +436,7 @@ def _adapter(folder: Path) -> ModelError:
     base = base if isinstance(base, str) else ""
     return ModelError(
         f"{folder} is an adapter{f' for {base}' if base else ''}, not a model",
-        hint=f"name both: `edgeq chat {base or 'MODEL'} --adapter {folder}`",
+        hint=f"name both: `edgeq chat {base or 'MODEL'} --adapter {folder}` (adapter= in Python)",
     )
 
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from edgeq.adapters import given_adapters
 from edgeq.errors import ModelError, UsageError
 from edgeq.files import new_file, new_folder
 from edgeq.formats.bf16 import Array, Float32, all_finite, round_to, to_float32
@@ -63,6 +64,7 @@ def quantize(
     recipe: str | None = None,
     types: Sequence[str] = (),
     vision: int | str | None = None,
+    adapter: Path | str | Sequence[Path | str] | None = None,
     dry_run: bool = False,
     report: Path | str | None = None,
     force: bool = False,
@@ -76,7 +78,7 @@ def quantize(
     codes already (GPTQ, AWQ, AutoRound, compressed-tensors), these are converted without a change in value. `bits` and
     `group_size` replace the recipe's base; `types` are PATTERN=SPEC overrides, e.g. "*.down_proj=6g64". `vision` is
     what becomes of the vision tower: 16 (as it is), 8 (its matrices in 8 bits; the default wherever anything is
-    quantized) or "none" (left out). With `dry_run` nothing is quantized and `out` may be None. `report` is a file for
+    quantized) or "none" (left out). `adapter` is a LoRA adapter to merge first, or several (see `edgeq.load`). With `dry_run` nothing is quantized and `out` may be None. `report` is a file for
     the sizes and errors of all tensors, as JSON. With `force` an existing model folder, or report, is replaced once the
     new one is complete. `revision` goes on record; it is known for folders in the hub's cache. Memory stays below about
     300 MB, whatever the model's size.
@@ -85,7 +87,7 @@ def quantize(
         check_output(Path(out))
     start = time.perf_counter()
     chosen, rules = choose_recipe(recipe, bits, group_size, vision), [TypeRule.parse(t) for t in types]
-    opened = open_source(find_model(src))
+    opened = open_source(find_model(src), given_adapters(adapter))
     if opened.in_groups and (recipe, bits, group_size) == (None, None, None):
         chosen = choose_recipe("keep", None, None, vision)
     plan = _Plan(opened, chosen, rules)
@@ -285,6 +287,7 @@ class _Plan:
             "group_size": base.group_size if base else None,
             "types": [rule.text for rule in self.rules],
             "vision": self.recipe.vision if self.sees else None,
+            "adapters": list(self.source.adapters),
         }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -11,17 +11,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edgeq.checkpoint import FolderCheckpoint, open_checkpoint
+from edgeq.adapters import CONFIG, AdaptedCheckpoint, Given
+from edgeq.checkpoint import Checkpoint, FolderCheckpoint, open_checkpoint
 from edgeq.checkpoint.gguf import GGUFCheckpoint
 from edgeq.checkpoint.packing import weight_name, without_quantization
 from edgeq.config import ModelConfig, read_json
 from edgeq.errors import ModelError, UsageError
 from edgeq.formats.affine import GROUP_SIZES
-from edgeq.formats.bf16 import Array, Float32, from_float32, to_float32
+from edgeq.formats.bf16 import Array, Float32, from_float32, round_to, to_float32
 from edgeq.formats.names import hub_name
 from edgeq.formats.packed import Grouped, Packed
 from edgeq.formats.safetensors import DTYPES, dtype_name
-from edgeq.inputs import open_file
+from edgeq.inputs import exists, open_file
 from edgeq.weights import Role, TensorSpec
 
 __all__ = ["Stored", "WeightSource", "coarse_warning", "open_source"]
@@ -56,6 +57,7 @@ class WeightSource(ABC):
     scale_type: str  # the 16-bit type of the weights: mlx computes in the widest type of what it multiplies
     warnings: tuple[str, ...] = ()
 
+    adapters: Sequence[Mapping[str, Any]] = ()  # what has been merged into it, for the record
     packed: Mapping[str, Packed] = MappingProxyType({})  # what other tools have quantized, by neutral names
 
     def groups(self, name: str) -> Grouped | None:
@@ -92,15 +94,70 @@ class WeightSource(ABC):
         """Let the system forget the pages read so far."""
 
 
-def open_source(path: Path) -> WeightSource:
-    """Open what is to be quantized; UsageError if it has been already."""
+def open_source(path: Path, adapters: Sequence[Given] = ()) -> WeightSource:
+    """Open what is to be quantized, with adapters; UsageError if it has been quantized already."""
     checkpoint = open_checkpoint(path)
+    source = _source(checkpoint, path)
+    return _AdaptedSource(source, AdaptedCheckpoint(checkpoint, adapters)) if adapters else source
+
+
+def _source(checkpoint: Checkpoint, path: Path) -> WeightSource:
     if isinstance(checkpoint, GGUFCheckpoint):
         return _GGUFSource(checkpoint)
     assert isinstance(checkpoint, FolderCheckpoint)
     if any(t.quantization for t in checkpoint.tensors.values()):
         raise UsageError(f"{path} is quantized already", hint="quantize the original checkpoint instead")
     return _FolderSource(checkpoint)
+
+
+class _AdaptedSource(WeightSource):
+    """A source with adapters: tensors that they change are merged as they are read."""
+
+    def __init__(self, base: WeightSource, checkpoint: AdaptedCheckpoint) -> None:
+        self._base, self._checkpoint = base, checkpoint
+        self._specs = {spec.name: spec for spec, _ in checkpoint.storage()}
+        self._is_mlx = isinstance(checkpoint.base, FolderCheckpoint) and checkpoint.base.layout == "mlx"
+        self.path, self.config = base.path, checkpoint.config
+        self.scale_type, self.warnings = base.scale_type, base.warnings
+        own = [file for a in checkpoint.adapters if exists(file := a.path / CONFIG)]
+        self.files = [*base.files, *own, *(file.path for a in checkpoint.adapters for file in a.files)]
+        self.packed = {name: packed for name, packed in base.packed.items() if checkpoint.changed(name) is None}
+        self.adapters = [{"name": a.path.name, "scale": a.scale} for a in checkpoint.adapters]
+        names = {spec.name: name for spec, name in base.tensors}
+        self.tensors = [
+            (spec, names.get(spec.name) or hub_name(spec.name))  # a head that is no longer tied has no name yet
+            for spec, _ in checkpoint.storage()
+        ]
+
+    def stored(self, name: str) -> Stored:
+        base = self._base.stored(self._checkpoint.source(name))
+        changed = self._checkpoint.changed(name)
+        return base if changed is None else Stored(dtype_name(changed), base.shape)
+
+    def rows(self, name: str, rows: slice) -> Array:
+        x = self._base.rows(self._checkpoint.source(name), rows)
+        changed = self._checkpoint.changed(name)
+        if changed is None:
+            return x
+        merged, role = self._checkpoint.merged_rows(name, to_float32(x), rows), self._specs[name].role
+        if self._is_mlx and role is Role.NORM:
+            merged = round_to(1 + to_float32(merged), changed)
+        if self._is_mlx and role is Role.PATCH:
+            merged = np.moveaxis(merged, 1, -1)
+        return merged.reshape(len(merged), -1)
+
+    def config_values(self) -> dict[str, Any]:
+        return self._base.config_values()
+
+    def write_side_files(self, folder: Path) -> None:
+        self._base.write_side_files(folder)
+
+    def check_whole(self) -> None:
+        self._base.check_whole()
+        self._checkpoint.check_whole()
+
+    def drop_pages(self) -> None:
+        self._checkpoint.drop_pages()
 
 
 class _FolderSource(WeightSource):

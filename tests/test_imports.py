@@ -35,6 +35,7 @@ ORDER = [
     "edgeq.ollama",
     "edgeq.hub_guard",
     "edgeq.hub",
+    "edgeq.adapters",
     "edgeq.loading",
     "edgeq.memory",
     "edgeq.draft_head",

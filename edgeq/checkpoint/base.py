@@ -8,19 +8,21 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from edgeq.checkpoint.generation import Recommended
 from edgeq.config import ModelConfig
 from edgeq.formats.affine import dequantize
 from edgeq.formats.bf16 import Array, Float32, all_finite, to_float32
 from edgeq.processor import ProcessorConfig, parse_processor
-from edgeq.weights import Matrix, QMatrix, TensorSpec, text_tensors
+from edgeq.weights import Matrix, QMatrix, Role, TensorSpec, text_tensors
 
 if TYPE_CHECKING:
     from edgeq.text.template import ChatTemplate
     from edgeq.text.template_files import Templates
     from edgeq.text.tokenizer import Tokenizer
 
-__all__ = ["Checkpoint", "Storage"]
+__all__ = ["Checkpoint", "Storage", "hub_to_neutral", "matrix_rows"]
 
 _PAGE, _SAMPLES = 4096, 64  # of a fingerprint
 
@@ -54,7 +56,7 @@ class Checkpoint(ABC):
 
     def rows(self, name: str, rows: slice | Array) -> Float32:
         """Some rows of a matrix as float32; nothing of it is kept."""
-        return _rows(self.matrix(name), rows)
+        return matrix_rows(self.matrix(name), rows)
 
     @abstractmethod
     def dense(self, name: str) -> Float32:
@@ -155,7 +157,21 @@ class Checkpoint(ABC):
         return None
 
 
-def _rows(w: Matrix[Array], rows: slice | Array) -> Float32:
+def matrix_rows(w: Matrix[Array], rows: slice | Array) -> Float32:
+    """Some rows of a matrix as float32 [rows, in]."""
     if isinstance(w, QMatrix):
         return dequantize(w.map(lambda x: x[rows]))
     return to_float32(w[rows])
+
+
+def hub_to_neutral(x: Float32, role: Role) -> Float32:
+    """A tensor in the hub's convention as `edgeq.weights.trees` has it."""
+    match role:
+        case Role.NORM:
+            return 1 + x
+        case Role.CONV:
+            return x.reshape(x.shape[0], -1)
+        case Role.DECAY:
+            return -np.exp(x)
+        case _:
+            return np.array(x, order="C")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from edgeq.checkpoint.base import Checkpoint, Storage
+from edgeq.checkpoint.base import Checkpoint, Storage, hub_to_neutral
 from edgeq.checkpoint.generation import read_sampling, read_stop_ids
 from edgeq.checkpoint.packing import Packing, Unfit, weight_name
 from edgeq.config import ModelConfig, parse_config, read_json
@@ -138,17 +138,10 @@ class FolderCheckpoint(Checkpoint):
             raise ModelError(
                 f"{self.path}: {self.file_name(name)} holds NaN or infinity", hint="download or copy the file again"
             )
-        match self.tensors[name].spec.role:
-            case Role.NORM:
-                return x if self.layout == "mlx" else 1 + x
-            case Role.CONV:
-                return x.reshape(x.shape[0], -1)
-            case Role.DECAY:
-                return -np.exp(x)
-            case Role.PATCH:
-                return np.array(self._channels_first(x), order="C")
-            case _:
-                return np.array(x, order="C")
+        role = self.tensors[name].spec.role
+        if role is Role.PATCH:
+            x = self._channels_first(x)
+        return x if role is Role.NORM and self.layout == "mlx" else hub_to_neutral(x, role)
 
     def _channels_first(self, patches: Array) -> Array:
         return np.moveaxis(patches, -1, 1) if self.layout == "mlx" else patches

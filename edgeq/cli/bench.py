@@ -12,7 +12,7 @@ import edgeq
 from edgeq.api import Model, load
 from edgeq.bench import Result, Test, measure, model_size
 from edgeq.cli.console import new_bar, peak_memory, show, show_json
-from edgeq.cli.options import BackendOption, ModelArgument, option
+from edgeq.cli.options import AdapterOption, BackendOption, ModelArgument, option
 from edgeq.errors import UsageError
 from edgeq.generate import check_draft
 
@@ -70,6 +70,7 @@ def bench(
             help="Generate with drafts as well: off, auto, mtp, ngram or 1 to 8 a pass.",
         ),
     ] = "off",
+    adapter: AdapterOption = None,
     backend: BackendOption = "auto",
 ) -> None:
     """Benchmark prefill and decode, as llama-bench does.
@@ -88,7 +89,7 @@ def bench(
     tests = [test._replace(draft=way) for test in plain for way in (ways if test.generate else ["off"])]
     counts = [None] if threads is None else _numbers("--threads", threads, least=1)
     kv = [None] if kv_bits is None else _numbers("--kv-bits", kv_bits)
-    rows = _measure_all(model, backend, tests, list(product(counts, kv)), repetitions)
+    rows = _measure_all(model, adapter, backend, tests, list(product(counts, kv)), repetitions)
     if output == "md":
         _print_table(rows, drafts=ways != ["off"])
     else:
@@ -119,14 +120,19 @@ def _tests(prompts: list[int], generated: list[int], pairs: list[str], depths: l
 
 
 def _measure_all(
-    name: str, backend: str, tests: list[Test], settings: list[tuple[int | None, int | None]], repetitions: int
+    name: str,
+    adapter: list[str] | None,
+    backend: str,
+    tests: list[Test],
+    settings: list[tuple[int | None, int | None]],
+    repetitions: int,
 ) -> Iterator[tuple[Model, Result]]:
     """Every test with every setting of threads and KV bits; what goes on shows on stderr."""
     bar = new_bar("{task.description}")
     task = bar.add_task("loading") if bar else None
     try:
         for count, kv_bits in settings:
-            model = load(name, backend=backend, threads=count, kv_bits=kv_bits)
+            model = load(name, backend=backend, threads=count, kv_bits=kv_bits, adapter=adapter)
             results = measure(model, tests, repetitions=repetitions)
             for i, test in enumerate(tests):
                 if bar and task is not None:

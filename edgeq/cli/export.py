@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from edgeq.adapters import adapted, given_adapters
 from edgeq.checkpoint import open_checkpoint
 from edgeq.cli.console import peak_memory_text, say
-from edgeq.cli.options import MODEL_HELP, option
+from edgeq.cli.options import MODEL_HELP, AdapterOption, option
 from edgeq.cli.quantize import progress_bar
 from edgeq.errors import UsageError
 from edgeq.hub import find_model
@@ -30,6 +31,7 @@ def export(
         Path | None,
         option("--mmproj", metavar="FILE", env=False, help="Write the vision tower, too, to this file (f16)."),
     ] = None,
+    adapter: AdapterOption = None,
     force: Annotated[
         bool, option("--force", env=False, help="Overwrite existing files, only after the new ones are complete.")
     ] = False,
@@ -45,7 +47,7 @@ def export(
     for path in (out, mmproj):
         if path is not None:
             check_output(path)
-    checkpoint = open_checkpoint(find_model(source))
+    checkpoint = adapted(open_checkpoint(find_model(source)), given_adapters(adapter))
     reports = []
     check_target(checkpoint, out, force, [] if mmproj is None else [mmproj])
     with progress_bar() as progress:

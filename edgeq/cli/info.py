@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from math import prod
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ from edgeq.cli.options import OptionalModelArgument, option
 from edgeq.config import TextConfig
 from edgeq.errors import UsageError
 from edgeq.hub import find_model
+from edgeq.inputs import exists
 from edgeq.weights import Part, TensorSpec
 
 __all__ = ["info"]
@@ -49,7 +51,7 @@ def info(
         facts = _installation()
     else:
         path = find_model(model)
-        facts = _model(open_checkpoint(path))
+        facts = _adapter(path) if _is_adapter(path) else _model(open_checkpoint(path))
         if verify:
             from edgeq.quant import verify as verify_files
 
@@ -97,6 +99,27 @@ def _model(checkpoint: Checkpoint) -> dict[str, Any]:
         if template
         else "none",
         "tensors": _by_type(stored),
+    }
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether a folder holds an adapter and no model (some tools put the base's config.json beside it)."""
+    return exists(path / "adapter_config.json") and not any(path.glob("model*.safetensors"))
+
+
+def _adapter(path: Path) -> dict[str, Any]:
+    from edgeq.adapters import read_folder
+
+    adapter = read_folder(path)
+    ranks = ", ".join(map(str, adapter.ranks))
+    return {
+        "path": str(adapter.path),
+        "format": adapter.kind,
+        "base": adapter.base or "not said",
+        "tensors it changes": len(adapter.changes),
+        **({"ranks": ranks} if ranks else {}),
+        "size": f"{sum(len(file.mapped) for file in adapter.files) / 1e6:,.2f} MB",
+        "to run it": f"edgeq chat {adapter.base or 'MODEL'} --adapter {adapter.path}",
     }
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgeq.cli.console import new_bar, say, show, show_json
-from edgeq.cli.options import MODEL_HELP, BackendOption, ThreadsOption, option
+from edgeq.cli.options import MODEL_HELP, AdapterOption, BackendOption, ThreadsOption, option
 from edgeq.cli.prompt import file_text, piped_text
 from edgeq.errors import UsageError
 
@@ -53,6 +53,11 @@ def kld(
         str | None,
         option("--reference-backend", metavar="NAME", env=False, default="--backend", help="Backend of REFERENCE."),
     ] = None,
+    adapter: AdapterOption = None,
+    reference_adapter: Annotated[
+        list[str] | None,
+        option("--reference-adapter", metavar="PATH[:SCALE]", env=False, default="none", help="Adapter of REFERENCE."),
+    ] = None,
     backend: BackendOption = "auto",
     threads: ThreadsOption = None,
     kv_bits: Annotated[
@@ -68,6 +73,7 @@ def kld(
     \b
     edgeq kld Qwen/Qwen3.5-2B q2b --text notes.txt
     edgeq kld demo demo --kv-bits 4 --reference-backend numpy
+    edgeq kld Qwen/Qwen3.5-2B q2b --reference-adapter my-lora
 
     Prints KL divergence over the next token in nats (mean, 99 and 99.9 percentile, maximum), how often both find the
     same token most likely, the text's perplexity, and the normalised mean squared error of the logits.
@@ -78,10 +84,10 @@ def kld(
     if max_kl is not None and not max_kl >= 0:
         raise UsageError(f"--max-kl must be a number of at least 0, got {max_kl:g}")
     given = None if text is None else _text(text)  # before a model is loaded for nothing
-    expected = load(reference, backend=reference_backend or backend, threads=threads)
+    expected = load(reference, backend=reference_backend or backend, threads=threads, adapter=reference_adapter)
     ids = _random_ids(expected, context * chunks) if given is None else expected.need_tokenizer().encode(given)
     pieces = cut(ids, context, chunks)
-    found = [load(name, backend=backend, threads=threads, kv_bits=kv_bits) for name in models]
+    found = [load(name, backend=backend, threads=threads, kv_bits=kv_bits, adapter=adapter) for name in models]
     with _progress_bar() as progress:
         results = compare(expected.engine, [model.engine for model in found], pieces, progress)
     scored = (

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MODEL_HELP",
+    "AdapterOption",
     "BackendOption",
     "ChatDisplayOptions",
     "ConversationOptions",
@@ -93,6 +94,15 @@ DraftOption = Annotated[
 ]  # fmt: skip
 
 
+AdapterOption = Annotated[
+    list[str] | None,
+    option(
+        "--adapter", "--adapter-path", "--lora", "--lora-scaled", metavar="PATH[:SCALE]", default="none", env=False,
+        help="Merge a LoRA adapter of PEFT, mlx-lm or llama.cpp into the model: path or Hugging Face ID; repeatable.",
+    ),
+]  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions:
     """Which model runs, and on what."""
@@ -135,6 +145,7 @@ class ModelOptions:
             help="Vision tower of a .gguf model.",
         ),
     ] = None  # fmt: skip
+    adapter: AdapterOption = None
     draft: DraftOption = "auto"
 
     @property
@@ -155,7 +166,7 @@ class ModelOptions:
         return load(
             self.name, backend=self.backend, threads=self.threads, context=self.context, kv_bits=self.kv_bits,
             rope_scaling=self.rope_scaling,
-            mmproj=self.mmproj,
+            mmproj=self.mmproj, adapter=self.adapter,
         )  # fmt: skip
 
 

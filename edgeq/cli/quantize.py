@@ -11,7 +11,7 @@ import typer
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from edgeq.cli.console import new_bar, peak_memory_text, say, show, show_warning
-from edgeq.cli.options import option
+from edgeq.cli.options import AdapterOption, option
 from edgeq.inputs import check_output
 from edgeq.printable import printable
 from edgeq.quant.quantizer import Progress
@@ -83,6 +83,7 @@ def quantize(
             help="The vision tower: as it is, its matrices in 8 bits, or left out.",
         ),
     ] = None,
+    adapter: AdapterOption = None,
     dry_run: Annotated[
         bool, option("--dry-run", env=False, help="Print what would be written; write nothing.")
     ] = False,
@@ -100,6 +101,7 @@ def quantize(
     \b
     edgeq quantize Qwen/Qwen3.5-2B -o q2b
     edgeq quantize Qwen/Qwen3.5-2B -o q2b --type '*.down_proj=6' --dry-run
+    edgeq quantize Qwen/Qwen3.5-2B -o q2b --adapter my-lora
 
     The result runs in edgeq, and unchanged in mlx-lm and mlx-vlm. A quantized GGUF file is accepted as MODEL, with a
     warning if it is below Q8_0. GPTQ, AWQ, AutoRound and compressed-tensors are converted without a change in value.
@@ -116,6 +118,7 @@ def quantize(
             recipe=recipe,
             types=types or (),
             vision=vision,
+            adapter=adapter,
             dry_run=dry_run,
             report=report,
             force=force,
