@@ -538,6 +538,10 @@ def _check_heads(text: _Section, config: TextConfig) -> None:
 def _vision_config(vision: _Section, hidden_size: int) -> VisionConfig:
     vision.expect("hidden_act", "gelu_pytorch_tanh")
     vision.expect("deepstack_visual_indexes", [], None)
+    if isinstance(rope := vision.values.get("rope_parameters"), Mapping):  # transformers 5 spells out what is fixed
+        axial = _Section(rope, f"{vision.where}rope_parameters.")
+        axial.expect("rope_type", "axial", "default")
+        axial.expect("rope_theta", 10000.0, 10000)
     config = VisionConfig(
         depth=vision.size("depth", high=_MAX_LAYERS),
         hidden_size=vision.size("hidden_size"),

@@ -106,9 +106,10 @@ def _target(checkpoint: Checkpoint, out: Path, force: bool, others: Iterable[Pat
 
 
 def export_gguf(
-    checkpoint: Checkpoint, out: Path, kind: str, *, force: bool = False, progress: Progress | None = None
-) -> ExportReport:
-    """Write the language model and its MTP head, with tokenizer and chat template.
+    checkpoint: Checkpoint, out: Path, kind: str, *, mtp: bool = True, force: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:  # fmt: skip
+    """Write the language model and, if `mtp`, its MTP head, with tokenizer and chat template.
 
     `kind` is one of EXPORT_TYPES and holds for the matrices; vectors are float32. With fewer than 8 bits, the
     embedding (which is also the head) and DeltaNet's small a and b projections stay at Q8_0. A matrix whose rows are
@@ -118,7 +119,8 @@ def export_gguf(
     c = checkpoint.config.text
     if c.linear_key_head_dim != c.linear_value_head_dim:
         raise ModelError("this model cannot be exported: llama.cpp needs DeltaNet keys and values of one width")
-    specs = [spec for spec, _ in checkpoint.storage() if spec.part is not Part.VISION]
+    wanted_parts = {Part.TEXT, Part.MTP} if mtp else {Part.TEXT}
+    specs = [spec for spec, _ in checkpoint.storage() if spec.part in wanted_parts]
     tensors, notes = [], []
     for spec in specs:
         wanted = _wanted_type(spec, kind)
@@ -145,7 +147,11 @@ def export_mmproj(
     vision = checkpoint.config.vision
     specs = [spec for spec, _ in checkpoint.storage() if spec.part is Part.VISION]
     if vision is None or not specs:
-        raise UsageError(f"{checkpoint.path} has no vision tower", hint="export the model without a vision tower")
+        why = checkpoint.left_out.get(Part.VISION)
+        raise UsageError(
+            f"{checkpoint.path} has no vision tower to export{f': {why}' if why else ''}",
+            hint="export the model without a vision tower",
+        )
     kind = kind if kind in ("f32", "bf16") else "f16"
     tensors = []
     for spec in specs:

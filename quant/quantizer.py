@@ -64,6 +64,7 @@ def quantize(
     recipe: str | None = None,
     types: Sequence[str] = (),
     vision: int | str | None = None,
+    mtp: bool = True,
     adapter: Path | str | Sequence[Path | str] | None = None,
     dry_run: bool = False,
     report: Path | str | None = None,
@@ -78,18 +79,23 @@ def quantize(
     codes already (GPTQ, AWQ, AutoRound, compressed-tensors), these are converted without a change in value. `bits` and
     `group_size` replace the recipe's base; `types` are PATTERN=SPEC overrides, e.g. "*.down_proj=6g64". `vision` is
     what becomes of the vision tower: 16 (as it is), 8 (its matrices in 8 bits; the default wherever anything is
-    quantized) or "none" (left out). `adapter` is a LoRA adapter to merge first, or several (see `edgeq.load`). With `dry_run` nothing is quantized and `out` may be None. `report` is a file for
-    the sizes and errors of all tensors, as JSON. With `force` an existing model folder, or report, is replaced once the
-    new one is complete. `revision` goes on record; it is known for folders in the hub's cache. Memory stays below about
-    300 MB, whatever the model's size.
+    quantized) or "none" (left out); `mtp` is whether the MTP head is kept. A part of `src` that is not fit for use is
+    an error, unless it is left out on purpose. `adapter` is a LoRA adapter to merge first, or several (see
+    `edgeq.load`). With `dry_run` nothing is quantized and `out` may be None. `report` is a file for the sizes and
+    errors of all tensors, as JSON. With `force` an existing model folder, or report, is replaced once the new one is
+    complete. `revision` goes on record; it is known for folders in the hub's cache. Memory stays below about 300 MB,
+    whatever the model's size.
     """
     if out is not None:
         check_output(Path(out))
     start = time.perf_counter()
-    chosen, rules = choose_recipe(recipe, bits, group_size, vision), [TypeRule.parse(t) for t in types]
-    opened = open_source(find_model(src), given_adapters(adapter))
+    chosen, rules = (
+        replace(choose_recipe(recipe, bits, group_size, vision), mtp=mtp),
+        [TypeRule.parse(t) for t in types],
+    )
+    opened = open_source(find_model(src), given_adapters(adapter), chosen.dropped)
     if opened.in_groups and (recipe, bits, group_size) == (None, None, None):
-        chosen = choose_recipe("keep", None, None, vision)
+        chosen = replace(choose_recipe("keep", None, None, vision), mtp=mtp)
     plan = _Plan(opened, chosen, rules)
     if vision in (8, 16, "8", "16") and not plan.sees:
         raise UsageError(f"{src} has no vision tower to store in {vision} bits", hint="leave that setting out")
@@ -261,7 +267,8 @@ class _Plan:
         text = self.source.config.text
         values = self.source.config_values()
         known = {  # what the tensors know better (and mlx-lm looks for the flag only in text_config)
-            "tie_word_embeddings": text.tie_word_embeddings, "mtp_num_hidden_layers": text.mtp_num_hidden_layers
+            "tie_word_embeddings": text.tie_word_embeddings,
+            "mtp_num_hidden_layers": text.mtp_num_hidden_layers if self.recipe.mtp else 0,
         }  # fmt: skip
         if "text_config" in values:
             values["text_config"] = values["text_config"] | known

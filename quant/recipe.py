@@ -119,7 +119,7 @@ def _bits_and_group(spec: str) -> tuple[int, int | None] | None:
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """`base` for every matrix, at least `lifted` bits where a pattern matches the neutral name; None: all are `plain`.
-    `vision` is what becomes of the tower."""
+    `vision` is what becomes of the tower, `mtp` whether the MTP head is kept."""
 
     name: str
     summary: str
@@ -127,10 +127,17 @@ class Recipe:
     lifted: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     vision: VisionChoice = "16"
     plain: Literal["BF16", "keep"] = "BF16"
+    mtp: bool = True
+
+    @property
+    def dropped(self) -> set[Part]:
+        """The parts that the result is not to have."""
+        wanted = {Part.TEXT: True, Part.MTP: self.mtp, Part.VISION: self.vision != "none"}
+        return {part for part, kept in wanted.items() if not kept}
 
     def keeps(self, spec: TensorSpec) -> bool:
         """Whether the result has the tensor at all."""
-        return spec.part is not Part.VISION or self.vision != "none"
+        return spec.part not in self.dropped
 
     def storage(self, spec: TensorSpec) -> Storage:
         """What the recipe stores a tensor as."""

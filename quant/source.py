@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +13,7 @@ import numpy as np
 
 from edgeq.adapters import CONFIG, AdaptedCheckpoint, Given
 from edgeq.checkpoint import Checkpoint, FolderCheckpoint, open_checkpoint
+from edgeq.checkpoint.folder import values_without
 from edgeq.checkpoint.gguf import GGUFCheckpoint
 from edgeq.checkpoint.packing import weight_name, without_quantization
 from edgeq.config import ModelConfig, read_json
@@ -23,7 +24,7 @@ from edgeq.formats.names import hub_name
 from edgeq.formats.packed import Grouped, Packed
 from edgeq.formats.safetensors import DTYPES, dtype_name
 from edgeq.inputs import exists, open_file
-from edgeq.weights import Role, TensorSpec
+from edgeq.weights import Part, Role, TensorSpec
 
 __all__ = ["Stored", "WeightSource", "coarse_warning", "open_source"]
 
@@ -94,9 +95,11 @@ class WeightSource(ABC):
         """Let the system forget the pages read so far."""
 
 
-def open_source(path: Path, adapters: Sequence[Given] = ()) -> WeightSource:
-    """Open what is to be quantized, with adapters; UsageError if it has been quantized already."""
+def open_source(path: Path, adapters: Sequence[Given] = (), dropped: Set[Part] = frozenset()) -> WeightSource:
+    """Open what is to be quantized, with adapters; UsageError if it has been quantized already, ModelError if a part of
+    it is not fit for use and not among those that the result is not to have."""
     checkpoint = open_checkpoint(path)
+    checkpoint.check_nothing_lost(dropped)
     source = _source(checkpoint, path)
     return _AdaptedSource(source, AdaptedCheckpoint(checkpoint, adapters)) if adapters else source
 
@@ -189,7 +192,8 @@ class _FolderSource(WeightSource):
         return raw.reshape(len(raw), -1)[rows]
 
     def config_values(self) -> dict[str, Any]:
-        return without_quantization(read_json(self.path / "config.json"))
+        values = without_quantization(read_json(self.path / "config.json"))
+        return dict(values_without(values, self._checkpoint.left_out))
 
     def write_side_files(self, folder: Path) -> None:
         for path in self._side_files:

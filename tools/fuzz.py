@@ -20,6 +20,7 @@ import resource
 import signal
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,7 +99,8 @@ def peak() -> int:
 
 def _outcome(target: Target) -> str:
     try:
-        with _time_limit():
+        with _time_limit(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what is left out is said
             target.run(target.path)
     except EdgeqError as error:
         told = error.message.replace("\n  ", "") + (error.hint or "")

@@ -58,6 +58,7 @@ class AdaptedCheckpoint(Checkpoint):
     def __init__(self, base: Checkpoint, given: Sequence[Given]) -> None:
         self.base = base
         self.path, self.recommended, self.eos_token_ids = base.path, base.recommended, base.eos_token_ids
+        self.left_out = base.left_out
         specs = {spec.name: spec for spec in all_tensors(_untied(base.config))}
         self.adapters = [
             _checked(read_adapter(path, base.config.text, list(specs.values())), specs, base).scaled(scale)

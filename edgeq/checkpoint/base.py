@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from edgeq.checkpoint.generation import Recommended
 from edgeq.config import ModelConfig
+from edgeq.errors import ModelError
 from edgeq.formats.affine import dequantize
 from edgeq.formats.bf16 import Array, Float32, all_finite, to_float32
 from edgeq.processor import ProcessorConfig, parse_processor
-from edgeq.weights import Matrix, QMatrix, Role, TensorSpec, text_tensors
+from edgeq.weights import Matrix, Part, QMatrix, Role, TensorSpec, text_tensors
 
 if TYPE_CHECKING:
     from edgeq.text.template import ChatTemplate
     from edgeq.text.template_files import Templates
     from edgeq.text.tokenizer import Tokenizer
 
-__all__ = ["Checkpoint", "Storage", "hub_to_neutral", "matrix_rows"]
+__all__ = ["PARTS", "Checkpoint", "Storage", "hub_to_neutral", "matrix_rows", "without"]
+
+PARTS = {Part.TEXT: "language model", Part.MTP: "MTP head", Part.VISION: "vision tower"}
+"""What parts are called."""
+_DROPS = {Part.MTP: "`--no-mtp` (mtp=False in Python)", Part.VISION: "`--no-vision` (vision='none' in Python)"}
+
 
 _PAGE, _SAMPLES = 4096, 64  # of a fingerprint
 
@@ -42,6 +51,7 @@ class Checkpoint(ABC):
     format: str  # in a few words, for people
     eos_token_ids: tuple[int, ...]  # from the configuration files; the tokenizer knows its own
     recommended = Recommended()  # sampling, by the checkpoint itself
+    left_out: Mapping[Part, str] = MappingProxyType({})  # parts that are there, but not fit to be used, and why
     _templates: Templates | None = None
 
     @property
@@ -124,8 +134,27 @@ class Checkpoint(ABC):
     def weight_files(self) -> list[Path]:
         """The files that hold the tensors."""
 
+    def leave_out(self, part: Part, why: str) -> None:
+        """Go on without a part: half of a model is no reason to refuse the other. The first reason counts, and is
+        said."""
+        if part not in self.left_out:
+            self.left_out = {**self.left_out, part: why}
+            blind = " and does not see" if part is Part.VISION else ""
+            warnings.warn(f"{self.path}: its {PARTS[part]}: {why}; the model runs without it{blind}", stacklevel=4)
+
+    def check_nothing_lost(self, dropped: Container[Part]) -> None:
+        """ModelError if a part is left out that is not among those that may be dropped: for what writes the model."""
+        for part, why in self.left_out.items():
+            if part not in dropped:
+                raise ModelError(
+                    f"{self.path}: its {PARTS[part]} would be lost: {why}",
+                    hint=f"mend it, or leave it out with {_DROPS[part]}",
+                )
+
     def lacks_tower(self) -> str:
         """Why it does not see, in a few words: for a checkpoint without vision tower."""
+        if why := self.left_out.get(Part.VISION):
+            return f"its vision tower is not fit for use: {why}"
         return "it has no vision tower"
 
     def check_whole(self) -> None:  # noqa: B027  a checkpoint without mapped files is whole
@@ -162,6 +191,16 @@ def matrix_rows(w: Matrix[Array], rows: slice | Array) -> Float32:
     if isinstance(w, QMatrix):
         return dequantize(w.map(lambda x: x[rows]))
     return to_float32(w[rows])
+
+
+def without(config: ModelConfig, parts: Iterable[Part]) -> ModelConfig:
+    """The configuration of a model that has lost its MTP head, or its vision tower."""
+    for part in parts:
+        if part is Part.MTP:
+            config = replace(config, text=replace(config.text, mtp_num_hidden_layers=0))
+        if part is Part.VISION:
+            config = replace(config, vision=None)
+    return config
 
 
 def hub_to_neutral(x: Float32, role: Role) -> Float32:

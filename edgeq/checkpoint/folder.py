@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from edgeq.checkpoint.base import Checkpoint, Storage, hub_to_neutral
+from edgeq.checkpoint.base import Checkpoint, Storage, hub_to_neutral, without
 from edgeq.checkpoint.generation import read_sampling, read_stop_ids
 from edgeq.checkpoint.packing import Packing, Unfit, weight_name
 from edgeq.config import ModelConfig, parse_config, read_json
@@ -40,11 +40,17 @@ if TYPE_CHECKING:
     from edgeq.text.template_files import Templates
     from edgeq.text.tokenizer import Tokenizer
 
-__all__ = ["FolderCheckpoint", "Quantization"]
+__all__ = ["FolderCheckpoint", "Quantization", "part_of", "values_without"]
 
 _FLOATS = ("F32", "F16", "BF16")
 _COMPARED = 1 << 20  # weights at a time
 _SHOWN = 12  # problems listed before "and N more"
+_PREFIXES = {Part.MTP: "mtp.", Part.VISION: "visual."}  # of neutral names
+# What old versions of transformers, and servers with a quantized KV cache, store beside the weights.
+_BUFFERS = (
+    ".inv_freq", ".original_inv_freq", ".cos_cached", ".sin_cached", ".position_ids", ".k_scale", ".v_scale",
+    ".q_scale", ".kv_scale", ".prob_scale",
+)  # fmt: skip
 
 Layout = Literal["hub", "mlx"]
 
@@ -73,8 +79,8 @@ class FolderCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         values = read_json(path / "config.json")
-        self.config = replace(parse_config(values), read_processor=self.processor)
-        self.files = tuple(SafetensorsFile(file) for file in _weight_files(path))
+        self.config = replace(self._parsed(values), read_processor=self.processor)
+        self.files = self._opened(_weight_files(path))
         self._where = _by_tensor(self.files)
         self._packing = Packing(path, values, {name: self._info(name) for name in self._where}, self._array)
         if kind := self._packing.what_it_is():
@@ -83,6 +89,7 @@ class FolderCheckpoint(Checkpoint):
         self.layout: Layout = self._find_layout()
         self.quantization = _QuantizationTable(values)
         self.tensors = self._match_table()
+        self.config = without(self.config, self.left_out)
         file = path / "generation_config.json"  # the hub's small models do not have it
         generation = read_json(file) if exists(file) else {}
         self.eos_token_ids = self.config.text.eos_token_ids + read_stop_ids(generation, str(file))
@@ -229,6 +236,35 @@ class FolderCheckpoint(Checkpoint):
 
     # --- opening -----------------------------------------------------------------------------------------------------
 
+    def _parsed(self, values: Mapping[str, Any]) -> ModelConfig:
+        """The configuration; without the parts that it describes as nothing that edgeq knows, if the text stands."""
+        problem: ModelError | None = None
+        for parts in ((), (Part.VISION,), (Part.MTP,), (Part.MTP, Part.VISION)):
+            try:
+                config = parse_config(values_without(values, parts))
+            except ModelError as error:
+                problem = problem or error
+                continue
+            for part in parts:
+                assert problem is not None
+                self.leave_out(part, problem.message)
+            return config
+        assert problem is not None
+        raise problem
+
+    def _opened(self, files: Mapping[Path, Set[Part]]) -> tuple[SafetensorsFile, ...]:
+        """The files, without those that cannot be read if they hold nothing of the language model."""
+        opened = []
+        for path, parts in files.items():
+            try:
+                opened.append(SafetensorsFile(path))
+            except ModelError as error:
+                if Part.TEXT in parts:
+                    raise
+                for part in sorted(parts, key=lambda part: part.value):
+                    self.leave_out(part, error.message)
+        return tuple(opened)
+
     def _config_of_tensors(self) -> ModelConfig:
         """The configuration with what the tensors know better: fine-tunes store a head of their own and keep the flag
         that ties it to the embedding, and tools drop the line that counts MTP layers."""
@@ -240,12 +276,15 @@ class FolderCheckpoint(Checkpoint):
                 stacklevel=2,
             )
             text = replace(text, tie_word_embeddings=False)
-        if not text.mtp_num_hidden_layers and any(name and name.startswith("mtp.") for name in found):
+        spare = text.mtp_num_hidden_layers == 0 and Part.MTP not in self.left_out
+        if spare and any(name and name.startswith("mtp.") for name in found):
             with_mtp = replace(text, mtp_num_hidden_layers=1)
             if {spec.name for spec in mtp_tensors(with_mtp)} <= found:
                 text = with_mtp
             else:
-                warnings.warn(f"{self.path}: its MTP head is not whole, and is left out", stacklevel=2)
+                self.leave_out(Part.MTP, "some of its tensors are missing")
+        if self.config.vision is None and any(name and name.startswith("visual.") for name in found):
+            self.leave_out(Part.VISION, "config.json does not describe it (vision_config)")
         return replace(self.config, text=text)
 
     def _same(self, one: str, other: str) -> bool:
@@ -270,23 +309,27 @@ class FolderCheckpoint(Checkpoint):
         return "mlx" if any(file.metadata.get("format") == "mlx" for file in self.files) else "hub"
 
     def _match_table(self) -> dict[str, _Tensor]:
-        """Find every tensor of the table, and report everything that does not fit in one message."""
+        """Find every tensor of the table, and report everything that does not fit the language model in one message;
+        another part that does not fit is left out."""
         found: dict[str, str] = {}
-        problems: list[str] = []
+        problems_of: dict[Part, list[str]] = {part: [] for part in Part}
         for file_name in self._where:
             name = neutral_name(weight_name(file_name))
             if name in found:
-                problems.append(f"{file_name} and {found[name]} are the same tensor")
+                problems_of[part_of(file_name)].append(f"{file_name} and {found[name]} are the same tensor")
             elif name is not None:
                 found[name] = file_name
         tensors, absent = {}, []
         for spec in all_tensors(self.config):
             if spec.name in found:
-                tensors[spec.name] = self._check_tensor(spec, found[spec.name], problems)
+                tensors[spec.name] = self._check_tensor(spec, found[spec.name], problems_of[spec.part])
             else:
                 absent.append(spec)
-        problems += [f"missing {spec.name} {list(spec.shape)}" for spec in self._required(absent, tensors)]
-        problems += [f"unexpected {name}" for name in self._unexpected(tensors)]
+        for spec in self._required(absent, tensors):
+            problems_of[spec.part].append(f"missing {spec.name} {list(spec.shape)}")
+        for name in self._unexpected(tensors):
+            problems_of[part_of(name)].append(f"unexpected {name}")
+        problems = problems_of[Part.TEXT]
         if problems and (method := self._packing.unread_method()):
             raise self._packing.refuse(method)
         if problems and (fused := next((name for name in self._where if _is_fused(name)), None)):
@@ -301,7 +344,10 @@ class FolderCheckpoint(Checkpoint):
                 details=[*problems[:_SHOWN], *more],
                 hint="download config.json and the weights again, from one model",
             )
-        return tensors
+        for part, some in problems_of.items():
+            if some:
+                self.leave_out(part, some[0] + (f" (and {len(some) - 1} more)" if len(some) > 1 else ""))
+        return {name: tensor for name, tensor in tensors.items() if tensor.spec.part not in self.left_out}
 
     def _required(self, absent: list[TensorSpec], present: Mapping[str, _Tensor]) -> list[TensorSpec]:
         """The language model must be whole; the MTP head and the vision tower may be left out, but not in part."""
@@ -318,12 +364,15 @@ class FolderCheckpoint(Checkpoint):
             known |= {tensor.file_name} if tensor.quantization is None else {
                 f"{module}.weight", f"{module}.scales", f"{module}.biases"
             }  # fmt: skip
-        spare: list[str] = []
+        spare = tuple(_PREFIXES[part] for part in self.left_out)  # of what is left out it has been said
         if self.config.text.tie_word_embeddings:
-            spare.append("lm_head.")  # a stored copy of the tied head
-        if not self.config.text.mtp_num_hidden_layers:
-            spare.append("mtp.")
-        return [n for n in self._where if n not in known and not (neutral_name(n) or n).startswith(tuple(spare))]
+            spare = (*spare, "lm_head.")  # a stored copy of the tied head
+        unexpected = [n for n in self._where if n not in known and not (neutral_name(n) or n).startswith(spare)]
+        buffers = [name for name in unexpected if name.endswith(_BUFFERS)]
+        if buffers:
+            more = f" and {len(buffers) - 1} more" if len(buffers) > 1 else ""
+            warnings.warn(f"{self.path}: {buffers[0]}{more} are no weights, and are not used", stacklevel=4)
+        return [name for name in unexpected if name not in buffers]
 
     def _check_tensor(self, spec: TensorSpec, file_name: str, problems: list[str]) -> _Tensor:
         try:
@@ -408,6 +457,23 @@ class _QuantizationTable:
         return Quantization(bits, group)
 
 
+def values_without(values: Mapping[str, Any], parts: Container[Part]) -> Mapping[str, Any]:
+    """The fields of a config.json without those of some parts."""
+    if Part.VISION in parts:
+        values = {key: value for key, value in values.items() if key not in _OF_VISION}
+    if Part.MTP in parts:
+        sections = {key: _without_mtp(value) for key, value in values.items() if isinstance(value, Mapping)}
+        values = _without_mtp({**values, **sections})
+    return values
+
+
+def _without_mtp(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if not key.startswith("mtp_")}
+
+
+_OF_VISION = ("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
 def _file_shape(spec: TensorSpec, layout: Layout) -> tuple[int, ...]:
     """A tensor's shape in the file: MLX moves the channels of convolutions to the end."""
     if layout == "mlx" and spec.role in (Role.CONV, Role.PATCH):
@@ -452,8 +518,15 @@ def _same(file: SafetensorsFile, name: str, other: SafetensorsFile, other_name: 
     return same
 
 
-def _weight_files(path: Path) -> list[Path]:
-    """The index names the files; without one they are the folder's model*.safetensors, as everywhere in this field."""
+def part_of(file_name: str) -> Part:
+    """The part that a tensor belongs to, by its name."""
+    name = neutral_name(file_name) or file_name
+    return next((part for part, prefix in _PREFIXES.items() if name.startswith(prefix)), Part.TEXT)
+
+
+def _weight_files(path: Path) -> dict[Path, set[Part]]:
+    """The index names the files, and says which parts are in them; without one they are the folder's
+    model*.safetensors, as everywhere in this field, and may hold anything."""
     index = path / "model.safetensors.index.json"
     if not exists(index):
         files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("gptq_model*.safetensors"))
@@ -461,7 +534,7 @@ def _weight_files(path: Path) -> list[Path]:
             raise ModelError(
                 f"{path} holds no model*.safetensors files", hint="give the folder of a complete checkpoint"
             )
-        return files
+        return {file: set(Part) for file in files}
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         raise ModelError(f"{index}: weight_map is not an object of file names")
@@ -470,9 +543,12 @@ def _weight_files(path: Path) -> list[Path]:
         place = Path(name)
         if place.is_absolute() or ".." in place.parts or not place.parts:
             raise ModelError(f"{index} names {name!r}, which is outside of the folder")
-    absent = [name for name in names if not exists(path / name)]
+    parts: dict[str, set[Part]] = {name: set() for name in names}
+    for tensor, name in weight_map.items():
+        parts[name].add(part_of(tensor))
+    absent = [name for name in names if not exists(path / name) and Part.TEXT in parts[name]]
     if (single := path / "model.safetensors").name not in names and exists(single):
-        if not absent and not _same_tensors(single, [path / name for name in names]):
+        if not absent and not _same_tensors(single, [path / name for name in names if exists(path / name)]):
             raise ModelError(
                 f"{single} and {index.name} are two models",
                 hint=f"move one of them away: {single.name}, or {index.name} with the files that it names",
@@ -481,7 +557,7 @@ def _weight_files(path: Path) -> list[Path]:
             warnings.warn(
                 f"{path} lacks {brief(absent[0])}, which {index.name} names: {single.name} is used", stacklevel=2
             )
-        return [single]
+        return {single: set(Part)}
     if absent:
         raise ModelError(f"{path} lacks {', '.join(absent)}", hint="download the missing files")
-    return [path / name for name in names]
+    return {path / name: parts[name] for name in names}

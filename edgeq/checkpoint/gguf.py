@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from edgeq.checkpoint.base import Checkpoint, Storage
+from edgeq.checkpoint.base import Checkpoint, Storage, without
 from edgeq.checkpoint.gguf_layout import (
     ARCH,
     HeadOrder,
@@ -29,7 +29,7 @@ from edgeq.checkpoint.gguf_layout import (
     text_values,
 )
 from edgeq.checkpoint.gguf_tokenizer import token_ids, tokenizer_spec
-from edgeq.checkpoint.gguf_vision import find_tower, is_vision
+from edgeq.checkpoint.gguf_vision import Tower, find_tower, is_vision
 from edgeq.config import parse_config
 from edgeq.errors import ModelError
 from edgeq.formats.affine import IQ4, apply_groups, group_numbers, one_level, pack
@@ -85,11 +85,15 @@ class GGUFCheckpoint(Checkpoint):
         self.path = path
         self.file = open_gguf(path, check_model)
         self.config_values = text_values(self.file)
-        self.tower = find_tower(self.file, mmproj)
+        tower = find_tower(self.file, mmproj)
+        self.tower = tower if isinstance(tower, Tower) else None
+        if isinstance(tower, str):
+            self.leave_out(Part.VISION, tower)
         if self.tower:
             self.config_values |= {"vision_config": self.tower.values} | _image_tokens(self.file)
         self.config = replace(parse_config(self.config_values, path.name), read_processor=self.processor)
         self.tensors = self._match_table()
+        self.config = without(self.config, self.left_out)
         self.eos_token_ids = self.config.text.eos_token_ids
         self.recommended = recommended_sampling(self.file)
         self.format = f"GGUF, {' + '.join(self._types())}"
@@ -260,8 +264,10 @@ class GGUFCheckpoint(Checkpoint):
         return sorted(sizes, key=lambda name: -sizes[name])
 
     def _match_table(self) -> dict[str, _Tensor]:
-        """Find every tensor of the table, and report everything that does not fit in one message."""
-        layers, problems = len(self.config.text.layer_types), list[str]()
+        """Find every tensor of the table, and report everything that does not fit the language model in one message; an
+        MTP head that does not fit is left out."""
+        layers = len(self.config.text.layer_types)
+        problems_of: dict[Part, list[str]] = {Part.TEXT: [], Part.MTP: []}
         tensors, absent = dict[str, _Tensor](), list[TensorSpec]()
         known: set[str] = set()
         for spec in (*text_tensors(self.config.text), *mtp_tensors(self.config.text)):
@@ -269,16 +275,19 @@ class GGUFCheckpoint(Checkpoint):
             if all(name in self.file.tensors for name in tensor.names):
                 tensors[spec.name] = tensor
                 known.update(tensor.names)
-                problems += self._problems(tensor)
+                problems_of[spec.part] += self._problems(tensor)
             else:
                 absent.append(spec)
         required = {tensor.spec.part for tensor in tensors.values()} | {Part.TEXT}
-        problems += [
-            f"missing {' and '.join(file_names(spec.name, layers))} {list(spec.shape)}"
-            for spec in absent
-            if spec.part in required
-        ]
-        problems += [f"unexpected {name}" for name in self.file.tensors if name not in known and not is_vision(name)]
+        for spec in absent:
+            if spec.part in required:
+                names = " and ".join(file_names(spec.name, layers))
+                problems_of[spec.part].append(f"missing {names} {list(spec.shape)}")
+        of_head = ("mtp.", f"blk.{layers}.") if f"blk.{layers}.nextn.eh_proj.weight" in self.file.tensors else ("mtp.",)
+        for name in self.file.tensors:
+            if name not in known and not is_vision(name):
+                problems_of[Part.MTP if name.startswith(of_head) else Part.TEXT].append(f"unexpected {name}")
+        problems = problems_of[Part.TEXT]
         if problems:
             more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
             raise ModelError(
@@ -286,6 +295,9 @@ class GGUFCheckpoint(Checkpoint):
                 details=[*problems[:_SHOWN], *more],
                 hint="download the file again, or convert the model again with a current llama.cpp",
             )
+        if some := problems_of[Part.MTP]:
+            self.leave_out(Part.MTP, some[0] + (f" (and {len(some) - 1} more)" if len(some) > 1 else ""))
+            tensors = {name: tensor for name, tensor in tensors.items() if tensor.spec.part is Part.TEXT}
         if self.tower:  # whose tensors have been checked
             specs = vision_tensors(self.tower.config)
             tensors |= {spec.name: _Tensor(spec, self.tower.file, self.tower.names[spec.name]) for spec in specs}

@@ -9,7 +9,6 @@ A tower that does not fit is no reason not to read the text: it is left out with
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from itertools import takewhile
 from math import isqrt
@@ -56,10 +55,10 @@ def is_vision(name: str) -> bool:
     return name.startswith(("v.", "mm."))
 
 
-def find_tower(model: GGUFFile, given: Path | None) -> Tower | None:
+def find_tower(model: GGUFFile, given: Path | None) -> Tower | str | None:
     """The tower in `given`; without it the model's own, or that of the first mmproj file in its folder that fits.
 
-    ModelError for one given that does not fit. One found that does not is a warning, if none does.
+    ModelError for one given that does not fit. If those found do not, what is wrong with the first, in words.
     """
     hidden_size = model.get(f"{ARCH}.embedding_length", int)
     if given is not None:
@@ -77,9 +76,7 @@ def find_tower(model: GGUFFile, given: Path | None) -> Tower | None:
             return _read(GGUFFile(path), hidden_size)
         except ModelError as error:
             problem = problem or error
-    if problem is not None:
-        warnings.warn(f"{problem.message}; the model runs without it and does not see", stacklevel=2)
-    return None
+    return None if problem is None else problem.message
 
 
 def _beside(path: Path) -> list[Path]:

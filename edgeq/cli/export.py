@@ -17,6 +17,7 @@ from edgeq.hub import find_model
 from edgeq.inputs import check_output
 from edgeq.printable import printable
 from edgeq.quant.gguf_export import EXPORT_TYPES, ExportReport, check_target, export_gguf, export_mmproj
+from edgeq.weights import Part
 
 __all__ = ["export"]
 
@@ -31,6 +32,10 @@ def export(
         Path | None,
         option("--mmproj", metavar="FILE", env=False, help="Write the vision tower, too, to this file (f16)."),
     ] = None,
+    no_vision: Annotated[
+        bool, option("--no-vision", env=False, help="Export even if the vision tower is not fit for use.")
+    ] = False,
+    no_mtp: Annotated[bool, option("--no-mtp", env=False, help="Leave the MTP head out.")] = False,
     adapter: AdapterOption = None,
     force: Annotated[
         bool, option("--force", env=False, help="Overwrite existing files, only after the new ones are complete.")
@@ -48,12 +53,16 @@ def export(
         if path is not None:
             check_output(path)
     checkpoint = adapted(open_checkpoint(find_model(source)), given_adapters(adapter))
+    if no_vision and mmproj is not None:
+        raise UsageError("--no-vision and --mmproj contradict each other", hint="give one of them")
+    told = {Part.VISION: no_vision, Part.MTP: no_mtp}
+    checkpoint.check_nothing_lost({part for part, dropped in told.items() if dropped})
     reports = []
     check_target(checkpoint, out, force, [] if mmproj is None else [mmproj])
     with progress_bar() as progress:
         if mmproj is not None:  # first, because it is the quicker of the two to fail
             reports.append(export_mmproj(checkpoint, mmproj, kind, force=force, progress=progress))
-        reports.append(export_gguf(checkpoint, out, kind, force=force, progress=progress))
+        reports.append(export_gguf(checkpoint, out, kind, mtp=not no_mtp, force=force, progress=progress))
     for report in reports:
         say(_summary(report))
 

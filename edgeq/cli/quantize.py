@@ -12,6 +12,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 
 from edgeq.cli.console import new_bar, peak_memory_text, say, show, show_warning
 from edgeq.cli.options import AdapterOption, option
+from edgeq.errors import UsageError
 from edgeq.inputs import check_output
 from edgeq.printable import printable
 from edgeq.quant.quantizer import Progress
@@ -83,6 +84,10 @@ def quantize(
             help="The vision tower: as it is, its matrices in 8 bits, or left out.",
         ),
     ] = None,
+    no_vision: Annotated[
+        bool, option("--no-vision", env=False, help="Leave the vision tower out: --vision none.")
+    ] = False,
+    no_mtp: Annotated[bool, option("--no-mtp", env=False, help="Leave the MTP head out.")] = False,
     adapter: AdapterOption = None,
     dry_run: Annotated[
         bool, option("--dry-run", env=False, help="Print what would be written; write nothing.")
@@ -107,6 +112,8 @@ def quantize(
     warning if it is below Q8_0. GPTQ, AWQ, AutoRound and compressed-tensors are converted without a change in value.
     """
     del quantize_flag
+    if no_vision and vision not in (None, "none"):
+        raise UsageError(f"--no-vision and --vision {vision} contradict each other", hint="give one of them")
     if report is not None:
         check_output(report)
     with progress_bar() as progress:
@@ -117,7 +124,8 @@ def quantize(
             group_size=group_size,
             recipe=recipe,
             types=types or (),
-            vision=vision,
+            vision="none" if no_vision else vision,
+            mtp=not no_mtp,
             adapter=adapter,
             dry_run=dry_run,
             report=report,
