@@ -300,7 +300,9 @@ def parse_config(values: Mapping[str, Any], name: str = "config.json") -> ModelC
             f"{name}: model_type is {brief(model_type)}, expected 'qwen3_5' or 'qwen3_5_text'",
             hint="use a Qwen3.5 model: 0.8B, 2B or 4B",
         )
-    text, sees = _text_config(top.section("text_config"), top), values.get("vision_config") is not None
+    flat = values.get("text_config") is None and "hidden_size" in values  # mlx-lm reads that, too
+    text = _text_config(top if flat else top.section("text_config"), top)
+    sees = values.get("vision_config") is not None
     return ModelConfig(
         text=text,
         vision=_vision_config(top.section("vision_config"), text.hidden_size) if sees else None,
@@ -325,8 +327,8 @@ def _name(values: Mapping[str, Any]) -> str | None:
 def _text_config(text: _Section, top: _Section) -> TextConfig:
     text.expect("hidden_act", "silu")
     text.expect("attn_output_gate", True)
-    text.expect("attention_bias", False)
-    text.expect("mtp_use_dedicated_embeddings", False)
+    text.expect("attention_bias", False, None)
+    text.expect("mtp_use_dedicated_embeddings", False, None)
     text.expect("output_gate_type", "swish", None)
     head_dim = text.size("head_dim")
     longest = text.size("max_position_embeddings", high=_MAX_POSITIONS)
@@ -517,7 +519,7 @@ def _rope_sections(rope: _Section, frequencies: int) -> tuple[int, int, int]:
 
 def _tied(text: _Section, top: _Section) -> bool:
     """The top-level flag decides, as in transformers; the text section's is the fallback."""
-    section = top if "tie_word_embeddings" in top.values else text
+    section = top if top.values.get("tie_word_embeddings") is not None else text
     return section.get("tie_word_embeddings", bool, False)
 
 

@@ -20,7 +20,7 @@ from edgeq.config import ModelConfig, read_json
 from edgeq.errors import ModelError, UsageError
 from edgeq.formats.affine import GROUP_SIZES
 from edgeq.formats.bf16 import Array, Float32, from_float32, round_to, to_float32
-from edgeq.formats.names import hub_name
+from edgeq.formats.names import hub_name, is_usual
 from edgeq.formats.packed import Grouped, Packed
 from edgeq.formats.safetensors import DTYPES, dtype_name
 from edgeq.inputs import exists, open_file
@@ -168,7 +168,9 @@ class _FolderSource(WeightSource):
         self._checkpoint = checkpoint
         self.path, self.config = checkpoint.path, checkpoint.config
         self.files = [*checkpoint.config_files, *(file.path for file in checkpoint.files)]
-        self.tensors = [(t.spec, weight_name(t.file_name)) for t in checkpoint.tensors.values()]
+        self.tensors = [
+            (t.spec, self._name(t.spec.name, weight_name(t.file_name))) for t in checkpoint.tensors.values()
+        ]
         self.packed = {name: t.packed for name, t in checkpoint.tensors.items() if t.packed is not None}
         self.scale_type = "F16" if self._float16("embed_tokens.weight") else "BF16"
         self._side_files = sorted({p for pattern in _COPIED for p in self.path.glob(pattern) if p.is_file()})
@@ -178,6 +180,13 @@ class _FolderSource(WeightSource):
         if packed is None:
             return self._checkpoint.raw(name).dtype == np.float16
         return isinstance(packed, Grouped) and packed.scales(slice(0, 1)).dtype == np.float16
+
+    def _name(self, name: str, file_name: str) -> str:
+        """A tensor's name in the result: the source's, unless it is wrapped in what no other tool knows."""
+        if is_usual(file_name):
+            return file_name
+        alone = self.config.vision is None and "text_config" not in self.config_values()
+        return hub_name(name).replace("model.language_model.", "model.") if alone else hub_name(name)
 
     def stored(self, name: str) -> Stored:
         if packed := self.packed.get(name):

@@ -337,6 +337,9 @@ class FolderCheckpoint(Checkpoint):
                 f"{self.path} holds {fused}: projections that are fused, as some servers keep them",
                 hint="use a checkpoint with the model's own: in_proj_qkv, in_proj_z, in_proj_b, in_proj_a, q_proj",
             )
+        if shown := next((problem for problem in problems if problem.startswith("unexpected")), None):
+            problems.remove(shown)
+            problems.insert(0, shown)  # a name as the file has it, however many are missing
         if problems:
             more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
             raise ModelError(

@@ -6,19 +6,26 @@ up_proj.weight`, `lm_head.weight`, `mtp.fc.weight`, `visual.pos_embed.weight`.
 
 from __future__ import annotations
 
-__all__ = ["hub_name", "mlx_module", "neutral_module", "neutral_name"]
+import re
+
+__all__ = ["hub_name", "is_usual", "mlx_module", "neutral_module", "neutral_name"]
 
 # What stands before the names in files, in any number and order: `model.language_model.` (the hub),
 # `language_model.model.` (MLX), and what training wraps a model in.
-_WRAPPERS = {"model", "language_model", "base_model", "module", "_orig_mod"}
+_WRAPPERS = {"model", "language_model", "base_model", "module"}
+_ANYWHERE = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}  # around any module
 _TOWER = {"visual", "vision_tower"}
 _OUTERMOST = {"layers", "embed_tokens", "norm", "mtp", "lm_head"}
+_USUAL = re.compile(
+    r"(model\.language_model\.|language_model\.model\.|model\.)(layers|embed_tokens|norm)\."
+    r"|(language_model\.)?(lm_head|mtp)\.|(model\.visual|vision_tower|visual)\."
+)
 _TOP_LEVEL = ("mtp.", "lm_head")  # beside the language model, not in it
 
 
 def neutral_name(file_name: str) -> str | None:
     """The neutral name of a tensor in a safetensors file; None for a name of no known layout."""
-    path = [part for part in file_name.split(".") if part != "_orig_mod"]
+    path = [part for part in file_name.split(".") if part not in _ANYWHERE]
     start = next((i for i, part in enumerate(path) if part not in _WRAPPERS), len(path))
     first, *rest = path[start:] or [""]
     if first in _TOWER:
@@ -29,6 +36,11 @@ def neutral_name(file_name: str) -> str | None:
 def neutral_module(path: str) -> str:
     """The neutral name of a module, as config.json's `quantization` has them; a path of no known layout as it is."""
     return (neutral_name(f"{path}.") or f"{path}.")[:-1]
+
+
+def is_usual(file_name: str) -> bool:
+    """Whether transformers and mlx-lm know a tensor by this name: nothing of a training's wrappers is left in it."""
+    return _USUAL.match(file_name) is not None and not _ANYWHERE & set(file_name.split("."))
 
 
 def hub_name(name: str) -> str:
