@@ -25,7 +25,7 @@ from edgeq.inputs import exists, expand_user, is_file, is_link
 from edgeq.ollama import find_manifest
 from edgeq.printable import one_line
 
-__all__ = ["DEMO", "find_model"]
+__all__ = ["DEMO", "find_adapter", "find_model"]
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -72,6 +72,21 @@ def find_model(model: str | Path) -> Path:
         f"model not found: {name} (not a local path or a Hugging Face ID)",
         hint="give a checkpoint folder, a .gguf file, a Hugging Face ID (Qwen/Qwen3.5-2B, OWNER/NAME:Q4_K_M), a short "
         "name (qwen3.5:2b), ollama:NAME or demo",
+    )
+
+
+def find_adapter(adapter: str | Path) -> Path:
+    """The folder or file of a LoRA adapter; downloads it if it is on the hub and not in the cache. Errors as above."""
+    name = str(adapter)
+    path = expand_user(Path(name))
+    if name and exists(path):
+        return path
+    if (hub := _HUB_ID.fullmatch(name)) and not hub["tag"]:
+        file = hub["file"] or ""
+        return _download(hub["repo"], hub["revision"], [escape(file)] if file else _WANTED) / file
+    raise UsageError(
+        f"adapter not found: {name} (not a local path or a Hugging Face ID)",
+        hint="give the folder of an adapter of PEFT or mlx-lm, a .gguf file, or a Hugging Face ID",
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from edgeq.errors import ModelError, UsageError
 from edgeq.formats.gguf import GGUFFile, first_part, peek
+from edgeq.formats.names import neutral_name
 from edgeq.inputs import exists, is_file, is_folder, is_link, open_file, read_text
 from edgeq.printable import brief
 
@@ -294,9 +295,14 @@ def _weights(path: Path) -> list[Path]:
     named = _json(index).get("weight_map") if exists(index) else None
     if not isinstance(named, dict):
         return single
-    inside = {Path(name) for name in named.values() if isinstance(name, str)}
+    inside = {Path(name) for tensor, name in named.items() if isinstance(name, str) and not _apart(tensor)}
     files = sorted(path / name for name in inside if not name.is_absolute() and ".." not in name.parts)
     return single if (path / "model.safetensors") in single else files or single
+
+
+def _apart(tensor: str) -> bool:
+    """Whether a tensor belongs to a part without which the text runs: the reader says what is wrong with its file."""
+    return (neutral_name(tensor) or "").startswith(("visual.", "mtp."))
 
 
 def _json(path: Path) -> dict[str, Any]:

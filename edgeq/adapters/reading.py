@@ -17,7 +17,7 @@ from edgeq.adapters.mlx import read_mlx
 from edgeq.adapters.peft import read_peft
 from edgeq.config import TextConfig, read_json
 from edgeq.errors import ModelError, UsageError
-from edgeq.hub import find_model
+from edgeq.hub import find_adapter
 from edgeq.inputs import exists, expand_user, is_file, is_folder
 from edgeq.printable import brief
 from edgeq.weights import TensorSpec
@@ -49,14 +49,14 @@ def given_adapters(adapters: str | Path | Iterable[str | Path] | None) -> list[G
 def _given(text: str) -> Given:
     name, colon, number = text.rpartition(":")
     if not colon or exists(expand_user(Path(text))):
-        return Given(find_model(text), 1.0)
+        return Given(find_adapter(text), 1.0)
     try:
         scale = float(number)
     except ValueError:
-        return Given(find_model(text), 1.0)
+        return Given(find_adapter(text), 1.0)
     if not (isfinite(scale) and abs(scale) <= _LARGEST):
         raise UsageError(f"an adapter's scale is a number from -{_LARGEST:g} to {_LARGEST:g}, got {brief(number)}")
-    return Given(find_model(name), scale)
+    return Given(find_adapter(name), scale)
 
 
 def read_adapter(path: Path, c: TextConfig, specs: list[TensorSpec]) -> Adapter:

@@ -17,7 +17,7 @@ from edgeq.cli.options import OptionalModelArgument, option
 from edgeq.config import TextConfig
 from edgeq.errors import UsageError
 from edgeq.hub import find_model
-from edgeq.inputs import exists
+from edgeq.inputs import exists, expand_user
 from edgeq.weights import Part, TensorSpec
 
 __all__ = ["info"]
@@ -50,8 +50,12 @@ def info(
             raise UsageError("--verify needs a model", hint="try `edgeq info FOLDER --verify`")
         facts = _installation()
     else:
-        path = find_model(model)
-        facts = _adapter(path) if _is_adapter(path) else _model(open_checkpoint(path))
+        path = expand_user(Path(model))
+        if _is_adapter(path):
+            facts = _adapter(path)
+        else:
+            path = find_model(model)
+            facts = _model(open_checkpoint(path))
         if verify:
             from edgeq.quant import verify as verify_files
 
