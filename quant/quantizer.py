@@ -294,7 +294,7 @@ class _Plan:
             "group_size": base.group_size if base else None,
             "types": [rule.text for rule in self.rules],
             "vision": self.recipe.vision if self.sees else None,
-            "adapters": list(self.source.adapters),
+            **({"adapters": list(self.source.adapters)} if self.source.adapters else {}),
         }
 
 
