@@ -15,6 +15,7 @@ import pytest
 from command import leave_home, runner
 from gguf import GGUFWriter
 from test_checkpoint import rewrite, save
+from test_identify import rows
 
 import edgeq
 from edgeq.adapters import AdaptedCheckpoint, adapted, given_adapters
@@ -453,8 +454,9 @@ def test_refused_by_name(base: Path, adapter: Path, case: str) -> None:
     change, message = REFUSED[case]
     config = adapter / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(ModelError, match=message) as error:
         merged(base, adapter)
+    assert documented("Adapters that are refused", case, adapter, base) in one_line(error.value)
 
 
 HARMLESS: tuple[dict[str, Any], ...] = (
@@ -525,6 +527,20 @@ def test_broken_files(base: Path, adapter: Path, case: str) -> None:
     with pytest.raises(ModelError) as error:
         plain(merged(base, adapter), UP)
     assert re.search(message, " ".join(f"{error.value} {error.value.hint}".split())), error.value
+    assert documented("Adapters that are refused", case, adapter, base) in one_line(error.value)
+
+
+def documented(section: str, what: str, path: Path, base: Path) -> str:
+    """What docs/reference/formats.md says that edgeq says."""
+    return rows(section)[what][1].replace("PATH", str(path)).replace("BASE", str(base))
+
+
+def one_line(error: ModelError) -> str:
+    return " ".join(str(error).split())
+
+
+def test_every_refusal_has_a_row() -> None:
+    assert rows("Adapters that are refused").keys() == REFUSED.keys() | BROKEN.keys()
 
 
 def test_names_as_tools_leave_them(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:

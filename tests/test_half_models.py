@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from command import leave_home, runner
 from test_checkpoint import rewrite, save
+from test_identify import rows
 
 import edgeq
 from edgeq.checkpoint import open_checkpoint
+from edgeq.checkpoint.base import PARTS
 from edgeq.errors import EdgeqError, ModelError, UsageError
 from edgeq.formats.bf16 import Float32
 from edgeq.formats.safetensors import SafetensorsFile
@@ -151,6 +153,7 @@ def test_the_text_runs(folder: Path, expected: Float32, part: Part, case: str, t
         model = edgeq.load(folder, backend="numpy")
     (line,) = [str(warning.message) for warning in caught]
     assert why in line
+    assert rows(f"Models without their {PARTS[part]}")[case][1].replace("PATH", str(folder)) in line
     assert list(model.checkpoint.left_out) == [part]
     assert np.array_equal(model.logits(IDS), expected)
     assert {spec.part for spec, _ in model.checkpoint.storage()} == set(Part) - {part}
@@ -163,6 +166,11 @@ def test_the_text_runs(folder: Path, expected: Float32, part: Part, case: str, t
         assert ("--no-vision" if part is Part.VISION else "--no-mtp") in str(error.value.hint)
         quantize(folder, tmp_path / "out", recipe="none", **dropped)
     assert np.array_equal(edgeq.load(tmp_path / "out", backend="numpy").logits(IDS), expected)  # and nothing is said
+
+
+def test_every_half_has_a_row() -> None:
+    assert rows("Models without their vision tower").keys() == TOWER.keys()
+    assert rows("Models without their MTP head").keys() == HEAD.keys()
 
 
 def test_both_parts_at_once(folder: Path, expected: Float32) -> None:
