@@ -229,7 +229,17 @@ class AWQ(Grouped):
         return self.stored_scales.shape[1], len(self.groups)
 
     def words(self, rows: slice | Array) -> Codes:
-        return pack(np.ascontiguousarray(self._fields(self.codes, rows).T), 4)
+        if not isinstance(rows, slice):
+            return pack(np.ascontiguousarray(self._fields(self.codes, rows).T), 4)
+        first, end, step = rows.indices(self.shape[0])
+        whole = slice(first // 8, -(-end // 8))  # words, of eight rows each
+        eights = self.codes[:, whole].reshape(self.shape[1] // 8, 8, -1)  # of columns, which become one word of a row
+        words = np.empty((eights.shape[2], 8, len(eights)), np.uint32)
+        places = np.arange(0, 32, 4, dtype=np.uint32)[:, None]
+        for row, field in enumerate(_AWQ_FIELD):
+            codes = eights >> np.uint32(4 * field) & np.uint32(15)
+            words[:, row] = np.bitwise_or.reduce(codes << places, axis=1).T
+        return words.reshape(-1, len(eights))[first - 8 * whole.start : end - 8 * whole.start : step]
 
     def scales(self, rows: slice | Array) -> Array:
         return np.ascontiguousarray(self.stored_scales[:, rows].T)
