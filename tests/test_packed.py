@@ -443,6 +443,27 @@ class TestCommands:
             assert "is quantized as HQQ, which edgeq does not read" in said.err
 
 
+class TestDocumentation:
+    """docs/reference/formats.md has what is tested here, in the words that a person sees."""
+
+    def rows(self, header: str) -> list[list[str]]:
+        text = (Path(__file__).parent.parent / "docs" / "reference" / "formats.md").read_text()
+        section = text[text.index("## Quantized by other tools") : text.index("## Refused")]
+        table = section[section.index(header) :].split("\n\n")[0].splitlines()
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+
+    def test_what_is_read(self) -> None:
+        said = {row[-1].removeprefix("safetensors, ") for row in self.rows("| what | runs |")}
+        assert said - {"AutoRound 4-bit g64", "FP8 per channel", "FP8 per tensor"} == FORMS.keys()
+
+    def test_what_is_refused(self) -> None:
+        said = [row[-1] for row in self.rows("| what | edgeq |")]
+        assert len(said) == len(KINDS)
+        for kind, sentence in zip(KINDS, said, strict=True):
+            assert sentence.startswith(f"PATH is quantized as {kind}")
+            assert sentence.endswith("which edgeq does not read")
+
+
 class TestRefusals:
     @pytest.fixture
     def gptq(self, source: Path, tmp_path: Path) -> Path:
