@@ -339,6 +339,15 @@ class TestWhatFoldersHave:
         }))  # fmt: skip
         opened(gptq)
 
+    def test_zero_points_that_are_not_packed(self, source: Path, tmp_path: Path) -> None:
+        """As compressed-tensors wrote them at first."""
+        parts, expected = Form("pack").pack((128, 64), np.random.default_rng(3))
+        stored = fields(parts["weight_zero_point"][1].view(np.uint32).T, 4, np.arange(128)).T
+        parts["weight_zero_point"] = ("I8", (stored.astype(np.int8) - 8))
+        pack_folder(source, tmp_path / "packed", Form("pack"))
+        repack(tmp_path / "packed", lambda tensors: tensors.update({f"{UP}.{part}": x for part, x in parts.items()}))
+        assert np.array_equal(opened(tmp_path / "packed").dense("layers.1.mlp.up_proj.weight"), expected)
+
     def test_shards(self, gptq: Path) -> None:
         expected = opened(gptq).dense("layers.1.mlp.up_proj.weight")
         tensors = read_tensors(gptq)

@@ -280,12 +280,12 @@ class AWQRows(Grouped):
 
 @dataclass(frozen=True)
 class CompressedTensors(Grouped):
-    """What is called "pack-quantized". codes: uint32 [out, in * bits / 32]; packed_zeros: uint32 [out * bits / 32,
-    groups], or None for symmetric ones; stored_scales: [out, groups]."""
+    """What is called "pack-quantized". codes: uint32 [out, in * bits / 32]; stored_zeros: uint32 [out * bits / 32,
+    groups] packed, or int8 [out, groups], or None for symmetric ones; stored_scales: [out, groups]."""
 
     as_stored = True
     codes: Codes
-    packed_zeros: Codes | None
+    stored_zeros: Array | None
     stored_scales: Array
     bits: int
     groups: Indices
@@ -301,9 +301,12 @@ class CompressedTensors(Grouped):
         return self.stored_scales[rows]
 
     def zeros(self, rows: slice | Array) -> Zeros:
-        if self.packed_zeros is None:
-            return np.broadcast_to(np.uint8(1 << (self.bits - 1)), self.stored_scales[rows].shape)
-        return fields(self.packed_zeros.T, self.bits, _numbers(self.shape[0], rows)).T
+        middle = 1 << (self.bits - 1)
+        if self.stored_zeros is None:
+            return np.broadcast_to(np.uint8(middle), self.stored_scales[rows].shape)
+        if self.stored_zeros.dtype == np.int8:
+            return (self.stored_zeros[rows].astype(np.int16) + middle).astype(np.uint8)
+        return fields(self.stored_zeros.T, self.bits, _numbers(self.shape[0], rows)).T
 
 
 @dataclass(frozen=True)
