@@ -367,7 +367,7 @@ class Float8(Packed):
 
     def rows(self, rows: slice | Array) -> Float32:
         out, width = self.shape
-        scales = to_float32(self.stored_scales)[_numbers(out, rows) // self.block[0]]
+        scales = to_float32(self.stored_scales[_numbers(out, rows) // self.block[0]])
         weights: Float32 = _float8(self.kind)[self.codes[rows]]
         if scales.shape[1] > 1:
             scales = scales[:, np.arange(width) // self.block[1]]
