@@ -339,6 +339,15 @@ class TestWhatFoldersHave:
         }))  # fmt: skip
         opened(gptq)
 
+    def test_zero_points_that_are_not_packed(self, source: Path, tmp_path: Path) -> None:
+        """As compressed-tensors wrote them at first."""
+        parts, expected = Form("pack").pack((128, 64), np.random.default_rng(3))
+        stored = fields(parts["weight_zero_point"][1].view(np.uint32).T, 4, np.arange(128)).T
+        parts["weight_zero_point"] = ("I8", (stored.astype(np.int8) - 8))
+        pack_folder(source, tmp_path / "packed", Form("pack"))
+        repack(tmp_path / "packed", lambda tensors: tensors.update({f"{UP}.{part}": x for part, x in parts.items()}))
+        assert np.array_equal(opened(tmp_path / "packed").dense("layers.1.mlp.up_proj.weight"), expected)
+
     def test_shards(self, gptq: Path) -> None:
         expected = opened(gptq).dense("layers.1.mlp.up_proj.weight")
         tensors = read_tensors(gptq)
@@ -441,6 +450,27 @@ class TestCommands:
             said = run(command[0], tmp_path / "other", *command[1:])
             assert said.code == 4
             assert "is quantized as HQQ, which edgeq does not read" in said.err
+
+
+class TestDocumentation:
+    """docs/reference/formats.md has what is tested here, in the words that a person sees."""
+
+    def rows(self, header: str) -> list[list[str]]:
+        text = (Path(__file__).parent.parent / "docs" / "reference" / "formats.md").read_text()
+        section = text[text.index("## Quantized by other tools") : text.index("## Refused")]
+        table = section[section.index(header) :].split("\n\n")[0].splitlines()
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+
+    def test_what_is_read(self) -> None:
+        said = {row[-1].removeprefix("safetensors, ") for row in self.rows("| what | runs |")}
+        assert said - {"AutoRound 4-bit g64", "FP8 per channel", "FP8 per tensor"} == FORMS.keys()
+
+    def test_what_is_refused(self) -> None:
+        said = [row[-1] for row in self.rows("| what | edgeq |")]
+        assert len(said) == len(KINDS)
+        for kind, sentence in zip(KINDS, said, strict=True):
+            assert sentence.startswith(f"PATH is quantized as {kind}")
+            assert sentence.endswith("which edgeq does not read")
 
 
 class TestRefusals:

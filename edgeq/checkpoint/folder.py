@@ -100,6 +100,7 @@ class FolderCheckpoint(Checkpoint):
         elif self._packing.labels_of:
             ((label, _),) = Counter(self._packing.labels_of.values()).most_common(1)
             self.format += f", {label}"
+            self.drop_pages()  # those of the orders of columns, with all that lies beside them
         elif self._packing.method not in (None, "affine"):
             warnings.warn(
                 f"{path}: its tensors are not quantized, although its configuration says {self._packing.method}: "
@@ -125,7 +126,9 @@ class FolderCheckpoint(Checkpoint):
             return self._channels_first(patches).reshape(len(patches), -1)
         if tensor.packed is not None:
             self._tell(tensor)
-            return tensor.packed.matrix()
+            matrix = tensor.packed.matrix()
+            self._where[tensor.file_name].drop_pages()  # most are copies, which are what takes memory from now on
+            return matrix
         if tensor.quantization is None:
             return self._array(tensor.file_name)
         module = tensor.file_name.removesuffix(".weight")

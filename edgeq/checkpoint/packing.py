@@ -52,7 +52,7 @@ _PARTS = {
 }
 _OF_ACTIVATIONS = (  # for kernels that compute in 8 bits
     "input_scale", "input_zero_point", "input_scale_ub", "activation_scale", "act_scale", "output_scale",
-    "output_zero_point",
+    "output_zero_point", "k_scale", "v_scale",
 )  # fmt: skip
 
 _BY_NAME = (  # ends of names that only one format has
@@ -211,9 +211,10 @@ class Packing:
             case "auto-round":
                 key = "packing_format" if "packing_format" in block else "backend"
                 found = str(block.get(key, "")).lower()
-                if block.get("data_type", "int") != "int" or block.get("rotation_config"):
-                    key = "data_type" if block.get("data_type", "int") != "int" else "rotation_config"
-                    found = str(block[key])
+                if not str(block.get("data_type", "int")).startswith("int"):
+                    key, found = "data_type", str(block["data_type"])
+                elif block.get("rotation_config"):
+                    key, found = "rotation_config", str(block["rotation_config"])
                 elif "awq" in found:
                     return "gemm"
                 elif "gptq" in found and "gptqmodel" not in found:
@@ -272,8 +273,10 @@ class Packing:
         if m.has("weight_shape") and (shape := m.plain("weight_shape").tolist()) != [m.out, m.width]:
             raise Unfit(f"{m.name}.weight_shape says {shape}, expected {[m.out, m.width]}")
         scales = m.scales("weight_scale")
-        zeros = None
-        if m.has("weight_zero_point"):
+        zeros: Array | None = None
+        if m.has("weight_zero_point") and m.info("weight_zero_point").dtype == "I8":  # early versions do not pack them
+            zeros = m.array("weight_zero_point", scales.shape, ("I8",))
+        elif m.has("weight_zero_point"):
             shape = (-(-m.out * bits // 32), scales.shape[1])
             zeros = m.array("weight_zero_point", shape, _WORDS).view(np.uint32)
         groups, size = self._groups(m, scales.shape[1], "weight_g_idx")

@@ -229,7 +229,17 @@ class AWQ(Grouped):
         return self.stored_scales.shape[1], len(self.groups)
 
     def words(self, rows: slice | Array) -> Codes:
-        return pack(np.ascontiguousarray(self._fields(self.codes, rows).T), 4)
+        if not isinstance(rows, slice):
+            return pack(np.ascontiguousarray(self._fields(self.codes, rows).T), 4)
+        first, end, step = rows.indices(self.shape[0])
+        whole = slice(first // 8, -(-end // 8))  # words, of eight rows each
+        eights = self.codes[:, whole].reshape(self.shape[1] // 8, 8, -1)  # of columns, which become one word of a row
+        words = np.empty((eights.shape[2], 8, len(eights)), np.uint32)
+        places = np.arange(0, 32, 4, dtype=np.uint32)[:, None]
+        for row, field in enumerate(_AWQ_FIELD):
+            codes = eights >> np.uint32(4 * field) & np.uint32(15)
+            words[:, row] = np.bitwise_or.reduce(codes << places, axis=1).T
+        return words.reshape(-1, len(eights))[first - 8 * whole.start : end - 8 * whole.start : step]
 
     def scales(self, rows: slice | Array) -> Array:
         return np.ascontiguousarray(self.stored_scales[:, rows].T)
@@ -270,12 +280,12 @@ class AWQRows(Grouped):
 
 @dataclass(frozen=True)
 class CompressedTensors(Grouped):
-    """What is called "pack-quantized". codes: uint32 [out, in * bits / 32]; packed_zeros: uint32 [out * bits / 32,
-    groups], or None for symmetric ones; stored_scales: [out, groups]."""
+    """What is called "pack-quantized". codes: uint32 [out, in * bits / 32]; stored_zeros: uint32 [out * bits / 32,
+    groups] packed, or int8 [out, groups], or None for symmetric ones; stored_scales: [out, groups]."""
 
     as_stored = True
     codes: Codes
-    packed_zeros: Codes | None
+    stored_zeros: Array | None
     stored_scales: Array
     bits: int
     groups: Indices
@@ -291,9 +301,12 @@ class CompressedTensors(Grouped):
         return self.stored_scales[rows]
 
     def zeros(self, rows: slice | Array) -> Zeros:
-        if self.packed_zeros is None:
-            return np.broadcast_to(np.uint8(1 << (self.bits - 1)), self.stored_scales[rows].shape)
-        return fields(self.packed_zeros.T, self.bits, _numbers(self.shape[0], rows)).T
+        middle = 1 << (self.bits - 1)
+        if self.stored_zeros is None:
+            return np.broadcast_to(np.uint8(middle), self.stored_scales[rows].shape)
+        if self.stored_zeros.dtype == np.int8:
+            return (self.stored_zeros[rows].astype(np.int16) + middle).astype(np.uint8)
+        return fields(self.stored_zeros.T, self.bits, _numbers(self.shape[0], rows)).T
 
 
 @dataclass(frozen=True)
@@ -354,7 +367,7 @@ class Float8(Packed):
 
     def rows(self, rows: slice | Array) -> Float32:
         out, width = self.shape
-        scales = to_float32(self.stored_scales)[_numbers(out, rows) // self.block[0]]
+        scales = to_float32(self.stored_scales[_numbers(out, rows) // self.block[0]])
         weights: Float32 = _float8(self.kind)[self.codes[rows]]
         if scales.shape[1] > 1:
             scales = scales[:, np.arange(width) // self.block[1]]
