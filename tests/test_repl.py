@@ -286,6 +286,41 @@ class TestCommands:
             assert f"\n{name}" in shown
 
 
+class TestContext:
+    def test_a_warning_and_shifting(self, start: Callable[..., Terminal]) -> None:
+        with start("--context", "70", "--overflow", "shift", "--max-tokens", "4") as talk:
+            talk.expect(PROMPT)
+            for word in ("one", "two", "three", "four", "five"):
+                talk.line(word)
+                talk.expect(ANSWERED)
+            talk.send("\x04")
+            assert talk.leave() == 0
+        nearly = "warning: ([89][0-9]%) of the context window is used: [0-9]+ of 70 tokens; the oldest turns go next\n"
+        found = re.search(nearly, talk.text)
+        assert found
+        assert f"\n{found[1]} >>>" in talk.text[found.end() - 1 :]
+        assert re.search("warning: the oldest (turn was|[0-9]+ turns were) forgotten", talk.text[found.end() :])
+
+    def test_stopping(self, start: Callable[..., Terminal]) -> None:
+        with start("--context", "32", "--max-tokens", "4") as talk:
+            talk.expect(PROMPT)
+            talk.line("one and a few words more, and more")
+            talk.expect("/undo and /clear make room\n")
+            talk.line("two and a few words more, and more")
+            talk.expect("error: the prompt ")
+            talk.line("/ctx")
+            talk.expect("1 turn, overflow: stop\n")
+
+    def test_a_history_goes_on(self, start: Callable[..., Terminal], tmp_path: Path) -> None:
+        said_before = [{"role": "user", "content": "My name is Ada."}, {"role": "assistant", "content": "Hello, Ada."}]
+        (tmp_path / "chat.json").write_text(json.dumps(said_before))
+        with start("--messages", str(tmp_path / "chat.json")) as talk:
+            talk.expect(PROMPT)
+            assert copied(talk) == "Hello, Ada."
+            talk.line("/undo")
+            talk.expect("undone: My name is Ada.\n")
+
+
 class TestLeaving:
     def test_ctrl_d_and_exit(self, start: Callable[..., Terminal]) -> None:
         with start() as one, start() as other:

@@ -204,7 +204,8 @@ class Repl:
         self._last = reply
         show_reply(reply, self._chat.model.engine.ops, self._display)
         if reply.forgotten:
-            warn(f"the oldest {reply.forgotten} turns were forgotten to make room: the context window was full")
+            turns = "turn was" if reply.forgotten == 1 else f"{reply.forgotten} turns were"
+            warn(f"the oldest {turns} forgotten to make room: the context window was full")
         if self._chat.context.share < _NEARLY_FULL:
             self._warned = False
         elif not self._warned:
