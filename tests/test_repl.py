@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -38,7 +39,7 @@ def start(home: Path) -> Callable[..., Terminal]:
     """Opens a conversation with the demo model, of short replies that are the same each time."""
 
     def opened(*arguments: str, **settings: object) -> Terminal:
-        environment: dict[str, object] = {"XDG_STATE_HOME": str(home), "XDG_CONFIG_HOME": str(home)}
+        environment: dict[str, object] = {"XDG_STATE_HOME": str(home), "XDG_CONFIG_HOME": str(home), "SSH_TTY": "/dev"}
         given = ("chat", "demo", "--seed", "1", "--max-tokens", "3", *arguments)
         return Terminal(*given, **environment | settings)  # type: ignore[arg-type]
 
@@ -65,6 +66,13 @@ def said(terminal: Terminal) -> str:
     terminal.expect(ANSWERED)
     terminal.line("/undo")
     return terminal.expect("undone: [^\n]*\n").removeprefix("undone: ").removesuffix("\n")
+
+
+def copied(terminal: Terminal) -> str:
+    """The last answer, as /copy has it."""
+    terminal.line("/copy")
+    terminal.expect("asked the terminal to copy")
+    return base64.b64decode(re.findall("\x1b]52;c;([A-Za-z0-9+/=]+)\x07", terminal.output)[-1]).decode()
 
 
 class TestText:
@@ -166,6 +174,10 @@ class TestCommands:
             ("/exit now", "/exit takes nothing behind it, got now"),
             ("/nope", "unknown command /nope"),
             ("/copy", "nothing to copy: no answer yet"),
+            ("/undo x", "/undo takes a number of questions, got x"),
+            ("/undo 7", "/undo 7: the conversation has 1 question"),
+            ("/save", "/save takes the name of a file"),
+            ("/save chat", "chat ends in neither .md nor .json"),
             ("/read /no/such/file", "text file not found: /no/such/file"),
             ("/image /no/such.png", "/no/such.png cannot be opened"),
             ("/set temperature", "/set temperature takes a value"),
@@ -209,13 +221,104 @@ class TestCommands:
 
     def test_context(self, talk: Terminal) -> None:
         talk.line("/ctx")
-        talk.expect(r"0% of the context window is used: 0 of [\d,]+ tokens\n")
+        talk.expect(r"0% of the context window is used: 0 of [\d,]+ tokens, [\d,]+ free; 0 turns, overflow: stop\n")
+
+    def test_undo_and_edit(self, talk: Terminal) -> None:
+        for word in ("one", "two", "three"):
+            talk.line(word)
+            talk.expect(ANSWERED)
+        talk.line("/undo 2")
+        talk.expect("undone: two\nundone: three\n")
+        talk.line("/edit /four")
+        assert said(talk) == "/four"
+        talk.line("five")
+        talk.expect(ANSWERED)
+        talk.line("/edit")
+        talk.expect("edit: five")
+        talk.line(" or six")
+        assert said(talk) == "five or six"
+        talk.line("/undo")
+        talk.expect("error: nothing to undo")
+        talk.line("/edit")
+        talk.expect("error: nothing to edit")
+
+    def test_regen_takes_another_seed(self, talk: Terminal) -> None:
+        talk.line("Tell me something.")
+        talk.expect(ANSWERED)
+        talk.line("/regen")
+        talk.expect("[(]1[0-9] cached")
+        assert said(talk) == "Tell me something."
+
+    def test_continue(self, talk: Terminal) -> None:
+        talk.line("Tell me about edgeq.")
+        talk.expect("stopped at --max-tokens")
+        talk.line("/continue")
+        talk.expect("stopped at --max-tokens")
+        assert len(copied(talk)) > 15
+
+    def test_save(self, talk: Terminal, tmp_path: Path) -> None:
+        talk.line("/save nothing.md")
+        talk.expect("error: nothing to save")
+        talk.line("Tell me about edgeq.")
+        talk.expect(ANSWERED)
+        for name in ("my chat.md", "chat.json"):
+            talk.line(f"/save {tmp_path / name}")
+            talk.expect("is written")
+        transcript = (tmp_path / "my chat.md").read_text()
+        assert transcript.startswith("## User\n\nTell me about edgeq.\n\n## Assistant\n\n")
+        assert [message["role"] for message in json.loads((tmp_path / "chat.json").read_text())] == [
+            "user",
+            "assistant",
+        ]
+        (tmp_path / "chat.json").write_text("mine")
+        talk.line(f"/save {tmp_path / 'chat.json'}")
+        talk.expect("overwrite chat.json")
+        talk.line("")
+        talk.expect("nothing was written\n")
+        assert (tmp_path / "chat.json").read_text() == "mine"
+        talk.line(f"/save {tmp_path}")
+        talk.expect("error: ")
 
     def test_help_lists_every_command(self, talk: Terminal) -> None:
         talk.line("/help")
         shown = talk.expect("(?s)/help.*a paste is never a command\n")
         for name in ("/exit", "/undo", "/regen", "/think", "/set", "/read", "/copy", "/ctx", "//"):
             assert f"\n{name}" in shown
+
+
+class TestContext:
+    def test_a_warning_and_shifting(self, start: Callable[..., Terminal]) -> None:
+        with start("--context", "70", "--overflow", "shift", "--max-tokens", "4") as talk:
+            talk.expect(PROMPT)
+            for word in ("one", "two", "three", "four", "five"):
+                talk.line(word)
+                talk.expect(ANSWERED)
+            talk.send("\x04")
+            assert talk.leave() == 0
+        nearly = "warning: ([89][0-9]%) of the context window is used: [0-9]+ of 70 tokens; the oldest turns go next\n"
+        found = re.search(nearly, talk.text)
+        assert found
+        assert f"\n{found[1]} >>>" in talk.text[found.end() - 1 :]
+        assert re.search("warning: the oldest (turn was|[0-9]+ turns were) forgotten", talk.text[found.end() :])
+
+    def test_stopping(self, start: Callable[..., Terminal]) -> None:
+        with start("--context", "32", "--max-tokens", "4") as talk:
+            talk.expect(PROMPT)
+            talk.line("one and a few words more, and more")
+            talk.expect("/undo and /clear make room\n")
+            talk.line("two and a few words more, and more")
+            talk.expect("error: the prompt ")
+            talk.line("/ctx")
+            talk.expect("1 turn, overflow: stop\n")
+
+    def test_a_history_goes_on(self, start: Callable[..., Terminal], tmp_path: Path) -> None:
+        said_before = [{"role": "user", "content": "My name is Ada."}, {"role": "assistant", "content": "Hello, Ada."}]
+        (tmp_path / "chat.json").write_text(json.dumps(said_before))
+        with start("--messages", str(tmp_path / "chat.json")) as talk:
+            talk.expect(PROMPT)
+            assert copied(talk) == "Hello, Ada."
+            talk.line("/undo")
+            talk.expect("undone: My name is Ada.\n")
 
 
 class TestLeaving:
@@ -275,6 +378,10 @@ class TestStreams:
             assert said(talk) == "one"
             talk.send("caf\xe9\r".encode("latin-1"))
             assert said(talk) == "caf\ufffd"
+            talk.line("hello")
+            talk.expect(ANSWERED)
+            talk.line("/edit")
+            talk.expect("hint: /edit TEXT gives another")
             talk.line("/copy")
             talk.expect("error: .* cannot be copied")
             talk.send("\x03")

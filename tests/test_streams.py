@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from command import Run, leave_home, runner
 from process import ROOT
 
+import edgeq
 from edgeq.cli import prompt
 from edgeq.errors import UsageError
 from edgeq.session.reply import Reply
@@ -224,6 +225,58 @@ class TestOptions:
         *pieces, whole = map(json.loads, run(*given, "--json", "--stream", "--hide-thinking").out.splitlines())
         assert "thinking" not in whole
         assert {piece["channel"] for piece in pieces} == {"answer"}
+
+
+class TestMessages:
+    HISTORY: ClassVar[list[dict[str, str]]] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "Hi!"},
+        {"role": "user", "content": "What now?"},
+    ]
+    GIVEN = ("--seed", "0", "--max-tokens", "4", "--json")
+
+    def test_a_question_at_the_end_is_answered(self, run: Run, chat_folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "chat.json").write_text(json.dumps(self.HISTORY))
+        expected = edgeq.load(chat_folder, backend="numpy").chat(messages=self.HISTORY, seed=0, max_tokens=4).answer()
+        text = "".join(piece.text for piece in expected)
+        given = ("chat", chat_folder, *self.GIVEN, "--messages")
+        assert json.loads(run(*given, tmp_path / "chat.json").out)["text"] == text
+        assert json.loads(run(*given, "-", stdin=json.dumps({"messages": self.HISTORY})).out)["text"] == text
+
+    def test_a_prompt_goes_behind_an_answer(self, run: Run, chat_folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "chat.json").write_text(json.dumps(self.HISTORY[:3]))
+        (tmp_path / "all.json").write_text(json.dumps(self.HISTORY))
+        one = run("chat", chat_folder, "What now?", *self.GIVEN, "--messages", tmp_path / "chat.json")
+        other = run("chat", chat_folder, *self.GIVEN, "--messages", tmp_path / "all.json")
+        assert json.loads(one.out)["ids"] == json.loads(other.out)["ids"]
+        assert run("chat", chat_folder, *self.GIVEN, "--messages", tmp_path / "chat.json").code == 2
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("{", "is not JSON"), ("[]", "has no list of messages"), ('{"a": 1}', "has no list of messages"),
+            ('{"messages": [], "temperature": 1}', "has 'temperature' beside the messages"), ('["x"]', "no list of"),
+            ('[{"role": "user"}]', "a message must be text"), ('[{"content": "x"}]', "role"), ("[" * 9999, "is not JSON"),
+        ],
+    )  # fmt: skip
+    def test_files_that_hold_none(
+        self, run: Run, chat_folder: Path, tmp_path: Path, content: str, message: str
+    ) -> None:
+        (tmp_path / "chat.json").write_text(content)
+        result = run("chat", chat_folder, "x", "--messages", tmp_path / "chat.json")
+        assert result.code == 2
+        assert message in result.err
+        assert "Traceback" not in result.err
+
+    def test_an_answer_that_has_begun(self, run: Run, chat_folder: Path) -> None:
+        given = ("chat", chat_folder, "hello", "--seed", "0", "--max-tokens", "4", "--assistant-prefix", "Well, ")
+        text = json.loads(run(*given, "--json").out)["text"]
+        assert run(*given).out == f"Well, {text}\n"
+
+    def test_overflow_has_two_ways(self, run: Run) -> None:
+        result = run("chat", "no-such-model", "x", "--overflow", "grow")
+        assert (result.code, "--overflow is stop or shift, got grow" in result.err) == (2, True)
 
 
 def test_commands_print_through_what_makes_control_characters_visible() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from edgeq.cli.boxes import check_drawing
 from edgeq.cli.console import prefill_bar
+from edgeq.cli.messages import read_messages
 from edgeq.cli.options import (
     ChatDisplayOptions,
     ConversationOptions,
@@ -66,8 +67,12 @@ def chat(
     or piped input it answers once. The answer goes to stdout, thinking and statistics to stderr. Recommended sampling
     is that of the model card for the mode, and over it that of the checkpoint's generation_config.json.
     """
-    one_shot = bool(words) or prompt.given or as_json or draw_boxes is not None or not sys.stdin.isatty()
-    text = prompt.text(words, stdin=not visuals.takes_stdin) if one_shot else ""
+    messages = [] if conversation.messages is None else read_messages(conversation.messages)
+    asks = bool(messages) and messages[-1].get("role") in ("user", "tool")  # a prompt comes with the messages
+    single = as_json or draw_boxes is not None or conversation.assistant_prefix is not None
+    one_shot = bool(words) or prompt.given or single or asks or not sys.stdin.isatty()
+    stdin_taken = visuals.takes_stdin or str(conversation.messages) == "-"
+    text = prompt.text(words, stdin=not stdin_taken, needed=not asks) if one_shot else ""
     options = {**conversation.given(), **sampling.given(), "visual_settings": visuals.settings()}
     if draw_boxes is not None:
         check_drawing(draw_boxes)
@@ -75,7 +80,7 @@ def chat(
     images, videos = visuals.named()
     loaded = model.load()
     with prefill_bar() as reading, prefill_bar("looking", patience=0) as looking:
-        talk = loaded.chat(draft=model.draft, on_prefill=reading, on_look=looking, **options)
+        talk = loaded.chat(messages=messages, draft=model.draft, on_prefill=reading, on_look=looking, **options)
         opened = talk.open(text, images, videos)
         if not one_shot:
             from edgeq.cli.repl import Repl  # line editing is a large library that one shot does not need
@@ -84,11 +89,15 @@ def chat(
             return
         if not display.quiet:
             announce(loaded, opened)
-        reply = talk.send(text, **by_kind(opened))
+        prefix = conversation.assistant_prefix or ""
+        if text or opened:
+            reply = talk.send(text, assistant_prefix=prefix, **by_kind(opened))
+        else:
+            reply = talk.answer(assistant_prefix=prefix)
         if as_json:
             whole = print_json(reply, stream=stream, thinking=not display.hide_thinking)
         else:
-            whole = show_reply(reply, loaded.engine.ops, display)
+            whole = show_reply(reply, loaded.engine.ops, display, before=prefix)
         if not whole:
             raise KeyboardInterrupt
         if draw_boxes is not None:

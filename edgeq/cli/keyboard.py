@@ -75,12 +75,14 @@ class Keyboard:
         """Whether `read` can begin with a text to change."""
         return self._session is not None
 
-    def read(self, prompt: str, default: str = "", *, literal: bool = False) -> Line:
+    def read(self, prompt: str, default: str = "", *, literal: bool = False, remember: bool = True) -> Line:
         """The next line. EOFError at Ctrl-D, KeyboardInterrupt at Ctrl-C.
 
         literal: what is entered is text, whatever it begins with; the history keeps it so that it is text again.
+        remember: put it into the history.
         """
         self._pastes.clear()
+        self._history.asleep = not remember
         self._history.is_text = lambda text: literal or self._is_pasted(text, str.startswith)
         try:
             entered = self._session.prompt(prompt, default=default) if self._session else self._plain(prompt)
@@ -214,6 +216,7 @@ class _History(FileHistory):
         super().__init__(str(file))
         self._file = file
         self._problem = ""
+        self.asleep = False
         self.is_text: Callable[[str], bool] = lambda _: False
         if file is not None:
             self._try(lambda: _prepare(file))
@@ -226,6 +229,8 @@ class _History(FileHistory):
             self._problem = ""
 
     def append_string(self, string: str) -> None:
+        if self.asleep:
+            return
         entry = _clean(string)
         super().append_string(_as_text(entry) if self.is_text(entry) else entry)
 

@@ -192,16 +192,17 @@ class PromptOptions:
     def given(self) -> bool:
         return self.prompt is not None or self.file is not None or self.no_stdin
 
-    def text(self, words: Sequence[str] | None = None, *, stdin: bool = True) -> str:
+    def text(self, words: Sequence[str] | None = None, *, stdin: bool = True, needed: bool = True) -> str:
         """--prompt or `words` in its place, the file and, if `stdin` is not taken by something else, what was piped in,
-        joined."""
+        joined; UsageError if a prompt is `needed` and none given."""
         from edgeq.cli.prompt import joined_prompt
 
         if words and self.prompt is not None:
             raise UsageError(f"two prompts given: {' '.join(words)} and {self.prompt}", hint="give one")
         if self.no_stdin and (self.prompt == "-" or not stdin):
             raise UsageError("--no-stdin is given, and - reads stdin", hint="leave one of them out")
-        return joined_prompt(" ".join(words) if words else self.prompt, self.file, stdin=stdin and not self.no_stdin)
+        prompt = " ".join(words) if words else self.prompt
+        return joined_prompt(prompt, self.file, stdin=stdin and not self.no_stdin, needed=needed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -343,6 +344,27 @@ class ConversationOptions:
             help="Read the system prompt from a text file.",
         ),
     ] = None  # fmt: skip
+    messages: Annotated[
+        Path | None,
+        option(
+            "--messages", metavar="FILE", default="none", env=False,
+            help="Go on with the messages in a JSON file, as OpenAI's interfaces have them; - reads stdin.",
+        ),
+    ] = None  # fmt: skip
+    assistant_prefix: Annotated[
+        str | None,
+        option(
+            "--assistant-prefix", metavar="TEXT", default="none", env=False,
+            help="Begin the answer with this text, without thinking (single prompt only).",
+        ),
+    ] = None  # fmt: skip
+    overflow: Annotated[
+        str,
+        option(
+            "--overflow", metavar="HOW",
+            help="When the context window is full: stop, or shift, which forgets the oldest turns.",
+        ),
+    ] = "stop"  # fmt: skip
     think: Annotated[
         bool | None,
         option(
@@ -366,7 +388,14 @@ class ConversationOptions:
             if system is not None:
                 raise UsageError("two system prompts given, with --system and --system-file", hint="give one")
             system = without_last_newline(file_text(self.system_file, lenient=True))
-        return {"system": system, "thinking": self.think, "thinking_budget": self.thinking_budget}
+        if self.overflow not in ("stop", "shift"):
+            raise UsageError(f"--overflow is stop or shift, got {self.overflow}")
+        return {
+            "overflow": self.overflow,
+            "system": system,
+            "thinking": self.think,
+            "thinking_budget": self.thinking_budget,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

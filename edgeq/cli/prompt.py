@@ -43,15 +43,17 @@ def piped_text(*, lenient: bool = False) -> str | None:
     return text
 
 
-def joined_prompt(prompt: str | None, file: Path | None = None, *, stdin: bool = True) -> str:
+def joined_prompt(
+    prompt: str | None, file: Path | None = None, *, stdin: bool = True, needed: bool = True
+) -> str:  # fmt: skip
     """--prompt, then --file, then what was piped in (`cat log | edgeq chat -p "why?"`); `-` stands for stdin alone.
 
     A file and a pipe are taken as they are but for the newline that ends their last line. Without `stdin`, it is left
-    to what else reads it, such as `--image -`.
+    to what else reads it, such as `--image -`. UsageError if a prompt is `needed` and none given.
     """
     texts = [file_text(file, lenient=True) if file else "", (piped_text(lenient=True) or "") if stdin else ""]
     parts = ["" if prompt == "-" else prompt, *map(without_last_newline, texts)]
-    if not any(parts):
+    if needed and not any(parts):
         raise UsageError("no prompt given", hint='give one with -p "...", with -f FILE, or pipe it into stdin')
     return "\n\n".join(part for part in parts if part)
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgeq.cli.clipboard import copy
 from edgeq.cli.console import error_line, say, warn
 from edgeq.cli.keyboard import Keyboard, Line
+from edgeq.cli.messages import save
 from edgeq.cli.options import DisplayOptions
 from edgeq.cli.pictures import announce, by_kind, dropped, named
 from edgeq.cli.prompt import file_text, without_last_newline
@@ -28,6 +30,7 @@ from edgeq.generate import GenerationSettings
 from edgeq.inputs import expand_user, is_file
 from edgeq.printable import printable
 from edgeq.session.chat import Chat
+from edgeq.session.parts import text_of
 from edgeq.session.reply import Reply
 from edgeq.vision.visual import Visual
 
@@ -67,8 +70,12 @@ class Repl:
             "/help": _Command(lambda _: self._help(), "list the commands (also /?)"),
             "/exit": _Command(lambda _: self._exit(), "leave (also /bye, /quit, Ctrl-D)"),
             "/clear": _Command(lambda _: self._restart(self._chat.system), "clear the conversation (also /reset)"),
-            "/undo": _Command(lambda _: self._undo(), "undo the last question and its answer"),
-            "/regen": _Command(lambda _: self._regenerate(), "answer the last question again"),
+            "/undo": _Command(self._undo, "undo the last question and its answer, or the last N", "[N]"),
+            "/edit": _Command(self._edit, "change the last question, and answer that", "[TEXT]"),
+            "/regen": _Command(lambda _: self._answer(self._chat.regenerate()), "answer the last question again"),
+            "/continue": _Command(
+                lambda _: self._answer(self._chat.resume()), "go on with a reply that was stopped or cut"
+            ),
             "/think": _Command(
                 lambda text: self._think(True, text), "think before answering; with TEXT, ask that", "[TEXT]"
             ),
@@ -91,13 +98,14 @@ class Repl:
             "/video": _Command(
                 lambda text: self._attach(videos=_files(text)), "show a video with the next message", "[FILE]"
             ),
+            "/save": _Command(self._save, "write the conversation, as Markdown (.md) or messages (.json)", "FILE"),
             "/copy": _Command(lambda _: self._copy(), "copy the last answer to the clipboard"),
             "/ctx": _Command(lambda _: self._context(), "how much of the context window is used (also /context)"),
             "/stats": _Command(lambda _: self._stats(), "statistics of the last reply"),
         }
         self._synonyms = {
             "/bye": "/exit", "/quit": "/exit", "/reset": "/clear", "/?": "/help", "/no_think": "/nothink",
-            "/context": "/ctx",
+            "/context": "/ctx", "/glob": "/read",
         }  # fmt: skip
 
     def run(self) -> None:
@@ -137,7 +145,7 @@ class Repl:
         return Line("\n".join(line.text for line in lines).strip("\n"), typed_start=False)
 
     def _prompt(self) -> str:
-        share = self._share()
+        share = self._chat.context.share
         return f"{share:.0%} >>> " if share >= 0.01 else ">>> "
 
     def _handle(self, line: Line) -> None:
@@ -159,7 +167,7 @@ class Repl:
         if not line.typed_start or not word.startswith("/") or "/" in word[1:]:
             return None
         name, text = self._synonyms.get(word, word), line.text.lstrip()[len(word) + 1 :]
-        takes_lines = name in ("/system",)
+        takes_lines = name in self._commands and self._commands[name].takes == "[TEXT]"
         if "\n" in line.text.strip() and not takes_lines:
             return None
         if name not in self._commands:
@@ -183,27 +191,31 @@ class Repl:
         if not images + videos:
             return text
         names = ", ".join(path.name for path in (*images, *videos))
-        answer = self._keyboard.read(f"attach {printable(names)}? [Y/n] ", literal=True).text.strip().lower()
-        if answer not in ("", "y", "yes"):
+        if not self._agreed(f"attach {printable(names)}? [Y/n] ", default=True):
             return text
         self._attach([str(path) for path in images], [str(path) for path in videos])
         return rest
 
+    def _agreed(self, question: str, *, default: bool) -> bool:
+        answer = self._keyboard.read(question, literal=True, remember=False).text.strip().lower()
+        return answer in ("y", "yes") or (default and not answer)
+
     def _answer(self, reply: Reply) -> None:
         self._last = reply
         show_reply(reply, self._chat.model.engine.ops, self._display)
-        if self._share() < _NEARLY_FULL:
+        if reply.forgotten:
+            turns = "turn was" if reply.forgotten == 1 else f"{reply.forgotten} turns were"
+            warn(f"the oldest {turns} forgotten to make room: the context window was full")
+        if self._chat.context.share < _NEARLY_FULL:
             self._warned = False
         elif not self._warned:
             self._warned = True
-            warn(f"{self._used()}; /undo and /clear make room")
-
-    def _share(self) -> float:
-        return len(self._chat.ids) / self._chat.model.engine.context_limit
+            shifts = self._chat.overflow == "shift"
+            warn(f"{self._used()}; " + ("the oldest turns go next" if shifts else "/undo and /clear make room"))
 
     def _used(self) -> str:
-        used, limit = len(self._chat.ids), self._chat.model.engine.context_limit
-        return f"{self._share():.0%} of the context window is used: {used:,} of {limit:,} tokens"
+        context = self._chat.context
+        return f"{context.share:.0%} of the context window is used: {context.used:,} of {context.limit:,} tokens"
 
     # --- commands ----------------------------------------------------------------------------------------------------
 
@@ -256,11 +268,42 @@ class Repl:
         self._last, self._attached, self._read_files, self._warned = None, [], [], False
         say("conversation cleared")
 
-    def _undo(self) -> None:
-        say(f"undone: {printable(self._chat.undo()[0].text, longest=200)}")
+    def _undo(self, text: str) -> None:
+        """Take back a user's message, or some, with all that was said after it."""
+        count = 1 if not text.strip() else int(text) if text.strip().isdecimal() else 0
+        asked = [place for place, turn in enumerate(self._chat.turns) if turn.role == "user"]
+        if count < 1:
+            raise UsageError(f"/undo takes a number of questions, got {printable(text.strip(), longest=40)}")
+        if count > len(asked):
+            found = f"{len(asked)} question{'' if len(asked) == 1 else 's'}"
+            raise UsageError("nothing to undo" if not asked else f"/undo {count}: the conversation has {found}")
+        for turn in self._chat.undo(len(self._chat.turns) - asked[-count]):
+            if turn.role == "user":
+                say(f"undone: {printable(turn.text, longest=200)}")
 
-    def _regenerate(self) -> None:
-        self._answer(self._chat.regenerate())
+    def _edit(self, text: str) -> None:
+        turn = next((turn for turn in reversed(self._chat.turns) if turn.role == "user"), None)
+        if turn is None:
+            raise UsageError("nothing to edit: no question yet")
+        if not text.strip() and self._keyboard.edits:
+            text = self._keyboard.read("edit: ", turn.text, literal=True).text
+        if not text.strip():
+            raise UsageError("nothing was changed: the new question is empty", hint="/edit TEXT gives another")
+        self._answer(self._chat.edit(text))
+
+    def _save(self, text: str) -> None:
+        """Write the conversation to a file, after asking if there is one."""
+        if not text.strip():
+            raise UsageError("/save takes the name of a file", hint="as in /save chat.md")
+        if not self._chat.turns:
+            raise UsageError("nothing to save: nothing was said yet")
+        path = expand_user(Path(text.strip()))
+        if is_file(path) and not self._agreed(f"overwrite {printable(path.name)}? [y/N] ", default=False):
+            say("nothing was written")
+            return
+        save(self._chat, path)
+        how = "--messages takes it" if path.suffix.lower() == ".json" else "a transcript, which cannot be loaded again"
+        say(f"{printable(str(path))} is written: {how}")
 
     def _think(self, thinking: bool, text: str) -> None:
         self._chat.thinking = thinking
@@ -287,18 +330,22 @@ class Repl:
         say(f"{'thinking':20} {self._chat.thinking}\n{'system':20} {self._chat.system}")
 
     def _copy(self) -> None:
-        if self._last is None or not self._last.text:
+        replies = [turn.reply for turn in self._chat.turns if turn.reply is not None]
+        answer = text_of(replies[-1].get("content") or "") if replies else ""
+        if not answer:
             raise UsageError("nothing to copy: no answer yet")
-        say(copy(self._last.text, self._keyboard.send))
+        say(copy(answer, self._keyboard.send))
 
     def _context(self) -> None:
-        say(self._used())
+        context, turns = self._chat.context, len(self._chat.turns)
+        said = f"{turns} turn{'' if turns == 1 else 's'}"
+        say(f"{self._used()}, {context.free:,} free; {said}, overflow: {self._chat.overflow}")
 
     def _stats(self) -> None:
         if self._last is None:
             raise UsageError("no reply yet")
         say(usage_line(self._last, self._chat.model.engine.ops))
-        say(f"context: {len(self._chat.ids)} of {self._chat.model.engine.context_limit} tokens")
+        say(f"context: {self._chat.context.used:,} of {self._chat.context.limit:,} tokens")
 
 
 def _words(text: str) -> list[str]:
@@ -311,4 +358,7 @@ def _words(text: str) -> list[str]:
 def _files(text: str) -> list[str]:
     """The files that a command names: one whose name has spaces, or several as a shell has them."""
     whole = text.strip()
-    return [whole] if whole and is_file(expand_user(Path(whole))) else _words(text)
+    if whole and is_file(expand_user(Path(whole))):
+        return [whole]
+    found = [(sorted(glob(str(expand_user(Path(word))))) or [word]) for word in _words(text)]  # noqa: PTH207
+    return [name for names in found for name in names]

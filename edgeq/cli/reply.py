@@ -48,9 +48,10 @@ def usage_line(reply: Reply, ops: Ops[Any, Any]) -> str:
     return " | ".join(parts)
 
 
-def show_reply(reply: Reply, ops: Ops[Any, Any], display: DisplayOptions) -> bool:
-    """Print a reply as it comes, then its figures; False if Ctrl-C ended it."""
+def show_reply(reply: Reply, ops: Ops[Any, Any], display: DisplayOptions, before: str = "") -> bool:
+    """Print a reply as it comes, behind what it was made to begin with, then its figures; False if Ctrl-C ended it."""
     answer = page_on(sys.stdout, wrap=display.wrap, markdown=display.markdown)
+    answer.write(before)
     page, finished = answer, True
     try:
         for piece in reply:
