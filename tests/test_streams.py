@@ -257,7 +257,8 @@ class TestMessages:
         [
             ("{", "is not JSON"), ("[]", "has no list of messages"), ('{"a": 1}', "has no list of messages"),
             ('{"messages": [], "temperature": 1}', "has 'temperature' beside the messages"), ('["x"]', "no list of"),
-            ('[{"role": "user"}]', "a message must be text"), ('[{"content": "x"}]', "role"), ("[" * 9999, "is not JSON"),
+            ('[{"role": "user"}]', "a message must be text"), ('[{"content": "x"}]', "role"),
+            ("[" * 9999, "is not JSON"),
         ],
     )  # fmt: skip
     def test_files_that_hold_none(
