@@ -44,7 +44,7 @@ KV_DTYPES = {16: "f16", 8: "int8", 4: "int4"}  # by bits
 def load(
     model: str | Path, *, backend: str = "auto", threads: int | None = None, context: int | None = None,
     kv_bits: int | None = None, rope_scaling: str | None = None, mmproj: str | Path | None = None,
-    adapter: str | Path | Sequence[str | Path] | None = None,
+    adapter: str | Path | Sequence[str | Path] | None = None, chat_template: str | Path | None = None,
 ) -> Model:  # fmt: skip
     """Load a model.
 
@@ -58,6 +58,7 @@ def load(
     mmproj: the vision tower of a .gguf file; None takes the one in it, or beside it, that fits.
     adapter: a LoRA adapter of PEFT, mlx-lm or llama.cpp, or several: paths or Hugging Face IDs, each with `:SCALE`
     behind it or not ("my-lora:0.5"). See docs/guides/adapters.md.
+    chat_template: a file, the name of one of the checkpoint's templates, or a template's text; None is its default.
     """
     if kv_bits not in (None, *KV_DTYPES):
         raise UsageError(f"keys and values cannot be kept in {kv_bits} bits", hint="choose 16, 8 or 4 bits")
@@ -68,6 +69,8 @@ def load(
         checkpoint = adapted(checkpoint, given_adapters(adapter))
     if rope_scaling is not None:
         checkpoint.config = stretched(checkpoint.config, rope_scaling)
+    if chat_template is not None:
+        checkpoint.templates = checkpoint.templates.choose(chat_template)
     kv_dtype = None if kv_bits is None else KV_DTYPES[kv_bits]
     ops = select(None if backend == "auto" else backend, threads=threads, kv_dtype=kv_dtype)
     return Model(checkpoint, ops, context=context)
@@ -185,7 +188,7 @@ class Model:
         {"type": "image", "image": path, bytes, data URL, PIL image or array}, {"type": "video", "video": path or
         frames}, or what OpenAI's interfaces have in their place. thinking: None is the template's default.
         visual_settings: None is the checkpoint's own limits. add_vision_id: number the pictures ("Picture 1: ").
-        template_kwargs: further variables for the chat template.
+        template_kwargs: variables for the template, as {"enable_thinking": True}.
         """
         from edgeq.session.history import make_prompt  # its templates' library takes 25 ms and 8 MB
 

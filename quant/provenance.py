@@ -33,8 +33,9 @@ class Source:
         self.revision = revision or (cached[2] if cached else None)
 
 
-def hash_files(files: Iterable[Path], stop: Callable[[], bool] = lambda: False) -> Hashes:
-    """Size and sha256 of every file by name; gives up (and returns what it has) once `stop` says so.
+def hash_files(files: Iterable[Path], folder: Path | None = None, stop: Callable[[], bool] = lambda: False) -> Hashes:
+    """Size and sha256 of every file by name, or by its path in `folder`; gives up (and returns what it has) once
+    `stop` says so.
 
     ModelError for a file that cannot be read.
     """
@@ -46,7 +47,8 @@ def hash_files(files: Iterable[Path], stop: Callable[[], bool] = lambda: False) 
                 return hashes
             digest.update(chunk)
             nbytes += len(chunk)
-        hashes[path.name] = {"bytes": nbytes, "sha256": digest.hexdigest()}
+        name = path.relative_to(folder).as_posix() if folder else path.name
+        hashes[name] = {"bytes": nbytes, "sha256": digest.hexdigest()}
     return hashes
 
 
@@ -86,7 +88,10 @@ def verify(folder: Path) -> Hashes:
 
 
 def _is_entry(name: str, entry: object) -> bool:
-    if Path(name).name != name or not isinstance(entry, dict):
+    parts = name.split("/")  # a file of the folder, or of a folder in it
+    if len(parts) > 2 or any(part in ("..", "") or Path(part).name != part for part in parts):
+        return False
+    if not isinstance(entry, dict):
         return False
     return type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
 

@@ -72,6 +72,7 @@ def quantize(
     progress: Progress | None = None,
     revision: str | None = None,
     threads: int | None = None,
+    chat_template: str | Path | None = None,
 ) -> Report:
     """Quantize `src`, a folder or Hugging Face ID of an unquantized checkpoint, into the new folder `out`.
 
@@ -83,8 +84,8 @@ def quantize(
     an error, unless it is left out on purpose. `adapter` is a LoRA adapter to merge first, or several (see
     `edgeq.load`). With `dry_run` nothing is quantized and `out` may be None. `report` is a file for the sizes and
     errors of all tensors, as JSON. With `force` an existing model folder, or report, is replaced once the new one is
-    complete. `revision` goes on record; it is known for folders in the hub's cache. Memory stays below about 300 MB,
-    whatever the model's size.
+    complete. `revision` goes on record; it is known for folders in the hub's cache. `chat_template` replaces
+    the source's: a file, or the name of one of its own. Memory stays below about 300 MB, whatever the model's size.
     """
     if out is not None:
         check_output(Path(out))
@@ -93,7 +94,7 @@ def quantize(
         replace(choose_recipe(recipe, bits, group_size, vision), mtp=mtp),
         [TypeRule.parse(t) for t in types],
     )
-    opened = open_source(find_model(src), given_adapters(adapter), chosen.dropped)
+    opened = open_source(find_model(src), given_adapters(adapter), chosen.dropped, chat_template)
     if opened.in_groups and (recipe, bits, group_size) == (None, None, None):
         chosen = replace(choose_recipe("keep", None, None, vision), mtp=mtp)
     plan = _Plan(opened, chosen, rules)
@@ -312,12 +313,12 @@ def _write_folder(
     """Write everything into `folder`; the relative squared error of every quantized tensor."""
     stop = threading.Event()
     with ThreadPoolExecutor(threads + 1) as pool:
-        inputs = pool.submit(hash_files, plan.source.files, stop.is_set)
+        inputs = pool.submit(hash_files, plan.source.files, stop=stop.is_set)
         try:
             errors = _WeightWriter(plan, folder, pool, threads, progress).write()
             plan.source.write_side_files(folder)
             _write_json(folder / "config.json", plan.config())
-            outputs = hash_files(sorted(folder.iterdir()))
+            outputs = hash_files(sorted(path for path in folder.rglob("*") if path.is_file()), folder)
             record = provenance(source, inputs.result(), outputs, plan.recipe_record())
             plan.source.check_whole()  # or what was hashed is not what was read
             _write_json(folder / RECORD, record)

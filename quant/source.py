@@ -24,6 +24,7 @@ from edgeq.formats.names import hub_name, is_usual
 from edgeq.formats.packed import Grouped, Packed
 from edgeq.formats.safetensors import DTYPES, dtype_name
 from edgeq.inputs import exists, open_file
+from edgeq.text.template_files import DEFAULT, FOLDER, place
 from edgeq.weights import Part, Role, TensorSpec
 
 __all__ = ["Stored", "WeightSource", "coarse_warning", "open_source"]
@@ -33,6 +34,7 @@ _COPIED = (  # what belongs to a model besides weights and config.json
     "vocab.json",
     "merges.txt",
     "chat_template.*",
+    f"{FOLDER}/*.jinja",
     "generation_config.json",
     "*processor_config.json",
     "LICENSE*",
@@ -95,11 +97,18 @@ class WeightSource(ABC):
         """Let the system forget the pages read so far."""
 
 
-def open_source(path: Path, adapters: Sequence[Given] = (), dropped: Set[Part] = frozenset()) -> WeightSource:
-    """Open what is to be quantized, with adapters; UsageError if it has been quantized already, ModelError if a part of
-    it is not fit for use and not among those that the result is not to have."""
+def open_source(
+    path: Path, adapters: Sequence[Given] = (), dropped: Set[Part] = frozenset(),
+    chat_template: str | Path | None = None,
+) -> WeightSource:  # fmt: skip
+    """Open what is to be quantized, with adapters, and with another default for its chat template if one is given;
+    UsageError if it has been quantized already, ModelError if a part of it is not fit for use and not among those that
+    the result is not to have."""
     checkpoint = open_checkpoint(path)
     checkpoint.check_nothing_lost(dropped)
+    if chat_template is not None:
+        checkpoint.templates = checkpoint.templates.choose(chat_template)
+        checkpoint.template()  # what is asked for has to be usable
     source = _source(checkpoint, path)
     return _AdaptedSource(source, AdaptedCheckpoint(checkpoint, adapters)) if adapters else source
 
@@ -206,7 +215,12 @@ class _FolderSource(WeightSource):
 
     def write_side_files(self, folder: Path) -> None:
         for path in self._side_files:
-            (folder / path.name).write_bytes(_read(path))
+            _write(folder / path.relative_to(self.path), _read(path))
+        templates = self._checkpoint.templates
+        if templates.asked_for:  # and it is the only default: transformers may take either file
+            _write(folder / place(DEFAULT), templates.found[DEFAULT].source.encode())
+            for other in ("chat_template.json", f"{FOLDER}/{DEFAULT}.jinja"):
+                (folder / other).unlink(missing_ok=True)
 
     def check_whole(self) -> None:
         self._checkpoint.check_whole()
@@ -252,7 +266,7 @@ class _GGUFSource(WeightSource):
     def write_side_files(self, folder: Path) -> None:
         for name, text in self._checkpoint.folder_files().items():
             if name != "config.json":
-                (folder / name).write_text(text, encoding="utf-8")
+                _write(folder / name, text.encode())
 
     def check_whole(self) -> None:
         self._checkpoint.check_whole()
@@ -281,6 +295,11 @@ class _GGUFSource(WeightSource):
         with np.errstate(over="ignore"):
             short: Array = x.astype(np.float16) if self.scale_type == "F16" else from_float32(x)
         return short if exact(short) else x
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
 
 
 def _read(path: Path) -> bytes:

@@ -18,6 +18,7 @@ from pathlib import Path
 from edgeq.errors import UsageError
 from edgeq.files.publish import MayReplace, check_free, real_place
 from edgeq.printable import one_line
+from edgeq.text.template_files import FOLDER
 
 __all__ = ["MODEL_FILES", "FileTarget", "FolderTarget", "files_of"]
 
@@ -77,14 +78,14 @@ class FolderTarget:
         _check_kind(self.out, path, stat.S_ISDIR, "a folder")
         with os.scandir(path) as entries:
             files = {e.name: e for e in entries}
-        strange = sorted(n for n, e in files.items() if not (_known(n) and e.is_file(follow_symlinks=False)))
+        strange = sorted(n for n, e in files.items() if not (_known_file(e) or _is_folder_of_templates(e)))
         problem = f"it holds {strange[0]}" if strange else _missing(files)
         if problem:
             raise UsageError(
                 f"{self.out} is not a model folder, so it is not overwritten: {problem}",
                 hint="choose another name, or move away what is there",
             )
-        if self._inputs & _identities(path / name for name in files):
+        if self._inputs & _identities([*(path / name for name in files), *(path / FOLDER).glob("*")]):
             raise UsageError(f"{self.out} holds files of the source", hint="choose another name")
 
 
@@ -121,7 +122,8 @@ def files_of(source: Path) -> list[Path]:
     """What a run may read of a checkpoint: the file, or all files of the folder but exports that lie there."""
     if not source.is_dir():
         return [source]
-    return [path for path in source.iterdir() if path.is_file() and path.suffix.lower() != ".gguf"]
+    files = [*source.iterdir(), *(source / FOLDER).glob("*.jinja")]
+    return [path for path in files if path.is_file() and path.suffix.lower() != ".gguf"]
 
 
 def _check_apart(out: Path, other: Path) -> None:
@@ -157,6 +159,17 @@ def _check_kind(out: Path, path: Path, right: object, wanted: str) -> None:
     if stat.S_ISLNK(mode):
         raise UsageError(f"{out} is a symbolic link", hint=f"name what it points to: {path.readlink()}")
     raise UsageError(f"{out} exists and is {kind[1]}, not {wanted}", hint="choose another name")
+
+
+def _known_file(entry: os.DirEntry[str]) -> bool:
+    return _known(entry.name) and entry.is_file(follow_symlinks=False)
+
+
+def _is_folder_of_templates(entry: os.DirEntry[str]) -> bool:
+    if entry.name != FOLDER or not entry.is_dir(follow_symlinks=False):
+        return False
+    with os.scandir(entry.path) as entries:
+        return all(e.name.endswith(".jinja") and e.is_file(follow_symlinks=False) for e in entries)
 
 
 def _known(name: str) -> bool:

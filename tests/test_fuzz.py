@@ -16,8 +16,8 @@ from edgeq.errors import ModelError
 
 NAMES = (
     "safetensors", "gguf", "gguf-model", "template", "config", "generation_config", "index", "gptq", "compressed",
-    "compressed-config", "quantization", "record", "tokenizer_config", "tokenizer", "png", "jpeg", "webp", "gif", "bmp",
-    "tiff",
+    "compressed-config", "quantization", "record", "tokenizer_config", "templates", "tokenizer", "png", "jpeg", "webp",
+    "gif", "bmp", "tiff",
 )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def say(monkeypatch: pytest.MonkeyPatch) -> Say:
     def script(*ids: int) -> None:
         left: list[int] = []
 
-        def sample(sampler: Sampler, logits: Any) -> int:
+        def sample(sampler: Sampler, logits: Any, *_: Any) -> int:
             if not left:
                 left.extend(ids)
             return left.pop(0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,70 @@ def test_thinking_default_of_the_real_templates(tmp_path: Path, size: str, think
     assert template.thinking_close == "\n</think>\n\n"
 
 
+@pytest.mark.slow
+def test_the_environment_is_transformers(tiny: Kit) -> None:
+    """What it offers besides Jinja's own, and what becomes of it."""
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    chat: list[dict[str, Any]] = [*USER, {"role": "assistant", "content": "a", "thinking": "t", "x": [1, {"ü": "<"}]}]
+    for source in (
+        "{% for m in messages %}{% generation %}{{ m.content }} {% endgeneration %}\n{% if loop.first %}{% continue %}"
+        "{% endif %}{{ m.reasoning_content }}{{ m.thinking }}{% break %}{% endfor %}",
+        "  {% generation %}\n{% set y = 1 %}{{- y }}\n  {%- endgeneration %}\n{{ y is defined }}",
+        *[f"{{{{ messages[1].x|tojson({options}) }}}}" for options in (
+            "", "true", "indent=2", "indent=12", "indent='\t'", "indent=0", "separators=(',', ':')", "sort_keys=true",
+            "false, 1, (';', '='), true",
+        )],
+        "{{ eos_token }}{{ bos_token }}{{ pad_token is defined }}{{ documents }}{{ documents is defined }}{{ tools }}",
+        "{{ strftime_now('%Y') }}{{ dict(a=1) }}{{ dict.fromkeys('ab', 1) }}{{ namespace(a=1).a }}",
+    ):  # fmt: skip
+        special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+        theirs, _ = utils.render_jinja_template([chat], chat_template=source, **special)
+        assert [ChatTemplate(source, variables=special).render(chat, add_generation_prompt=False)] == theirs
+
+
+def test_fields_that_are_none_are_not_there(tiny: Kit) -> None:
+    _, template = tiny
+    chat: list[dict[str, Any]]
+    chat = [*USER, {"role": "assistant", "content": "a", "reasoning_content": None, "tool_calls": None}, *USER]
+    assert template.render(chat, add_generation_prompt=True) == template.render(
+        [*USER, {"role": "assistant", "content": "a"}, *USER], add_generation_prompt=True
+    )
+
+
+def trl_templates() -> list[Path]:
+    """The chat templates that TRL trains with, where it is installed; it is not imported."""
+    found = find_spec("trl")
+    places = found.submodule_search_locations if found else None
+    return sorted(path for place in places or () for path in (Path(place) / "chat_templates").glob("*.jinja"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen", ""])
+def test_templates_of_trl(family: str) -> None:
+    """Rendered as by transformers, with the marks of training in them or not: the family's, and everybody's."""
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    paths = [path for path in trl_templates() if path.name.startswith(family)]
+    if not paths:
+        pytest.skip("needs the template files of TRL: pip install --no-deps trl")
+    special = {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    settings: list[dict[str, Any]] = [{}, {"enable_thinking": True}, {"enable_thinking": False}, {"tools": [TOOL]}]
+    equal = 0
+    for path in paths:
+        template = ChatTemplate(path.read_text(encoding="utf-8"), path.name, special)
+        for chat, options in product(CHATS, settings if family else settings[:1]):
+            try:
+                (theirs,), _ = utils.render_jinja_template(
+                    [chat], chat_template=template.source, add_generation_prompt=True, **special, **options
+                )
+            except Exception:  # not this template's kind of message, which is ours to say, too
+                with pytest.raises(ModelError):
+                    template.render(chat, add_generation_prompt=True, **options)
+                continue
+            assert template.render(chat, add_generation_prompt=True, **options) == theirs, (path.name, chat, options)
+            equal += 1
+    assert equal >= 3 * len(paths)
+
+
 CALL = {"function": {"name": "look", "arguments": {"x": [1, "ü<b>"], "y": "two\nlines"}}}
 CHATS: list[list[dict[str, Any]]] = [
     USER,
@@ -161,6 +227,24 @@ ENDLESS = {
     "str.join in a loop": DOUBLING.replace("START", "'aa'").replace("MORE", "ns.x.join([ns.x, ns.x])"),
     "tuples as keys": DOUBLING.replace("START", "(1,)").replace("MORE", "(ns.x, ns.x, {ns.x: 1}|length)"),
     "dates": "{{ strftime_now('%c' * 1000) }}",
+    "%*": "{{ '%*d' % (999999999, 1) }}",
+    "printf": "{{ ('%(a)s' * 100000)|format(a='x' * 100000) }}",
+    "str.format again": "{{ ('{0}' * 100000).format('x' * 100000) }}",
+    "str.format of a width": "{{ '{:>{w}}'.format(1, w=999999999) }}",
+    "expandtabs": "{{ ('\t' * 1000).expandtabs(tabsize=10000000) }}",
+    "batch": "{{ [1]|batch(1000000, 'x' * 1000)|list }}",
+    "slice": "{{ [1]|slice(999999999)|list }}",
+    "lines": "{{ ('\n' * 100000)|indent('x' * 100000) }}",
+    "sum": "{{ ([[1] * 1000] * 10000)|sum(start=[]) }}",
+    "round": "{{ 1.5|round(999999999, 'ceil') }}",
+    "one long word": "{{ ('a' * 800000)|urlize }}",
+    "words": "{{ ('a' * 800000)|wordwrap(1) }}",
+    "tags": "{{ ('<!-- -->' * 3000)|striptags }}",
+    "depth": "{% set ns = namespace(x=[1]) %}{% for i in range(300) %}{% set ns.x = [ns.x] %}{% endfor %}"
+    "{{ ns.x|tojson(indent=1000) }}",
+    "separators": "{{ range(99999)|list|tojson(separators=('x' * 1000000, ':')) }}",
+    "joiner": "{% set j = joiner('x' * 1000000) %}{% for i in range(99999) %}{{ j() }}{% endfor %}",
+    "generation": "{% for i in range(99999) %}{% generation %}{{ 'x' * 10000 }}{% endgeneration %}{% endfor %}",
 }
 ESCAPES = {
     "class": "{{ ''.__class__.__mro__ }}",
@@ -175,6 +259,12 @@ ESCAPES = {
     "include": "{% include '/etc/passwd' %}",
     "import": "{% import 'os' as os %}",
     "change": "{{ messages.append(1) }}",
+    "format item": "{{ '{0[0].__class__}'.format(messages) }}",
+    "format_map": "{{ '{a.__class__}'.format_map({'a': 1}) }}",
+    "dict": "{{ dict.__call__.__globals__ }}",
+    "namespace": "{{ namespace(__class__=1) }}",
+    "joiner": "{{ joiner('a').__init__.__globals__ }}",
+    "mapped": "{{ ['']|map('attr', '__class__')|list }}",
 }
 BROKEN = {
     "syntax": "{% if %}",
@@ -203,7 +293,17 @@ CALLS = (
     "s.join(l)", "s.split('a')", "s.rsplit('a', maxsplit=1)", "s.startswith(('x', 'a'))", "s.endswith('b')",
     "d.items()|list", "d.get('y', 5)", "s.strip('a')", "m(s)", "m(s=s)", "dict(a=s)", "range(3)|list",
     "namespace(x=s).x", "l|map('upper')|list", "('a', s)", "('a', s)[1]", "{('a', 1): s}", "s in ('aab', 'c')",
-    "d|dictsort", "l.index('b')", "s.find('b')",
+    "d|dictsort", "l.index('b')", "s.find('b')", "s|attr('upper')", "l|batch(2, 'x')|list", "l|slice(2)|list",
+    "s|center(9)", "'%s-%5.1f'|format(s, 2)", "'%(a)s'|format(a=s)", "'%s %%' % s", "(l|groupby(0))[0].grouper",
+    "[{'a': 1}, {'a': 1}]|groupby('a')|list", "(s ~ '\n\nb')|indent(3, true)", "s|indent('> ', first=true)",
+    "{'k': l, 'a': {'b': [s] * 30}}|pprint", "2.5678|round(2)", "2.5|round(0, 'floor')", "[1, 2.5]|sum",
+    "[[1], [2]]|sum(start=[])",
+    "[{'a': 2}]|sum(attribute='a')", "'<a href=x>b</a> <!-- c -->d'|striptags", "'see www.a.bc (http://d.ef)'|urlize",
+    "('word ' * 30)|wordwrap(20)", "s|wordwrap(2, wrapstring='|')", "('word ' * 30)|truncate(20)", "'a b ü'|urlencode",
+    "{'a': 'b c'}|urlencode", "{'a': '<', 'b': none}|xmlattr", "'a b c'|wordcount", "1234567|filesizeformat",
+    "'<'|forceescape", "'<'|e is escaped", "6 is divisibleby 3", "'{} {x!r:>5} {0[0]}'.format(l, x=s)", "2 ** 8",
+    "2 ** -1", "s.ljust(5) ~ s.rjust(5) ~ s.center(6) ~ '7'.zfill(3)", "'a\tb'.expandtabs(4)", "s.casefold().isascii()",
+    "dict.fromkeys(l, 0)", "d.copy()", "cycler('a', 'b').next()", "joiner(',')()", "(1.0).is_integer()",
 )  # fmt: skip
 MACROS = "{% macro m(s) %}<{{ s.replace('a', 'q') }}>{% endmacro %}{% macro w() %}{{ caller() }}{% endmacro %}"
 PLACES = (
@@ -222,7 +322,9 @@ def test_calls_mean_the_same_everywhere(call: str) -> None:
     values: dict[str, Any] = {"s": "aab", "l": ["a", "b", "c"], "d": {"x": 1, "y": [2, "z"]}}
     for place in PLACES:
         source = MACROS + place.replace("X", call)
-        plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["dict"] = sandbox._Dict()  # as in transformers; Jinja's own has no way in
+        plain = environment.from_string(source)
         assert ChatTemplate(source).render([], add_generation_prompt=True, **values) == plain.render(values), place
 
 

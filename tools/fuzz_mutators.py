@@ -97,7 +97,11 @@ _SNIPPETS = (
     "strftime_now('%Y')", "{% raw %}", "{% endraw %}", ".__class__", "|attr('x')", "is defined", "in", "not ",
     "{% break %}", "{% block a %}{% endblock %}", "self.a()", "1.5", "99999999999", "|join(',')", "\n", "\x00",
     "\udfff", "{% include 'x' %}", "{% call f(1) %}{% endcall %}", "{% filter upper %}{% endfilter %}",
-    "dict(a=1)", "|map('x')",
+    "dict(a=1)", "|map('x')", "{% generation %}", "{% endgeneration %}", "|batch(", "|slice(9", "|center(99",
+    "|indent('x'",
+    "|format(1)", "'%9s'", "|groupby('role')", "|pprint", "|round(9", "|sum(start=[])", "|striptags", "|urlize",
+    "|wordwrap(1)", "|truncate(9)", "|xmlattr", "|urlencode", "|filesizeformat", ".format(messages)", "'{0[0]:>9}'",
+    ".ljust(99", ".expandtabs(", ".fromkeys(", ".copy()", "cycler(1, 2)", ".next()", "joiner(',')()", "%", "- 1",
 )  # fmt: skip
 
 

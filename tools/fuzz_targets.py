@@ -17,7 +17,7 @@ from PIL import Image
 
 from edgeq import vision
 from edgeq.checkpoint import open_checkpoint
-from edgeq.config import read_config
+from edgeq.config import read_config, read_json
 from edgeq.formats.gguf import GGUFFile
 from edgeq.formats.safetensors import SafetensorsFile
 from edgeq.quant import quantize, verify
@@ -27,7 +27,8 @@ from edgeq.text.bpe import BYTE_OF
 from edgeq.text.components import PATTERNS
 from edgeq.text.conversation import Conversation
 from edgeq.text.template import ChatTemplate
-from edgeq.text.tokenizer import Tokenizer
+from edgeq.text.template_files import read_templates
+from edgeq.text.tokenizer import Tokenizer, special_tokens
 
 __all__ = ["Target", "targets"]
 
@@ -70,7 +71,7 @@ def targets(folder: Path) -> list[Target]:
         Target("safetensors", seed / "x.safetensors", _small_safetensors(), _mutate_header, _read_safetensors, 190),
         Target("gguf", seed / "x.gguf", _small_gguf(), mutate_bytes, _read_gguf, 210),
         Target("gguf-model", gguf, gguf.read_bytes(), _mutate_head(20_000), _read_model, 60),
-        Target("template", seed / "x.jinja", TEMPLATE.encode(), mutate_template, _render(tokenizer), 50),
+        Target("template", seed / "x.jinja", TEMPLATE.encode(), mutate_template, _render(tokenizer), 40),
         _json("config", model / "config.json", read_config, 120),
         _json("generation_config", model / "generation_config.json", _read_model, 30),
         _json("index", model / "model.safetensors.index.json", _read_model, 30),
@@ -79,7 +80,8 @@ def targets(folder: Path) -> list[Target]:
         _json("compressed-config", compressed.parent / "config.json", _read_matrices, 20),
         _json("quantization", quantized / "config.json", _read_model, 30),
         _json("record", quantized / "edgeq.json", lambda path: _verify(path.parent), 30),
-        _json("tokenizer_config", model / "tokenizer_config.json", _read_text, 30),
+        _json("tokenizer_config", model / "tokenizer_config.json", _read_text, 20),
+        _json("templates", _make_templates(seed), _read_templates, 20),
         _json("tokenizer", model / "tokenizer.json", _read_text, 40),
         *(Target(kind.lower(), seed / f"x.{kind.lower()}", _image(kind), _mutate_image, _see, 20) for kind in IMAGES),
     ]
@@ -152,6 +154,12 @@ def _read_text(path: Path) -> None:
         tokenizer.token_bytes(token_id)
 
 
+def _read_templates(path: Path) -> None:
+    for tools in (True, False):
+        if named := read_templates(path.parent).pick(tools=tools):
+            ChatTemplate(named.source, named.where, special_tokens(read_json(path)))
+
+
 def _see(path: Path) -> None:
     """As an image and, if that is possible, as an animation; what a file may take is bounded by the budget."""
     vision.read_image(path, image_tokens=256, memory=IMAGE_MEMORY).pixel_values.tobytes()
@@ -189,6 +197,15 @@ def _make_model(folder: Path) -> None:
     for name, value in files.items():
         (folder / name).write_text(json.dumps(value))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+
+def _make_templates(folder: Path) -> Path:
+    """A tokenizer_config.json with named templates, alone in a folder."""
+    named = [{"name": name, "template": TEMPLATE} for name in ("default", "tool_use", "rag")]
+    path = folder / "templates" / "tokenizer_config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}, "chat_template": named}))
+    return path
 
 
 def _make_packed(model: Path, folder: Path) -> tuple[Path, Path]:

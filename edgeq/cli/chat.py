@@ -78,7 +78,7 @@ def chat(
         check_drawing(draw_boxes)
         check_one(visuals.image or ())
     images, videos = visuals.named()
-    loaded = model.load()
+    loaded = model.load(conversation.chat_template)
     with prefill_bar() as reading, prefill_bar("looking", patience=0) as looking:
         talk = loaded.chat(messages=messages, draft=model.draft, on_prefill=reading, on_look=looking, **options)
         opened = talk.open(text, images, videos)

@@ -10,7 +10,7 @@ import typer
 from edgeq.adapters import adapted, given_adapters
 from edgeq.checkpoint import open_checkpoint
 from edgeq.cli.console import peak_memory_text, say
-from edgeq.cli.options import MODEL_HELP, AdapterOption, option
+from edgeq.cli.options import MODEL_HELP, AdapterOption, chat_template_option, option
 from edgeq.cli.quantize import progress_bar
 from edgeq.errors import UsageError
 from edgeq.hub import find_model
@@ -37,6 +37,7 @@ def export(
     ] = False,
     no_mtp: Annotated[bool, option("--no-mtp", env=False, help="Leave the MTP head out.")] = False,
     adapter: AdapterOption = None,
+    chat_template: Annotated[str | None, chat_template_option(env=False)] = None,
     force: Annotated[
         bool, option("--force", env=False, help="Overwrite existing files, only after the new ones are complete.")
     ] = False,
@@ -57,6 +58,9 @@ def export(
         raise UsageError("--no-vision and --mmproj contradict each other", hint="give one of them")
     told = {Part.VISION: no_vision, Part.MTP: no_mtp}
     checkpoint.check_nothing_lost({part for part, dropped in told.items() if dropped})
+    if chat_template is not None:
+        checkpoint.templates = checkpoint.templates.choose(chat_template)
+        checkpoint.template()  # what is asked for has to be usable
     reports = []
     check_target(checkpoint, out, force, [] if mmproj is None else [mmproj])
     with progress_bar() as progress:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,10 +15,15 @@ from edgeq.cli.console import show, show_json
 from edgeq.cli.facts import description, lines, versions
 from edgeq.cli.options import OptionalModelArgument, option
 from edgeq.config import TextConfig
-from edgeq.errors import UsageError
+from edgeq.errors import ModelError, UsageError
 from edgeq.hub import find_model
 from edgeq.inputs import exists, expand_user
+from edgeq.printable import printable
+from edgeq.text.template_files import DEFAULT
 from edgeq.weights import Part, TensorSpec
+
+if TYPE_CHECKING:
+    from edgeq.text.tokenizer import Tokenizer
 
 __all__ = ["info"]
 
@@ -81,7 +86,7 @@ def _model(checkpoint: Checkpoint) -> dict[str, Any]:
     parts = {spec.part for spec, _ in stored}
     weights = sum(spec.size for spec, _ in stored if spec.part is Part.TEXT)
     nbytes = sum(storage.nbytes for spec, storage in stored if spec.part is Part.TEXT)
-    template, tokenizer = checkpoint.template(), checkpoint.tokenizer()
+    tokenizer = checkpoint.tokenizer()
     kinds = Counter(text.layer_types)
     return {
         "path": str(checkpoint.path),
@@ -99,9 +104,7 @@ def _model(checkpoint: Checkpoint) -> dict[str, Any]:
         "MTP head": "yes" if Part.MTP in parts else "no",
         **_seeing(checkpoint, [(spec, storage) for spec, storage in stored if spec.part is Part.VISION]),
         "tokenizer": "yes" if tokenizer else "none: token ids only",
-        "chat template": ("thinking is " + ("on" if template.thinking_default else "off") + " by default")
-        if template
-        else "none",
+        **_templates(checkpoint, tokenizer),
         "tensors": _by_type(stored),
     }
 
@@ -125,6 +128,17 @@ def _adapter(path: Path) -> dict[str, Any]:
         "size": f"{sum(len(file.mapped) for file in adapter.files) / 1e6:,.2f} MB",
         "to run it": f"edgeq chat {adapter.base or 'MODEL'} --adapter {adapter.path}",
     }
+
+
+def _templates(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> dict[str, str]:
+    """What a conversation is written with; what cannot be used is said, and no more."""
+    try:
+        template = checkpoint.template(tokenizer)
+        told = f"thinking is {'on' if template.thinking_default else 'off'} by default" if template else "none"
+    except ModelError as error:
+        told = f"cannot be used: {error.message}"
+    others = [name for name in checkpoint.templates.found if name != DEFAULT]
+    return {"chat template": told} | ({"other chat templates": printable(", ".join(others))} if others else {})
 
 
 def _context(text: TextConfig) -> str:

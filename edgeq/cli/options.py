@@ -14,6 +14,7 @@ behind it are those of llama.cpp, ollama and mlx-lm.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_type_h
 import typer
 
 from edgeq.errors import UsageError
+from edgeq.printable import brief, one_line
 
 if TYPE_CHECKING:
     from edgeq.api import Model
@@ -46,6 +48,7 @@ __all__ = [
     "SamplingOptions",
     "ThreadsOption",
     "VisualOptions",
+    "chat_template_option",
     "command",
     "option",
 ]
@@ -103,6 +106,14 @@ AdapterOption = Annotated[
 ]  # fmt: skip
 
 
+def chat_template_option(*, env: bool) -> Any:
+    """--chat-template, for a conversation or for what is written."""
+    return option(
+        "--chat-template", "--chat-template-file", metavar="FILE|NAME", default="the model's own", env=env,
+        help="Chat template: a file, or the name of one of the model's.",
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions:
     """Which model runs, and on what."""
@@ -157,8 +168,8 @@ class ModelOptions:
             raise UsageError("no model given", hint="try `edgeq chat demo`, or set EDGEQ_MODEL")
         return name
 
-    def load(self) -> Model:
-        """The loaded model."""
+    def load(self, chat_template: str | None = None) -> Model:
+        """The loaded model, with another chat template if one is given."""
         from edgeq.api import load
         from edgeq.generate import check_draft
 
@@ -166,7 +177,7 @@ class ModelOptions:
         return load(
             self.name, backend=self.backend, threads=self.threads, context=self.context, kv_bits=self.kv_bits,
             rope_scaling=self.rope_scaling,
-            mmproj=self.mmproj, adapter=self.adapter,
+            mmproj=self.mmproj, adapter=self.adapter, chat_template=chat_template,
         )  # fmt: skip
 
 
@@ -328,6 +339,9 @@ class VisualOptions:
         return CHAT_VISUALS.replace(**given)
 
 
+_KWARGS_EXAMPLE = """--chat-template-kwargs '{"enable_thinking": true}'"""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConversationOptions:
     """How the model is to behave in a conversation."""
@@ -379,6 +393,15 @@ class ConversationOptions:
         ),
     ] = None  # fmt: skip
 
+    chat_template: Annotated[str | None, chat_template_option(env=True)] = None
+    chat_template_kwargs: Annotated[
+        str | None,
+        option(
+            "--chat-template-kwargs", metavar="JSON", default="none",
+            help="Variables for the chat template, as a JSON object.",
+        ),
+    ] = None  # fmt: skip
+
     def given(self) -> dict[str, Any]:
         """Arguments for `Model.chat`."""
         from edgeq.cli.prompt import file_text, without_last_newline
@@ -390,12 +413,30 @@ class ConversationOptions:
             system = without_last_newline(file_text(self.system_file, lenient=True))
         if self.overflow not in ("stop", "shift"):
             raise UsageError(f"--overflow is stop or shift, got {self.overflow}")
+        kwargs = self._template_kwargs()
         return {
             "overflow": self.overflow,
             "system": system,
             "thinking": self.think,
             "thinking_budget": self.thinking_budget,
+            **({"template_kwargs": kwargs} if kwargs else {}),
         }
+
+    def _template_kwargs(self) -> dict[str, Any]:
+        try:
+            kwargs = json.loads(self.chat_template_kwargs or "{}")
+        except (ValueError, RecursionError) as error:
+            raise UsageError(
+                f"--chat-template-kwargs is not JSON: {one_line(error)}", hint=f"as in {_KWARGS_EXAMPLE}"
+            ) from None
+        if not isinstance(kwargs, dict):
+            raise UsageError(
+                f"--chat-template-kwargs is {brief(kwargs)}, expected an object", hint=f"as in {_KWARGS_EXAMPLE}"
+            )
+        from edgeq.text.messages import check_kwargs
+
+        check_kwargs(kwargs)  # before a model is downloaded and loaded for nothing
+        return kwargs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

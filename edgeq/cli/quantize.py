@@ -11,7 +11,7 @@ import typer
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from edgeq.cli.console import new_bar, peak_memory_text, say, show, show_warning
-from edgeq.cli.options import AdapterOption, option
+from edgeq.cli.options import AdapterOption, chat_template_option, option
 from edgeq.errors import UsageError
 from edgeq.inputs import check_output
 from edgeq.printable import printable
@@ -89,6 +89,7 @@ def quantize(
     ] = False,
     no_mtp: Annotated[bool, option("--no-mtp", env=False, help="Leave the MTP head out.")] = False,
     adapter: AdapterOption = None,
+    chat_template: Annotated[str | None, chat_template_option(env=False)] = None,
     dry_run: Annotated[
         bool, option("--dry-run", env=False, help="Print what would be written; write nothing.")
     ] = False,
@@ -127,6 +128,7 @@ def quantize(
             vision="none" if no_vision else vision,
             mtp=not no_mtp,
             adapter=adapter,
+            chat_template=chat_template,
             dry_run=dry_run,
             report=report,
             force=force,

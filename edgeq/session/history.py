@@ -25,7 +25,7 @@ def make_prompt(
     """The prompt for a reply to `messages`, by the checkpoint's own template.
 
     thinking: None is the template's default. settings: None is the checkpoint's own limits. add_vision_id: number the
-    pictures ("Picture 1: ").
+    pictures ("Picture 1: "). template_kwargs: variables for the template.
     """
     check_thinking(thinking)
     tokenizer = language.need_tokenizer()

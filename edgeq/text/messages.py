@@ -18,7 +18,7 @@ from edgeq.printable import brief
 from edgeq.text.tokenizer import Tokenizer
 
 __all__ = [
-    "check_thinking", "checked_messages", "protected_content", "protected_kwargs", "protected_message",
+    "check_kwargs", "check_thinking", "checked_messages", "protected_content", "protected_kwargs", "protected_message",
     "protected_tools",
 ]  # fmt: skip
 
@@ -124,18 +124,20 @@ def protected_tools(tools: object, tokenizer: Tokenizer) -> Any:
     return _Protector(tokenizer, "tools").value(tools)
 
 
-def protected_kwargs(kwargs: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Variables for a chat template, with every text in them protected, but for special tokens in the place of the
-    checkpoint's own (`eos_token`).
-
-    UsageError for what is no variable, and for those that a conversation fills itself.
-    """
+def check_kwargs(kwargs: Mapping[str, Any]) -> None:
+    """UsageError for what is no variable of a chat template, and for those that a conversation fills itself."""
     if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) and name.isidentifier() for name in kwargs):
         raise UsageError(f"template_kwargs must be an object of values by name, got {brief(kwargs)}")
     for name, instead in _TAKEN.items():
         if name in kwargs:
             raise UsageError(f"template_kwargs has {name!r}, which the conversation fills", hint=instead)
     check_thinking(kwargs.get("enable_thinking"))
+
+
+def protected_kwargs(kwargs: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Variables for a chat template, with every text in them protected, but for special tokens in the place of the
+    checkpoint's own (`eos_token`)."""
+    check_kwargs(kwargs)
     protector = _Protector(tokenizer, "template_kwargs")
     own = tokenizer.special_tokens.keys() | {"bos_token", "eos_token", "pad_token", "unk_token"}
     return {n: value if n in own and isinstance(value, str) else protector.value(value) for n, value in kwargs.items()}

@@ -3,13 +3,15 @@
 Jinja's own sandbox keeps a template away from Python's internals, but not from a loop in a loop or from doubling a
 string forty times. So a render here has a tank of fuel. The syntax tree is rewritten before it is compiled: whatever
 loops, calls, joins, compares or builds a value first pays for its size, and an empty tank is an error. Fuel is
-counted, not timed, so a template that renders does so on every machine. Operations whose cost cannot be told from
-their operands (formatting with widths, padding, powers, most of Jinja's filters) are not there at all.
+counted, not timed, so a template that renders does so on every machine. What costs more than the size of its operands
+(padding, formatting with widths, powers, some filters) pays for that before it begins, or is refused.
+
+Otherwise the environment is that of transformers' `apply_chat_template`: its options, its globals, its `tojson`, its
+tag `{% generation %}`, and Jinja's own filters, tests and methods.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from functools import wraps
@@ -18,11 +20,15 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
 from jinja2.filters import make_attrgetter
+from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext, Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
-from jinja2.utils import Namespace
+from jinja2.utils import Cycler, Joiner, Namespace
 from jinja2.visitor import NodeTransformer
+
+from edgeq.text.sandbox_filters import Formatter, costly_filters, pay_for_printf
 
 __all__ = ["MAX_OUTPUT", "MAX_SOURCE", "Sandbox"]
 
@@ -31,7 +37,7 @@ _OPERATION = 50  # what any operation costs, in characters
 MAX_SOURCE = 1 << 18  # characters of a template; the family's have 8,000
 MAX_TOKENS = 1 << 14  # of the template's syntax, each of which costs some 2 kB to compile; the family's have 1,700
 MAX_OUTPUT = 1 << 24  # characters of a rendering; a full context is some 10^6
-_MAX_INT_BITS = 1024
+_MAX_INT_BITS, _MAX_POWER_BITS = 1024, 256
 _MAX_DATE = 256  # characters of a date's format, each of which can make 256 of the date
 _OF_JINJA = ("_loop_vars", "_block_vars")  # what compiled templates add to the arguments of calls in loops and blocks
 
@@ -42,25 +48,35 @@ def _names(text: str) -> frozenset[str]:
 
 # Filters that look at the elements of a value, paid by its length, and those that look at all of it.
 _SHALLOW_FILTERS = _names(
-    "abs count d default first float int items last length list map reject rejectattr reverse safe select selectattr"
+    "abs count d default first float int items last length list map random reject rejectattr reverse safe select "
+    "selectattr"
 )
-_DEEP_FILTERS = _names("capitalize dictsort e escape lower max min sort string title trim unique upper")
+_DEEP_FILTERS = _names(
+    "capitalize dictsort e escape filesizeformat forceescape groupby lower max min sort string title trim truncate "
+    "unique upper urlencode wordcount xmlattr"
+)
 _FREE_TESTS = _names(
-    "boolean callable defined false filter float integer iterable mapping none number sequence string test true "
-    "undefined"
+    "boolean callable defined escaped false filter float integer iterable mapping none number sequence string test "
+    "true undefined"
 )
-_DEEP_TESTS = _names("!= < <= == > >= eq equalto ge greaterthan gt in le lessthan lower lt ne sameas upper")
+_DEEP_TESTS = _names("!= < <= == > >= divisibleby eq equalto ge greaterthan gt in le lessthan lower lt ne sameas upper")
 
 _METHODS: dict[type[Any], frozenset[str]] = {
     str: _names(
-        "capitalize count endswith find index isalnum isalpha isdigit islower isnumeric isspace isupper join lower "
-        "lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split splitlines "
-        "startswith strip title upper"
+        "capitalize casefold center count endswith expandtabs find format index isalnum isalpha isascii isdecimal "
+        "isdigit isidentifier islower isnumeric isprintable isspace istitle isupper join ljust lower lstrip partition "
+        "removeprefix removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines startswith "
+        "strip swapcase title upper zfill"
     ),
-    dict: _names("get items keys values"),
-    list: _names("count index"),
+    dict: _names("copy fromkeys get items keys values"),
+    list: _names("copy count index"),
     tuple: _names("count index"),
+    range: _names("count index start step stop"),
+    int: _names("bit_length is_integer"),
+    float: _names("is_integer"),
+    Cycler: _names("current next reset"),
 }
+_PADDING = _names("center expandtabs ljust rjust zfill")
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -74,7 +90,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             lstrip_blocks=True,
             optimized=False,  # or constant expressions would run, unmetered, while compiling
             finalize=_finalize,
-            extensions=["jinja2.ext.loopcontrols"],
+            extensions=[_Generation, "jinja2.ext.loopcontrols"],
         )
         self._fuel = 0
         self._step = 1
@@ -82,13 +98,15 @@ class Sandbox(ImmutableSandboxedEnvironment):
         tests: dict[str, Any] = self.tests
         self.filters = {name: self._metered(filters[name], self.pay_length) for name in _SHALLOW_FILTERS}
         self.filters |= {name: self._metered(filters[name], self.pay) for name in _DEEP_FILTERS}
-        self.filters |= {"join": self._join, "replace": self._replace, "tojson": self._tojson}
+        self.filters |= {"join": self._join, "replace": self._replace, **costly_filters(self, self)}
         self.filters |= {name: getattr(self, f"_{name.strip()}") for name in _INTERNAL_FILTERS}
         self.tests = {name: tests[name] for name in _FREE_TESTS}
         self.tests |= {name: self._metered(tests[name], self.pay) for name in _DEEP_TESTS}
         self.tests |= {"even": lambda n: int(n) % 2 == 0, "odd": lambda n: int(n) % 2 == 1}
         self.globals = {
-            "dict": dict,
+            "cycler": Cycler,
+            "dict": _Dict(),
+            "joiner": Joiner,
             "namespace": _OpaqueNamespace,
             "raise_exception": _raise_exception,
             "range": safe_range,
@@ -129,6 +147,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
             elif isinstance(item, list | tuple):
                 stack += item
 
+    def cost(self, value: object) -> int:
+        """What `pay` takes for `value`, which it does."""
+        before = self._fuel
+        self.pay(value)
+        return before - self._fuel
+
     def pay_length(self, value: object) -> None:
         """Pay for the characters or elements of `value` itself."""
         if isinstance(value, int) and value.bit_length() > _MAX_INT_BITS:
@@ -146,42 +170,57 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return "".join(map(self._paid, parts))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" or (operator == "%" and isinstance(left, str)):
-            raise SecurityError(f"the operator {operator} is not available here")
         self.pay(left)
         self.pay(right)
+        if operator == "%" and isinstance(left, str):
+            pay_for_printf(self, left, right)
+        if operator == "**" and isinstance(left, int) and isinstance(right, int):
+            self._check_power(left, right)
         if operator == "*":
             self._pay_repetition(left, right)
             self._pay_repetition(right, left)
         return super().call_binop(context, operator, left, right)
 
+    def _check_power(self, base: int, exponent: int) -> None:
+        if base.bit_length() * max(exponent, 0) > _MAX_POWER_BITS:
+            raise SecurityError("it computes with absurdly large numbers")
+
     def _pay_repetition(self, value: object, times: object) -> None:
         if isinstance(value, str | list | tuple) and isinstance(times, int):
-            before = self._fuel
-            self.pay(value)
-            self.spend((before - self._fuel) * max(times, 0))
+            self.spend(self.cost(value) * max(times, 0))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         self, owner = __self, getattr(__obj, "__self__", None)
         given = {name: value for name, value in kwargs.items() if name not in _OF_JINJA}
         self.spend(self._step)
         self.pay([owner, *args, *given.values()])
-        if isinstance(owner, str) and __obj.__name__ == "join":
-            return self._join(args[0], owner)
-        if isinstance(owner, str) and __obj.__name__ == "replace":
-            return self._replace(owner, *args, **given)
+        if isinstance(owner, str):
+            match __obj.__name__:
+                case "join":
+                    return self._join(args[0], owner)
+                case "replace":
+                    return self._replace(owner, *args, **given)
+                case "format":
+                    return Formatter(self, self).vformat(owner, args, given)
+                case name if name in _PADDING:
+                    self._pay_padding(owner, [*args, *given.values()])
         return super().call(__context, __obj, *args, **kwargs)
+
+    def _pay_padding(self, text: str, values: list[Any]) -> None:
+        """Of a width, or of the width of a tab, each of which takes as much."""
+        width = max((value for value in values if isinstance(value, int)), default=8)
+        self.spend(max(width, 0) * (1 + text.count("\t")))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if not super().is_safe_attribute(obj, attr, value):
             return False
         for kind, methods in _METHODS.items():
             if isinstance(obj, kind):
-                return attr in methods
-        return isinstance(obj, Namespace | LoopContext | Macro | Undefined)
+                return attr in methods or (kind is tuple and attr in getattr(obj, "_fields", ()))  # groupby's
+        return isinstance(obj, Namespace | LoopContext | Macro | Undefined) or (obj is self.globals["dict"])
 
     def wrap_str_format(self, value: Any) -> None:
-        """No str.format: is_safe_attribute then refuses it like any other method that is not listed."""
+        """`call` runs str.format, which pays; its other forms are refused like any method that is not listed."""
 
     def _metered(self, function: Callable[..., Any], pay: Callable[[object], None]) -> Callable[..., Any]:
         first = 1 if hasattr(function, "jinja_pass_arg") else 0  # such functions are handed the context first
@@ -210,19 +249,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
         text, old, new = self.text(value), self.text(old), self.text(new)
         self.spend(len(new) * text.count(old))
         return text.replace(old, new, -1 if count is None else count)
-
-    def _tojson(
-        self,
-        value: object,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        if indent is not None and not (isinstance(indent, int) and 0 <= indent <= 8):
-            raise SecurityError(f"tojson: indent is {indent!r}, expected 0 to 8")
-        self.pay(value)
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     # What _Metering puts into the tree
 
@@ -289,8 +315,42 @@ def _filter(node: nodes.Expr | nodes.Node, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
+class _Generation(Extension):
+    """`{% generation %}`, with which training marks the model's own words: what is inside is rendered as it is."""
+
+    tags = {"generation"}  # noqa: RUF012  as Jinja declares it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_words"), [], [], body).set_lineno(line)
+
+    def _words(self, caller: Macro) -> str:
+        return str(caller())
+
+
+class _Dict:
+    """`dict` in a template: it makes dictionaries, and is no way to the type."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
 class _OpaqueNamespace(Namespace):
-    """Can hold anything, itself included, so its contents are not printed."""
+    """Can hold anything, itself included, so its contents are not printed. Names with _ in front are refused, as in
+    transformers."""
+
+    def __init__(__self, *args: Any, **kwargs: Any) -> None:
+        for name in dict(*args, **kwargs):
+            _check_name(name)
+        super().__init__(*args, **kwargs)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
 
     def __repr__(self) -> str:
         return "<namespace>"
@@ -301,6 +361,11 @@ def _finalize(context: Context, value: object) -> str:
     environment = context.environment
     assert isinstance(environment, Sandbox)
     return environment.text(value)
+
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace cannot hold {name!r}")
 
 
 def _strftime_now(format: str) -> str:

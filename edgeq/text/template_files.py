@@ -8,6 +8,7 @@ when a template is wanted, and stops nothing else.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,8 @@ ANOTHER_TEMPLATE = (
 )
 DEFAULT, WITH_TOOLS = "default", "tool_use"
 FOLDER, _MAIN = "additional_chat_templates", "chat_template.jinja"
+_UNFIT = re.compile(r"[^A-Za-z0-9_-]")  # characters of a name that a file's cannot have everywhere
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _MOST = 64  # templates of a checkpoint; of the family's none has more than one
 
 
@@ -81,12 +84,12 @@ class Templates:
             chosen = self.found[what]
         elif isinstance(what, str) and ("{{" in what or "{%" in what):
             chosen = NamedTemplate(what, "the chat template given")
-        elif exists(path := expand_user(Path(what))):
+        elif what and exists(path := expand_user(Path(what))):
             chosen = _only(path)
         else:
             known = f"the model's are called {self.names}" if self.found else "the model has none of its own"
             raise UsageError(
-                f"no chat template or file is called {printable(str(what))}",
+                f"no chat template or file is called {brief(str(what))}",
                 hint=f"give a file with a template; {known}",
             )
         return replace(self, found={**self.found, DEFAULT: chosen}, asked_for=True)
@@ -109,19 +112,22 @@ def read_templates(folder: Path) -> Templates:
 
 def templates_in(value: object, where: str, problems: list[str]) -> Iterator[tuple[str, NamedTemplate]]:
     """The templates in a field: a text, a list of {"name", "template"}, an object of texts by name."""
+    pairs: list[tuple[object, object]] = []
     if isinstance(value, str):
-        value = {DEFAULT: value}
+        pairs = [(DEFAULT, value)]
     elif isinstance(value, list):
         entries = [entry if isinstance(entry, Mapping) else {} for entry in value[:_MOST]]
-        value = {entry.get("name"): entry.get("template") for entry in entries}
-    if not isinstance(value, Mapping):
-        if value is not None:
-            problems.append(f"{where} is {brief(value)}, expected a text or a list of named ones")
-        return
-    for name, source in value.items():
-        place = where if name == DEFAULT and len(value) == 1 else f"{where}[{name}]"
+        pairs = [(entry.get("name"), entry.get("template")) for entry in entries]
+    elif isinstance(value, Mapping):
+        pairs = list(value.items())[:_MOST]
+    elif value is not None:
+        problems.append(f"{where} is {brief(value)}, expected a text or a list of named ones")
+    for name, source in pairs:
+        place = where if name == DEFAULT and len(pairs) == 1 else f"{where}[{brief(name)}]"
         if not isinstance(name, str) or not isinstance(source, str):
-            problems.append(f"{printable(place)} is {brief(source)}, expected a text by name")
+            problems.append(f"{place} is {brief(source)}, expected a text by name")
+        elif _SURROGATE.search(name + source):
+            problems.append(f"{printable(place)} holds half a character")
         elif source.strip():
             yield name, NamedTemplate(source, printable(place))
 
@@ -134,7 +140,7 @@ def _files(folder: Path, problems: list[str]) -> Iterator[tuple[str, NamedTempla
             try:
                 source = read_text(path)
             except (OSError, UnicodeDecodeError) as error:
-                problems.append(f"{path} cannot be read: {one_line(error)}")
+                problems.append(f"{path} cannot be read: {_reason(error)}")
                 continue
             if source.strip():
                 yield name, NamedTemplate(source, printable(path.relative_to(folder).as_posix()))
@@ -142,7 +148,7 @@ def _files(folder: Path, problems: list[str]) -> Iterator[tuple[str, NamedTempla
 
 def place(name: str) -> str:
     """Where a folder keeps the template of this name."""
-    return _MAIN if name == DEFAULT else f"{FOLDER}/{name}.jinja"
+    return _MAIN if name == DEFAULT else f"{FOLDER}/{_UNFIT.sub('_', name)[:100]}.jinja"
 
 
 def _processor_field(folder: Path, problems: list[str]) -> Iterator[tuple[str, NamedTemplate]]:
@@ -173,6 +179,13 @@ def _only(path: Path) -> NamedTemplate:
             return template
         raise ModelError(problems[0] if problems else f"{path} has no chat_template")
     try:
-        return NamedTemplate(read_text(path, streams=True), str(path))
+        source = read_text(path, streams=True)
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} cannot be read: {one_line(error)}") from None
+        raise ModelError(f"{path} cannot be read: {_reason(error)}") from None
+    if not source.strip():
+        raise ModelError(f"{path} is empty, expected a chat template")
+    return NamedTemplate(source, str(path))
+
+
+def _reason(error: OSError | UnicodeDecodeError) -> str:
+    return (isinstance(error, OSError) and error.strerror) or one_line(error)
