@@ -187,6 +187,16 @@ class TestSeveralTexts:
         values = read_config_file(lambda: {name: parameters(command) for name, command in GROUP.commands.items()})
         assert values["chat"] == {"stop": ["a b\\n"]}
 
+    def test_objects_and_what_is_none(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("EDGEQ_CONFIG", str(tmp_path / "config.toml"))
+        commands = {"chat": parameters(GROUP.commands["chat"])}
+        (tmp_path / "config.toml").write_text("[chat.chat-template-kwargs]\nenable_thinking = true\n")
+        assert read_config_file(lambda: commands) == {"chat": {"chat_template_kwargs": '{"enable_thinking": true}'}}
+        for line in ("system = ['a']", "temp = true", "seed = [1, 2]"):
+            (tmp_path / "config.toml").write_text(f"[chat]\n{line}\n")
+            with pytest.raises(UsageError, match=f"{line.split()[0]} is .*, expected one value"):
+                read_config_file(lambda: commands)
+
     def test_other_names_in_the_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("EDGEQ_CONFIG", str(tmp_path / "config.toml"))
         commands = {name: parameters(GROUP.commands[name]) for name in ("chat", "generate")}

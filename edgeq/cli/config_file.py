@@ -7,6 +7,7 @@ table named after a command for that one. `edgeq info --config` shows which won.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -57,9 +58,17 @@ def _by_parameter(path: Path, given: Mapping[str, Any], options: Mapping[str, An
         if parameter.name in found:
             same = [name for name in given if options[name] is parameter]
             raise UsageError(f"{path}: {' and '.join(same)} are the same option", hint="keep one of them")
-        several = getattr(parameter, "multiple", False)
-        found[parameter.name] = [value] if several and isinstance(value, str) else value
+        found[parameter.name] = _as_given(value, parameter, f"{path}: {key}")
     return found
+
+
+def _as_given(value: Any, parameter: Any, where: str) -> Any:
+    """A value as the command line would have it: several texts in a list, an object as JSON."""
+    if getattr(parameter, "multiple", False):
+        return value if isinstance(value, list) else [value]
+    if isinstance(value, list) or (isinstance(value, bool) and not getattr(parameter, "is_flag", False)):
+        raise UsageError(f"{where} is {json.dumps(value, default=str)}, expected one value")
+    return json.dumps(value) if isinstance(value, dict) else value
 
 
 def _parsed(path: Path) -> dict[str, Any]:

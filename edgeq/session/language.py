@@ -112,7 +112,7 @@ class Language:
     def _tool_form(self) -> ToolForm:
         from edgeq.text.tool_calls import tool_form
 
-        return tool_form(self.need_template())
+        return tool_form(self.need_template(tools=True))
 
     def speculation(self, engine: Engine[Any, Any], draft: str | int) -> Speculation | None:
         """Drafts for a new sequence; None for "off"."""
