@@ -143,6 +143,26 @@ class TestShapes:
         )
         assert looping.finish.reason is StopReason.LOOP
 
+    @pytest.mark.parametrize("thinking", [False, True])
+    def test_what_was_cut_goes_on_to_fit(self, demo: Model, thinking: bool) -> None:
+        options: dict[str, Any] = {"schema": PERSON, "seed": 5, "thinking": thinking, "temperature": 1.2}
+        whole = demo.chat(**options)
+        text = "".join(piece.text for piece in whole.send("Who are you?") if piece.channel == "answer")
+        check_person(json.loads(text))
+        chat = demo.chat(**options, max_total_tokens=2)
+        reply = chat.send("Who are you?")
+        while [*reply] and reply.finish.reason is StopReason.LENGTH:
+            reply = chat.resume()
+        assert reply.finish.reason is StopReason.COMPLETE
+        assert chat.messages[-1]["content"] == text
+
+    def test_an_answer_that_was_begun_fits_as_a_whole(self, demo: Model) -> None:
+        chat = demo.chat(regex="[0-9]{3}-[a-z]{2}", temperature=0.0)
+        reply = chat.send("?", assistant_prefix="41")
+        assert re.fullmatch("[0-9]-[a-z]{2}", "".join(piece.text for piece in reply))
+        with pytest.raises(UsageError, match="begins with 'x1', which does not fit the regex"):
+            chat.send("?", assistant_prefix="x1")
+
     def test_turns_and_what_was_left_go_on(self, demo: Model) -> None:
         chat = demo.chat(regex="[a-z]{4}", temperature=0.0)
         for _ in range(3):

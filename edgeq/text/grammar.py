@@ -82,17 +82,22 @@ class Grammars:
         # "slices", tables for frequent masks, would take another 0.3 s and 60 MB; masks take 0.3 ms without them.
         wrapper = library.TokenizerWrapper(_Vocabulary(tokenizer, tokens, eos[0]))
         self._tokenizer = library.LLTokenizer(wrapper, n_vocab=tokens, eos_token=eos, slices=[])
-        self._tokens = tokens
+        self._tokens, self._encode = tokens, tokenizer.encode
         self._compiled: dict[Shape, LLMatcher] = {}
 
-    def matcher(self, shape: Shape) -> Matcher:
-        """A matcher at the beginning of an answer; UsageError for a shape that cannot be done, naming the part."""
+    def matcher(self, shape: Shape, begun: str = "") -> Matcher:
+        """A matcher in an answer that has `begun`; UsageError for a shape that cannot be done, naming the part, and a
+        beginning that does not fit.
+        """
         if shape not in self._compiled:
             matcher = _library().LLMatcher(self._tokenizer, _source(shape), log_level=0)
             if matcher.is_error():
                 raise _refused(shape, matcher.get_error())
             self._compiled[shape] = matcher
-        return Matcher(self._compiled[shape].deep_copy(), self._tokens)
+        matcher, ids = self._compiled[shape].deep_copy(), self._encode(begun)
+        if matcher.try_consume_tokens(ids) < len(ids):
+            raise UsageError(f"the answer begins with {brief(begun)}, which does not fit the {shape[0]}")
+        return Matcher(matcher, self._tokens)
 
 
 def check_shape(shape: Shape) -> None:
