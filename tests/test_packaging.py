@@ -18,7 +18,7 @@ PROJECT: dict[str, Any] = tomllib.loads((Path(__file__).parent.parent / "pyproje
 REQUIRED = {re.split(r"[^\w.-]", requirement)[0] for requirement in PROJECT["dependencies"]}
 OPTIONAL = {
     re.split(r"[^\w.-]", requirement)[0]
-    for extra in ("video",)
+    for extra in ("video", "grammar")
     for requirement in PROJECT["optional-dependencies"][extra]
 }
 CALLED = {"PIL": "pillow"}  # by its package

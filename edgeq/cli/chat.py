@@ -10,18 +10,23 @@ from edgeq.cli.boxes import check_drawing
 from edgeq.cli.console import prefill_bar
 from edgeq.cli.messages import read_messages
 from edgeq.cli.options import (
+    AnswerOptions,
     ChatDisplayOptions,
     ConversationOptions,
     ModelOptions,
     PromptArgument,
     PromptOptions,
     SamplingOptions,
+    ToolOptions,
     VisualOptions,
     command,
     option,
 )
 from edgeq.cli.pictures import announce, by_kind, check_one, draw_boxes_of
-from edgeq.cli.reply import print_json, show_reply
+from edgeq.cli.reply import hear, print_json, show_reply
+from edgeq.cli.tools import follow, show_calls
+from edgeq.errors import UsageError
+from edgeq.session.reply import Reply
 
 __all__ = ["chat"]
 
@@ -50,6 +55,8 @@ def chat(
     display: ChatDisplayOptions,
     visuals: VisualOptions,
     conversation: ConversationOptions,
+    tools: ToolOptions,
+    answer: AnswerOptions,
     sampling: SamplingOptions,
     model: ModelOptions,
     words: PromptArgument = None,
@@ -73,7 +80,11 @@ def chat(
     one_shot = bool(words) or prompt.given or single or asks or not sys.stdin.isatty()
     stdin_taken = visuals.takes_stdin or str(conversation.messages) == "-"
     text = prompt.text(words, stdin=not stdin_taken, needed=not asks) if one_shot else ""
-    options = {**conversation.given(), **sampling.given(), "visual_settings": visuals.settings()}
+    options = {**conversation.given(), **sampling.given(), **answer.given(), "visual_settings": visuals.settings()}
+    options |= tools.given()
+    runner = tools.runner()
+    if answer.logprobs is not None and not as_json:
+        raise UsageError("--logprobs prints to the JSON object of a reply", hint="add --json")
     if draw_boxes is not None:
         check_drawing(draw_boxes)
         check_one(visuals.image or ())
@@ -85,7 +96,7 @@ def chat(
         if not one_shot:
             from edgeq.cli.repl import Repl  # line editing is a large library that one shot does not need
 
-            Repl(talk, model.name, opened, display).run()
+            Repl(talk, model.name, opened, display, runner).run()
             return
         if not display.quiet:
             announce(loaded, opened)
@@ -94,10 +105,19 @@ def chat(
             reply = talk.send(text, assistant_prefix=prefix, **by_kind(opened))
         else:
             reply = talk.answer(assistant_prefix=prefix)
+        thinking = not display.hide_thinking
+
+        def show(reply: Reply) -> bool:
+            if as_json:
+                return hear(reply, stream=stream, thinking=thinking)
+            return show_reply(reply, loaded.engine.ops, display, before=reply.prefix)
+
+        reply, whole = follow(talk, reply, show, runner)
         if as_json:
-            whole = print_json(reply, stream=stream, thinking=not display.hide_thinking)
+            ran = {"tool_runs": runner.runs} if runner else {}
+            print_json(reply, loaded.tokenizer, stream=stream, thinking=thinking, **ran)
         else:
-            whole = show_reply(reply, loaded.engine.ops, display, before=prefix)
+            show_calls(reply)
         if not whole:
             raise KeyboardInterrupt
         if draw_boxes is not None:

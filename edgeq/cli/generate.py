@@ -6,6 +6,7 @@ from typing import Annotated
 
 from edgeq.cli.console import prefill_bar, say
 from edgeq.cli.options import (
+    AnswerOptions,
     DisplayOptions,
     ModelOptions,
     PromptArgument,
@@ -16,7 +17,8 @@ from edgeq.cli.options import (
     option,
 )
 from edgeq.cli.pictures import announce
-from edgeq.cli.reply import print_json, show_reply, usage_line
+from edgeq.cli.reply import hear, print_json, show_reply, usage_line
+from edgeq.errors import UsageError
 from edgeq.generate import GenerationSettings
 from edgeq.session.prompt import completion_prompt
 
@@ -39,6 +41,7 @@ def generate(
     ] = False,
     display: DisplayOptions,
     visuals: VisualOptions,
+    answer: AnswerOptions,
     sampling: SamplingOptions = _DEFAULTS,
     model: ModelOptions,
     words: PromptArgument = None,
@@ -51,8 +54,10 @@ def generate(
     The prompt comes from --prompt, a file or stdin; several are joined. Pictures come before it. The completion goes to
     stdout.
     """
-    text, options = prompt.text(words, stdin=not visuals.takes_stdin), sampling.given()
-    settings = visuals.settings()
+    text, settings = prompt.text(words, stdin=not visuals.takes_stdin), visuals.settings()
+    options = sampling.given() | answer.given()
+    if answer.logprobs is not None and not as_json:
+        raise UsageError("--logprobs prints to the JSON object of a reply", hint="add --json")
     images, videos = visuals.named()
     loaded = model.load()
     shown = completion_prompt(loaded.language, loaded.sight, text, images, videos, settings)
@@ -61,8 +66,10 @@ def generate(
     options |= {"draft": model.draft, "ignore_eos": ignore_eos}
     with prefill_bar() as reading, prefill_bar("looking", patience=0) as looking:
         reply = loaded.generate(shown, on_prefill=reading, on_look=looking, **options)
-        whole = print_json(reply, stream=stream) if as_json else show_reply(reply, loaded.ops, display)
-    if as_json and not display.quiet:
-        say(usage_line(reply, loaded.ops), faint=True)
+        whole = hear(reply, stream=stream) if as_json else show_reply(reply, loaded.ops, display)
+    if as_json:
+        print_json(reply, loaded.tokenizer, stream=stream)
+        if not display.quiet:
+            say(usage_line(reply, loaded.ops), faint=True)
     if not whole:
         raise KeyboardInterrupt

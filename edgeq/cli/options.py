@@ -29,12 +29,14 @@ from edgeq.printable import brief, one_line
 
 if TYPE_CHECKING:
     from edgeq.api import Model
+    from edgeq.cli.tools import ToolRunner
     from edgeq.generate import GenerationSettings
     from edgeq.session.visual_settings import VisualSettings
 
 __all__ = [
     "MODEL_HELP",
     "AdapterOption",
+    "AnswerOptions",
     "BackendOption",
     "ChatDisplayOptions",
     "ConversationOptions",
@@ -47,6 +49,7 @@ __all__ = [
     "PromptOptions",
     "SamplingOptions",
     "ThreadsOption",
+    "ToolOptions",
     "VisualOptions",
     "chat_template_option",
     "command",
@@ -533,6 +536,112 @@ class SamplingOptions:
         given = {name: value for name, value in values.items() if value is not None}
         GenerationSettings(**given)  # before a model is downloaded and loaded for nothing
         return given
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerOptions:
+    """What the answer is to fit, and what is told about its tokens: the rest of GenerationSettings."""
+
+    title: ClassVar[str] = "Structured output"
+
+    schema: Annotated[
+        str | None,
+        option(
+            "--schema", "--json-schema", "--json-schema-file", "-j", metavar="FILE", default="none", env=False,
+            help="JSON schema that the answer fits: a file, or the schema itself.",
+        ),
+    ] = None  # fmt: skip
+    regex: Annotated[
+        str | None,
+        option("--regex", metavar="REGEX", default="none", env=False, help="Regex that the whole answer matches."),
+    ] = None
+    grammar: Annotated[
+        str | None,
+        option(
+            "--grammar", "--grammar-file", metavar="FILE", default="none", env=False,
+            help="Grammar that the answer follows, in Lark or GBNF: a file, or the grammar itself.",
+        ),
+    ] = None  # fmt: skip
+    logit_bias: Annotated[
+        list[str] | None,
+        option(
+            "--logit-bias", "-l", metavar="ID=X", default="none", env=False,
+            help="Add X, -100 to 100, to the logit of a token; repeatable.",
+        ),
+    ] = None  # fmt: skip
+    logprobs: Annotated[
+        int | None,
+        option(
+            "--logprobs", metavar="N", default="none", env=False,
+            help="Print log probabilities, with those of the N most likely tokens (with --json).",
+        ),
+    ] = None  # fmt: skip
+
+    def given(self) -> dict[str, Any]:
+        """Those that are not None, as fields of GenerationSettings; UsageError for what cannot be done."""
+        from edgeq.cli.answers import read_biases, read_shape
+        from edgeq.generate import GenerationSettings
+
+        given: dict[str, Any] = {
+            "schema": read_shape("schema", self.schema),
+            "regex": self.regex,
+            "grammar": read_shape("grammar", self.grammar),
+            "logit_bias": read_biases(self.logit_bias) if self.logit_bias else None,
+            "logprobs": self.logprobs,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        if (shape := GenerationSettings(**given).shape) is not None:  # before a model is downloaded for nothing
+            from edgeq.text.grammar import check_shape
+
+            check_shape(shape)
+        return given
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolOptions:
+    """Functions that the model may call, and what runs them."""
+
+    title: ClassVar[str] = "Tools"
+
+    tools: Annotated[
+        Path | None,
+        option(
+            "--tools", metavar="FILE", default="none", env=False,
+            help="JSON file with the functions that the model may call, as in OpenAI's interface.",
+        ),
+    ] = None  # fmt: skip
+    tools_run: Annotated[
+        str | None,
+        option(
+            "--tools-run", metavar="COMMAND", default="none", env=False,
+            help="Run COMMAND NAME for each call, with the call as JSON on its stdin; what it prints is the result.",
+        ),
+    ] = None  # fmt: skip
+    yes: Annotated[bool, option("--yes", "-y", env=False, help="Run it without asking.")] = False
+    tool_rounds: Annotated[
+        int, option("--tool-rounds", metavar="N", minimum=1, help="Maximum rounds of calls for a question.")
+    ] = 8
+    tool_timeout: Annotated[
+        int, option("--tool-timeout", metavar="SECONDS", minimum=1, help="Time limit of a call.")
+    ] = 60
+
+    def given(self) -> dict[str, Any]:
+        """Arguments for `Model.chat`."""
+        from edgeq.cli.tools import read_tools
+
+        return {"tools": read_tools(self.tools)} if self.tools else {}
+
+    def runner(self) -> ToolRunner | None:
+        """What runs the calls; None if nothing does. UsageError for what cannot be run, or not be asked for."""
+        from edgeq.cli.tools import ToolRunner
+
+        if self.tools_run is None:
+            if self.yes:
+                raise UsageError("--yes is about --tools-run, which is not given")
+            return None
+        if self.tools is None:
+            raise UsageError("--tools-run needs --tools, the functions that the model may call")
+        return ToolRunner(self.tools_run, ask=not self.yes, rounds=self.tool_rounds, timeout=self.tool_timeout)
 
 
 # --- from groups to options ------------------------------------------------------------------------------------------

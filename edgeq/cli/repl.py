@@ -25,6 +25,7 @@ from edgeq.cli.pictures import announce, by_kind, dropped, named
 from edgeq.cli.prompt import file_text, without_last_newline
 from edgeq.cli.reply import show_reply, usage_line
 from edgeq.cli.settings import set_option
+from edgeq.cli.tools import ToolRunner, follow, show_calls
 from edgeq.errors import EdgeqError, UsageError
 from edgeq.generate import GenerationSettings
 from edgeq.inputs import expand_user, is_file
@@ -57,9 +58,10 @@ class Repl:
     """A conversation read from a terminal."""
 
     def __init__(
-        self, chat: Chat, name: str, attached: Sequence[Visual] = (), display: DisplayOptions | None = None
-    ) -> None:
-        self._chat, self._name = chat, name
+        self, chat: Chat, name: str, attached: Sequence[Visual] = (), display: DisplayOptions | None = None,
+        runner: ToolRunner | None = None,
+    ) -> None:  # fmt: skip
+        self._chat, self._name, self._runner = chat, name, runner
         self._display = display or DisplayOptions()
         self._attached = list(attached)  # pictures that go with the next message
         self._read_files: list[str] = []  # texts that do
@@ -201,10 +203,11 @@ class Repl:
         return answer in ("y", "yes") or (default and not answer)
 
     def _answer(self, reply: Reply) -> None:
-        self._last = reply
-        show_reply(reply, self._chat.model.engine.ops, self._display)
-        if reply.forgotten:
-            turns = "turn was" if reply.forgotten == 1 else f"{reply.forgotten} turns were"
+        ops = self._chat.model.engine.ops
+        self._last, _ = follow(self._chat, reply, lambda reply: show_reply(reply, ops, self._display), self._runner)
+        show_calls(self._last)
+        if self._last.forgotten:
+            turns = "turn was" if self._last.forgotten == 1 else f"{self._last.forgotten} turns were"
             warn(f"the oldest {turns} forgotten to make room: the context window was full")
         if self._chat.context.share < _NEARLY_FULL:
             self._warned = False

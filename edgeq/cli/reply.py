@@ -11,8 +11,9 @@ from edgeq.cli.options import DisplayOptions
 from edgeq.cli.page import Hidden, Page, page_on
 from edgeq.generate import StopReason
 from edgeq.session.reply import Reply
+from edgeq.text.tokenizer import Tokenizer
 
-__all__ = ["print_json", "reply_object", "show_reply", "usage_line"]
+__all__ = ["hear", "print_json", "reply_object", "show_reply", "usage_line"]
 
 _ENDINGS = {
     StopReason.LENGTH: "stopped at --max-tokens",
@@ -41,6 +42,8 @@ def usage_line(reply: Reply, ops: Ops[Any, Any]) -> str:
             f"{usage.accepted_tokens} of {usage.drafted_tokens} drafts accepted, "
             f"{usage.tokens_per_pass:.2f} tokens a pass"
         )
+    if usage.forced_tokens:
+        parts.append(f"{usage.forced_tokens} tokens left no choice")
     if finish.thinking_cut in _CUTS:
         parts.append(_CUTS[finish.thinking_cut])
     if finish.reason in _ENDINGS:
@@ -58,6 +61,8 @@ def show_reply(reply: Reply, ops: Ops[Any, Any], display: DisplayOptions, before
             if piece.channel == "thinking":
                 if piece.text and page is answer:
                     page = _thinking_page(display)
+            elif piece.channel == "tool_call":  # shown when they are complete, see edgeq.cli.tools
+                continue
             elif page is not answer:
                 page.end("\n\n")
                 page = answer
@@ -82,33 +87,56 @@ def _thinking_page(display: DisplayOptions) -> Page:
     return page_on(sys.stderr, wrap=display.wrap, style=dim)
 
 
-def print_json(reply: Reply, *, stream: bool = False, thinking: bool = True) -> bool:
-    """Print a reply as a JSON object, with `stream` behind one of every piece on a line of its own; False if Ctrl-C
-    ended it, and what there was until then is printed.
+def hear(reply: Reply, *, stream: bool = False, thinking: bool = True) -> bool:
+    """Generate a reply, with `stream` printing every piece as a JSON object on a line of its own; False if Ctrl-C ended
+    it.
     """
-    finished = True
     try:
         for piece in reply:
             if stream and (thinking or piece.channel != "thinking"):
                 show_json(piece._asdict())
     except KeyboardInterrupt:
         reply.close()
-        finished = False
-    shown = reply_object(reply)
+        return False
+    return True
+
+
+def print_json(
+    reply: Reply, tokenizer: Tokenizer | None, *, stream: bool = False, thinking: bool = True, **more: object
+) -> None:
+    """Print a reply, as far as it was generated, as a JSON object. stream: as in `hear`, which came before."""
+    shown = reply_object(reply, tokenizer) | more
     if not thinking:
         del shown["thinking"]
     show_json({"done": True, **shown} if stream else shown)
-    return finished
 
 
-def reply_object(reply: Reply) -> dict[str, object]:
+def reply_object(reply: Reply, tokenizer: Tokenizer | None) -> dict[str, object]:
     """A finished reply as one JSON object, for programs."""
     finish, usage = reply.finish, reply.usage
+    more: dict[str, object] = {}
+    if reply.tool_calls:
+        more["tool_calls"] = [call.message() for call in reply.tool_calls]
+    if reply.malformed_calls:
+        more["malformed_calls"] = [malformed._asdict() for malformed in reply.malformed_calls]
+    if reply.logprobs:
+        more["logprobs"] = [
+            _token_object(token, found.logprob, tokenizer)
+            | {"top_logprobs": [_token_object(*likely, tokenizer) for likely in found.top]}
+            for token, found in reply.logprobs
+        ]
     return {
         "text": reply.text,
         "thinking": reply.thinking,
+        **more,
         "ids": reply.ids,
         "finish_reason": finish.reason.value,
         "thinking_cut": finish.thinking_cut.value if finish.thinking_cut else None,
         "usage": {**usage._asdict(), "acceptance": usage.acceptance, "tokens_per_pass": usage.tokens_per_pass},
     }
+
+
+def _token_object(token: int, logprob: float, tokenizer: Tokenizer | None) -> dict[str, object]:
+    """A token and its log probability, in the fields of OpenAI's interface; its bytes, which need not be text."""
+    spelled = tokenizer.token_bytes(token) if tokenizer else b""
+    return {"id": token, "token": spelled.decode(errors="replace"), "bytes": list(spelled), "logprob": logprob}

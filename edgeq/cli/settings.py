@@ -15,7 +15,15 @@ from functools import cache
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from edgeq.checkpoint.generation import RECOMMENDED
-from edgeq.cli.options import ConversationOptions, ModelOptions, PromptOptions, SamplingOptions, VisualOptions
+from edgeq.cli.answers import read_biases, read_shape
+from edgeq.cli.options import (
+    AnswerOptions,
+    ConversationOptions,
+    ModelOptions,
+    PromptOptions,
+    SamplingOptions,
+    VisualOptions,
+)
 from edgeq.errors import UsageError
 from edgeq.generate import GenerationSettings
 from edgeq.numbers import SAMPLING
@@ -27,7 +35,7 @@ __all__ = ["set_option"]
 
 _GENERATION = frozenset(field.name for field in fields(GenerationSettings))
 _VISUAL = frozenset(field.name for field in fields(VisualSettings)) - {"outer_vision_tokens"}  # fixed in a conversation
-_GROUPS = (SamplingOptions, ConversationOptions, VisualOptions, ModelOptions, PromptOptions)
+_GROUPS = (SamplingOptions, AnswerOptions, ConversationOptions, VisualOptions, ModelOptions, PromptOptions)
 _OTHERWISE = {"temp": "temperature", "think": "thinking"}  # options whose settings have other names
 _TRUE, _FALSE = ("on", "true", "yes", "1"), ("off", "false", "no", "0")
 _NAME = re.compile(r"\s*(?:parameter\s+)?-{0,2}([\w-]+)(?:=|\s+|$)(.*)", re.DOTALL)
@@ -89,6 +97,10 @@ def _value(known: _Known, words: str) -> Any:
     match known.setting:
         case "stop":
             return _texts(words)
+        case "schema" | "grammar":
+            return read_shape(known.setting, words)
+        case "logit_bias":
+            return read_biases(words.split())
         case "loop_guard":
             return _switch(known, words)
         case name if name in SAMPLING:

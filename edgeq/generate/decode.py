@@ -189,7 +189,7 @@ class Decoding:
         self.constrained += only
         if taken.id not in self._eos_ids:
             self._constraint.accept(taken.id)
-            if self._reason is None and self._constraint.complete:
+            if self._constraint.complete:  # whatever else would have ended it here
                 self._reason = StopReason.COMPLETE
         return taken._replace(only=only)
 

@@ -21,6 +21,7 @@ from edgeq.printable import brief
 from edgeq.session import turns as turns_of
 from edgeq.session.context import Context, Progress
 from edgeq.session.language import Language
+from edgeq.session.parts import text_of
 from edgeq.session.places import Place, rope_delta
 from edgeq.session.prefixes import Prefix, Prefixes
 from edgeq.session.reply import Reply
@@ -116,7 +117,7 @@ class Chat:
         self._places: list[Place] = []  # of all pictures of the conversation
         self._reply: Reply | None = None
         self._forgotten = 0
-        self.settings  # noqa: B018 (what is wrong with the options is told here)
+        model.language.constraint(self.settings)  # what is wrong with the options is told here
         given = self._read(messages)
         if system is not None:
             if given and given[0].message["role"] == "system":
@@ -432,7 +433,7 @@ class Chat:
         decoding = Decoding(
             prompt, sampler, room=limit, eos_ids=language.eos_ids, think=think, begun=begun,
             starts_in_thinking=think is not None and ends_in_thinking(prompt, tokenizer),
-            constraint=language.constraint(settings),
+            constraint=language.constraint(settings, text_of((turn.base or {}).get("content") or "")),
         )  # fmt: skip
         found = self._context.resume(ids, self._places)
 

@@ -91,9 +91,9 @@ class Language:
         """A sampler over the tokens that exist; the vocabulary's padding rows are never drawn. drawn: see Sampler."""
         return Sampler(settings, vocab_size=self.tokens, drawn=drawn)
 
-    def constraint(self, settings: GenerationSettings) -> Matcher | None:
-        """What the answer is to fit, if anything; UsageError for what cannot be done."""
-        return None if settings.shape is None else self._grammars.matcher(settings.shape)
+    def constraint(self, settings: GenerationSettings, begun: str = "") -> Matcher | None:
+        """What the answer is to fit, if anything, behind what it has `begun` with; UsageError for what cannot be."""
+        return None if settings.shape is None else self._grammars.matcher(settings.shape, begun)
 
     @cached_property
     def _grammars(self) -> Grammars:

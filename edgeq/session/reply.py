@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from time import perf_counter
 from typing import Any, Literal, NamedTuple, Protocol
 
-from edgeq.generate import Decoding, Finish, StopReason, StopStrings, Tally, Token
+from edgeq.generate import Decoding, Finish, Logprobs, StopReason, StopStrings, Tally, Token
 from edgeq.text.channels import ChannelPiece
 from edgeq.text.detokenizer import StreamingDetokenizer
 from edgeq.text.tokenizer import Tokenizer
@@ -129,6 +129,8 @@ class Reply:
     ) -> None:  # fmt: skip
         self.text = ""
         self.thinking = ""
+        self.logprobs: list[tuple[int, Logprobs]] = []
+        """Of every token, where they were asked for and the model was asked for the token."""
         self.shown = ""
         self.prefix, self.forgotten, self.failed = prefix, forgotten, False
         self.message: dict[str, Any] | None = None
@@ -196,6 +198,8 @@ class Reply:
         self._generate_seconds = now - self._started
         pieces = self._collect(self._transcript.push(token.id))
         logprob, top = token.logprobs or (None, ())
+        if token.logprobs:
+            self.logprobs.append((token.id, token.logprobs))
         pieces[-1] = Piece(*pieces[-1][:2], token.id, logprob, top, token.forced or token.only)
         return pieces
 

@@ -28,7 +28,7 @@ Shape = tuple[Literal["schema", "regex", "grammar"], str]
 _WHITE_SPACE = r"[ ]|\n[ \t]{0,32}"
 """Between the parts of JSON: a model that may write any amount of it can go on doing so."""
 
-_WITHIN = ("properties", "patternProperties", "$defs", "definitions")
+_WITHIN = ("$defs", "definitions", "properties", "patternProperties")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 _ONE = ("items", "additionalProperties", "additionalItems", "not", "if", "then", "else", "contains", "propertyNames")
 _MOST_PARTS = 2000  # of a schema, looked through for the one that cannot be done
@@ -82,17 +82,22 @@ class Grammars:
         # "slices", tables for frequent masks, would take another 0.3 s and 60 MB; masks take 0.3 ms without them.
         wrapper = library.TokenizerWrapper(_Vocabulary(tokenizer, tokens, eos[0]))
         self._tokenizer = library.LLTokenizer(wrapper, n_vocab=tokens, eos_token=eos, slices=[])
-        self._tokens = tokens
+        self._tokens, self._encode = tokens, tokenizer.encode
         self._compiled: dict[Shape, LLMatcher] = {}
 
-    def matcher(self, shape: Shape) -> Matcher:
-        """A matcher at the beginning of an answer; UsageError for a shape that cannot be done, naming the part."""
+    def matcher(self, shape: Shape, begun: str = "") -> Matcher:
+        """A matcher in an answer that has `begun`; UsageError for a shape that cannot be done, naming the part, and a
+        beginning that does not fit.
+        """
         if shape not in self._compiled:
             matcher = _library().LLMatcher(self._tokenizer, _source(shape), log_level=0)
             if matcher.is_error():
                 raise _refused(shape, matcher.get_error())
             self._compiled[shape] = matcher
-        return Matcher(self._compiled[shape].deep_copy(), self._tokens)
+        matcher, ids = self._compiled[shape].deep_copy(), self._encode(begun)
+        if matcher.try_consume_tokens(ids) < len(ids):
+            raise UsageError(f"the answer begins with {brief(begun)}, which does not fit the {shape[0]}")
+        return Matcher(matcher, self._tokens)
 
 
 def check_shape(shape: Shape) -> None:
@@ -158,7 +163,7 @@ def _fault(source: str) -> str:
 def _refused(shape: Shape, message: str) -> UsageError:
     kind, text = shape
     what = {"schema": "the JSON schema", "regex": f"the regex {brief(text)}", "grammar": "the grammar"}[kind]
-    place = f" (at {_culprit(json.loads(text))})" if kind == "schema" else ""
+    place = f" (at {_culprit(json.loads(text), message)})" if kind == "schema" else ""
     return UsageError(
         f"{what} cannot be followed: {_told(message)}{place}",
         hint="docs/guides/structured-output.md lists what can be done",
@@ -171,14 +176,14 @@ def _told(message: str) -> str:
     return found.partition("\n")[0].strip() or "unknown reason"
 
 
-def _culprit(schema: Any) -> str:
-    """The innermost part of a schema that cannot be done by itself, as a JSON pointer (#/properties/a)."""
+def _culprit(schema: Any, message: str) -> str:
+    """The innermost part of a schema that by itself gets the same message, as a JSON pointer (#/properties/a)."""
     path, part, left = "#", schema, _MOST_PARTS
     root = {key: schema[key] for key in ("$defs", "definitions") if isinstance(schema, Mapping) and key in schema}
     while True:
         for step, inner in _parts(part):
             left -= 1
-            if left >= 0 and _fault(_schema_source(_with_definitions(inner, root))):
+            if left >= 0 and _told(_fault(_schema_source(_with_definitions(inner, root)))) == _told(message):
                 path, part = f"{path}/{step}", inner
                 break
         else:
