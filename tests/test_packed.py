@@ -37,7 +37,7 @@ CASES = [
     *(f"auto_round-auto_gptq-{bits}" for bits in (2, 3, 4, 8)), *(f"auto_round-{bits}" for bits in (4, 5, 6)),
     "auto_round-auto_awq", "awq-gemm", "awq-gemv", "pack-quantized-4", "pack-quantized-8", "pack-quantized-asym-3",
     "pack-quantized-asym-4", "pack-quantized-channel", "int-quantized-sym", "int-quantized-asym",
-    "float-quantized-channel", "float-quantized-tensor", "float-quantized-block", "fp8-blocks",
+    "float-quantized-channel", "float-quantized-tensor", "float-quantized-block", "fp8-blocks", "mxfp8-quantized",
 ]  # fmt: skip
 
 
@@ -137,8 +137,9 @@ FORMS: dict[str, Form] = {
     "compressed-tensors 4-bit g32, columns in act order": Form("pack", order=True),
     "compressed-tensors 8-bit per channel": Form("int8", 8, -1, sym=True, scales="BF16"),
     "FP8 blocks of 48 x 32": Form("float8", scales="BF16"),
+    "MXFP8": Form("mxfp8", 8, 32),
 }
-IN_16_BITS = ("order", "FP8")
+IN_16_BITS = ("order", "FP8")  # MXFP8 too
 
 
 class TestFolders:
@@ -416,6 +417,13 @@ KINDS: dict[str, tuple[dict[str, Any], Tensors]] = {
     "EETQ": ({"quant_method": "eetq"}, {
         "weight": ("I8", np.zeros((64, 128), np.int8)), "weight_scales": ("F16", np.zeros(128, np.float16)),
     }),
+    "modelopt 'W4A8_AWQ'": ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, {
+        "weight": (U8, BYTES), "weight_scale": ("F32", np.zeros((128, 1), np.float32)),
+        "pre_quant_scale": ("F32", np.ones(64, np.float32)),
+    }),
+    "compressed-tensors 'marlin-24'": ({"quant_method": "compressed-tensors", "format": "marlin-24"}, {
+        "weight_packed": ("I32", np.zeros((2, 256), np.int32)), "scale_packed": ("F16", np.zeros((1, 128), np.float16)),
+    }),
     "'a-new-one'": ({"quant_method": "a-new-one"}, {"codes": (U8, BYTES)}),
 }  # fmt: skip
 
@@ -501,7 +509,8 @@ class TestRefusals:
         [
             ({"quant_method": None}, "says nothing of how .*qweight is packed"),
             ({"quant_method": "awq", "version": "gemm"}, "qweight is .*, expected"),
-            ({"quant_method": "marlin"}, "quant_method 'marlin'"),
+            ({"quant_method": "marlin"}, "is quantized as 'marlin'"),
+            ({"quant_method": "fp8"}, "is quantized as fp8, with .*qweight"),
             ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
             ({"checkpoint_format": "gptq_p"}, "checkpoint_format 'gptq_p'"),
             ({"bits": 8}, "is not .* at 8 bits"),
