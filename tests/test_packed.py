@@ -569,6 +569,14 @@ class TestRefusals:
         with pytest.raises(ModelError, match=message):
             opened(tmp_path / "packed")
 
+    def test_a_file_cut_short_while_it_is_open(self, gptq: Path) -> None:
+        checkpoint, file = opened(gptq), gptq / "model.safetensors"
+        with file.open("r+b") as writable:
+            writable.truncate(file.stat().st_size // 2)
+        for read in (checkpoint.matrix, checkpoint.dense, partial(checkpoint.rows, rows=slice(0, 1))):
+            with pytest.raises(ModelError, match="was cut short"):
+                read("layers.1.mlp.up_proj.weight")
+
     def test_float8_without_scales(self, source: Path, tmp_path: Path) -> None:
         pack_folder(source, tmp_path / "packed", Form("float8"))
         repack(tmp_path / "packed", lambda tensors: tensors.pop(f"{UP}.weight_scale_inv"))
