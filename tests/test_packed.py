@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from packed_forms import Form, Tensors, linear, pack_folder, read_tensors, stream, twin, write_tensors
 
 import edgeq
+from edgeq.backends import available
 from edgeq.checkpoint import FolderCheckpoint, open_checkpoint
 from edgeq.checkpoint.packing import Packing
 from edgeq.errors import ModelError
@@ -28,7 +29,7 @@ from edgeq.formats.packed import Packed, fields
 from edgeq.formats.safetensors import SafetensorsFile
 from edgeq.quant import quantize, verify
 from edgeq.quant.gguf_export import export_gguf
-from edgeq.testing import config_values, write_checkpoint
+from edgeq.testing import config_values, nmse, write_checkpoint
 from edgeq.weights import QMatrix, Role, TensorSpec
 
 FIXTURES = Path(__file__).parent / "data" / "packed.safetensors.xz"
@@ -171,6 +172,16 @@ class TestFolders:
         packed, plain = (edgeq.load(tmp_path / kind, backend="numpy") for kind in ("packed", "twin"))
         ids = [5, 17, 33, 2, 250, 9]
         assert np.array_equal(packed.forward(ids)[0], plain.forward(ids)[0])
+
+    @pytest.mark.parametrize("backend", [b.name for b in available() if b.name != "numpy"])
+    @pytest.mark.parametrize("name", ["GPTQ 4-bit g16", "AWQ 4-bit g64", "GPTQ 8-bit per channel"])
+    def test_on_other_backends(self, source: Path, tmp_path: Path, backend: str, name: str) -> None:
+        """In groups of 16, with float32 scales and biases, and with bfloat16 ones and a zero point. The native CPU
+        backend's 8-bit activations are what differs: 5e-3 at most for these weights, which are large."""
+        pack_folder(source, tmp_path / "packed", FORMS[name])
+        ids = list(range(20))
+        one, other = (edgeq.load(tmp_path / "packed", backend=b).forward(ids)[0] for b in (backend, "numpy"))
+        assert nmse(one, other) < 1e-2
 
 
 class TestQuantize:
@@ -576,6 +587,13 @@ class TestRefusals:
         for read in (checkpoint.matrix, checkpoint.dense, partial(checkpoint.rows, rows=slice(0, 1))):
             with pytest.raises(ModelError, match="was cut short"):
                 read("layers.1.mlp.up_proj.weight")
+
+    def test_zero_points_that_do_not_fit(self, source: Path, tmp_path: Path) -> None:
+        pack_folder(source, tmp_path / "packed", Form("int8", 8, 32))
+        change = {f"{UP}.weight_zero_point": ("I8", np.zeros((128, 3), np.int8))}
+        repack(tmp_path / "packed", lambda tensors: tensors.update(change))
+        with pytest.raises(ModelError, match=r"has zero points \[128, 3\] and scales \[128, 2\]"):
+            opened(tmp_path / "packed")
 
     def test_float8_without_scales(self, source: Path, tmp_path: Path) -> None:
         pack_folder(source, tmp_path / "packed", Form("float8"))

@@ -299,10 +299,9 @@ class Packing:
             raise Unfit(f"{m.name}.weight is I8, which edgeq reads from compressed-tensors only")
         self._check_compressed()
         values, scales = m.array("weight", (m.out, m.width), ("I8",)), m.scales("weight_scale")
-        offsets = None
-        if m.has("weight_zero_point"):
-            offsets = m.array("weight_zero_point", None, ("I8",)).reshape(-1, scales.shape[1])
-            offsets = np.broadcast_to(offsets, scales.shape)
+        offsets = m.scales("weight_zero_point", ("I8",)) if m.has("weight_zero_point") else None
+        if offsets is not None and offsets.shape != scales.shape:
+            raise Unfit(f"{m.name} has zero points {list(offsets.shape)} and scales {list(scales.shape)}")
         groups, size = self._groups(m, scales.shape[1], None)
         matrix = Int8(values, offsets, scales, groups)
         return matrix, self._label("compressed-tensors", matrix, size)
@@ -424,9 +423,9 @@ class _Module:
             raise Unfit(f"{self.name}.{part} is {list(info.shape)}, expected {expected}")
         return self.plain(part)
 
-    def scales(self, part: str) -> Array:
-        """Scales [out, groups] of a matrix whose scales may also be for a row or for all of it."""
-        x = self.array(part, None, _FLOATS)
+    def scales(self, part: str, dtypes: tuple[str, ...] = _FLOATS) -> Array:
+        """Scales, or zero points, [out, groups] of a matrix that may also have one for a row or for all of it."""
+        x = self.array(part, None, dtypes)
         x = _as_table(x)
         if len(x) not in (1, self.out) or (len(x) == 1 and x.size > 1):
             raise Unfit(f"{self.name}.{part} is {list(self.info(part).shape)}, expected {[self.out, 'groups']}")
