@@ -179,6 +179,7 @@ class _Plan:
         self.scale_type = source.scale_type
         kept = ((a.spec.name, source.groups(a.spec.name)) for a in self.assignments if a.storage == KEEP)
         self.carried = {name: _Carried(groups) for name, groups in kept if groups}
+        source.drop_pages()  # scales have been read
         self.warnings = (*source.warnings, *self._losses())
 
     def _losses(self) -> Iterator[str]:

@@ -28,7 +28,7 @@ def stream(codes: Array, bits: int) -> Array:
 class Form:
     """How matrices are quantized and packed; `config` is config.json's quantization_config."""
 
-    kind: str  # "gptq", "gptq_v2", "gemm", "gemv", "pack", "int8", "float8"
+    kind: str  # "gptq", "gptq_v2", "gemm", "gemv", "pack", "int8", "float8", "mxfp8"
     bits: int = 4
     group: int = 32  # -1: one for a row
     sym: bool = False
@@ -46,10 +46,16 @@ class Form:
         elif self.kind == "float8":
             return {"quant_method": "fp8", "weight_block_size": [48, self.group], "fmt": "e4m3", **self.config}
         else:
-            weights = {"num_bits": self.bits, "type": "int", "symmetric": self.sym, "group_size": self.group}
+            number = "float" if self.kind == "mxfp8" else "int"
+            weights = {"num_bits": self.bits, "type": number, "symmetric": self.sym, "group_size": self.group}
             groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-            name = "pack-quantized" if self.kind == "pack" else "int-quantized"
-            return {"quant_method": "compressed-tensors", "format": name, "config_groups": groups, **self.config}
+            names = {"pack": "pack-quantized", "int8": "int-quantized", "mxfp8": "mxfp8-quantized"}
+            return {
+                "quant_method": "compressed-tensors",
+                "format": names[self.kind],
+                "config_groups": groups,
+                **self.config,
+            }
         return {"bits": self.bits, "group_size": self.group, **own, **self.config}
 
     def pack(self, shape: tuple[int, int], rng: np.random.Generator) -> tuple[Tensors, Float32]:
@@ -60,7 +66,7 @@ class Form:
         scales = to_float32(round_to(rng.uniform(1e-3, 2e-2, (out, count)).astype(np.float32), DTYPES[self.scales]))
         stored = (self.scales, round_to(scales, DTYPES[self.scales]))
         columns = np.arange(width) // size
-        if self.kind == "float8":
+        if self.kind in ("float8", "mxfp8"):
             return self._float8(shape, rng)
         if self.order:
             columns = rng.permutation(columns)
@@ -112,17 +118,19 @@ class Form:
 
     def _float8(self, shape: tuple[int, int], rng: np.random.Generator) -> tuple[Tensors, Float32]:
         out, width = shape
-        grid = rng.uniform(1e-4, 1e-3, (-(-out // 48), -(-width // self.group))).astype(np.float32)
-        grid = to_float32(round_to(grid, DTYPES[self.scales]))
         codes = rng.integers(0, 126, shape) | rng.integers(0, 2, shape) << 7
         exponent, fraction, sign = codes >> 3 & 15, codes & 7, 1 - 2 * (codes >> 7)
         values = sign * np.where(exponent > 0, (8 + fraction) * 2.0 ** (exponent - 10), fraction * 2.0**-9)
-        scales = grid[np.arange(out) // 48][:, np.arange(width) // self.group]
-        parts: Tensors = {
-            "weight": ("F8_E4M3", codes.astype(np.uint8)),
-            "weight_scale_inv": (self.scales, round_to(grid, DTYPES[self.scales])),
-        }
-        return parts, values.astype(np.float32) * scales
+        block = 48 if self.kind == "float8" else 1
+        count = (-(-out // block), -(-width // self.group))
+        if self.kind == "float8":
+            stored = round_to(rng.uniform(1e-4, 1e-3, count).astype(np.float32), DTYPES[self.scales])
+            grid, scales = to_float32(stored), ("weight_scale_inv", (self.scales, stored))
+        else:
+            powers = rng.integers(113, 118, count).astype(np.uint8)
+            grid, scales = np.float32(2) ** (powers.astype(np.float32) - 127), ("weight_scale", ("U8", powers))
+        parts: Tensors = {"weight": ("F8_E4M3", codes.astype(np.uint8)), scales[0]: scales[1]}
+        return parts, values.astype(np.float32) * grid[np.arange(out) // block][:, np.arange(width) // self.group]
 
 
 def linear(name: str) -> bool:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from packed_forms import Form, Tensors, linear, pack_folder, read_tensors, stream, twin, write_tensors
 
 import edgeq
+from edgeq.backends import available
 from edgeq.checkpoint import FolderCheckpoint, open_checkpoint
 from edgeq.checkpoint.packing import Packing
 from edgeq.errors import ModelError
@@ -28,7 +29,7 @@ from edgeq.formats.packed import Packed, fields
 from edgeq.formats.safetensors import SafetensorsFile
 from edgeq.quant import quantize, verify
 from edgeq.quant.gguf_export import export_gguf
-from edgeq.testing import config_values, write_checkpoint
+from edgeq.testing import config_values, nmse, write_checkpoint
 from edgeq.weights import QMatrix, Role, TensorSpec
 
 FIXTURES = Path(__file__).parent / "data" / "packed.safetensors.xz"
@@ -37,7 +38,7 @@ CASES = [
     *(f"auto_round-auto_gptq-{bits}" for bits in (2, 3, 4, 8)), *(f"auto_round-{bits}" for bits in (4, 5, 6)),
     "auto_round-auto_awq", "awq-gemm", "awq-gemv", "pack-quantized-4", "pack-quantized-8", "pack-quantized-asym-3",
     "pack-quantized-asym-4", "pack-quantized-channel", "int-quantized-sym", "int-quantized-asym",
-    "float-quantized-channel", "float-quantized-tensor", "float-quantized-block", "fp8-blocks",
+    "float-quantized-channel", "float-quantized-tensor", "float-quantized-block", "fp8-blocks", "mxfp8-quantized",
 ]  # fmt: skip
 
 
@@ -137,8 +138,9 @@ FORMS: dict[str, Form] = {
     "compressed-tensors 4-bit g32, columns in act order": Form("pack", order=True),
     "compressed-tensors 8-bit per channel": Form("int8", 8, -1, sym=True, scales="BF16"),
     "FP8 blocks of 48 x 32": Form("float8", scales="BF16"),
+    "MXFP8": Form("mxfp8", 8, 32),
 }
-IN_16_BITS = ("order", "FP8")
+IN_16_BITS = ("order", "FP8")  # MXFP8 too
 
 
 class TestFolders:
@@ -170,6 +172,16 @@ class TestFolders:
         packed, plain = (edgeq.load(tmp_path / kind, backend="numpy") for kind in ("packed", "twin"))
         ids = [5, 17, 33, 2, 250, 9]
         assert np.array_equal(packed.forward(ids)[0], plain.forward(ids)[0])
+
+    @pytest.mark.parametrize("backend", [b.name for b in available() if b.name != "numpy"])
+    @pytest.mark.parametrize("name", ["GPTQ 4-bit g16", "AWQ 4-bit g64", "GPTQ 8-bit per channel"])
+    def test_on_other_backends(self, source: Path, tmp_path: Path, backend: str, name: str) -> None:
+        """In groups of 16, with float32 scales and biases, and with bfloat16 ones and a zero point. The native CPU
+        backend's 8-bit activations are what differs: 5e-3 at most for these weights, which are large."""
+        pack_folder(source, tmp_path / "packed", FORMS[name])
+        ids = list(range(20))
+        one, other = (edgeq.load(tmp_path / "packed", backend=b).forward(ids)[0] for b in (backend, "numpy"))
+        assert nmse(one, other) < 1e-2
 
 
 class TestQuantize:
@@ -416,6 +428,13 @@ KINDS: dict[str, tuple[dict[str, Any], Tensors]] = {
     "EETQ": ({"quant_method": "eetq"}, {
         "weight": ("I8", np.zeros((64, 128), np.int8)), "weight_scales": ("F16", np.zeros(128, np.float16)),
     }),
+    "modelopt 'W4A8_AWQ'": ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, {
+        "weight": (U8, BYTES), "weight_scale": ("F32", np.zeros((128, 1), np.float32)),
+        "pre_quant_scale": ("F32", np.ones(64, np.float32)),
+    }),
+    "compressed-tensors 'marlin-24'": ({"quant_method": "compressed-tensors", "format": "marlin-24"}, {
+        "weight_packed": ("I32", np.zeros((2, 256), np.int32)), "scale_packed": ("F16", np.zeros((1, 128), np.float16)),
+    }),
     "'a-new-one'": ({"quant_method": "a-new-one"}, {"codes": (U8, BYTES)}),
 }  # fmt: skip
 
@@ -501,7 +520,8 @@ class TestRefusals:
         [
             ({"quant_method": None}, "says nothing of how .*qweight is packed"),
             ({"quant_method": "awq", "version": "gemm"}, "qweight is .*, expected"),
-            ({"quant_method": "marlin"}, "quant_method 'marlin'"),
+            ({"quant_method": "marlin"}, "is quantized as 'marlin'"),
+            ({"quant_method": "fp8"}, "is quantized as fp8, with .*qweight"),
             ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
             ({"checkpoint_format": "gptq_p"}, "checkpoint_format 'gptq_p'"),
             ({"bits": 8}, "is not .* at 8 bits"),
@@ -558,6 +578,21 @@ class TestRefusals:
     def test_what_changes_the_arithmetic(self, source: Path, tmp_path: Path, config: Any, message: str) -> None:
         pack_folder(source, tmp_path / "packed", Form("pack", config=config))
         with pytest.raises(ModelError, match=message):
+            opened(tmp_path / "packed")
+
+    def test_a_file_cut_short_while_it_is_open(self, gptq: Path) -> None:
+        checkpoint, file = opened(gptq), gptq / "model.safetensors"
+        with file.open("r+b") as writable:
+            writable.truncate(file.stat().st_size // 2)
+        for read in (checkpoint.matrix, checkpoint.dense, partial(checkpoint.rows, rows=slice(0, 1))):
+            with pytest.raises(ModelError, match="was cut short"):
+                read("layers.1.mlp.up_proj.weight")
+
+    def test_zero_points_that_do_not_fit(self, source: Path, tmp_path: Path) -> None:
+        pack_folder(source, tmp_path / "packed", Form("int8", 8, 32))
+        change = {f"{UP}.weight_zero_point": ("I8", np.zeros((128, 3), np.int8))}
+        repack(tmp_path / "packed", lambda tensors: tensors.update(change))
+        with pytest.raises(ModelError, match=r"has zero points \[128, 3\] and scales \[128, 2\]"):
             opened(tmp_path / "packed")
 
     def test_float8_without_scales(self, source: Path, tmp_path: Path) -> None:

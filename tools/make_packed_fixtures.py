@@ -22,6 +22,7 @@ from auto_round_extension.torch.qlinear_torch import QuantLinear as AutoRoundLin
 from auto_round_extension.torch.qlinear_torch_zp import QuantLinear as AutoRoundLessOne
 from awq.modules.linear.gemm import WQLinear_GEMM
 from awq.modules.linear.gemv import WQLinear_GEMV
+from compressed_tensors.compressors.mxfp8.base import MXFP8QuantizationCompressor
 from compressed_tensors.compressors.naive_quantized import NaiveQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -166,6 +167,16 @@ def float_quantized(strategy: str, counts: tuple[int, ...], dtype: torch.dtype, 
     return parts, config
 
 
+def mxfp8() -> Case:
+    rng = torch.Generator().manual_seed(6)
+    scale = 2.0 ** torch.randint(-14, -9, (ROWS, COLUMNS // 32), generator=rng).float()
+    weight = torch.randn((ROWS, COLUMNS), generator=rng) * 0.05
+    args = QuantizationArgs(
+        num_bits=8, type="float", symmetric=True, strategy="group", group_size=32, scale_dtype=torch.uint8
+    )
+    return compressed(args, MXFP8QuantizationCompressor, "mxfp8-quantized", scale, weight)
+
+
 def finegrained(scale_dtype: torch.dtype) -> Case:
     """As DeepSeek and Qwen publish them: blocks, and the factor is called the inverse of a scale."""
     rng = torch.Generator().manual_seed(5)
@@ -222,6 +233,7 @@ def main() -> None:
     add("float-quantized-tensor", float_quantized("tensor", (1,), torch.bfloat16))
     add("float-quantized-block", float_quantized("block", (2, 4), torch.float32, [16, 32]))
     add("fp8-blocks", finegrained(torch.bfloat16))
+    add("mxfp8-quantized", mxfp8())
 
     tensors: Parts = {}
     for name, (numbers, (parts, _)) in cases.items():

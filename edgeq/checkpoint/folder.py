@@ -126,6 +126,7 @@ class FolderCheckpoint(Checkpoint):
             return self._channels_first(patches).reshape(len(patches), -1)
         if tensor.packed is not None:
             self._tell(tensor)
+            self.check_whole()
             matrix = tensor.packed.matrix()
             self._where[tensor.file_name].drop_pages()  # most are copies, which are what takes memory from now on
             return matrix
@@ -136,14 +137,16 @@ class FolderCheckpoint(Checkpoint):
         return QMatrix(codes, scales, biases, *tensor.quantization)
 
     def rows(self, name: str, rows: slice | Array) -> Float32:
-        packed = self.tensors[name].packed
-        return super().rows(name, rows) if packed is None else packed.rows(rows)
+        if (packed := self.tensors[name].packed) is None:
+            return super().rows(name, rows)
+        self.check_whole()
+        return packed.rows(rows)
 
     def dense(self, name: str) -> Float32:
         tensor = self.tensors[name]
         if tensor.quantization is not None:
             return self.rows(name, slice(None))
-        x = to_float32(self.raw(name)) if tensor.packed is None else tensor.packed.rows(slice(None))
+        x = to_float32(self.raw(name)) if tensor.packed is None else self.rows(name, slice(None))
         if not np.isfinite(x).all():
             raise ModelError(
                 f"{self.path}: {self.file_name(name)} holds NaN or infinity", hint="download or copy the file again"
@@ -535,7 +538,7 @@ def _weight_files(path: Path) -> dict[Path, set[Part]]:
     model*.safetensors, as everywhere in this field, and may hold anything."""
     index = path / "model.safetensors.index.json"
     if not exists(index):
-        files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("gptq_model*.safetensors"))
+        files = sorted(path.glob("model*.safetensors"))
         if not files:
             raise ModelError(
                 f"{path} holds no model*.safetensors files", hint="give the folder of a complete checkpoint"

@@ -95,6 +95,16 @@ _METHODS = {
     "qqq": "QQQ",
 }
 _READ = ("gptq", "awq", "auto-round", "compressed-tensors", "fp8", "fbgemm-fp8", "modelopt")
+_READ_KINDS = (
+    "FP8",
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "naive-quantized",
+    "mixed",
+    "mxfp8",
+    "dense",
+)
 _HINT = "use the unquantized model, a GGUF file, or one quantized for MLX or as GPTQ, AWQ or compressed-tensors W4A16"
 
 
@@ -154,9 +164,11 @@ class Packing:
 
     def unread_method(self) -> str | None:
         """The method that the configuration names, if it is none that edgeq reads."""
-        if self.method is None or self.method in _READ:
-            return None
-        return _METHODS.get(self.method, brief(self.method))
+        if self.method in (None, *_READ):
+            kind = self.block.get({"compressed-tensors": "format", "modelopt": "quant_algo"}.get(self.method or "", ""))
+            unread = isinstance(kind, str) and not kind.startswith(_READ_KINDS)
+            return f"{self.method} {brief(kind)}" if unread else None
+        return _METHODS.get(str(self.method), brief(self.method))
 
     def refuse(self, kind: str) -> ModelError:
         """The error for what edgeq does not read."""
@@ -221,14 +233,13 @@ class Packing:
                     return "gptq"
                 elif found.startswith("auto_round"):
                     return "gptq_v2"
-            case _:
-                said = (
-                    "nothing of" if self.method is None else f"quant_method {brief(self.block.get('quant_method'))} for"
-                )
+            case None:
                 raise ModelError(
-                    f"{self._path}: {self._where} says {said} how {m.name}.qweight is packed",
+                    f"{self._path}: {self._where} says nothing of how {m.name}.qweight is packed",
                     hint="download all files of the model again, config.json and quantize_config.json too",
                 )
+            case _:
+                raise self.refuse(self.unread_method() or f"{self.method}, with {m.name}.qweight")
         raise ModelError(f"{self._path}: {self._where} has {key} {brief(found)}, which edgeq does not read", hint=_HINT)
 
     def _gptq(self, m: _Module, offset: int) -> tuple[Packed, str]:
@@ -288,10 +299,9 @@ class Packing:
             raise Unfit(f"{m.name}.weight is I8, which edgeq reads from compressed-tensors only")
         self._check_compressed()
         values, scales = m.array("weight", (m.out, m.width), ("I8",)), m.scales("weight_scale")
-        offsets = None
-        if m.has("weight_zero_point"):
-            offsets = m.array("weight_zero_point", None, ("I8",)).reshape(-1, scales.shape[1])
-            offsets = np.broadcast_to(offsets, scales.shape)
+        offsets = m.scales("weight_zero_point", ("I8",)) if m.has("weight_zero_point") else None
+        if offsets is not None and offsets.shape != scales.shape:
+            raise Unfit(f"{m.name} has zero points {list(offsets.shape)} and scales {list(scales.shape)}")
         groups, size = self._groups(m, scales.shape[1], None)
         matrix = Int8(values, offsets, scales, groups)
         return matrix, self._label("compressed-tensors", matrix, size)
@@ -303,15 +313,14 @@ class Packing:
         part = next((part for part in _FLOAT8_SCALES if m.has(part)), None)
         if part is None:
             raise Unfit(f"{m.name}.weight is {m.info('weight').dtype} without {m.name}.weight_scale")
-        scales = m.array(part, None, (*_FLOATS, "F8_E8M0"))
-        if scales.dtype == np.uint8:
-            scales = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
-        scales = _as_table(scales)
+        scales = _as_table(m.array(part, None, (*_FLOATS, "F8_E8M0", "U8")))
         counts = len(scales), scales.size // len(scales)
         block = self._block_of(m, counts, part)
         kinds = {(1, 1): "per tensor", (m.out, 1): "per channel"}
-        kind = kinds.get(counts, f"blocks of {block[0]} x {block[1]}")
-        return Float8(codes, scales, block, m.info("weight").dtype), f"FP8 {kind}"
+        label = f"FP8 {kinds.get(counts, f'blocks of {block[0]} x {block[1]}')}"
+        if scales.dtype == np.uint8 and block == (1, 32):
+            label = "MXFP8"
+        return Float8(codes, scales, block, m.info("weight").dtype), label
 
     def _block_of(self, m: _Module, counts: tuple[int, ...], part: str) -> tuple[int, int]:
         """Rows and columns of one scale, where there are `counts` of them."""
@@ -414,9 +423,9 @@ class _Module:
             raise Unfit(f"{self.name}.{part} is {list(info.shape)}, expected {expected}")
         return self.plain(part)
 
-    def scales(self, part: str) -> Array:
-        """Scales [out, groups] of a matrix whose scales may also be for a row or for all of it."""
-        x = self.array(part, None, _FLOATS)
+    def scales(self, part: str, dtypes: tuple[str, ...] = _FLOATS) -> Array:
+        """Scales, or zero points, [out, groups] of a matrix that may also have one for a row or for all of it."""
+        x = self.array(part, None, dtypes)
         x = _as_table(x)
         if len(x) not in (1, self.out) or (len(x) == 1 and x.size > 1):
             raise Unfit(f"{self.name}.{part} is {list(self.info(part).shape)}, expected {[self.out, 'groups']}")

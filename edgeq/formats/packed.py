@@ -354,7 +354,8 @@ def _float8(kind: str) -> Float32:
 @dataclass(frozen=True)
 class Float8(Packed):
     """codes: uint8 [out, in], places in the table of `kind`; stored_scales: [row blocks, column blocks], of `block`
-    rows and columns each, of which the last may be cut short. weight = value * scale."""
+    rows and columns each, of which the last may be cut short; uint8 ones are E8M0, 2^(byte - 127). weight = value *
+    scale."""
 
     codes: NDArray[np.uint8]
     stored_scales: Array
@@ -367,7 +368,10 @@ class Float8(Packed):
 
     def rows(self, rows: slice | Array) -> Float32:
         out, width = self.shape
-        scales = to_float32(self.stored_scales[_numbers(out, rows) // self.block[0]])
+        stored = self.stored_scales[_numbers(out, rows) // self.block[0]]
+        scales = (
+            np.ldexp(np.float32(1), stored.astype(np.int32) - 127) if stored.dtype == np.uint8 else to_float32(stored)
+        )
         weights: Float32 = _float8(self.kind)[self.codes[rows]]
         if scales.shape[1] > 1:
             scales = scales[:, np.arange(width) // self.block[1]]
