@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from edgeq.errors import UsageError
 from edgeq.generate import Finish, Token
+from edgeq.generate.constraint import Constraint
 from edgeq.printable import brief
 from edgeq.session.parts import sources_of, text_of
 from edgeq.session.sight import Sight
@@ -20,8 +21,8 @@ from edgeq.text.tool_calls import ToolCallParser
 from edgeq.vision.visual import Visual
 
 __all__ = [
-    "ContextUse", "Said", "Turn", "agreeing", "assistant_message", "before_stop", "markdown", "said", "tool_results",
-    "with_calls",
+    "ContextUse", "Said", "Turn", "agreeing", "assistant_message", "before_stop", "check_begun", "markdown", "said",
+    "tool_results", "with_calls",
 ]  # fmt: skip
 
 
@@ -141,6 +142,17 @@ def with_calls(message: dict[str, Any], parser: ToolCallParser | None) -> dict[s
         return message
     text = "".join(segment.text for segment in segments if segment.channel == "answer")
     return {**message, "content": text, "tool_calls": [call.message() for call in parser.calls]}
+
+
+def check_begun(constraint: Constraint, tokenizer: Tokenizer, text: str) -> None:
+    """Go on in a constraint behind a text that the answer begins with; UsageError where that does not fit."""
+    for token in tokenizer.encode(text):
+        if constraint.complete or not constraint.allowed()[token]:
+            raise UsageError(
+                f"the answer begins with {brief(text)}, which the schema, regex or grammar does not allow",
+                hint="leave the prefix out, or change it",
+            )
+        constraint.accept(token)
 
 
 def before_stop(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int], shown: str) -> list[int]:
