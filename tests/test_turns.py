@@ -243,7 +243,7 @@ def test_histories_that_are_none(model: Model) -> None:
     (lambda m: m.chat(tools=TOOL), "tools must be a list of objects"),
     (lambda m: m.chat(temprature=1), "unknown generation option 'temprature'"),
     (lambda m: m.chat(temperature=11), "temperature must be from 0 to 10"),
-    (lambda m: m.chat(stop=""), "stop must be strings"),
+    (lambda m: m.chat(stop=""), "stop must be"),
     (lambda m: m.chat(overflow="wrap"), 'overflow must be "stop" or "shift"'),
     (lambda m: m.chat().send_tool_results("x"), "a tool result cannot open a conversation"),
     (lambda m: m.chat(messages=[QUESTION, CALLS]).send_tool_results(), "no result of a tool is given"),
@@ -369,12 +369,29 @@ def test_cut_and_gone_on_with(model: Model) -> None:
             chat.options["max_total_tokens"] = 15 - first.usage.generated_tokens
             rest = done(chat.resume())
             assert first.ids + rest.ids == expected.ids
+            if "\ufffd" not in first.text + first.thinking:
+                assert (first.thinking + rest.thinking, first.text + rest.text) == (expected.thinking, expected.text)
             assert chat.messages == whole.messages
             assert list(chat.ids) == list(whole.ids)
             assert rest.usage.cached_tokens >= first.usage.prompt_tokens
             assert len(chat.turns) == 1
             assert done(chat.regenerate()).ids != expected.ids  # another seed
             assert chat.turns[-1].attempt == 1
+
+
+def test_newlines_and_characters_that_a_cut_parts(model: Model) -> None:
+    tokenizer = model.need_tokenizer()
+    newline, (first, second) = tokenizer.encode("\n")[0], tokenizer.encode("\u0416")  # a character of two tokens
+    for script in ([100, newline, newline, 101, first, second, 102], [newline, first, second, newline, newline, 103]):
+        for cut in range(1, len(script)):
+            chat = model.chat(thinking=False, max_tokens=cut)
+            says(chat, script[:cut])
+            done(chat.send("go"))
+            chat.options["max_tokens"] = len(script) - cut
+            says(chat, script[cut:])
+            rest = done(chat.resume())
+            assert chat.messages[-1]["content"] == tokenizer.decode(script).lstrip("\n")
+            assert chat.messages[-1]["content"].endswith(rest.text)
 
 
 def test_limits_can_be_gone_beyond(model: Model) -> None:

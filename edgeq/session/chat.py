@@ -21,7 +21,6 @@ from edgeq.printable import brief
 from edgeq.session import turns as turns_of
 from edgeq.session.context import Context, Progress
 from edgeq.session.language import Language
-from edgeq.session.parts import text_of
 from edgeq.session.places import Place, rope_delta
 from edgeq.session.prefixes import Prefix, Prefixes
 from edgeq.session.reply import Reply
@@ -438,25 +437,24 @@ class Chat:
         if begun and turn.thinking and not self.thinking:
             settings = settings.replace(thinking_budget=0)
         prompt, think = ids[: len(ids) - len(begun)], language.think_tokens()
-        sampler, constraint = language.sampler(settings, drawn=turn.drawn), language.constraint(settings)
-        if constraint is not None and turn.base is not None:
-            turns_of.check_begun(constraint, tokenizer, text_of(turn.base["content"] or ""))
+        sampler = language.sampler(settings, drawn=turn.drawn)
         decoding = Decoding(
             prompt, sampler, room=limit, eos_ids=language.eos_ids, think=think, begun=begun,
             starts_in_thinking=think is not None and ends_in_thinking(prompt, tokenizer),
-            constraint=constraint,
+            constraint=language.constraint(settings),
         )  # fmt: skip
         found = self._context.resume(ids, self._places)
 
         def record(reply: Reply) -> None:
             self._record(reply, decoding, sampler.drawn, saved)
 
-        message = turns_of.assistant_message(turn.base, tokenizer, prompt, [token.id for token in begun])
+        parser = self._transcript(turn, prompt)
+        message = turns_of.assistant_message(turn.base, parser, [token.id for token in begun], last=False)
         calls = self._calls(len(prompt))
         if calls is not None:
             calls.push(message["content"])  # a call may have been left in its middle
         self._reply = Reply(
-            decoding, ChannelParser(tokenizer, ids), self._tokens(decoding, found), settings.stop,
+            decoding, parser, self._tokens(decoding, found), settings.stop,
             cached=len(found.ids), prompt=len(ids), on_end=record, calls=calls, prefix=message["content"],
             forgotten=forgotten,
         )  # fmt: skip
@@ -523,25 +521,33 @@ class Chat:
         """Keep what a reply said, which has just ended. saved: the conversation before it began."""
         turn, conversation, prompt, new = self._turns[-1], self._conversation, self.ids, reply.ids
         if not new:
-            before = saved.turns[-1] if saved.turns else None
-            if reply.failed or (before is not None and before.said is turn.said and before.reply is not None):
+            old = saved.turns[-1] if saved.turns else None
+            if reply.failed or (old is not None and old.said is turn.said and old.reply is not None):
                 self._restore(saved)
             else:  # the turn stays; what its reply was to begin with was not said
                 self._conversation.rewind(turn.asked)
                 self._turns[-1] = replace(turn, base=None)
             return
-        tokenizer = self.model.language.need_tokenizer()
+        tokenizer, before = self.model.language.need_tokenizer(), conversation.generated or ()
+        prompt = prompt[: len(prompt) - len(before)]
         if cut := reply.finish.reason is StopReason.STOP_STRING:
-            new = turns_of.before_stop(tokenizer, prompt, new, reply.shown)
+            new = turns_of.before_stop(tokenizer, self._transcript(turn, prompt, before), new, reply.shown)
         conversation.append_generated(new)
         if cut:  # the state has read more
             self._rewind_state()
         generated = conversation.generated or ()
-        prompt = self.ids[: len(self.ids) - len(generated)]
-        message = turns_of.assistant_message(turn.base, tokenizer, prompt, generated)
+        message = turns_of.assistant_message(turn.base, self._transcript(turn, prompt), generated)
         message = turns_of.with_calls(message, self._calls(len(prompt)))
         self._turns[-1] = replace(turn, reply=message, finish=reply.finish, tokens=decoding.said, drawn=drawn)
         reply.message = message
+
+    def _transcript(self, turn: Turn, prompt: Sequence[int], begun: Sequence[int] = ()) -> ChannelParser:
+        """What sorts the tokens of a turn's reply after `prompt` and `begun` into thinking and answer."""
+        at_start = not (turn.base and turn.base["content"])
+        parser = ChannelParser(self.model.language.need_tokenizer(), prompt, at_start=at_start)
+        for token in begun:
+            parser.push(token)
+        return parser
 
     def _calls(self, prompt: int) -> ToolCallParser | None:
         """What takes the calls out of a reply after `prompt` tokens."""

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from edgeq.errors import UsageError
 from edgeq.generate import Finish, Token
-from edgeq.generate.constraint import Constraint
 from edgeq.printable import brief
 from edgeq.session.parts import sources_of, text_of
 from edgeq.session.sight import Sight
@@ -21,7 +20,7 @@ from edgeq.text.tool_calls import ToolCallParser
 from edgeq.vision.visual import Visual
 
 __all__ = [
-    "ContextUse", "Said", "Turn", "agreeing", "assistant_message", "before_stop", "check_begun", "markdown", "said",
+    "ContextUse", "Said", "Turn", "agreeing", "assistant_message", "before_stop", "markdown", "said",
     "tool_results", "with_calls",
 ]  # fmt: skip
 
@@ -121,11 +120,11 @@ def said(
 
 
 def assistant_message(
-    base: Mapping[str, Any] | None, tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]
+    base: Mapping[str, Any] | None, parser: ChannelParser, ids: Sequence[int], *, last: bool = True
 ) -> dict[str, Any]:
-    """The message that generated `ids` after `prompt` make, going on with `base`."""
-    texts, parser = {"thinking": "", "answer": ""}, ChannelParser(tokenizer, prompt)
-    for piece in [*map(parser.push, ids), parser.flush()]:
+    """The message that generated `ids` make, going on with `base`. last: nothing comes after them."""
+    texts = {"thinking": "", "answer": ""}
+    for piece in [*map(parser.push, ids), *([parser.flush()] if last else [])]:
         texts[piece.channel] += piece.text
     message = {"role": "assistant", "content": "", **(base or {})}
     message["content"] = text_of(message["content"] or "") + texts["answer"]
@@ -144,21 +143,9 @@ def with_calls(message: dict[str, Any], parser: ToolCallParser | None) -> dict[s
     return {**message, "content": text, "tool_calls": [call.message() for call in parser.calls]}
 
 
-def check_begun(constraint: Constraint, tokenizer: Tokenizer, text: str) -> None:
-    """Go on in a constraint behind a text that the answer begins with; UsageError where that does not fit."""
-    for token in tokenizer.encode(text):
-        if constraint.complete or not constraint.allowed()[token]:
-            raise UsageError(
-                f"the answer begins with {brief(text)}, which the schema, regex or grammar does not allow",
-                hint="leave the prefix out, or change it",
-            )
-        constraint.accept(token)
-
-
-def before_stop(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int], shown: str) -> list[int]:
-    """`ids`, generated after `prompt`, as far as their answer is `shown`, without the stop string behind it."""
-    parser, length, whole = ChannelParser(tokenizer, prompt), 0, 0
-    lengths = [0]
+def before_stop(tokenizer: Tokenizer, parser: ChannelParser, ids: Sequence[int], shown: str) -> list[int]:
+    """Generated `ids`, as far as their answer is `shown`, without the stop string behind it."""
+    length, lengths = 0, [0]
     for token in ids:
         piece = parser.push(token)
         length += len(piece.text) if piece.channel == "answer" else 0
