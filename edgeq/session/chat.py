@@ -218,6 +218,7 @@ class Chat:
         self._settle()
         saved = self._save()
         with self._undone_on_error(saved):
+            self._context.keep()
             if messages is not None:
                 self._adopt(self._read(messages))
             if not self._turns or self._turns[-1].reply is not None:
@@ -247,7 +248,7 @@ class Chat:
         """
         self._settle()
         if not self._turns or self._turns[-1].reply is None:
-            return self.answer()
+            return self.answer(assistant_prefix=self._turns[-1].prefix if self._turns else "")
         saved, turn = self._save(), self._turns[-1]
         if turn.finish is not None and turn.finish.reason in _WHOLE:
             raise UsageError("the last reply is complete", hint="send something, or generate it again")
@@ -321,7 +322,7 @@ class Chat:
                 self._system = said
                 continue
             if last is None or last.reply is not None or (role == "user" and last.role in ("user", "tool")):
-                last = Turn((), mark, mark)
+                last = Turn((), mark, mark, thinking=self.thinking)
                 self._turns.append(last)
             if role == "assistant":
                 self._turns[-1] = replace(last, reply=said.message, shown=said.visuals)
@@ -333,9 +334,10 @@ class Chat:
         same = turns_of.agreeing(self.messages, [said.message for said in given])
         done, kept = int(self._system is not None), 0
         for turn in self._turns:
-            if turn.reply is None or done + len(turn.said) + 1 > same:
+            size = len(turn.said) + (turn.reply is not None)
+            if done + size > same:
                 break
-            done, kept = done + len(turn.said) + 1, kept + 1
+            done, kept = done + size, kept + 1
         self._cut(kept)
         if not same:
             self._conversation.rewind(0)
@@ -347,6 +349,7 @@ class Chat:
         if place < len(self._turns):
             self._conversation.rewind(self._turns[place].mark)
             del self._turns[place:]
+            self._stand()
             self._find_places()
 
     def _find_places(self) -> None:
@@ -367,7 +370,13 @@ class Chat:
         self._turns, self._system, entries, self._places, self._forgotten = saved
         self._turns = list(self._turns)
         self._conversation.restore(entries)
+        self._stand()
         self._rewind_state()
+
+    def _stand(self) -> None:
+        """Expect a reply as it was expected before, if the last turn has none."""
+        if self._turns:
+            self._conversation.enable_thinking = self._turns[-1].thinking
 
     @contextmanager
     def _undone_on_error(self, saved: _Saved) -> Iterator[None]:
@@ -426,7 +435,7 @@ class Chat:
         settings = self.settings
         if settings.seed is not None:
             settings = settings.replace(seed=(settings.seed + turn.attempt) % (1 << 64))
-        if begun and not self.thinking:
+        if begun and turn.thinking and not self.thinking:
             settings = settings.replace(thinking_budget=0)
         prompt, think = ids[: len(ids) - len(begun)], language.think_tokens()
         sampler = language.sampler(settings, drawn=turn.drawn)
@@ -440,12 +449,13 @@ class Chat:
         def record(reply: Reply) -> None:
             self._record(reply, decoding, sampler.drawn, saved)
 
-        message = turns_of.assistant_message(turn.base, tokenizer, prompt, [token.id for token in begun])
+        parser = self._transcript(turn, prompt)
+        message = turns_of.assistant_message(turn.base, parser, [token.id for token in begun], last=False)
         calls = self._calls(len(prompt))
         if calls is not None:
             calls.push(message["content"])  # a call may have been left in its middle
         self._reply = Reply(
-            decoding, ChannelParser(tokenizer, ids), self._tokens(decoding, found), settings.stop,
+            decoding, parser, self._tokens(decoding, found), settings.stop,
             cached=len(found.ids), prompt=len(ids), on_end=record, calls=calls, prefix=message["content"],
             forgotten=forgotten,
         )  # fmt: skip
@@ -512,20 +522,33 @@ class Chat:
         """Keep what a reply said, which has just ended. saved: the conversation before it began."""
         turn, conversation, prompt, new = self._turns[-1], self._conversation, self.ids, reply.ids
         if not new:
-            before = saved.turns[-1] if saved.turns else None
-            if reply.failed or (before is not None and before.said is turn.said and before.reply is not None):
+            old = saved.turns[-1] if saved.turns else None
+            if reply.failed or (old is not None and old.said is turn.said and old.reply is not None):
                 self._restore(saved)
+            else:  # the turn stays; what its reply was to begin with was not said
+                self._conversation.rewind(turn.asked)
+                self._turns[-1] = replace(turn, base=None)
             return
-        tokenizer = self.model.language.need_tokenizer()
-        if reply.finish.reason is StopReason.STOP_STRING:
-            new = turns_of.before_stop(tokenizer, prompt, new, reply.shown)
+        tokenizer, before = self.model.language.need_tokenizer(), conversation.generated or ()
+        prompt = prompt[: len(prompt) - len(before)]
+        if cut := reply.finish.reason is StopReason.STOP_STRING:
+            new = turns_of.before_stop(tokenizer, self._transcript(turn, prompt, before), new, reply.shown)
         conversation.append_generated(new)
+        if cut:  # the state has read more
+            self._rewind_state()
         generated = conversation.generated or ()
-        prompt = self.ids[: len(self.ids) - len(generated)]
-        message = turns_of.assistant_message(turn.base, tokenizer, prompt, generated)
+        message = turns_of.assistant_message(turn.base, self._transcript(turn, prompt), generated)
         message = turns_of.with_calls(message, self._calls(len(prompt)))
         self._turns[-1] = replace(turn, reply=message, finish=reply.finish, tokens=decoding.said, drawn=drawn)
         reply.message = message
+
+    def _transcript(self, turn: Turn, prompt: Sequence[int], begun: Sequence[int] = ()) -> ChannelParser:
+        """What sorts the tokens of a turn's reply after `prompt` and `begun` into thinking and answer."""
+        at_start = not (turn.base and turn.base["content"])
+        parser = ChannelParser(self.model.language.need_tokenizer(), prompt, at_start=at_start)
+        for token in begun:
+            parser.push(token)
+        return parser
 
     def _calls(self, prompt: int) -> ToolCallParser | None:
         """What takes the calls out of a reply after `prompt` tokens."""

@@ -20,8 +20,8 @@ from edgeq.text.tool_calls import ToolCallParser
 from edgeq.vision.visual import Visual
 
 __all__ = [
-    "ContextUse", "Said", "Turn", "agreeing", "assistant_message", "before_stop", "markdown", "said", "tool_results",
-    "with_calls",
+    "ContextUse", "Said", "Turn", "agreeing", "assistant_message", "before_stop", "markdown", "said",
+    "tool_results", "with_calls",
 ]  # fmt: skip
 
 
@@ -120,11 +120,11 @@ def said(
 
 
 def assistant_message(
-    base: Mapping[str, Any] | None, tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]
+    base: Mapping[str, Any] | None, parser: ChannelParser, ids: Sequence[int], *, last: bool = True
 ) -> dict[str, Any]:
-    """The message that generated `ids` after `prompt` make, going on with `base`."""
-    texts, parser = {"thinking": "", "answer": ""}, ChannelParser(tokenizer, prompt)
-    for piece in [*map(parser.push, ids), parser.flush()]:
+    """The message that generated `ids` make, going on with `base`. last: nothing comes after them."""
+    texts = {"thinking": "", "answer": ""}
+    for piece in [*map(parser.push, ids), *([parser.flush()] if last else [])]:
         texts[piece.channel] += piece.text
     message = {"role": "assistant", "content": "", **(base or {})}
     message["content"] = text_of(message["content"] or "") + texts["answer"]
@@ -143,10 +143,9 @@ def with_calls(message: dict[str, Any], parser: ToolCallParser | None) -> dict[s
     return {**message, "content": text, "tool_calls": [call.message() for call in parser.calls]}
 
 
-def before_stop(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int], shown: str) -> list[int]:
-    """`ids`, generated after `prompt`, as far as their answer is `shown`, without the stop string behind it."""
-    parser, length, whole = ChannelParser(tokenizer, prompt), 0, 0
-    lengths = [0]
+def before_stop(tokenizer: Tokenizer, parser: ChannelParser, ids: Sequence[int], shown: str) -> list[int]:
+    """Generated `ids`, as far as their answer is `shown`, without the stop string behind it."""
+    length, lengths = 0, [0]
     for token in ids:
         piece = parser.push(token)
         length += len(piece.text) if piece.channel == "answer" else 0

@@ -44,15 +44,16 @@ class ChannelParser:
 
     Starts in the channel in which `prompt`, the ids before the first generated one, leaves off. One piece comes out
     per token: a thinking block's `</think>` is its own last piece, `<think>` the last piece of what came before it.
+    at_start: no text of the channel has come before, so that newlines at its beginning are dropped.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, at_start: bool = True) -> None:
         self.think_open_id = tokenizer.token_id("<think>")
         self.think_close_id = tokenizer.token_id("</think>")
         self.in_thinking = ends_in_thinking(prompt, tokenizer)
         self._eos = frozenset(tokenizer.eos_token_ids)
         self._text = StreamingDetokenizer(tokenizer)
-        self._at_start = True
+        self._at_start = at_start
         self._newlines = ""  # end the thinking so far; dropped if the block ends here
 
     @property
