@@ -404,7 +404,7 @@ def _no_model(path: Path, names: list[str]) -> ModelError | UsageError:
         )
     if "adapter_config.json" in names:
         return _adapter(path)
-    if "manifests" in names and "blobs" in names:
+    if _is_ollamas(path, names):
         return UsageError(
             f"{path} is where ollama keeps its models", hint="name one as ollama does, with ollama: before it"
         )
@@ -433,6 +433,15 @@ def _no_model(path: Path, names: list[str]) -> ModelError | UsageError:
     return ModelError(
         f"{path} is a folder without a model in it",
         hint="name a folder with config.json and safetensors files, or a .gguf file",
+    )
+
+
+def _is_ollamas(path: Path, names: list[str]) -> bool:
+    """Whether a folder is ollama's, the one of its models, or one of the two inside."""
+    if any(name.startswith("sha256-") for name in names):
+        return True
+    return any(
+        exists(place / "manifests") and exists(place / "blobs") for place in (path, path / "models", path.parent)
     )
 
 

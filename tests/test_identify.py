@@ -473,6 +473,13 @@ def test_leftovers_do_not_stop_a_whole_model(tmp_path: Path, models: Models) -> 
     assert identify(folder / "model.safetensors").path == folder
 
 
+@pytest.mark.parametrize("name", [".", "models", "models/blobs", "models/manifests"])
+def test_all_of_ollama_s_folders(name: str, tmp_path: Path) -> None:
+    Store(tmp_path / "models").add("registry.ollama.ai/library/qwen3.5/2b", {"model": b"GGUF"})
+    with pytest.raises(UsageError, match="is where ollama keeps its models"):
+        identify(tmp_path / name)
+
+
 def test_a_folder_with_one_model_in_it_names_it(tmp_path: Path, models: Models) -> None:
     models.folder(tmp_path / "up" / "here")
     with pytest.raises(UsageError, match="holds one:") as caught:

@@ -48,8 +48,8 @@ def open_ollama(manifest: Path, mmproj: Path | None = None) -> GGUFCheckpoint:
     if (source := identify(model)).kind != "gguf":
         raise ModelError(f"{model} is no GGUF file, but the model of {manifest}", hint="pull the model again")
     checkpoint = GGUFCheckpoint(source.path, tower)
-    _use_parameters(checkpoint, layers)
-    _tell_unused(layers)
+    _use_parameters(manifest, checkpoint, layers)
+    _tell_unused(manifest, layers, has_template=bool(checkpoint.templates.found))
     return checkpoint
 
 
@@ -112,7 +112,7 @@ def _one(manifest: Path, layers: list[_Layer], kind: str) -> Path | None:
     return blobs[0] if blobs else None
 
 
-def _use_parameters(checkpoint: GGUFCheckpoint, layers: list[_Layer]) -> None:
+def _use_parameters(manifest: Path, checkpoint: GGUFCheckpoint, layers: list[_Layer]) -> None:
     """Take the sampling that the model's parameters recommend, and name those that edgeq has no place for."""
     for layer in layers:
         if layer.kind == "params":
@@ -120,21 +120,30 @@ def _use_parameters(checkpoint: GGUFCheckpoint, layers: list[_Layer]) -> None:
             file, own = checkpoint.recommended, read_sampling(values, str(layer.blob))
             checkpoint.recommended = Recommended(own.where, {**file.values, **own.values}, own.left_out)
             if unused := sorted(values.keys() - {*RECOMMENDED, "num_ctx"}):
-                _warn(f"its parameters {', '.join(unused)} are not used: give them as options")
+                _warn(manifest, f"its parameters {', '.join(unused)} are not used: give them as options")
 
 
-def _tell_unused(layers: list[_Layer]) -> None:
+def _tell_unused(manifest: Path, layers: list[_Layer], *, has_template: bool) -> None:
     kinds = {layer.kind: layer.blob for layer in layers}
     if "system" in kinds:
-        _warn(f"its system prompt is not used: it is in {kinds['system']}")
+        _warn(manifest, f"its system prompt is not used: it is in {kinds['system']}")
     if "messages" in kinds:
-        _warn(f"the conversation that it begins with is not used: it is in {kinds['messages']}")
+        _warn(manifest, f"the conversation that it begins with is not used: it is in {kinds['messages']}")
     if "draft" in kinds:
-        _warn("its draft model is not used: edgeq drafts with the model's own head")
+        _warn(manifest, "its draft model is not used: edgeq drafts with the model's own head")
     template = kinds.get("template") or kinds.get("prompt")
-    if template is not None and read_text(template, _SIZES).strip() != _OWN:
-        _warn("its template is written for ollama: the chat template in the GGUF file is used")
+    if template is not None and not _is_own(template):
+        instead = "the chat template in the GGUF file is used" if has_template else "it cannot chat without another"
+        _warn(manifest, f"its template is written for ollama, in Go's language: {instead}")
 
 
-def _warn(what: str) -> None:
-    warnings.warn(what, stacklevel=3)
+def _is_own(template: Path) -> bool:
+    """Whether a template leaves the conversation to ollama, which then writes it as the model's own does."""
+    try:
+        return read_text(template, _SIZES).strip() == _OWN
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _warn(manifest: Path, what: str) -> None:
+    warnings.warn(f"{manifest}: {what}", stacklevel=3)
