@@ -450,6 +450,7 @@ class TestNames:
         [
             "", "no such folder", "a/b/c", "./nothing", "/nothing/here", "x.gguf", "~nosuchuser", "~nosuchuser/x",
             "x" * 300, "/" + "x" * 5000, "null\0byte", "\udcff", f"{REPO}@../../x", f"{REPO}@a/..", f"{REPO}@/x",
+            f"{REPO}:", f"{REPO}/../x.gguf", f"https://example.com/{REPO}", f"https://huggingface.co/{REPO}/blob/main/../x.gguf",
         ],
     )  # fmt: skip
     def test_what_can_be_nothing(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,15 +459,30 @@ class TestNames:
             find_model(name)
 
     @pytest.mark.parametrize(
-        ("short", "repo"),
+        ("name", "expected"),
         [
-            ("qwen3.5:2b", "Qwen/Qwen3.5-2B"),
-            ("Qwen3.5-0.8B", "Qwen/Qwen3.5-0.8B"),
-            ("qwen3.5:4b-base", "Qwen/Qwen3.5-4B-Base"),
+            ("qwen3.5:2b", ("Qwen/Qwen3.5-2B", None, None, None)),
+            ("Qwen3.5-0.8B", ("Qwen/Qwen3.5-0.8B", None, None, None)),
+            ("qwen3.5:4b-base", ("Qwen/Qwen3.5-4B-Base", None, None, None)),
+            ("a/b@v1", ("a/b", "v1", None, None)),
+            ("a/b:UD-Q4_K_XL", ("a/b", None, "UD-Q4_K_XL", None)),
+            ("a/b:Q4_0@refs/pr/1", ("a/b", "refs/pr/1", "Q4_0", None)),
+            ("a/b/c d.gguf", ("a/b", None, None, "c d.gguf")),
+            ("a/b/BF16/c-00001-of-00002.GGUF@v1", ("a/b", "v1", None, "BF16/c-00001-of-00002.GGUF")),
+            ("hf.co/a/b:Q8_0", ("a/b", None, "Q8_0", None)),
+            ("huggingface.co/a/b", ("a/b", None, None, None)),
+            ("https://huggingface.co/a/b/", ("a/b", None, None, None)),
+            ("https://huggingface.co/a/b?library=mlx", ("a/b", None, None, None)),
+            ("https://huggingface.co/a/b/tree/v1", ("a/b", "v1", None, None)),
+            ("https://huggingface.co/a/b/blob/main/x/c.gguf", ("a/b", "main", None, "x/c.gguf")),
+            ("https://huggingface.co/a/b/resolve/main/c.gguf?download=true", ("a/b", "main", None, "c.gguf")),
+            ("https://huggingface.co/a/b/blob/main/config.json", ("a/b", "main", None, None)),
         ],
     )
-    def test_short_names(self, short: str, repo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_names_of_the_hub(
+        self, name: str, expected: tuple[str | None, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         asked: list[tuple[str | None, ...]] = []
         monkeypatch.setattr("edgeq.hub._from_hub", lambda *names: asked.append(names))
-        find_model(short)
-        assert asked == [(repo, None, None, None)]
+        find_model(name)
+        assert asked == [expected]
