@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from ollama_files import Store, write_gguf
 from typer.testing import CliRunner
 
+from edgeq.adapters import read_folder
 from edgeq.checkpoint import open_checkpoint
 from edgeq.cli import app
 from edgeq.errors import EdgeqError, ModelError, UsageError
@@ -471,6 +472,29 @@ def test_leftovers_do_not_stop_a_whole_model(tmp_path: Path, models: Models) -> 
         (folder / name).write_bytes(b"x")
     assert identify(folder).path == folder
     assert identify(folder / "model.safetensors").path == folder
+
+
+def test_parts_that_the_text_does_not_need(tmp_path: Path, models: Models) -> None:
+    """A tower that was not downloaded is for its reader; the file itself still names its model."""
+    folder = models.folder(tmp_path / "x")
+    names = SafetensorsFile(folder / "model.safetensors").tensors
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    files = {name: f"model-0000{1 + ('visual' in name)}-of-00002.safetensors" for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (folder / "model-00002-of-00002.safetensors").write_bytes(LFS)
+    assert identify(folder).path == folder
+    shutil.copy(folder / "model-00001-of-00002.safetensors", folder / "model-00002-of-00002.safetensors")
+    assert identify(folder / "model-00002-of-00002.safetensors").path == folder
+    (folder / "model-00001-of-00002.safetensors").write_bytes(LFS)
+    with pytest.raises(ModelError, match=r"00001-of-00002\.safetensors is a Git LFS pointer"):
+        identify(folder)
+
+
+def test_an_adapter_that_was_not_downloaded(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(LFS)
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors is a Git LFS pointer"):
+        read_folder(tmp_path)
 
 
 @pytest.mark.parametrize("name", [".", "models", "models/blobs", "models/manifests"])

@@ -248,7 +248,7 @@ def test_what_is_not_used_is_named(kind: str, data: bytes, message: str, store: 
 @pytest.mark.parametrize(
     ("layers", "more", "message"),
     [
-        ({"model": b"GGUF", "adapter": b"GGUF"}, (), "a model with a LoRA adapter, which edgeq does not read"),
+        ({"model": b"GGUF", "adapter": b"GGUF"}, (), "is a model with an adapter, which edgeq wants to be named"),
         ({"tensor": b"x"}, (), "safetensors for ollama's MLX runner"),
         ({"license": b"x"}, (), "names no model file"),
         ({"model": b"GGUF"}, (("model", b"GGUF2"),), "names 2 files of the kind model"),
@@ -272,7 +272,7 @@ def test_lists_of_manifests(store: Store, blob: bytes) -> None:
     store.write(LIBRARY, {**listed, "manifests": [mlx, by_digest]})
     assert read(find_model("ollama:qwen3.5:2b")).tower is not None
     store.write(LIBRARY, {**listed, "manifests": [mlx]})
-    with pytest.raises(ModelError, match="MLX runner only"):
+    with pytest.raises(ModelError, match="safetensors for ollama's MLX runner"):
         read(find_model("ollama:qwen3.5:2b"))
 
 

@@ -36,12 +36,14 @@ def open_ollama(manifest: Path, mmproj: Path | None = None) -> GGUFCheckpoint:
     """Open the model that a manifest names; ModelError for a manifest or blob that edgeq cannot use."""
     layers = _layers(manifest, _manifest(manifest))
     model = _one(manifest, layers, "model")
-    for kind, what in (("adapter", "a LoRA adapter"), ("tensor", "safetensors for ollama's MLX runner")):
-        if any(layer.kind == kind for layer in layers):
-            raise ModelError(
-                f"{manifest} is a model with {what}, which edgeq does not read from ollama",
-                hint="use the Hugging Face checkpoint that it was made from",
-            )
+    if any(layer.kind == "tensor" for layer in layers):
+        raise _for_mlx(manifest)
+    if model is not None and (adapters := [layer.blob for layer in layers if layer.kind == "adapter"]):
+        options = " ".join(f"--adapter {blob}" for blob in adapters)
+        raise ModelError(
+            f"{manifest} is a model with an adapter, which edgeq wants to be named",
+            hint=f"name both, as in `edgeq chat {model} {options}`",
+        )
     if model is None:
         raise ModelError(f"{manifest} names no model file", hint="pull the model again with ollama")
     tower = mmproj or _one(manifest, layers, "projector")
@@ -63,8 +65,12 @@ def _manifest(path: Path) -> Mapping[str, Any]:
         if isinstance(entry, dict) and entry.get("runner") in ("ollama", "llamacpp"):
             digest = entry.get("digest")
             return entry if digest is None else _object(_blob(path, digest), path)
-    raise ModelError(
-        f"{path} names safetensors for ollama's MLX runner only, which edgeq does not read from ollama",
+    raise _for_mlx(path)
+
+
+def _for_mlx(manifest: Path) -> ModelError:
+    return ModelError(
+        f"{manifest} names safetensors for ollama's MLX runner, which edgeq does not read from there",
         hint="use the Hugging Face checkpoint that it was made from",
     )
 

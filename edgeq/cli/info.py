@@ -17,7 +17,8 @@ from edgeq.cli.options import OptionalModelArgument, option
 from edgeq.config import TextConfig
 from edgeq.errors import UsageError
 from edgeq.hub import find_model
-from edgeq.inputs import exists, expand_user
+from edgeq.identify import is_adapter
+from edgeq.inputs import expand_user
 from edgeq.weights import Part, TensorSpec
 
 __all__ = ["info"]
@@ -51,7 +52,7 @@ def info(
         facts = _installation()
     else:
         path = expand_user(Path(model))
-        if _is_adapter(path):
+        if is_adapter(path):
             facts = _adapter(path)
         else:
             path = find_model(model)
@@ -104,11 +105,6 @@ def _model(checkpoint: Checkpoint) -> dict[str, Any]:
         else "none",
         "tensors": _by_type(stored),
     }
-
-
-def _is_adapter(path: Path) -> bool:
-    """Whether a folder holds an adapter and no model (some tools put the base's config.json beside it)."""
-    return exists(path / "adapter_config.json") and not any(path.glob("model*.safetensors"))
 
 
 def _adapter(path: Path) -> dict[str, Any]:
