@@ -118,7 +118,8 @@ def identify(path: Path) -> Source:
 def _file(path: Path) -> Source:
     head = _head(path)
     if head.startswith(b"GGUF") and not _is_unfinished(path):
-        if not is_file(first := first_part(path)):
+        first = first_part(path) if gguf_kind(peek(path)) == "part" else path  # anything can be called so
+        if not is_file(first):
             raise ModelError(
                 f"{path} is a later part of a split model, and {first.name} is missing beside it",
                 hint="download all parts into one folder",
@@ -391,7 +392,7 @@ def _only_gguf(path: Path) -> Path:
     """The one model among a folder's GGUF files."""
     files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf" and is_file(file))
     kinds = {file: gguf_kind(peek(file)) for file in files}
-    models = [file for file in files if kinds[file] in ("model", "other") and first_part(file) == file]
+    models = [file for file in files if kinds[file] in ("model", "other")]
     models = [file for file in models if kinds[file] == "model"] or models
     if len(models) == 1:
         return models[0]

@@ -551,6 +551,12 @@ class TestParts:
         with pytest.raises(ModelError, match=r"00002-of-00003\.gguf is not a valid GGUF file"):
             open_checkpoint(parts[0])
 
+    def test_a_whole_model_that_is_called_like_a_part(self, tmp_path: Path, models: Models) -> None:
+        (tmp_path / "whole").mkdir()
+        copy = Path(shutil.copy(models.gguf, tmp_path / "whole" / "model-00002-of-00002.gguf"))
+        assert open_checkpoint(copy).path == copy
+        assert identify(copy.parent).path == copy
+
     def test_a_name_that_does_not_tell(self, parts: list[Path]) -> None:
         renamed = parts[0].rename(parts[0].with_name("model.gguf"))
         with pytest.raises(ModelError, match="is the first of 3 parts of a model, and its name does not tell"):
