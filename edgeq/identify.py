@@ -38,6 +38,7 @@ GGUFKind = Literal["model", "mmproj", "adapter", "imatrix", "control vector", "p
 _HEAD = 1 << 12  # bytes that are looked at
 _SHOWN = 12  # names listed before "and N more"
 _UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".download", ".partial", ".!qB", "-partial")
+_BESIDE = (".aria2", ".part")
 _AGAIN = "start the download again: it goes on where it stopped"
 _OTHERS = "use the Hugging Face checkpoint that it was made from, or a .gguf file"
 _PICKLE = "use the model's safetensors, or save it again with save_pretrained of a current transformers"
@@ -143,7 +144,9 @@ def _head(path: Path) -> bytes:
 
 
 def _is_unfinished(path: Path) -> bool:
-    return path.name.endswith(_UNFINISHED) or "-partial-" in path.name
+    """Whether a file is part of a download, by its own name or by what its downloader keeps beside it."""
+    beside = (path.with_name(path.name + suffix) for suffix in _BESIDE)
+    return path.name.endswith(_UNFINISHED) or "-partial-" in path.name or any(map(exists, beside))
 
 
 def _is_safetensors(head: bytes, path: Path) -> bool:

@@ -270,6 +270,13 @@ def _unfinished(path: Path, models: Models) -> Path:
     return folder
 
 
+@refused("download that is under way")
+def _under_way(path: Path, models: Models) -> Path:
+    folder = models.folder(path / "x")
+    (folder / "model.safetensors.aria2").write_bytes(b"x")
+    return folder
+
+
 @refused("snapshot whose blobs are gone")
 def _gone(path: Path, models: Models) -> Path:
     folder = models.folder(path / "x")

@@ -7,6 +7,7 @@ used is an error that names it (adapters) or a warning (a system prompt, a templ
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = ["open_ollama"]
 _MEDIA = "application/vnd.ollama.image."
 _SIZES = 1 << 22  # bytes of a manifest, and of a blob that is text
 _SAMPLING = {"repeat_penalty": "repetition_penalty"}  # where ollama's parameters are called otherwise
+_DIGEST = re.compile(r"sha256[:-][0-9a-fA-F]{64}")
 _OWN = "{{ .Prompt }}"  # the template of models whose conversations ollama writes itself
 
 
@@ -96,13 +98,11 @@ def _layers(path: Path, manifest: Mapping[str, Any]) -> list[_Layer]:
 
 def _blob(manifest: Path, digest: object) -> Path:
     """The file that holds a blob, in the store that the manifest is in."""
-    name = digest.replace(":", "-") if isinstance(digest, str) else ""
-    kind, _, number = name.partition("-")
-    if kind != "sha256" or len(number) != 64 or not number.isalnum():
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
         raise ModelError(f"{manifest} names a blob {brief(digest)}, expected a sha256", hint="pull the model again")
     absolute = manifest.absolute()
     store = next((p.parent for p in absolute.parents if p.name in ("manifests", "manifests-v2")), absolute.parent)
-    blob = store / "blobs" / name
+    blob = store / "blobs" / digest.replace(":", "-")
     if not is_file(blob):
         raise ModelError(f"{manifest} names {blob}, which is missing", hint="pull the model again with ollama")
     return blob
