@@ -29,13 +29,15 @@ __all__ = ["DEMO", "find_adapter", "find_model"]
 
 DEMO = Path(__file__).parent / "demo"
 
+_SITE = r"((https?://)?(hf\.co|huggingface\.co)/)"
 _HUB_ID = re.compile(
-    r"((https?://)?(hf\.co|huggingface\.co)/)?(?P<repo>\w[\w.-]*/\w[\w.-]*)"
+    rf"{_SITE}?(?P<repo>\w[\w.-]*/\w[\w.-]*)"
     r"(/(?P<file>(?!.*\.\.)\w[\w ./+-]*\.gguf)|:(?P<tag>\w[\w.-]*))?(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?",
     re.ASCII | re.IGNORECASE,
 )
-_PAGE = re.compile(
-    r"(?P<repo>https?://[^/]+/[^/]+/[^/]+)/(resolve|blob|tree)/(?P<revision>[^/?]+)/?(?P<file>[^?]*)(\?.*)?"
+_PAGE = re.compile(  # an address as a browser has it
+    rf"{_SITE}(?P<repo>[^/?]+/[^/?]+)(/(resolve|blob|tree)/(?P<revision>[^/?]+)/?(?P<file>[^?]*))?/?(\?.*)?",
+    re.IGNORECASE,
 )
 _SHORT = re.compile(r"qwen3\.5[:-](?P<size>0\.8b|2b|4b)(?P<base>-base)?", re.IGNORECASE)
 _OLLAMA = "ollama:"
@@ -65,7 +67,8 @@ def find_model(model: str | Path) -> Path:
     if short := _SHORT.fullmatch(name):
         name = f"Qwen/Qwen3.5-{short['size'].upper()}" + ("-Base" if short["base"] else "")
     if page := _PAGE.fullmatch(name):
-        name = page["repo"] + (f"/{page['file']}" if page["file"].endswith(".gguf") else "") + f"@{page['revision']}"
+        file = page["file"] if (page["file"] or "").lower().endswith(".gguf") else ""
+        name = "/".join(filter(None, (page["repo"], file))) + (f"@{page['revision']}" if page["revision"] else "")
     if hub := _HUB_ID.fullmatch(name):
         return _from_hub(hub["repo"], hub["revision"], hub["tag"], hub["file"])
     raise UsageError(

@@ -20,7 +20,17 @@ from edgeq.formats.names import neutral_name
 from edgeq.inputs import exists, is_file, is_folder, is_link, open_file, read_text
 from edgeq.printable import brief
 
-__all__ = ["ARCH", "VISION_ARCH", "GGUFKind", "Source", "check_model", "gguf_kind", "identify"]
+__all__ = [
+    "ARCH",
+    "VISION_ARCH",
+    "GGUFKind",
+    "Source",
+    "check_download",
+    "check_model",
+    "gguf_kind",
+    "identify",
+    "is_adapter",
+]
 
 ARCH, VISION_ARCH = "qwen35", "clip"
 GGUFKind = Literal["model", "mmproj", "adapter", "imatrix", "control vector", "part", "other"]
@@ -28,6 +38,7 @@ GGUFKind = Literal["model", "mmproj", "adapter", "imatrix", "control vector", "p
 _HEAD = 1 << 12  # bytes that are looked at
 _SHOWN = 12  # names listed before "and N more"
 _UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".download", ".partial", ".!qB", "-partial")
+_BESIDE = (".aria2", ".part")
 _AGAIN = "start the download again: it goes on where it stopped"
 _OTHERS = "use the Hugging Face checkpoint that it was made from, or a .gguf file"
 _PICKLE = "use the model's safetensors, or save it again with save_pretrained of a current transformers"
@@ -70,7 +81,7 @@ _MAGICS = (  # what files begin with
 _GGUFS: Mapping[GGUFKind, tuple[str, str]] = {
     "mmproj": ("a vision tower (mmproj)", "pass the model file; edgeq finds the mmproj next to it"),
     "adapter": (
-        "a LoRA adapter for llama.cpp",
+        "a LoRA adapter, not a model",
         "name the model it is for, and this file with `--adapter` (adapter= in Python)",
     ),
     "imatrix": ("an importance matrix of llama.cpp's, not a model", "name the model's own .gguf file"),
@@ -108,7 +119,8 @@ def identify(path: Path) -> Source:
 def _file(path: Path) -> Source:
     head = _head(path)
     if head.startswith(b"GGUF") and not _is_unfinished(path):
-        if not is_file(first := first_part(path)):
+        first = first_part(path) if gguf_kind(peek(path)) == "part" else path  # anything can be called so
+        if not is_file(first):
             raise ModelError(
                 f"{path} is a later part of a split model, and {first.name} is missing beside it",
                 hint="download all parts into one folder",
@@ -132,13 +144,21 @@ def _head(path: Path) -> bytes:
 
 
 def _is_unfinished(path: Path) -> bool:
-    return path.name.endswith(_UNFINISHED) or "-partial-" in path.name
+    """Whether a file is part of a download, by its own name or by what its downloader keeps beside it."""
+    beside = (path.with_name(path.name + suffix) for suffix in _BESIDE)
+    return path.name.endswith(_UNFINISHED) or "-partial-" in path.name or any(map(exists, beside))
 
 
 def _is_safetensors(head: bytes, path: Path) -> bool:
     """Whether a file begins as safetensors do: the header's length, and the header."""
     size = path.stat().st_size
     return len(head) > 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < max(size, 1 << 27)
+
+
+def check_download(path: Path) -> None:
+    """ModelError if something else than was wanted is in a file: a web page, a pointer, nothing."""
+    if problem := _not_a_model(path, _head(path)):
+        raise problem
 
 
 def _not_a_model(path: Path, head: bytes) -> ModelError | None:
@@ -280,7 +300,7 @@ def _folder(path: Path) -> Source:
     if path.name == "snapshots" and path.parent.name.startswith("models--"):
         return _folder(_snapshot(path.parent))
     if "config.json" in names and _weights(path):
-        for file in (path / "config.json", *path.glob("tokenizer.json"), *_weights(path)):
+        for file in (path / "config.json", *path.glob("tokenizer.json"), *_text_weights(path)):
             _check_content(path, file)
         return Source("folder", path)
     if any(name.lower().endswith(".gguf") for name in names):
@@ -290,19 +310,25 @@ def _folder(path: Path) -> Source:
 
 def _weights(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint, whether they are there or not: by its index, or by their names."""
-    index = path / "model.safetensors.index.json"
     single = sorted(path.glob("model*.safetensors"))
+    return single if path / "model.safetensors" in single else sorted(_indexed(path)) or single
+
+
+def _text_weights(path: Path) -> list[Path]:
+    """Those of them without which no text is written: of the others the reader says what is wrong."""
+    parts = _indexed(path)
+    return [file for file in _weights(path) if not parts.get(file) or parts[file] - {"visual", "mtp"}]
+
+
+def _indexed(path: Path) -> dict[Path, set[str]]:
+    """The files that a checkpoint's index names, and how the neutral names of their tensors begin."""
+    index, files = path / "model.safetensors.index.json", dict[Path, set[str]]()
     named = _json(index).get("weight_map") if exists(index) else None
-    if not isinstance(named, dict):
-        return single
-    inside = {Path(name) for tensor, name in named.items() if isinstance(name, str) and not _apart(tensor)}
-    files = sorted(path / name for name in inside if not name.is_absolute() and ".." not in name.parts)
-    return single if (path / "model.safetensors") in single else files or single
-
-
-def _apart(tensor: str) -> bool:
-    """Whether a tensor belongs to a part without which the text runs: the reader says what is wrong with its file."""
-    return (neutral_name(tensor) or "").startswith(("visual.", "mtp."))
+    for tensor, name in named.items() if isinstance(named, dict) else ():
+        file = Path(name) if isinstance(name, str) else Path("..")
+        if not file.is_absolute() and ".." not in file.parts:
+            files.setdefault(path / file, set()).add((neutral_name(tensor) or "").partition(".")[0])
+    return files
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -369,7 +395,7 @@ def _only_gguf(path: Path) -> Path:
     """The one model among a folder's GGUF files."""
     files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf" and is_file(file))
     kinds = {file: gguf_kind(peek(file)) for file in files}
-    models = [file for file in files if kinds[file] in ("model", "other") and first_part(file) == file]
+    models = [file for file in files if kinds[file] in ("model", "other")]
     models = [file for file in models if kinds[file] == "model"] or models
     if len(models) == 1:
         return models[0]
@@ -402,9 +428,9 @@ def _no_model(path: Path, names: list[str]) -> ModelError | UsageError:
             f"{path} is a diffusers pipeline{what}, which makes pictures; edgeq runs the language models of Qwen3.5",
             hint="use a Qwen3.5 model: 0.8B, 2B or 4B",
         )
-    if "adapter_config.json" in names:
+    if is_adapter(path):
         return _adapter(path)
-    if "manifests" in names and "blobs" in names:
+    if _is_ollamas(path, names):
         return UsageError(
             f"{path} is where ollama keeps its models", hint="name one as ollama does, with ollama: before it"
         )
@@ -434,6 +460,20 @@ def _no_model(path: Path, names: list[str]) -> ModelError | UsageError:
         f"{path} is a folder without a model in it",
         hint="name a folder with config.json and safetensors files, or a .gguf file",
     )
+
+
+def _is_ollamas(path: Path, names: list[str]) -> bool:
+    """Whether a folder is ollama's, the one of its models, or one of the two inside."""
+    if any(name.startswith("sha256-") for name in names):
+        return True
+    return any(
+        exists(place / "manifests") and exists(place / "blobs") for place in (path, path / "models", path.parent)
+    )
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds an adapter and no model (some tools put the base's config.json beside it)."""
+    return exists(path / "adapter_config.json") and not any(path.glob("model*.safetensors"))
 
 
 def _adapter(folder: Path) -> ModelError:

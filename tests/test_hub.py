@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import re
 import socket
 import subprocess
 import threading
@@ -156,16 +157,23 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     server.server_close()
 
 
-def fetch(hub: Hub, tmp_path: Path, model: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """find_model in a process of its own: huggingface_hub reads its environment once, when imported."""
+def fetch(hub: Hub, tmp_path: Path, *models: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """find_model in a process of its own: huggingface_hub reads its environment once, when imported.
+
+    A line of output for each model; errors on stderr, and the exit code is the last one's.
+    """
     code = (
         "import sys\n"
         "from edgeq.errors import EdgeqError\n"
         "from edgeq.hub import find_model\n"
-        "try:\n    print(find_model(sys.argv[1]))\n"
-        "except EdgeqError as e:\n"
-        "    print(f'{type(e).__name__}: {e.message}', file=sys.stderr)\n"
-        "    sys.exit(e.exit_code)\n"
+        "code = 0\n"
+        "for model in sys.argv[1:]:\n"
+        "    try:\n"
+        "        print(find_model(model))\n"
+        "    except EdgeqError as e:\n"
+        "        code = e.exit_code\n"
+        "        print(f'{type(e).__name__}: {e.message}', file=sys.stderr)\n"
+        "sys.exit(code)\n"
     )
     settings = {
         "HF_HOME": str(tmp_path / "hf"),
@@ -173,7 +181,7 @@ def fetch(hub: Hub, tmp_path: Path, model: str, **environment: str) -> subproces
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    return run_python(code, model, without=("HF_", "HUGGING"), timeout=60, **{**settings, **environment})
+    return run_python(code, *models, without=("HF_", "HUGGING"), timeout=60, **{**settings, **environment})
 
 
 class TestHub:
@@ -196,7 +204,7 @@ class TestHub:
         assert not hub.requests
 
     def test_a_broken_download_resumes(self, hub: Hub, tmp_path: Path) -> None:
-        large = hub.folder / "model-extra.safetensors"  # the library keeps what it has in pieces of 10 MB
+        large = hub.folder / "extra.safetensors"  # the library keeps what it has in pieces of 10 MB
         large.write_bytes(bytes(range(256)) * 100_000)
         hub.break_after = 15_000_000
         result = fetch(hub, tmp_path, REPO)
@@ -246,54 +254,45 @@ class TestGGUF:
             (hub.folder / name).write_bytes(b"GGUF" + name.encode())
         return hub
 
-    @pytest.mark.parametrize(
-        ("model", "file"),
-        [
-            (f"{REPO}:Q4_K_M", "M-Q4_K_M.gguf"),
-            pytest.param(f"{REPO}:q4_k_m_l@main", "M-Q4_K_M_L.gguf", marks=pytest.mark.slow),
-            pytest.param(f"{REPO}:Q2_K_XL", "M-UD-Q2_K_XL.gguf", marks=pytest.mark.slow),
-            pytest.param(f"{REPO}:Q8_0", "M_q8_0.gguf", marks=pytest.mark.slow),
-            (f"hf.co/{REPO}:BF16", "BF16/M-BF16-00001-of-00002.gguf"),
-            (f"{REPO}/BF16/M-BF16-00002-of-00002.gguf", "BF16/M-BF16-00001-of-00002.gguf"),
-            (f"https://huggingface.co/{REPO}/resolve/main/M-IQ4_XS.gguf?download=true", "M-IQ4_XS.gguf"),
-            pytest.param(f"https://hf.co/{REPO}/blob/main/M-IQ4_XS.gguf", "M-IQ4_XS.gguf", marks=pytest.mark.slow),
-        ],
-    )  # fmt: skip
-    def test_the_file_that_is_meant(self, repository: Hub, tmp_path: Path, model: str, file: str) -> None:
-        result = fetch(repository, tmp_path, model)
+    def test_the_file_that_is_meant(self, repository: Hub, tmp_path: Path) -> None:
+        meant = {
+            f"{REPO}:Q4_K_M": "M-Q4_K_M.gguf",
+            f"{REPO}:q4_k_m_l@main": "M-Q4_K_M_L.gguf",
+            f"{REPO}:UD-Q4_K_M": "M-UD-Q4_K_M.gguf",
+            f"{REPO}:Q2_K_XL": "M-UD-Q2_K_XL.gguf",
+            f"{REPO}:Q8_0": "M_q8_0.gguf",
+            f"hf.co/{REPO}:BF16": "BF16/M-BF16-00001-of-00002.gguf",
+            f"{REPO}/BF16/M-BF16-00002-of-00002.gguf": "BF16/M-BF16-00001-of-00002.gguf",
+            f"https://huggingface.co/{REPO}/resolve/main/M-IQ4_XS.gguf?download=true": "M-IQ4_XS.gguf",
+        }
+        result = fetch(repository, tmp_path, *meant)
         assert result.returncode == 0, result.stderr
-        path = Path(result.stdout.strip())
         snapshot = tmp_path / "hf" / "hub" / "models--Qwen--Qwen3.5-Tiny" / "snapshots" / COMMIT
-        assert path == snapshot / file
-        assert path.read_bytes() == b"GGUF" + file.encode()
-        parts = {name for name in self.FILES if file.startswith("BF16/") and name.startswith("BF16/")}
+        assert result.stdout.splitlines() == [str(snapshot / file) for file in meant.values()]
         got = {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*.gguf")}
-        assert got == {file, "mmproj-F16.gguf", *parts}
+        assert got == {*meant.values(), "BF16/M-BF16-00002-of-00002.gguf", "mmproj-F16.gguf"}  # the only tower
 
     def test_offline_it_is_the_copy_in_the_cache(self, repository: Hub, tmp_path: Path) -> None:
         first = fetch(repository, tmp_path, f"{REPO}:Q4_K_M")
-        again = fetch(repository, tmp_path, f"{REPO}:Q4_K_M", HF_HUB_OFFLINE="1")
+        again = fetch(repository, tmp_path, f"{REPO}:Q4_K_M", f"{REPO}:Q8_0", HF_HUB_OFFLINE="1")
         assert again.stdout == first.stdout != ""
-        other = fetch(repository, tmp_path, f"{REPO}:Q8_0", HF_HUB_OFFLINE="1")
-        assert other.returncode == UsageError.exit_code
-        assert "holds no GGUF model of Q8_0" in other.stderr
+        assert again.returncode == UsageError.exit_code
+        assert "holds no GGUF model of Q8_0" in again.stderr
 
-    @pytest.mark.parametrize(
-        ("model", "code", "messages"),
-        [
-            (REPO, 2, ["holds 7 GGUF models:", "M-Q4_K_M.gguf", "BF16/M-BF16-00001-of-00002.gguf"]),
-            (f"{REPO}:Q5_K", 2, ["holds no GGUF model of Q5_K, but:", "M-IQ4_XS.gguf"]),
-            (f"{REPO}/M-Q3_K_S.gguf", 2, ["holds no M-Q3_K_S.gguf", "M-IQ4_XS.gguf"]),
-            ("Qwen/Nope:Q4_K_M", 5, ["Qwen/Nope is not on the Hugging Face Hub, or is private"]),
-        ],
-    )
-    def test_what_is_not_clear(
-        self, repository: Hub, tmp_path: Path, model: str, code: int, messages: list[str]
-    ) -> None:
-        result = fetch(repository, tmp_path, model)
-        assert result.returncode == code, result.stderr
-        assert all(message in result.stderr for message in messages), result.stderr
-        assert "mmproj" not in result.stderr
+    def test_what_is_not_clear(self, repository: Hub, tmp_path: Path) -> None:
+        unclear = {
+            REPO: ["holds 7 GGUF models:", "M-Q4_K_M.gguf", "BF16/M-BF16-00001-of-00002.gguf"],
+            f"{REPO}:Q5_K": ["holds no GGUF model of Q5_K, but:", "M-IQ4_XS.gguf"],
+            f"{REPO}/M-Q3_K_S.gguf": ["holds no M-Q3_K_S.gguf", "M-IQ4_XS.gguf"],
+            "Qwen/Nope:Q4_K_M": ["Qwen/Nope is not on the Hugging Face Hub, or is private"],
+        }
+        result = fetch(repository, tmp_path, *unclear)
+        assert result.returncode == NetworkError.exit_code, result.stderr
+        said = re.split("^(?=[A-Z][a-z]+Error: )", result.stderr, flags=re.MULTILINE)[1:]
+        assert [message.split(":")[0] for message in said] == ["UsageError"] * 3 + ["NetworkError"]
+        for message, expected in zip(said, unclear.values(), strict=True):
+            assert all(words in message for words in expected), message
+            assert "mmproj" not in message
         assert not list((tmp_path / "hf").rglob("*.gguf"))
 
     def test_the_only_one(self, repository: Hub, tmp_path: Path) -> None:
@@ -450,6 +449,7 @@ class TestNames:
         [
             "", "no such folder", "a/b/c", "./nothing", "/nothing/here", "x.gguf", "~nosuchuser", "~nosuchuser/x",
             "x" * 300, "/" + "x" * 5000, "null\0byte", "\udcff", f"{REPO}@../../x", f"{REPO}@a/..", f"{REPO}@/x",
+            f"{REPO}:", f"{REPO}/../x.gguf", f"https://example.com/{REPO}", f"https://huggingface.co/{REPO}/blob/main/../x.gguf",
         ],
     )  # fmt: skip
     def test_what_can_be_nothing(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,15 +458,30 @@ class TestNames:
             find_model(name)
 
     @pytest.mark.parametrize(
-        ("short", "repo"),
+        ("name", "expected"),
         [
-            ("qwen3.5:2b", "Qwen/Qwen3.5-2B"),
-            ("Qwen3.5-0.8B", "Qwen/Qwen3.5-0.8B"),
-            ("qwen3.5:4b-base", "Qwen/Qwen3.5-4B-Base"),
+            ("qwen3.5:2b", ("Qwen/Qwen3.5-2B", None, None, None)),
+            ("Qwen3.5-0.8B", ("Qwen/Qwen3.5-0.8B", None, None, None)),
+            ("qwen3.5:4b-base", ("Qwen/Qwen3.5-4B-Base", None, None, None)),
+            ("a/b@v1", ("a/b", "v1", None, None)),
+            ("a/b:UD-Q4_K_XL", ("a/b", None, "UD-Q4_K_XL", None)),
+            ("a/b:Q4_0@refs/pr/1", ("a/b", "refs/pr/1", "Q4_0", None)),
+            ("a/b/c d.gguf", ("a/b", None, None, "c d.gguf")),
+            ("a/b/BF16/c-00001-of-00002.GGUF@v1", ("a/b", "v1", None, "BF16/c-00001-of-00002.GGUF")),
+            ("hf.co/a/b:Q8_0", ("a/b", None, "Q8_0", None)),
+            ("huggingface.co/a/b", ("a/b", None, None, None)),
+            ("https://huggingface.co/a/b/", ("a/b", None, None, None)),
+            ("https://huggingface.co/a/b?library=mlx", ("a/b", None, None, None)),
+            ("https://huggingface.co/a/b/tree/v1", ("a/b", "v1", None, None)),
+            ("https://huggingface.co/a/b/blob/main/x/c.gguf", ("a/b", "main", None, "x/c.gguf")),
+            ("https://huggingface.co/a/b/resolve/main/c.gguf?download=true", ("a/b", "main", None, "c.gguf")),
+            ("https://huggingface.co/a/b/blob/main/config.json", ("a/b", "main", None, None)),
         ],
     )
-    def test_short_names(self, short: str, repo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_names_of_the_hub(
+        self, name: str, expected: tuple[str | None, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         asked: list[tuple[str | None, ...]] = []
         monkeypatch.setattr("edgeq.hub._from_hub", lambda *names: asked.append(names))
-        find_model(short)
-        assert asked == [(repo, None, None, None)]
+        find_model(name)
+        assert asked == [expected]

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from ollama_files import Store, write_gguf
 from typer.testing import CliRunner
 
+from edgeq.adapters import read_folder
 from edgeq.checkpoint import open_checkpoint
 from edgeq.cli import app
 from edgeq.errors import EdgeqError, ModelError, UsageError
@@ -269,6 +270,13 @@ def _unfinished(path: Path, models: Models) -> Path:
     return folder
 
 
+@refused("download that is under way")
+def _under_way(path: Path, models: Models) -> Path:
+    folder = models.folder(path / "x")
+    (folder / "model.safetensors.aria2").write_bytes(b"x")
+    return folder
+
+
 @refused("snapshot whose blobs are gone")
 def _gone(path: Path, models: Models) -> Path:
     folder = models.folder(path / "x")
@@ -473,6 +481,36 @@ def test_leftovers_do_not_stop_a_whole_model(tmp_path: Path, models: Models) -> 
     assert identify(folder / "model.safetensors").path == folder
 
 
+def test_parts_that_the_text_does_not_need(tmp_path: Path, models: Models) -> None:
+    """A tower that was not downloaded is for its reader; the file itself still names its model."""
+    folder = models.folder(tmp_path / "x")
+    names = SafetensorsFile(folder / "model.safetensors").tensors
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    files = {name: f"model-0000{1 + ('visual' in name)}-of-00002.safetensors" for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (folder / "model-00002-of-00002.safetensors").write_bytes(LFS)
+    assert identify(folder).path == folder
+    shutil.copy(folder / "model-00001-of-00002.safetensors", folder / "model-00002-of-00002.safetensors")
+    assert identify(folder / "model-00002-of-00002.safetensors").path == folder
+    (folder / "model-00001-of-00002.safetensors").write_bytes(LFS)
+    with pytest.raises(ModelError, match=r"00001-of-00002\.safetensors is a Git LFS pointer"):
+        identify(folder)
+
+
+def test_an_adapter_that_was_not_downloaded(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(LFS)
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors is a Git LFS pointer"):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", [".", "models", "models/blobs", "models/manifests"])
+def test_all_of_ollama_s_folders(name: str, tmp_path: Path) -> None:
+    Store(tmp_path / "models").add("registry.ollama.ai/library/qwen3.5/2b", {"model": b"GGUF"})
+    with pytest.raises(UsageError, match="is where ollama keeps its models"):
+        identify(tmp_path / name)
+
+
 def test_a_folder_with_one_model_in_it_names_it(tmp_path: Path, models: Models) -> None:
     models.folder(tmp_path / "up" / "here")
     with pytest.raises(UsageError, match="holds one:") as caught:
@@ -519,6 +557,12 @@ class TestParts:
         parts[1].write_bytes(parts[1].read_bytes()[:-100])
         with pytest.raises(ModelError, match=r"00002-of-00003\.gguf is not a valid GGUF file"):
             open_checkpoint(parts[0])
+
+    def test_a_whole_model_that_is_called_like_a_part(self, tmp_path: Path, models: Models) -> None:
+        (tmp_path / "whole").mkdir()
+        copy = Path(shutil.copy(models.gguf, tmp_path / "whole" / "model-00002-of-00002.gguf"))
+        assert open_checkpoint(copy).path == copy
+        assert identify(copy.parent).path == copy
 
     def test_a_name_that_does_not_tell(self, parts: list[Path]) -> None:
         renamed = parts[0].rename(parts[0].with_name("model.gguf"))

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from fuzz_mutators import mutate_bytes
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from ollama_files import Store, write_gguf
 
 import edgeq
 from edgeq.backends.numpy.ops import matrix_rows
 from edgeq.checkpoint import Checkpoint, open_checkpoint
 from edgeq.checkpoint.gguf import GGUFCheckpoint
-from edgeq.errors import ModelError, UsageError
+from edgeq.errors import EdgeqError, ModelError, UsageError
 from edgeq.formats.bf16 import Float32
 from edgeq.hub import find_model
 from edgeq.weights import Part, all_tensors
 
 LIBRARY = "registry.ollama.ai/library/qwen3.5/2b"
+
+
+@pytest.fixture(scope="module")
+def blob(chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return write_gguf(chat_folder, tmp_path_factory.mktemp("blob") / "x").read_bytes()
 
 
 def read(path: Path) -> GGUFCheckpoint:
@@ -127,12 +137,25 @@ def rewritten(path: Path, key: str, value: Any) -> Path:
     return out
 
 
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 1 << 32))
+def test_changed_headers(seed: int, blob: bytes, tmp_path: Path) -> None:
+    """Every kind of number and name, by the same changes as tools/fuzz.py: a model, or one line."""
+    head = blob.index(b"tokenizer.ggml.tokens")
+    tail = blob.rindex(b"token_embd.weight") - 4_000
+    rng = Random(seed)
+    raw = mutate_bytes(rng, blob[:head]) + blob[head:] if seed % 2 else blob[:tail] + mutate_bytes(rng, blob[tail:])
+    (tmp_path / "x").write_bytes(raw)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of a tower that does not fit any more
+            checkpoint = read(tmp_path / "x")
+        for spec, _ in checkpoint.storage():
+            values(checkpoint, spec.name)
+    except EdgeqError as error:
+        assert "array(" not in error.message
+
+
 # --- manifests -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def blob(chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    return write_gguf(chat_folder, tmp_path_factory.mktemp("blob") / "x").read_bytes()
 
 
 @pytest.fixture
@@ -209,7 +232,8 @@ def test_parameters_and_projector_are_used(store: Store, chat_folder: Path, tmp_
     ("kind", "data", "message"),
     [
         ("system", b"You are a pirate.", "its system prompt is not used"),
-        ("template", b"{{ .System }} {{ .Prompt }}", "its template is written for ollama"),
+        ("template", b"{{ .System }} {{ .Prompt }}", "its template is written for ollama, in Go's language: the chat"),
+        ("template", b"\xff\xfe", "its template is written for ollama"),
         ("messages", b"[]", "the conversation that it begins with is not used"),
         ("draft", b"GGUF", "its draft model is not used"),
         ("params", b'{"stop": ["x"], "mirostat": 1}', r"its parameters mirostat, stop are not used"),
@@ -224,7 +248,7 @@ def test_what_is_not_used_is_named(kind: str, data: bytes, message: str, store: 
 @pytest.mark.parametrize(
     ("layers", "more", "message"),
     [
-        ({"model": b"GGUF", "adapter": b"GGUF"}, (), "a model with a LoRA adapter, which edgeq does not read"),
+        ({"model": b"GGUF", "adapter": b"GGUF"}, (), "is a model with an adapter, which edgeq wants to be named"),
         ({"tensor": b"x"}, (), "safetensors for ollama's MLX runner"),
         ({"license": b"x"}, (), "names no model file"),
         ({"model": b"GGUF"}, (("model", b"GGUF2"),), "names 2 files of the kind model"),
@@ -248,7 +272,7 @@ def test_lists_of_manifests(store: Store, blob: bytes) -> None:
     store.write(LIBRARY, {**listed, "manifests": [mlx, by_digest]})
     assert read(find_model("ollama:qwen3.5:2b")).tower is not None
     store.write(LIBRARY, {**listed, "manifests": [mlx]})
-    with pytest.raises(ModelError, match="MLX runner only"):
+    with pytest.raises(ModelError, match="safetensors for ollama's MLX runner"):
         read(find_model("ollama:qwen3.5:2b"))
 
 

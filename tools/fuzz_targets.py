@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+import gguf as gguf_py
 import numpy as np
 from fuzz_mutators import Mutator, mutate_bytes, mutate_json, mutate_template
 from packed_forms import Form, linear, pack_folder
@@ -18,7 +20,7 @@ from PIL import Image
 from edgeq import vision
 from edgeq.checkpoint import open_checkpoint
 from edgeq.config import read_config, read_json
-from edgeq.formats.gguf import GGUFFile
+from edgeq.formats.gguf import GGUFFile, open_gguf
 from edgeq.formats.safetensors import SafetensorsFile
 from edgeq.quant import quantize, verify
 from edgeq.quant.gguf_export import export_gguf
@@ -69,8 +71,10 @@ def targets(folder: Path) -> list[Target]:
     tokenizer = Tokenizer.from_folder(model)
     return [
         Target("safetensors", seed / "x.safetensors", _small_safetensors(), _mutate_header, _read_safetensors, 190),
-        Target("gguf", seed / "x.gguf", _small_gguf(), mutate_bytes, _read_gguf, 210),
+        Target("gguf", seed / "x.gguf", _small_gguf(), mutate_bytes, _read_gguf, 180),
         Target("gguf-model", gguf, gguf.read_bytes(), _mutate_head(20_000), _read_model, 60),
+        _part(folder),
+        _json("manifest", _make_manifest(folder / "ollama", gguf), _open_quietly, 20),
         Target("template", seed / "x.jinja", TEMPLATE.encode(), mutate_template, _render(tokenizer), 40),
         _json("config", model / "config.json", read_config, 120),
         _json("generation_config", model / "generation_config.json", _read_model, 30),
@@ -146,6 +150,11 @@ def _read_matrices(path: Path) -> None:
                 checkpoint.matrix(spec.name)
 
 
+def _open_quietly(path: Path) -> None:
+    with warnings.catch_warnings(action="ignore"):  # of what is not used
+        open_checkpoint(path)
+
+
 def _read_text(path: Path) -> None:
     tokenizer = Tokenizer.from_folder(path.parent)
     ids = tokenizer.encode("The water, <|im_end|> and 42 wörds: 世界.\n\n", control=True)
@@ -182,6 +191,44 @@ def _render(tokenizer: Tokenizer) -> Callable[[Path], None]:
 
 
 # --- seeds -----------------------------------------------------------------------------------------------------------
+
+
+def _part(folder: Path) -> Target:
+    """The second of two parts of a split GGUF file, beside a good first."""
+    folder = folder / "parts"
+    folder.mkdir()
+    first, second = (folder / f"x-{n:05d}-of-00002.gguf" for n in (1, 2))
+    for number, path in enumerate((first, second)):
+        writer = gguf_py.GGUFWriter(path, "qwen35")
+        for key, value in (("split.no", number), ("split.count", 2), ("split.tensors.count", 2)):
+            writer.add_uint32(key, value)
+        writer.add_tensor(f"x{number}", np.zeros((4, 32), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    def run(_: Path) -> None:
+        file = open_gguf(first)
+        for name in file.tensors:
+            file.data(name).tobytes()
+
+    return Target("gguf-part", second, second.read_bytes(), mutate_bytes, run, 10)
+
+
+def _make_manifest(store: Path, model: Path) -> Path:
+    """A model as ollama keeps it: the model's file, a system prompt and parameters."""
+    layers, parameters = [], json.dumps({"temperature": 0.5, "stop": ["x"], "num_ctx": 4096})
+    (store / "blobs").mkdir(parents=True)
+    for kind, data in (("model", model.read_bytes()), ("system", b"Be brief."), ("params", parameters.encode())):
+        digest = sha256(data).hexdigest()
+        (store / "blobs" / f"sha256-{digest}").write_bytes(data)
+        media = f"application/vnd.ollama.image.{kind}"
+        layers.append({"mediaType": media, "digest": f"sha256:{digest}", "size": len(data)})
+    manifest = store / "manifests" / "registry.ollama.ai" / "library" / "qwen3.5" / "2b"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(json.dumps({"schemaVersion": 2, "layers": layers}))
+    return manifest
 
 
 def _make_model(folder: Path) -> None:

@@ -17,7 +17,9 @@ from edgeq.adapters.mlx import read_mlx
 from edgeq.adapters.peft import read_peft
 from edgeq.config import TextConfig, read_json
 from edgeq.errors import ModelError, UsageError
+from edgeq.formats.gguf import is_gguf
 from edgeq.hub import find_adapter
+from edgeq.identify import check_download
 from edgeq.inputs import exists, expand_user, is_file, is_folder
 from edgeq.printable import brief
 from edgeq.weights import TensorSpec
@@ -61,7 +63,7 @@ def _given(text: str) -> Given:
 
 def read_adapter(path: Path, c: TextConfig, specs: list[TensorSpec]) -> Adapter:
     """The adapter at `path`, for a model whose tensors are `specs`; ModelError for what is none."""
-    if is_file(path) and path.suffix.lower() == ".gguf":
+    if is_file(path) and is_gguf(path):
         return read_gguf(path, c, specs)
     return read_folder(path)
 
@@ -91,4 +93,5 @@ def read_folder(path: Path) -> Adapter:
                 hint="save the adapter again with a current PEFT, which writes safetensors",
             )
         raise ModelError(f"{path} is not a whole adapter: {weights.name} is missing", hint="download the missing file")
+    check_download(weights)
     return read_peft(config, values, weights) if is_peft else read_mlx(config, values, weights)

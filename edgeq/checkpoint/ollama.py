@@ -7,6 +7,7 @@ used is an error that names it (adapters) or a warning (a system prompt, a templ
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = ["open_ollama"]
 _MEDIA = "application/vnd.ollama.image."
 _SIZES = 1 << 22  # bytes of a manifest, and of a blob that is text
 _SAMPLING = {"repeat_penalty": "repetition_penalty"}  # where ollama's parameters are called otherwise
+_DIGEST = re.compile(r"sha256[:-][0-9a-fA-F]{64}")
 _OWN = "{{ .Prompt }}"  # the template of models whose conversations ollama writes itself
 
 
@@ -36,20 +38,22 @@ def open_ollama(manifest: Path, mmproj: Path | None = None) -> GGUFCheckpoint:
     """Open the model that a manifest names; ModelError for a manifest or blob that edgeq cannot use."""
     layers = _layers(manifest, _manifest(manifest))
     model = _one(manifest, layers, "model")
-    for kind, what in (("adapter", "a LoRA adapter"), ("tensor", "safetensors for ollama's MLX runner")):
-        if any(layer.kind == kind for layer in layers):
-            raise ModelError(
-                f"{manifest} is a model with {what}, which edgeq does not read from ollama",
-                hint="use the Hugging Face checkpoint that it was made from",
-            )
+    if any(layer.kind == "tensor" for layer in layers):
+        raise _for_mlx(manifest)
+    if model is not None and (adapters := [layer.blob for layer in layers if layer.kind == "adapter"]):
+        options = " ".join(f"--adapter {blob}" for blob in adapters)
+        raise ModelError(
+            f"{manifest} is a model with an adapter, which edgeq wants to be named",
+            hint=f"name both, as in `edgeq chat {model} {options}`",
+        )
     if model is None:
         raise ModelError(f"{manifest} names no model file", hint="pull the model again with ollama")
     tower = mmproj or _one(manifest, layers, "projector")
     if (source := identify(model)).kind != "gguf":
         raise ModelError(f"{model} is no GGUF file, but the model of {manifest}", hint="pull the model again")
     checkpoint = GGUFCheckpoint(source.path, tower)
-    _use_parameters(checkpoint, layers)
-    _tell_unused(layers)
+    _use_parameters(manifest, checkpoint, layers)
+    _tell_unused(manifest, layers, has_template=bool(checkpoint.templates.found))
     return checkpoint
 
 
@@ -63,8 +67,12 @@ def _manifest(path: Path) -> Mapping[str, Any]:
         if isinstance(entry, dict) and entry.get("runner") in ("ollama", "llamacpp"):
             digest = entry.get("digest")
             return entry if digest is None else _object(_blob(path, digest), path)
-    raise ModelError(
-        f"{path} names safetensors for ollama's MLX runner only, which edgeq does not read from ollama",
+    raise _for_mlx(path)
+
+
+def _for_mlx(manifest: Path) -> ModelError:
+    return ModelError(
+        f"{manifest} names safetensors for ollama's MLX runner, which edgeq does not read from there",
         hint="use the Hugging Face checkpoint that it was made from",
     )
 
@@ -90,13 +98,11 @@ def _layers(path: Path, manifest: Mapping[str, Any]) -> list[_Layer]:
 
 def _blob(manifest: Path, digest: object) -> Path:
     """The file that holds a blob, in the store that the manifest is in."""
-    name = digest.replace(":", "-") if isinstance(digest, str) else ""
-    kind, _, number = name.partition("-")
-    if kind != "sha256" or len(number) != 64 or not number.isalnum():
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
         raise ModelError(f"{manifest} names a blob {brief(digest)}, expected a sha256", hint="pull the model again")
     absolute = manifest.absolute()
     store = next((p.parent for p in absolute.parents if p.name in ("manifests", "manifests-v2")), absolute.parent)
-    blob = store / "blobs" / name
+    blob = store / "blobs" / digest.replace(":", "-")
     if not is_file(blob):
         raise ModelError(f"{manifest} names {blob}, which is missing", hint="pull the model again with ollama")
     return blob
@@ -112,7 +118,7 @@ def _one(manifest: Path, layers: list[_Layer], kind: str) -> Path | None:
     return blobs[0] if blobs else None
 
 
-def _use_parameters(checkpoint: GGUFCheckpoint, layers: list[_Layer]) -> None:
+def _use_parameters(manifest: Path, checkpoint: GGUFCheckpoint, layers: list[_Layer]) -> None:
     """Take the sampling that the model's parameters recommend, and name those that edgeq has no place for."""
     for layer in layers:
         if layer.kind == "params":
@@ -120,21 +126,30 @@ def _use_parameters(checkpoint: GGUFCheckpoint, layers: list[_Layer]) -> None:
             file, own = checkpoint.recommended, read_sampling(values, str(layer.blob))
             checkpoint.recommended = Recommended(own.where, {**file.values, **own.values}, own.left_out)
             if unused := sorted(values.keys() - {*RECOMMENDED, "num_ctx"}):
-                _warn(f"its parameters {', '.join(unused)} are not used: give them as options")
+                _warn(manifest, f"its parameters {', '.join(unused)} are not used: give them as options")
 
 
-def _tell_unused(layers: list[_Layer]) -> None:
+def _tell_unused(manifest: Path, layers: list[_Layer], *, has_template: bool) -> None:
     kinds = {layer.kind: layer.blob for layer in layers}
     if "system" in kinds:
-        _warn(f"its system prompt is not used: it is in {kinds['system']}")
+        _warn(manifest, f"its system prompt is not used: it is in {kinds['system']}")
     if "messages" in kinds:
-        _warn(f"the conversation that it begins with is not used: it is in {kinds['messages']}")
+        _warn(manifest, f"the conversation that it begins with is not used: it is in {kinds['messages']}")
     if "draft" in kinds:
-        _warn("its draft model is not used: edgeq drafts with the model's own head")
+        _warn(manifest, "its draft model is not used: edgeq drafts with the model's own head")
     template = kinds.get("template") or kinds.get("prompt")
-    if template is not None and read_text(template, _SIZES).strip() != _OWN:
-        _warn("its template is written for ollama: the chat template in the GGUF file is used")
+    if template is not None and not _is_own(template):
+        instead = "the chat template in the GGUF file is used" if has_template else "it cannot chat without another"
+        _warn(manifest, f"its template is written for ollama, in Go's language: {instead}")
 
 
-def _warn(what: str) -> None:
-    warnings.warn(what, stacklevel=3)
+def _is_own(template: Path) -> bool:
+    """Whether a template leaves the conversation to ollama, which then writes it as the model's own does."""
+    try:
+        return read_text(template, _SIZES).strip() == _OWN
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _warn(manifest: Path, what: str) -> None:
+    warnings.warn(f"{manifest}: {what}", stacklevel=3)

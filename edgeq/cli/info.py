@@ -17,7 +17,8 @@ from edgeq.cli.options import OptionalModelArgument, option
 from edgeq.config import TextConfig
 from edgeq.errors import ModelError, UsageError
 from edgeq.hub import find_model
-from edgeq.inputs import exists, expand_user
+from edgeq.identify import is_adapter
+from edgeq.inputs import expand_user
 from edgeq.printable import printable
 from edgeq.text.template_files import DEFAULT
 from edgeq.weights import Part, TensorSpec
@@ -56,7 +57,7 @@ def info(
         facts = _installation()
     else:
         path = expand_user(Path(model))
-        if _is_adapter(path):
+        if is_adapter(path):
             facts = _adapter(path)
         else:
             path = find_model(model)
@@ -107,11 +108,6 @@ def _model(checkpoint: Checkpoint) -> dict[str, Any]:
         **_templates(checkpoint, tokenizer),
         "tensors": _by_type(stored),
     }
-
-
-def _is_adapter(path: Path) -> bool:
-    """Whether a folder holds an adapter and no model (some tools put the base's config.json beside it)."""
-    return exists(path / "adapter_config.json") and not any(path.glob("model*.safetensors"))
 
 
 def _adapter(path: Path) -> dict[str, Any]:

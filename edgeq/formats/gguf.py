@@ -31,7 +31,7 @@ from edgeq.formats.mapped import check_whole, map_file
 from edgeq.inputs import is_file, open_file
 from edgeq.printable import brief
 
-__all__ = ["GGUFFile", "SplitGGUF", "TensorInfo", "first_part", "open_gguf", "peek"]
+__all__ = ["GGUFFile", "SplitGGUF", "TensorInfo", "first_part", "is_gguf", "open_gguf", "peek"]
 
 # Limits that no model of the family comes near: beyond them a file is damaged or hostile.
 _MAX_ENTRIES = 1 << 16
@@ -305,6 +305,15 @@ def first_part(path: Path) -> Path:
     if named is None or int(named["number"]) < 2:
         return path
     return path.with_name(f"{named['stem']}-{1:05d}-of-{named['count']}{path.suffix}")
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF files do, whatever it is called."""
+    try:
+        with open_file(path) as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
 
 
 def peek(path: Path) -> dict[str, Any]:
