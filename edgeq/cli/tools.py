@@ -93,7 +93,8 @@ class ToolRunner:
     """Runs a program for each call.
 
     ask: whether to ask on the terminal before. rounds: of calls for one question. timeout: seconds for a call.
-    `runs` are the calls run so far, with their results.
+    `runs` are the calls run so far, with their results. `read` asks a question and returns the answer; it can be
+    replaced by whatever else reads the terminal.
     """
 
     def __init__(self, command: str, *, ask: bool, rounds: int, timeout: float) -> None:
@@ -114,11 +115,11 @@ class ToolRunner:
         self.rounds = rounds
         self._ask, self._timeout = ask, timeout
         self.runs: list[dict[str, Any]] = []
+        self.read: Callable[[str], str] = _asked
 
     def result(self, call: ToolCall) -> str:
         """What the model is told."""
-        if not self._ask:
-            say(call_line(call), faint=True)
+        say(call_line(call), faint=True)
         result = self._run(call) if self._allowed(call) else _error("the user did not allow this call")
         self.runs.append({**call._asdict(), "result": result})
         say(f"  -> {printable(result, longest=_SHOWN)}", faint=True)
@@ -128,8 +129,11 @@ class ToolRunner:
         if not self._ask:
             return True
         words = printable(shlex.join([*self._words, call.name]), longest=None)
-        print(f"run {words} for {call_line(call)}? [y/N/a(lways)] ", end="", file=sys.stderr, flush=True)
-        answer = sys.stdin.readline().strip().lower()
+        _forget_typed()
+        try:
+            answer = self.read(f"run {words}? [y/N/a(lways)] ").strip().lower()
+        except EOFError:
+            answer = ""
         self._ask = answer not in ("a", "always")
         return answer in ("y", "yes", "a", "always")
 
@@ -157,6 +161,20 @@ class ToolRunner:
         if status:
             return _error(f"exit status {status}", stderr=err.text()[-1000:])
         return out.text()
+
+
+def _asked(question: str) -> str:
+    print(question, end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline()
+
+
+def _forget_typed() -> None:
+    """Drop what was typed before a question: it cannot be the answer."""
+    with suppress(ImportError, OSError, ValueError):  # Windows, and a stdin that is none
+        import termios
+
+        with suppress(termios.error):
+            termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
 
 
 class _Collected(Thread):
