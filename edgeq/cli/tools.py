@@ -64,29 +64,29 @@ def call_line(call: ToolCall) -> str:
 
 
 def show_calls(reply: Reply) -> None:
-    """Print the calls that nobody answers, which are the reply's result, to stdout; to stderr why others are none."""
+    """Print the calls that nobody answers, which are the reply's result, to stdout."""
     for call in reply.tool_calls:
         print(call_line(call), flush=True)
-    for malformed in reply.malformed_calls:
-        say(f"not a tool call: {printable(malformed.reason)}", faint=True)
 
 
 def follow(chat: Chat, reply: Reply, show: Callable[[Reply], bool], runner: ToolRunner | None) -> tuple[Reply, bool]:
     """Show a reply; while it calls functions, run them, if something does, and show the reply to their results.
 
-    `show` generates a reply, and says whether it was heard to its end. Returns the last reply and that.
+    `show` generates a reply, and says whether it was heard to its end. Returns the last reply and that. What looks like
+    a call and is none is told on stderr.
     """
-    finished = show(reply)
-    if runner is None:
-        return reply, finished
-    for _ in range(runner.rounds):
-        if not finished or not reply.tool_calls:
-            return reply, finished
-        reply = chat.send_tool_results(*map(runner.result, reply.tool_calls))
+    rounds = 0
+    while True:
         finished = show(reply)
-    if reply.tool_calls:
-        say(f"stopped after {runner.rounds} rounds of tool calls", faint=True)
-    return reply, finished
+        for malformed in reply.malformed_calls:
+            say(f"not a tool call: {printable(malformed.reason)}", faint=True)
+        if runner is None or not finished or not reply.tool_calls:
+            return reply, finished
+        if rounds == runner.rounds:
+            say(f"stopped after {rounds} rounds of tool calls", faint=True)
+            return reply, finished
+        rounds += 1
+        reply = chat.send_tool_results(*map(runner.result, reply.tool_calls))
 
 
 class ToolRunner:
