@@ -233,12 +233,21 @@ class TestChat:
         done = run(*asked)
         assert done.code == 0
         assert "21 degrees" in done.out
+        assert done.out.count("\n") == 1
         assert "get_temperature(" in done.err
         found = json.loads(run(*asked, "--json").out)
         assert found["text"] == done.out.strip()
         assert [(ran["name"], ran["result"]) for ran in found["tool_runs"]] == [
             ("get_temperature", '{"sky": "sunny", "degrees": 21}')
         ]
+
+    def test_a_result_that_does_not_fit_is_told(self, run: Run, tools: Path, program: Callable[[str], str]) -> None:
+        command = program("print('y ' * 400)")
+        done = run("chat", "demo", "--tools", tools, "--tools-run", command, "--yes", "-p", QUESTION, "--temp", "0",
+                   "--context", "500", "--json")  # fmt: skip
+        assert done.code == 0
+        assert "leaves no room for a reply" in done.err
+        assert json.loads(done.out)["text"]
 
     def test_json_has_the_calls(self, run: Run, tools: Path) -> None:
         found = json.loads(run("chat", "demo", "--tools", tools, "-p", QUESTION, "--temp", "0", "--json").out)

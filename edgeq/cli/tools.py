@@ -20,9 +20,9 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, Any
 
-from edgeq.cli.console import say
+from edgeq.cli.console import error_line, say
 from edgeq.cli.prompt import file_text
-from edgeq.errors import EdgeqError, UsageError
+from edgeq.errors import EdgeqError, MemoryBudgetError, UsageError
 from edgeq.printable import brief, one_line, printable
 from edgeq.session.chat import Chat
 from edgeq.session.reply import Reply
@@ -86,7 +86,12 @@ def follow(chat: Chat, reply: Reply, show: Callable[[Reply], bool], runner: Tool
             say(f"stopped after {rounds} rounds of tool calls", faint=True)
             return reply, finished
         rounds += 1
-        reply = chat.send_tool_results(*map(runner.result, reply.tool_calls))
+        results = [runner.result(call) for call in reply.tool_calls]
+        try:
+            reply = chat.send_tool_results(*results)
+        except MemoryBudgetError as error:  # nothing was said yet
+            say(error_line(error))
+            reply = chat.send_tool_results(*[_error("the result is too long for the context")] * len(results))
 
 
 class ToolRunner:
