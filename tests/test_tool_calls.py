@@ -123,7 +123,7 @@ class TestCalls:
         assert read(["<tool_call>\n<function=now>\n</function>\n</tool_call>"]).calls == [ToolCall("call_1", "now", {})]
 
     def test_without_calls_nothing_changes(self) -> None:
-        text = "\n 1 < 2 <tool_calls> </tool_call> <function=now>\n\n"
+        text = "\n 1 < 2 <tool_calls> </tool_call> <functions=now>\n\n"
         assert read([text]) == (text, [], [])
 
 
@@ -140,6 +140,7 @@ class TestMalformed:
             ("<tool_call>\n<function=now\n</function>\n</tool_call>", "the name of a function is not closed"),
             ("<tool_call>\n<function=now>\n</tool_call>", "'<' stands where <parameter= or </function> should begin"),
             ("<tool_call>\n<function=now>\n</function>\nThanks", "'T' stands where </tool_call> should begin"),
+            (xml("now").removeprefix("<tool_call>\n"), "a function stands outside of <tool_call>"),
             (xml("get_wether", city="Rome"), "the function 'get_wether' was not offered"),
             (xml("get_weather", days="soon"), "the parameter 'days' is 'soon', expected integer"),
             (
