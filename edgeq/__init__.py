@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from edgeq.session.prompt import Prompt
     from edgeq.session.reply import Piece, Reply, Usage
     from edgeq.session.visual_settings import VisualSettings
+    from edgeq.text.tool_calls import ToolCall
     from edgeq.vision.visual import Visual
 
 _LAZY = {
@@ -42,6 +43,7 @@ _LAZY = {
     "Piece": "edgeq.session.reply",
     "Prompt": "edgeq.session.prompt",
     "Reply": "edgeq.session.reply",
+    "ToolCall": "edgeq.text.tool_calls",
     "Usage": "edgeq.session.reply",
     "Visual": "edgeq.vision.visual",
     "VisualSettings": "edgeq.session.visual_settings",
@@ -62,6 +64,7 @@ __all__ = [
     "Prompt",
     "QualityError",
     "Reply",
+    "ToolCall",
     "Usage",
     "UsageError",
     "Visual",

@@ -233,6 +233,9 @@ class TestSet:
             ("loop-guard off", "loop_guard is off", {"loop_guard": False}),
             ("no_loop_guard", "loop_guard is off", {"loop_guard": False}),
             ("reasoning-budget 4", "thinking_budget is 4", {"thinking_budget": 4}),
+            ("regex [0-9]+ or so", "regex is [0-9]+ or so", {"regex": "[0-9]+ or so"}),
+            ('json-schema {"const": 1}', 'schema is {"const": 1}', {"schema": '{"const": 1}'}),
+            ("logit-bias 5=1 6-2", "logit_bias is {5: 1.0, 6: -2.0}", {"logit_bias": {5: 1.0, 6: -2.0}}),
         ],
     )  # fmt: skip
     def test_changes(self, chat: Chat, text: str, told: str, options: dict[str, Any]) -> None:
@@ -242,6 +245,14 @@ class TestSet:
         (name,) = options
         assert set_option(chat, f"{name} none").startswith(f"{name} is ")
         assert chat.options == {}
+
+    def test_an_answer_fits_one_thing(self, chat: Chat) -> None:
+        chat.options = {"regex": "a", "seed": 1}
+        set_option(chat, "schema {}")
+        assert chat.options == {"schema": "{}", "seed": 1}
+        set_option(chat, "regex none")
+        assert chat.options == {"schema": "{}", "seed": 1}
+        chat.options = {}
 
     def test_none_is_what_is_recommended(self, chat: Chat) -> None:
         chat.options = {"temperature": 0.1, "seed": 5}

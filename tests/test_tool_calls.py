@@ -12,6 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import edgeq
 from edgeq.hub import DEMO
 from edgeq.text.detokenizer import StreamingDetokenizer
 from edgeq.text.template import ChatTemplate
@@ -122,7 +123,7 @@ class TestCalls:
         assert read(["<tool_call>\n<function=now>\n</function>\n</tool_call>"]).calls == [ToolCall("call_1", "now", {})]
 
     def test_without_calls_nothing_changes(self) -> None:
-        text = "\n 1 < 2 <tool_calls> </tool_call> <function=now>\n\n"
+        text = "\n 1 < 2 <tool_calls> </tool_call> <functions=now>\n\n"
         assert read([text]) == (text, [], [])
 
 
@@ -139,6 +140,7 @@ class TestMalformed:
             ("<tool_call>\n<function=now\n</function>\n</tool_call>", "the name of a function is not closed"),
             ("<tool_call>\n<function=now>\n</tool_call>", "'<' stands where <parameter= or </function> should begin"),
             ("<tool_call>\n<function=now>\n</function>\nThanks", "'T' stands where </tool_call> should begin"),
+            (xml("now").removeprefix("<tool_call>\n"), "a function stands outside of <tool_call>"),
             (xml("get_wether", city="Rome"), "the function 'get_wether' was not offered"),
             (xml("get_weather", days="soon"), "the parameter 'days' is 'soon', expected integer"),
             (
@@ -299,6 +301,57 @@ class TestForm:
             text = template.render([{"role": "user", "content": "?"}, said], add_generation_prompt=False)
             found = read([text[text.index("<tool_call>") :]], form, [])
             assert [(call.name, call.arguments) for call in found.calls] == [("write_file", arguments)]
+
+
+class TestReply:
+    """The demo model calls what it is offered; with which arguments is another matter."""
+
+    @pytest.fixture
+    def chat(self) -> edgeq.Chat:
+        weather = {"name": "get_weather", "description": "The weather in a city.", "parameters": {
+            "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}  # fmt: skip
+        return edgeq.load("demo").chat(tools=[{"type": "function", "function": weather}], temperature=0.0)
+
+    @pytest.mark.parametrize("thinking", [False, True])
+    def test_a_call_and_its_answer(self, chat: edgeq.Chat, thinking: bool) -> None:
+        chat.thinking = thinking
+        reply = chat.send("What is the weather in Rome?")
+        pieces = [*reply]
+        (call,) = reply.tool_calls
+        assert (call.name, call.arguments, reply.text) == ("get_weather", {"city": "Rome"}, "")
+        assert [piece.text for piece in pieces if piece.channel == "tool_call" and piece.text] == [
+            "<tool_call>\n<function=get_weather>\n<parameter=city>\nRome\n</parameter>\n</function>\n</tool_call>"
+        ]
+        assert [piece.token for piece in pieces if piece.token is not None] == reply.ids
+        assert chat.messages[-1]["tool_calls"] == [call.message()]
+        answer = chat.send_tool_results({call.id: '{"sky": "sunny", "degrees": 21}'})
+        assert "21 degrees" in "".join(piece.text for piece in answer if piece.channel == "answer")
+        assert not answer.tool_calls
+        again = chat.send("What is the weather in Oslo?")
+        assert [*again]
+        assert again.tool_calls[0].id != call.id
+
+    def test_left_in_its_middle_it_is_text(self, chat: edgeq.Chat) -> None:
+        reply = chat.send("What is the weather in Rome?")
+        for _ in range(6):
+            next(reply)
+        reply.close()
+        assert reply.text.startswith("<tool_call>\n<func")
+        assert [malformed.reason for malformed in reply.malformed_calls] == ["the reply ended within the call"]
+        assert not reply.tool_calls
+
+    def test_a_stop_string_cuts_a_call_too(self, chat: edgeq.Chat) -> None:
+        chat.options = {**chat.options, "stop": ("Ro",)}
+        reply = chat.send("What is the weather in Rome?")
+        assert [*reply]
+        assert reply.text.endswith("<parameter=city>\n")
+        assert len(reply.malformed_calls) == 1
+
+    def test_without_tools_it_is_text(self) -> None:
+        chat = edgeq.load("demo").chat(temperature=0.0, max_tokens=5)
+        reply = chat.send("?", assistant_prefix="<tool_call>\n<function=")
+        assert [*reply]
+        assert not reply.malformed_calls
 
 
 # --- however it is cut -----------------------------------------------------------------------------------------------

@@ -62,6 +62,8 @@ class Repl:
         runner: ToolRunner | None = None,
     ) -> None:  # fmt: skip
         self._chat, self._name, self._runner = chat, name, runner
+        if runner is not None:
+            runner.read = lambda question: self._keyboard.read(question, literal=True, remember=False).text
         self._display = display or DisplayOptions()
         self._attached = list(attached)  # pictures that go with the next message
         self._read_files: list[str] = []  # texts that do

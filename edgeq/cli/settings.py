@@ -37,6 +37,7 @@ _GENERATION = frozenset(field.name for field in fields(GenerationSettings))
 _VISUAL = frozenset(field.name for field in fields(VisualSettings)) - {"outer_vision_tokens"}  # fixed in a conversation
 _GROUPS = (SamplingOptions, AnswerOptions, ConversationOptions, VisualOptions, ModelOptions, PromptOptions)
 _OTHERWISE = {"temp": "temperature", "think": "thinking"}  # options whose settings have other names
+_SHAPES = frozenset({"schema", "regex", "grammar"})
 _TRUE, _FALSE = ("on", "true", "yes", "1"), ("off", "false", "no", "0")
 _NAME = re.compile(r"\s*(?:parameter\s+)?-{0,2}([\w-]+)(?:=|\s+|$)(.*)", re.DOTALL)
 _WORD = re.compile(r'"(?:[^"\\]|\\.)*"(?=\s|$)|\'[^\']*\'(?=\s|$)|\S+', re.DOTALL)
@@ -84,8 +85,10 @@ def set_option(chat: Chat, text: str) -> str:
 
 def _set_generation(chat: Chat, known: _Known, words: str) -> str:
     name = known.setting
-    options = {key: value for key, value in chat.options.items() if key != name}
-    if words.lower() != "none":
+    given = words.lower() != "none"
+    replaced = _SHAPES if given and name in _SHAPES else {name}  # an answer can fit one of them only
+    options = {key: value for key, value in chat.options.items() if key not in replaced}
+    if given:
         options[name] = _value(known, words)
         GenerationSettings().replace(**{name: options[name]})  # says what is wrong with it, if anything is
     chat.options = options

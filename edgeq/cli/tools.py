@@ -20,9 +20,9 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, Any
 
-from edgeq.cli.console import say
+from edgeq.cli.console import error_line, say
 from edgeq.cli.prompt import file_text
-from edgeq.errors import EdgeqError, UsageError
+from edgeq.errors import EdgeqError, MemoryBudgetError, UsageError
 from edgeq.printable import brief, one_line, printable
 from edgeq.session.chat import Chat
 from edgeq.session.reply import Reply
@@ -64,36 +64,42 @@ def call_line(call: ToolCall) -> str:
 
 
 def show_calls(reply: Reply) -> None:
-    """Print the calls that nobody answers, which are the reply's result, to stdout; to stderr why others are none."""
+    """Print the calls that nobody answers, which are the reply's result, to stdout."""
     for call in reply.tool_calls:
         print(call_line(call), flush=True)
-    for malformed in reply.malformed_calls:
-        say(f"not a tool call: {printable(malformed.reason)}", faint=True)
 
 
 def follow(chat: Chat, reply: Reply, show: Callable[[Reply], bool], runner: ToolRunner | None) -> tuple[Reply, bool]:
     """Show a reply; while it calls functions, run them, if something does, and show the reply to their results.
 
-    `show` generates a reply, and says whether it was heard to its end. Returns the last reply and that.
+    `show` generates a reply, and says whether it was heard to its end. Returns the last reply and that. What looks like
+    a call and is none is told on stderr.
     """
-    finished = show(reply)
-    if runner is None:
-        return reply, finished
-    for _ in range(runner.rounds):
-        if not finished or not reply.tool_calls:
-            return reply, finished
-        reply = chat.send_tool_results(*map(runner.result, reply.tool_calls))
+    rounds = 0
+    while True:
         finished = show(reply)
-    if reply.tool_calls:
-        say(f"stopped after {runner.rounds} rounds of tool calls", faint=True)
-    return reply, finished
+        for malformed in reply.malformed_calls:
+            say(f"not a tool call: {printable(malformed.reason)}", faint=True)
+        if runner is None or not finished or not reply.tool_calls:
+            return reply, finished
+        if rounds == runner.rounds:
+            say(f"stopped after {rounds} rounds of tool calls", faint=True)
+            return reply, finished
+        rounds += 1
+        results = [runner.result(call) for call in reply.tool_calls]
+        try:
+            reply = chat.send_tool_results(*results)
+        except MemoryBudgetError as error:  # nothing was said yet
+            say(error_line(error))
+            reply = chat.send_tool_results(*[_error("the result is too long for the context")] * len(results))
 
 
 class ToolRunner:
     """Runs a program for each call.
 
     ask: whether to ask on the terminal before. rounds: of calls for one question. timeout: seconds for a call.
-    `runs` are the calls run so far, with their results.
+    `runs` are the calls run so far, with their results. `read` asks a question and returns the answer; it can be
+    replaced by whatever else reads the terminal.
     """
 
     def __init__(self, command: str, *, ask: bool, rounds: int, timeout: float) -> None:
@@ -114,11 +120,11 @@ class ToolRunner:
         self.rounds = rounds
         self._ask, self._timeout = ask, timeout
         self.runs: list[dict[str, Any]] = []
+        self.read: Callable[[str], str] = _asked
 
     def result(self, call: ToolCall) -> str:
         """What the model is told."""
-        if not self._ask:
-            say(call_line(call), faint=True)
+        say(call_line(call), faint=True)
         result = self._run(call) if self._allowed(call) else _error("the user did not allow this call")
         self.runs.append({**call._asdict(), "result": result})
         say(f"  -> {printable(result, longest=_SHOWN)}", faint=True)
@@ -128,8 +134,11 @@ class ToolRunner:
         if not self._ask:
             return True
         words = printable(shlex.join([*self._words, call.name]), longest=None)
-        print(f"run {words} for {call_line(call)}? [y/N/a(lways)] ", end="", file=sys.stderr, flush=True)
-        answer = sys.stdin.readline().strip().lower()
+        _forget_typed()
+        try:
+            answer = self.read(f"run {words}? [y/N/a(lways)] ").strip().lower()
+        except EOFError:
+            answer = ""
         self._ask = answer not in ("a", "always")
         return answer in ("y", "yes", "a", "always")
 
@@ -157,6 +166,20 @@ class ToolRunner:
         if status:
             return _error(f"exit status {status}", stderr=err.text()[-1000:])
         return out.text()
+
+
+def _asked(question: str) -> str:
+    print(question, end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline()
+
+
+def _forget_typed() -> None:
+    """Drop what was typed before a question: it cannot be the answer."""
+    with suppress(ImportError, OSError, ValueError):  # Windows, and a stdin that is none
+        import termios
+
+        with suppress(termios.error):
+            termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
 
 
 class _Collected(Thread):

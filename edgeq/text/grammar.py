@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.errors import EdgeqError, UsageError
-from edgeq.printable import brief
+from edgeq.printable import brief, one_line, printable
 from edgeq.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -31,6 +31,10 @@ _WHITE_SPACE = r"[ ]|\n[ \t]{0,32}"
 _WITHIN = ("$defs", "definitions", "properties", "patternProperties")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 _ONE = ("items", "additionalProperties", "additionalItems", "not", "if", "then", "else", "contains", "propertyNames")
+_BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "multipleOf")
+_LARGEST = 1 << 63  # of the numbers that the library can count with
+_MOST_COMPILED = 16  # grammars that are kept
+_LONGEST = 200  # characters of one of the library's messages
 _MOST_PARTS = 2000  # of a schema, looked through for the one that cannot be done
 
 
@@ -91,8 +95,12 @@ class Grammars:
         """
         if shape not in self._compiled:
             matcher = _library().LLMatcher(self._tokenizer, _source(shape), log_level=0)
-            if matcher.is_error():
-                raise _refused(shape, matcher.get_error())
+            first = matcher.deep_copy()
+            first.compute_bitmask()  # which finds out whether anything fits at all
+            if first.is_error():
+                raise _refused(shape, first.get_error())
+            if len(self._compiled) == _MOST_COMPILED:
+                del self._compiled[next(iter(self._compiled))]
             self._compiled[shape] = matcher
         matcher, ids = self._compiled[shape].deep_copy(), self._encode(begun)
         if matcher.try_consume_tokens(ids) < len(ids):
@@ -116,9 +124,15 @@ class _Vocabulary:
         self.eos_token_id = eos
         self.tokens = [tokenizer.token_bytes(i) for i in range(tokens)]
         self.special_token_ids = sorted(i for i in tokenizer.control_ids if i < tokens)
+        self._of_byte = {token[0]: i for i, token in enumerate(self.tokens) if len(token) == 1}
 
     def __call__(self, text: str | bytes) -> list[int]:
-        return self._tokenizer.encode(text.decode() if isinstance(text, bytes) else text)
+        """Ids that stand for exactly `text`; those of its bytes where the tokenizer's own are another text's (NFC)."""
+        spelled = text if isinstance(text, bytes) else text.encode()
+        ids = self._tokenizer.encode(spelled.decode())
+        if b"".join(map(self._tokenizer.token_bytes, ids)) == spelled:
+            return ids
+        return [self._of_byte[byte] for byte in spelled] if spelled.isascii() or len(self._of_byte) == 256 else ids
 
 
 def _library() -> Any:
@@ -134,22 +148,28 @@ def _library() -> Any:
 
 
 def _source(shape: Shape) -> str:
-    """A shape in the library's own notation."""
+    """A shape in the library's own notation; UsageError for what that does not take, or gets wrong."""
     kind, text = shape
-    matcher = _library().LLMatcher
-    if kind == "regex":
-        return str(matcher.grammar_from_regex(text))
+    library = _library()
     if kind == "schema":
-        return _schema_source(json.loads(text))
-    from llguidance.gbnf_to_lark import any_to_lark
-
+        for place, part in _all_parts(json.loads(text)):
+            if message := _unsafe(part):
+                raise _not_done(_called(shape), message, place)
     try:
-        return str(matcher.grammar_from_lark(any_to_lark(text)))
-    except Exception as error:
-        raise _refused(shape, str(error)) from None
+        if kind == "schema":
+            return _schema_source(json.loads(text))
+        if kind == "regex":
+            return str(library.LLMatcher.grammar_from_regex(text))
+        from llguidance.gbnf_to_lark import any_to_lark
+
+        return str(library.LLMatcher.grammar_from_lark(any_to_lark(text)))
+    except Exception as error:  # half of a character, too many levels, and whatever the converter of GBNF has to say
+        raise _not_done(_called(shape), one_line(error)) from None
 
 
 def _schema_source(schema: object) -> str:
+    if isinstance(schema, bool):
+        schema = {} if schema else {"enum": []}
     options = {"whitespace_pattern": _WHITE_SPACE, "whitespace_flexible": True}
     return str(_library().LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options))
 
@@ -160,12 +180,37 @@ def _fault(source: str) -> str:
     return str(messages[0]) if wrong else ""
 
 
+def _unsafe(part: Any) -> str:
+    """What the library would get wrong in a part of a schema without saying so; "" for nothing."""
+    if not isinstance(part, Mapping):
+        return ""
+    bounds = {key: value for key in _BOUNDS if isinstance(value := part.get(key), int | float)}
+    listed = part.get("enum")
+    for value in (part.get("const"), *(listed if isinstance(listed, list) else ()), *bounds.values()):
+        if isinstance(value, int | float) and abs(value) >= _LARGEST:
+            return f"the number {brief(value)} is beyond 2^63"
+    low, high = bounds.get("exclusiveMinimum"), bounds.get("exclusiveMaximum")
+    least, most = bounds.get("minimum", low), bounds.get("maximum", high)
+    narrow = least is not None and most is not None and most - least < 1
+    if narrow and any(bound is not None and bound == int(bound) for bound in (low, high)):
+        return "an exclusive bound at a whole number needs the other one at least 1 away"
+    return ""
+
+
 def _refused(shape: Shape, message: str) -> UsageError:
+    """For a shape that the library does not take."""
+    place = _culprit(json.loads(shape[1]), message) if shape[0] == "schema" else ""
+    return _not_done(_called(shape), _told(message), place)
+
+
+def _called(shape: Shape) -> str:
     kind, text = shape
-    what = {"schema": "the JSON schema", "regex": f"the regex {brief(text)}", "grammar": "the grammar"}[kind]
-    place = f" (at {_culprit(json.loads(text), message)})" if kind == "schema" else ""
+    return {"schema": "the JSON schema", "regex": f"the regex {brief(text)}", "grammar": "the grammar"}[kind]
+
+
+def _not_done(what: str, why: str, place: str = "") -> UsageError:
     return UsageError(
-        f"{what} cannot be followed: {_told(message)}{place}",
+        f"{what} cannot be followed: {why}" + (f" (at {place})" if place else ""),
         hint="docs/guides/structured-output.md lists what can be done",
     )
 
@@ -173,7 +218,10 @@ def _refused(shape: Shape, message: str) -> UsageError:
 def _told(message: str) -> str:
     """What one of the library's messages comes to, without the lines that draw it."""
     found = message.partition("\nerror: ")[2] or message
-    return found.partition("\n")[0].strip() or "unknown reason"
+    first = found.partition("\n")[0].strip()
+    return (
+        "nothing fits it" if first.startswith("NoExtension") else printable(first, longest=_LONGEST) or "unknown reason"
+    )
 
 
 def _culprit(schema: Any, message: str) -> str:
@@ -183,15 +231,21 @@ def _culprit(schema: Any, message: str) -> str:
     while True:
         for step, inner in _parts(part):
             left -= 1
-            if left >= 0 and _told(_fault(_schema_source(_with_definitions(inner, root)))) == _told(message):
+            whole = {**root, **inner} if isinstance(inner, Mapping) else inner
+            if left >= 0 and _told(_fault(_schema_source(whole))) == _told(message):
                 path, part = f"{path}/{step}", inner
                 break
         else:
             return path
 
 
-def _with_definitions(schema: Any, root: Mapping[str, Any]) -> Any:
-    return {**root, **schema} if isinstance(schema, Mapping) else schema
+def _all_parts(schema: Any) -> Iterator[tuple[str, Any]]:
+    """Every schema within a schema, itself included, and where."""
+    waiting = [("#", schema)]
+    while waiting:
+        path, part = waiting.pop()
+        yield path, part
+        waiting += [(f"{path}/{step}", inner) for step, inner in _parts(part)]
 
 
 def _parts(schema: Any) -> Iterator[tuple[str, Any]]:

@@ -27,7 +27,7 @@ __all__ = ["MalformedCall", "Segment", "ToolCall", "ToolCallParser", "ToolForm",
 
 ToolForm = Literal["xml", "json"]
 
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_OPEN, _CLOSE, _FUNCTION = "<tool_call>", "</tool_call>", "<function="
 _LONGEST_NAME = 256  # characters of a function's or parameter's name
 _DEEPEST = 32  # levels of an argument, half of what a message may have
 _MOST_HOPS = 16  # references within a schema that are followed
@@ -115,18 +115,22 @@ class ToolCallParser:
         return found
 
     def _in_answer(self, text: str, found: list[Segment]) -> str:
-        """Pass text on up to the next `<tool_call>`; what is left is the text behind that."""
+        """Pass text on up to what begins a call; what is left is the text behind that."""
         text = self._held + text
-        start = text.find(_OPEN)
-        shown = len(text[: start if start >= 0 else len(text) - _begun(text, _OPEN)].rstrip())
+        tags = (_OPEN, _FUNCTION) if self._form == "xml" else (_OPEN,)
+        start, tag = min(((at, tag) for tag in tags if (at := text.find(tag)) >= 0), default=(len(text), ""))
+        end = start if tag else start - max(_begun(text, tag) for tag in tags)
+        shown = len(text[:end].rstrip())
         if shown:
             self._say(text[:shown], found)
-        self._held = text[shown:]
-        if start < 0:
-            return ""
         self._held = text[shown:start]
-        self._block = _Block(self._form, self._parameters)
-        return text[start + len(_OPEN) :]
+        if tag == _FUNCTION:
+            self.malformed.append(MalformedCall(tag, f"a function stands outside of {_OPEN}"))
+            self._say(self._held + tag, found)
+            self._held = ""
+        elif tag:
+            self._block = _Block(self._form, self._parameters)
+        return text[start + len(tag) :]
 
     def _in_block(self, text: str, found: list[Segment]) -> str:
         """Go on reading the call; what is left is the text behind it."""
@@ -201,7 +205,7 @@ class _Block:
         self.steps: Generator[None, None, Call] = self._xml() if form == "xml" else self._json()
 
     def _xml(self) -> Generator[None, None, Call]:
-        yield from self._tag("<function=")
+        yield from self._tag(_FUNCTION)
         name = yield from self._name("function")
         schema = self._parameters.get(name)
         arguments: dict[str, Any] = {}
@@ -307,7 +311,7 @@ class _Block:
             elif found[0] == _OPEN:
                 self.read = end
                 yield from self._skip()
-                unclosed = self.text[scan - 1] == "\n" and bool((yield from self._follows("<function=")))
+                unclosed = self.text[scan - 1] == "\n" and bool((yield from self._follows(_FUNCTION)))
             else:
                 unclosed = found[0][len("<parameter=") : -1] in others
                 if not unclosed and self.text[scan - 1] == "\n":
