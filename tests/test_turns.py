@@ -394,6 +394,27 @@ def test_newlines_and_characters_that_a_cut_parts(model: Model) -> None:
             assert chat.messages[-1]["content"].endswith(rest.text)
 
 
+def test_a_reply_in_progress(model: Model) -> None:
+    chat = model.chat(thinking=False, temperature=0, max_tokens=6)
+    done(chat.send("one"))
+    begins: list[Callable[[], Reply]] = [lambda: chat.send("go", assistant_prefix="Sure"), chat.regenerate, chat.resume]
+    for begin in begins:
+        reply = begin()
+        before, ids, said = reply.prefix, list(chat.ids), chat.messages
+        for piece in reply:
+            if piece.token is None:
+                break
+            assert list(chat.ids) == ids + reply.ids
+            assert chat.context.used == len(chat.ids)
+            last = chat.messages[-1]
+            assert last == chat.turns[-1].reply
+            assert last["content"].rstrip("\ufffd") == before + reply.text
+        assert len(said) <= len(chat.messages) <= len(said) + 1
+        reply.close()
+        assert chat.messages[-1] == reply.message
+        assert list(chat.ids) == ids + reply.ids
+
+
 def test_limits_can_be_gone_beyond(model: Model) -> None:
     chat = model.chat(temperature=0, max_total_tokens=4, thinking=True)
     says(chat, [100, 101, 102, 103])
@@ -469,6 +490,8 @@ def test_undo_and_edit(model: Model) -> None:
     assert_state(chat)
     done(chat.edit("without", images=()))
     assert not chat.visuals
+    assert done(chat.edit([{"type": "text", "text": "parts"}, {"type": "image", "image": picture(7)}])).message
+    done(chat.edit("without", images=()))
     with pytest.raises(UsageError, match="must be text"):
         chat.edit(None)  # type: ignore[arg-type]
     assert [turn.text for turn in chat.turns] == ["number 0", "without"]
@@ -485,10 +508,11 @@ def test_what_is_kept_of_states_is_bounded(model: Model, monkeypatch: pytest.Mon
         kept = chat._context._prefixes._kept  # type: ignore[union-attr]
         assert len(kept) <= 3
         assert sum(prefix.logits is not None for prefix in kept) == 1
-    chat.undo()
-    assert chat.context.cached >= len(chat.ids) - 1
-    chat.undo()
-    assert chat.context.cached >= len(chat.ids) - 1
+    again = done(chat.edit("instead"))
+    assert again.usage.cached_tokens >= again.usage.prompt_tokens - 45  # the message and what is around it
+    for _ in range(2):
+        chat.undo()
+        assert chat.context.cached >= len(chat.ids) - 1
 
 
 def test_a_transcript(model: Model) -> None:
