@@ -324,9 +324,8 @@ class Chat:
         """Messages of a history, or of one turn: each goes to the turn that it belongs to."""
         for said in messages:
             role, last = said.message["role"], self._turns[-1] if self._turns else None
-            begins = not (self._turns or self._system)
-            outlines, mark = [Outline.of(visual) for visual in said.visuals], self._conversation.mark()
-            self._conversation.append([said.rendered], visuals=outlines)
+            begins, mark = not (self._turns or self._system), self._conversation.mark()
+            self._hear([said])
             if role == "system" and begins:
                 self._system = said
                 continue
@@ -337,6 +336,10 @@ class Chat:
                 self._turns[-1] = replace(last, reply=said.message, shown=said.visuals)
             else:
                 self._turns[-1] = replace(last, said=(*last.said, said), asked=self._conversation.mark())
+
+    def _hear(self, messages: Sequence[Said]) -> None:
+        for said in messages:
+            self._conversation.append([said.rendered], visuals=[Outline.of(visual) for visual in said.visuals])
 
     def _adopt(self, given: Sequence[Said]) -> None:
         """Be a given history, keeping the turns that it begins with."""
@@ -516,19 +519,21 @@ class Chat:
 
     def _replay(self, turns: Sequence[Turn]) -> None:
         """Consist of some turns, whose messages are rendered anew; the reply to the last is begun as it was."""
-        generated = self._conversation.generated
-        self._conversation.rewind(0)
-        self._turns, system, self._system = [], self._system, None
-        self._append([system] if system else [])
+        conversation, generated = self._conversation, self._conversation.generated
+        conversation.rewind(0)
+        self._hear([self._system] if self._system else [])
+        self._turns = []
         for turn in turns:
-            self._append(turn.said)
+            mark = conversation.mark()
+            self._hear(turn.said)
+            asked = conversation.mark()
             if turn is not turns[-1] and turn.reply is not None:
-                self._append(self._read([turn.reply]))
-            here = self._turns[-1]
-            self._turns[-1] = replace(turn, mark=here.mark, asked=here.asked)
+                self._hear(self._read([turn.reply]))
+                turn = replace(turn, base=None, tokens=())
+            self._turns.append(replace(turn, mark=mark, asked=asked))
         self._open(self._turns[-1])
         if generated is not None:
-            self._conversation.append_generated(generated)
+            conversation.append_generated(generated)
 
     def _record(self, reply: Reply, decoding: Decoding, drawn: int, saved: _Saved) -> None:
         """Keep what a reply said, which has just ended. saved: the conversation before it began."""
