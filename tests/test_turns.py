@@ -6,7 +6,7 @@ import gzip
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -394,6 +394,27 @@ def test_newlines_and_characters_that_a_cut_parts(model: Model) -> None:
             assert chat.messages[-1]["content"].endswith(rest.text)
 
 
+def test_a_reply_in_progress(model: Model) -> None:
+    chat = model.chat(thinking=False, temperature=0, max_tokens=6)
+    done(chat.send("one"))
+    begins: list[Callable[[], Reply]] = [lambda: chat.send("go", assistant_prefix="Sure"), chat.regenerate, chat.resume]
+    for begin in begins:
+        reply = begin()
+        before, ids, said = reply.prefix, list(chat.ids), chat.messages
+        for piece in reply:
+            if piece.token is None:
+                break
+            assert list(chat.ids) == ids + reply.ids
+            assert chat.context.used == len(chat.ids)
+            last = chat.messages[-1]
+            assert last == chat.turns[-1].reply
+            assert last["content"].rstrip("\ufffd") == before + reply.text
+        assert len(said) <= len(chat.messages) <= len(said) + 1
+        reply.close()
+        assert chat.messages[-1] == reply.message
+        assert list(chat.ids) == ids + reply.ids
+
+
 def test_limits_can_be_gone_beyond(model: Model) -> None:
     chat = model.chat(temperature=0, max_total_tokens=4, thinking=True)
     says(chat, [100, 101, 102, 103])
@@ -469,6 +490,8 @@ def test_undo_and_edit(model: Model) -> None:
     assert_state(chat)
     done(chat.edit("without", images=()))
     assert not chat.visuals
+    assert done(chat.edit([{"type": "text", "text": "parts"}, {"type": "image", "image": picture(7)}])).message
+    done(chat.edit("without", images=()))
     with pytest.raises(UsageError, match="must be text"):
         chat.edit(None)  # type: ignore[arg-type]
     assert [turn.text for turn in chat.turns] == ["number 0", "without"]
@@ -485,10 +508,11 @@ def test_what_is_kept_of_states_is_bounded(model: Model, monkeypatch: pytest.Mon
         kept = chat._context._prefixes._kept  # type: ignore[union-attr]
         assert len(kept) <= 3
         assert sum(prefix.logits is not None for prefix in kept) == 1
-    chat.undo()
-    assert chat.context.cached >= len(chat.ids) - 1
-    chat.undo()
-    assert chat.context.cached >= len(chat.ids) - 1
+    again = done(chat.edit("instead"))
+    assert again.usage.cached_tokens >= again.usage.prompt_tokens - 45  # the message and what is around it
+    for _ in range(2):
+        chat.undo()
+        assert chat.context.cached >= len(chat.ids) - 1
 
 
 def test_a_transcript(model: Model) -> None:
@@ -557,6 +581,19 @@ def test_a_reply_goes_on_beyond_the_end_of_the_context(small: Model) -> None:
     assert (stopped.context.free, stopped.context.share) == (0, 1.0)
 
 
+def test_what_is_left_can_be_taken_back_and_gone_on_with(small: Model) -> None:
+    chat = small.chat(temperature=0, max_tokens=10, thinking=False, overflow="shift")
+    while not chat.forgotten or len(chat.turns) < 2:
+        done(chat.send("a question"))
+    while len(chat.turns) > 1:
+        chat.undo()
+    said = chat.messages[-1]["content"]
+    reply = done(chat.resume())
+    assert chat.messages[-1]["content"] == said + reply.text
+    assert list(chat.ids) == rebuilt(chat)
+    assert_state(chat)
+
+
 def test_results_are_not_parted_from_their_calls(small: Model) -> None:
     call = {**CALLS, "tool_calls": CALLS["tool_calls"][1:]}
     chat = small.chat(temperature=0, max_tokens=8, thinking=False, overflow="shift", messages=[QUESTION, call])
@@ -587,18 +624,23 @@ class Conversations(RuleBasedStateMachine):
         system=st.none() | texts, thinking=st.booleans(), given=st.booleans(), draft=st.sampled_from(["off", "auto"])
     )
     def begin(self, system: str | None, thinking: bool, given: bool, draft: str) -> None:
+        overflow = "stop" if self.model.context_limit > 1000 else "shift"
         messages: list[dict[str, Any]] = [
             QUESTION, CALLS, {"role": "tool", "content": "x"}, {"role": "assistant", "content": "there"}
         ]  # fmt: skip
         self.chat = self.model.chat(
-            system=system, thinking=thinking, messages=messages if given else (), draft=draft, max_tokens=3,
-            thinking_budget=2, temperature=1.5, seed=5,
+            system=system, thinking=thinking, messages=messages if given else (), draft=draft, overflow=overflow,
+            max_tokens=3, thinking_budget=2, temperature=1.5, seed=5,
         )  # fmt: skip
 
     def listen(self, begin: Callable[[], Reply], take: int | None, broken: Any, *, keeps: bool) -> None:
         """keeps: Ctrl-C before the first token leaves what was said, without a reply."""
         before, ids = self.chat.messages, list(self.chat.ids)
-        reply = begin()
+        try:
+            reply = begin()
+        except MemoryBudgetError:
+            assert (self.chat.messages, list(self.chat.ids)) == (before, ids)
+            return
         try:
             with self.breaking(*broken) if broken else nullcontext():
                 done(reply, take)
@@ -663,7 +705,7 @@ class Conversations(RuleBasedStateMachine):
     @rule(data=st.data(), text=texts, take=takes)
     def edit(self, data: Any, text: str, take: int | None) -> None:
         back = data.draw(st.integers(1, sum(turn.role == "user" for turn in self.chat.turns)))
-        done(self.chat.edit(text, back=back), take)
+        self.listen(lambda: self.chat.edit(text, back=back), take, None, keeps=True)
         assert self.chat.turns[-1].text == text
 
     @rule(data=st.data(), take=takes)
@@ -672,8 +714,8 @@ class Conversations(RuleBasedStateMachine):
         if data.draw(st.booleans()):
             messages = messages[: data.draw(st.integers(0, len(messages)))]
         history = [*messages, {"role": "user", "content": "next"}]
-        done(self.chat.answer(history), take)
-        assert self.chat.messages[:-1] == history
+        self.listen(lambda: self.chat.answer(history), take, None, keeps=True)
+        assert history[-len(self.chat.messages) + 1 :] == self.chat.messages[:-1] or self.chat.forgotten
 
     @rule()
     def think(self) -> None:
@@ -681,7 +723,8 @@ class Conversations(RuleBasedStateMachine):
 
     @rule()
     def leave_unheard(self) -> None:
-        self.chat.send("nobody listens")
+        with suppress(MemoryBudgetError):
+            self.chat.send("nobody listens")
 
     @invariant()
     def the_ids_are_those_of_a_fresh_conversation(self) -> None:
@@ -693,13 +736,16 @@ class Conversations(RuleBasedStateMachine):
         if hasattr(self, "chat") and self.chat.turns:
             assert self.model.chat(messages=self.chat.messages).messages == self.chat.messages
             if self.chat.turns[-1].reply is None:
-                done(self.chat.answer(), 2)
-            assert_state(self.chat)
+                with suppress(MemoryBudgetError):
+                    done(self.chat.answer(), 2)
+            if len(self.chat.ids) < self.model.context_limit:
+                assert_state(self.chat)
 
 
-def test_conversations(model: Model) -> None:
+@pytest.mark.parametrize("room", ["model", "small"])
+def test_conversations(room: str, request: pytest.FixtureRequest) -> None:
     class Case(Conversations):
         pass
 
-    Case.model = model
+    Case.model = request.getfixturevalue(room)
     run_state_machine_as_test(Case, settings=settings(max_examples=25, stateful_step_count=12, deadline=None))

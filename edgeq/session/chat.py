@@ -131,7 +131,7 @@ class Chat:
     @property
     def ids(self) -> Sequence[int]:
         """Every token of the conversation so far; where something was said last, with the beginning of the reply."""
-        return self._conversation.ids
+        return [*self._conversation.ids, *self._coming]
 
     @property
     def settings(self) -> GenerationSettings:
@@ -150,14 +150,23 @@ class Chat:
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """What was said and replied so far."""
-        return tuple(self._turns)
+        """What was said and replied so far, the last reply as far as it has come."""
+        turns, coming = tuple(self._turns), self._coming
+        if self._reply is None or not coming:
+            return turns
+        message = self._message(turns[-1], [*(self._conversation.generated or ()), *coming])
+        return (*turns[:-1], replace(turns[-1], reply=message, finish=self._reply.finish))
+
+    @property
+    def _coming(self) -> list[int]:
+        """What the reply has said that is not yet part of the conversation, because it has not ended."""
+        return self._reply.ids if self._reply is not None and not self._reply.ended else []
 
     @property
     def messages(self) -> list[dict[str, Any]]:
         """The conversation, OpenAI-shaped; pictures are parts with a Visual, which `messages=` takes as well."""
         found = [] if self._system is None else [self._system.message]
-        for turn in self._turns:
+        for turn in self.turns:
             found += [*turn.messages, *([] if turn.reply is None else [turn.reply])]
         return [dict(message) for message in found]
 
@@ -218,7 +227,6 @@ class Chat:
         self._settle()
         saved = self._save()
         with self._undone_on_error(saved):
-            self._context.keep()
             if messages is not None:
                 self._adopt(self._read(messages))
             if not self._turns or self._turns[-1].reply is not None:
@@ -260,7 +268,7 @@ class Chat:
         videos: Sequence[Any] | None = None, assistant_prefix: str = "",
     ) -> Reply:  # fmt: skip
         """Say something in place of the user's last message, or of the one `back` users' messages ago; what was said
-        after that is forgotten. images, videos: None keeps the message's own.
+        after that is forgotten. images, videos: None keeps the message's own, unless the content has parts.
         """
         self._settle()
         users = [i for i, turn in enumerate(self._turns) if turn.role == "user"]
@@ -268,6 +276,7 @@ class Chat:
             raise UsageError(f"there are {len(users)} messages to edit, got back={brief(back)}")
         saved, place = self._save(), users[-back]
         own = self._turns[place].visuals
+        own = own if isinstance(content, str) else ()
         if images is None:
             images = [visual for visual in own if visual.kind == "image"]
         if videos is None:
@@ -315,9 +324,8 @@ class Chat:
         """Messages of a history, or of one turn: each goes to the turn that it belongs to."""
         for said in messages:
             role, last = said.message["role"], self._turns[-1] if self._turns else None
-            begins = not (self._turns or self._system)
-            outlines, mark = [Outline.of(visual) for visual in said.visuals], self._conversation.mark()
-            self._conversation.append([said.rendered], visuals=outlines)
+            begins, mark = not (self._turns or self._system), self._conversation.mark()
+            self._hear([said])
             if role == "system" and begins:
                 self._system = said
                 continue
@@ -328,6 +336,10 @@ class Chat:
                 self._turns[-1] = replace(last, reply=said.message, shown=said.visuals)
             else:
                 self._turns[-1] = replace(last, said=(*last.said, said), asked=self._conversation.mark())
+
+    def _hear(self, messages: Sequence[Said]) -> None:
+        for said in messages:
+            self._conversation.append([said.rendered], visuals=[Outline.of(visual) for visual in said.visuals])
 
     def _adopt(self, given: Sequence[Said]) -> None:
         """Be a given history, keeping the turns that it begins with."""
@@ -388,7 +400,7 @@ class Chat:
 
     def _rewind_state(self) -> None:
         """Let go of states that are not the conversation's."""
-        self._context.resume(self.ids, self._places)
+        self._context.resume(self._conversation.ids, self._places)
 
     # --- replies -----------------------------------------------------------------------------------------------------
 
@@ -397,7 +409,6 @@ class Chat:
         self._settle()
         saved = saved or self._save()
         with self._undone_on_error(saved):
-            self._context.keep()
             self._append(messages)
             return self._begin(saved, prefix)
 
@@ -429,9 +440,9 @@ class Chat:
         language, engine, turn = self.model.language, self.model.engine, self._turns[-1]
         self._find_places()
         forgotten, limit = 0, engine.context_limit
-        if self.overflow == "shift" and len(self.ids) >= limit:
+        if self.overflow == "shift" and len(self._conversation.ids) >= limit:
             forgotten = self._forget(limit // 2, limit - 1)
-        ids, begun, tokenizer = self.ids, self._turns[-1].tokens, language.need_tokenizer()
+        ids, begun, tokenizer = self._conversation.ids, self._turns[-1].tokens, language.need_tokenizer()
         settings = self.settings
         if settings.seed is not None:
             settings = settings.replace(seed=(settings.seed + turn.attempt) % (1 << 64))
@@ -445,6 +456,8 @@ class Chat:
             constraint=language.constraint(settings, text_of((turn.base or {}).get("content") or "")),
         )  # fmt: skip
         found = self._context.resume(ids, self._places)
+        if not begun and found.logits is None and len(found.ids) <= self._conversation.settled:
+            self._context.keep()  # where the turn begins
 
         def record(reply: Reply) -> None:
             self._record(reply, decoding, sampler.drawn, saved)
@@ -474,7 +487,7 @@ class Chat:
                 return
             assert self._reply is not None, "the reply that is driven"
             self._reply.forgotten += forgotten
-            prompt = self.ids[: len(self.ids) - len(self._conversation.generated or ())]
+            prompt = self._conversation.ids[: len(self._conversation.ids) - len(self._conversation.generated or ())]
             decoding.move(prompt)
             logits = self._context.resume([*prompt, *said], self._places).logits
 
@@ -486,41 +499,45 @@ class Chat:
         """
         turns, saved = list(self._turns), self._save()
         starts = [i for i in range(1, len(turns)) if turns[i].role == "user"]
+        if not starts:
+            return 0
 
         def fits(i: int) -> bool:
             self._replay(turns[i:])
-            return len(self.ids) <= wanted
+            return len(self._conversation.ids) <= wanted
 
-        place = starts[min(bisect_left(starts, True, key=fits), len(starts) - 1)] if starts else 0
-        self._replay(turns[place:])
-        if not place or len(self.ids) > most:
-            self._turns, self._places = turns, saved.places
-            self._conversation.restore(saved.entries)
-            return 0
-        self._places = []
-        self._find_places()
-        self._forgotten += place
+        with self._undone_on_error(saved):
+            place = starts[min(bisect_left(starts, True, key=fits), len(starts) - 1)]
+            self._replay(turns[place:])
+            if len(self._conversation.ids) > most:
+                self._restore(saved)
+                return 0
+            self._places = []
+            self._find_places()
+            self._forgotten += place
         return place
 
     def _replay(self, turns: Sequence[Turn]) -> None:
         """Consist of some turns, whose messages are rendered anew; the reply to the last is begun as it was."""
-        generated = self._conversation.generated
-        self._conversation.rewind(0)
-        self._turns, system, self._system = [], self._system, None
-        self._append([system] if system else [])
+        conversation, generated = self._conversation, self._conversation.generated
+        conversation.rewind(0)
+        self._hear([self._system] if self._system else [])
+        self._turns = []
         for turn in turns:
-            self._append(turn.said)
+            mark = conversation.mark()
+            self._hear(turn.said)
+            asked = conversation.mark()
             if turn is not turns[-1] and turn.reply is not None:
-                self._append(self._read([turn.reply]))
-            here = self._turns[-1]
-            self._turns[-1] = replace(turn, mark=here.mark, asked=here.asked)
+                self._hear(self._read([turn.reply]))
+                turn = replace(turn, base=None, tokens=())
+            self._turns.append(replace(turn, mark=mark, asked=asked))
         self._open(self._turns[-1])
         if generated is not None:
-            self._conversation.append_generated(generated)
+            conversation.append_generated(generated)
 
     def _record(self, reply: Reply, decoding: Decoding, drawn: int, saved: _Saved) -> None:
         """Keep what a reply said, which has just ended. saved: the conversation before it began."""
-        turn, conversation, prompt, new = self._turns[-1], self._conversation, self.ids, reply.ids
+        turn, conversation, prompt, new = self._turns[-1], self._conversation, self._conversation.ids, reply.ids
         if not new:
             old = saved.turns[-1] if saved.turns else None
             if reply.failed or (old is not None and old.said is turn.said and old.reply is not None):
@@ -536,11 +553,15 @@ class Chat:
         conversation.append_generated(new)
         if cut:  # the state has read more
             self._rewind_state()
-        generated = conversation.generated or ()
-        message = turns_of.assistant_message(turn.base, self._transcript(turn, prompt), generated)
-        message = turns_of.with_calls(message, self._calls(len(prompt)))
+        message = self._message(turn, conversation.generated or ())
         self._turns[-1] = replace(turn, reply=message, finish=reply.finish, tokens=decoding.said, drawn=drawn)
         reply.message = message
+
+    def _message(self, turn: Turn, generated: Sequence[int]) -> dict[str, Any]:
+        """The message of a turn's reply, all of which is `generated` but for what it goes on with."""
+        prompt = self._conversation.ids[: len(self._conversation.ids) - len(self._conversation.generated or ())]
+        message = turns_of.assistant_message(turn.base, self._transcript(turn, prompt), generated)
+        return turns_of.with_calls(message, self._calls(len(prompt)))
 
     def _transcript(self, turn: Turn, prompt: Sequence[int], begun: Sequence[int] = ()) -> ChannelParser:
         """What sorts the tokens of a turn's reply after `prompt` and `begun` into thinking and answer."""

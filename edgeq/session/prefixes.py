@@ -18,6 +18,7 @@ from edgeq.state import State
 
 __all__ = ["Prefix", "Prefixes"]
 
+MOST = 16
 KEPT = 1 << 26  # bytes of DeltaNet states that are kept beside a sequence's own: three of the 0.8B's
 
 
@@ -50,8 +51,8 @@ class Prefixes:
 
     @classmethod
     def of(cls, engine: Engine[Any, Any]) -> Self:
-        """For a sequence on an engine: as many as `KEPT` bytes hold, and two at least, to undo and to answer again."""
-        return cls(max(2, KEPT // engine.ops.state_nbytes(engine.config)))
+        """For a sequence on an engine: as many as `KEPT` bytes hold, but two at least, to undo and to answer again."""
+        return cls(max(2, min(MOST, KEPT // max(1, engine.ops.state_nbytes(engine.config)))))
 
     def keep(self, prefix: Prefix) -> None:
         """Remember one. Of those with logits, which are ends of prompts, only the last is of use."""

@@ -118,7 +118,7 @@ class Reply:
     shown: the answer as it was generated, calls included, up to a stop string.
     prefix: what the message began with before this was generated: a text that was put there, or the reply that goes on.
     forgotten: turns that were forgotten to make room for it (`overflow="shift"`).
-    failed: an error ended it, and not whoever listened.
+    ended: nothing more comes. failed: an error ended it, and not whoever listened.
     message: the assistant's message, as it stands in the conversation since the reply ended; None before, and without.
     """
 
@@ -132,7 +132,7 @@ class Reply:
         self.logprobs: list[tuple[int, Logprobs]] = []
         """Of every token, where they were asked for and the model was asked for the token."""
         self.shown = ""
-        self.prefix, self.forgotten, self.failed = prefix, forgotten, False
+        self.prefix, self.forgotten, self.failed, self.ended = prefix, forgotten, False, False
         self.message: dict[str, Any] | None = None
         self._calls = calls
         self._decoding, self._transcript, self._stop = decoding, transcript, StopStrings(stop)
@@ -249,6 +249,7 @@ class Reply:
     def _end(self) -> None:
         for segment in self._calls.flush() if self._calls else ():  # a call that was left in its middle is text
             self._said(Piece(segment.channel, segment.text, None))
+        self.ended = True
         if self._on_end:
             on_end, self._on_end = self._on_end, None
             on_end(self)

@@ -207,9 +207,14 @@ def _essence(message: Mapping[str, Any]) -> tuple[Any, ...]:
             parts[-1] += part["text"]
         else:
             parts.append(part["text"])
-    (checked,) = checked_messages([{"role": message["role"], "tool_calls": message.get("tool_calls")}])
-    calls = [call.get("function", call) for call in checked["tool_calls"] or ()]
+    calls = _functions(message.get("tool_calls") or ())
     return message["role"], parts, [(call["name"], call["arguments"]) for call in calls]
+
+
+def _functions(calls: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What is called, with the arguments as objects."""
+    (checked,) = checked_messages([{"role": "assistant", "tool_calls": calls}])
+    return [call.get("function", call) for call in checked["tool_calls"]]
 
 
 def markdown(messages: Iterable[Mapping[str, Any]]) -> str:
@@ -229,6 +234,7 @@ def markdown(messages: Iterable[Mapping[str, Any]]) -> str:
                 visual = part.get("image") or part.get("video")
                 blocks.append(f"*[{part['type']}: {getattr(visual, 'name', '')}]*")
         for call in message.get("tool_calls") or ():
-            function = call.get("function", call)
-            blocks.append(f"```json\n{json.dumps({'name': function['name'], 'arguments': function['arguments']})}\n```")
+            (function,) = _functions([call])
+            shown = {name: function[name] for name in ("name", "arguments")}
+            blocks.append(f"```json\n{json.dumps(shown, ensure_ascii=False)}\n```")
     return "\n\n".join(block for block in blocks if block) + "\n"
