@@ -173,7 +173,7 @@ class TestFolders:
         ids = [5, 17, 33, 2, 250, 9]
         assert np.array_equal(packed.forward(ids)[0], plain.forward(ids)[0])
 
-    @pytest.mark.parametrize("backend", [b.name for b in available() if b.name != "numpy"])
+    @pytest.mark.parametrize("backend", [b.name for b in available() if b.ops and b.name != "numpy"])
     @pytest.mark.parametrize("name", ["GPTQ 4-bit g16", "AWQ 4-bit g64", "GPTQ 8-bit per channel"])
     def test_on_other_backends(self, source: Path, tmp_path: Path, backend: str, name: str) -> None:
         """In groups of 16, with float32 scales and biases, and with bfloat16 ones and a zero point. The native CPU
