@@ -270,6 +270,24 @@ class TestWhatFoldersHave:
         assert np.array_equal(opened(gptq).dense("layers.1.mlp.up_proj.weight"), expected)
         assert gptq / "quantize_config.json" in opened(gptq).config_files
 
+    def test_two_files_that_agree_or_not(self, gptq: Path) -> None:
+        """What one leaves out the other may say."""
+        expected = opened(gptq).dense("layers.1.mlp.up_proj.weight")
+        set_config(gptq, lambda values: values["quantization_config"].pop("checkpoint_format"))
+        said = {"bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"}
+        (gptq / "quantize_config.json").write_text(json.dumps(said))
+        assert not np.array_equal(opened(gptq).dense("layers.1.mlp.up_proj.weight"), expected)
+        set_config(gptq, lambda values: values["quantization_config"].update(checkpoint_format="gptq"))
+        with pytest.raises(
+            ModelError, match=r"quantization_config and quantize_config.json differ in checkpoint_format"
+        ):
+            opened(gptq)
+
+    def test_a_broken_leftover_stops_no_plain_model(self, source: Path, tmp_path: Path) -> None:
+        twin(source, tmp_path / "plain", {})
+        (tmp_path / "plain" / "quantize_config.json").write_text("{")
+        assert opened(tmp_path / "plain").format == "safetensors"
+
     def test_in_text_config(self, gptq: Path) -> None:
         set_config(gptq, lambda v: v["text_config"].update(quantization_config=v.pop("quantization_config")))
         assert opened(gptq).format == "safetensors, GPTQ 4-bit g32"
