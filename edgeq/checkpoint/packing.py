@@ -42,6 +42,7 @@ __all__ = ["Packing", "Unfit", "weight_name", "without_quantization"]
 _KEYS = ("quantization_config", "compression_config")
 _FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # where older exports say it
 _FLOATS = ("F16", "BF16", "F32")
+_BLOCK = (128, 128)  # of FP8 weights, rows and columns
 _WORDS = ("I32", "U32")
 _DECIDING = ("quant_method", "checkpoint_format", "version", "packing_format")
 _IN_PLACE_OF_WEIGHT = (".qweight", ".weight_packed")
@@ -331,10 +332,12 @@ class Packing:
         """Rows and columns of one scale, where there are `counts` of them."""
         if counts in ((1, 1), (m.out, 1)):
             return m.out // counts[0], m.width
-        sizes = [(a, b) for a, b in _blocks(self.block) if (-(-m.out // a), -(-m.width // b)) == counts]
-        sizes += [(1, size) for size in self._numbers["group"] if size > 0 and (m.out, -(-m.width // size)) == counts]
-        if sizes:
-            return sizes[0]
+        rows, columns = counts
+        said = [*_blocks(self.block), *((1, size) for size in self._numbers["group"] if size > 0)]
+        even = [(m.out // rows, m.width // columns)] if m.out % rows == 0 and m.width % columns == 0 else []
+        for a, b in said or [_BLOCK, *even]:  # where nothing is said, what transformers takes
+            if (-(-m.out // a), -(-m.width // b)) == counts:
+                return a, b
         raise Unfit(f"{m.name}.{part} is {list(counts)}, which no block size of {self._where} makes")
 
     # --- what the configuration has to say ---------------------------------------------------------------------------
