@@ -386,7 +386,7 @@ class TestWhatFoldersHave:
             checkpoint = opened(tmp_path / "packed")
             assert all(np.array_equal(checkpoint.dense(str(neutral_name(n))), x) for n, x in weights.items())
         else:  # 128 rows are three blocks of 48, cut short
-            with pytest.raises(ModelError, match="which no block size of .* makes"):
+            with pytest.raises(ModelError, match=r"which no block size of .* makes"):
                 opened(tmp_path / "packed")
 
     def test_float8_in_even_blocks_of_which_nothing_is_said(self, source: Path, tmp_path: Path) -> None:
