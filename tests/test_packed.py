@@ -25,7 +25,7 @@ from edgeq.errors import ModelError
 from edgeq.formats.affine import dequantize
 from edgeq.formats.bf16 import Float32, from_float32, round_to, to_float32
 from edgeq.formats.names import neutral_name
-from edgeq.formats.packed import Packed, fields
+from edgeq.formats.packed import Float8, Packed, fields
 from edgeq.formats.safetensors import SafetensorsFile
 from edgeq.quant import quantize, verify
 from edgeq.quant.gguf_export import export_gguf
@@ -173,7 +173,7 @@ class TestFolders:
         ids = [5, 17, 33, 2, 250, 9]
         assert np.array_equal(packed.forward(ids)[0], plain.forward(ids)[0])
 
-    @pytest.mark.parametrize("backend", [b.name for b in available() if b.name != "numpy"])
+    @pytest.mark.parametrize("backend", [b.name for b in available() if b.ops and b.name != "numpy"])
     @pytest.mark.parametrize("name", ["GPTQ 4-bit g16", "AWQ 4-bit g64", "GPTQ 8-bit per channel"])
     def test_on_other_backends(self, source: Path, tmp_path: Path, backend: str, name: str) -> None:
         """In groups of 16, with float32 scales and biases, and with bfloat16 ones and a zero point. The native CPU
@@ -270,6 +270,24 @@ class TestWhatFoldersHave:
         assert np.array_equal(opened(gptq).dense("layers.1.mlp.up_proj.weight"), expected)
         assert gptq / "quantize_config.json" in opened(gptq).config_files
 
+    def test_two_files_that_agree_or_not(self, gptq: Path) -> None:
+        """What one leaves out the other may say."""
+        expected = opened(gptq).dense("layers.1.mlp.up_proj.weight")
+        set_config(gptq, lambda values: values["quantization_config"].pop("checkpoint_format"))
+        said = {"bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"}
+        (gptq / "quantize_config.json").write_text(json.dumps(said))
+        assert not np.array_equal(opened(gptq).dense("layers.1.mlp.up_proj.weight"), expected)
+        set_config(gptq, lambda values: values["quantization_config"].update(checkpoint_format="gptq"))
+        with pytest.raises(
+            ModelError, match=r"quantization_config and quantize_config.json differ in checkpoint_format"
+        ):
+            opened(gptq)
+
+    def test_a_broken_leftover_stops_no_plain_model(self, source: Path, tmp_path: Path) -> None:
+        twin(source, tmp_path / "plain", {})
+        (tmp_path / "plain" / "quantize_config.json").write_text("{")
+        assert opened(tmp_path / "plain").format == "safetensors"
+
     def test_in_text_config(self, gptq: Path) -> None:
         set_config(gptq, lambda v: v["text_config"].update(quantization_config=v.pop("quantization_config")))
         assert opened(gptq).format == "safetensors, GPTQ 4-bit g32"
@@ -359,6 +377,29 @@ class TestWhatFoldersHave:
         pack_folder(source, tmp_path / "packed", Form("pack"))
         repack(tmp_path / "packed", lambda tensors: tensors.update({f"{UP}.{part}": x for part, x in parts.items()}))
         assert np.array_equal(opened(tmp_path / "packed").dense("layers.1.mlp.up_proj.weight"), expected)
+
+    @pytest.mark.parametrize("said", [None, [48, 32], [64, 64]])
+    def test_float8_blocks(self, source: Path, tmp_path: Path, said: list[int] | None) -> None:
+        """Where nothing is said, blocks are even; what is said has to fit."""
+        weights = pack_folder(source, tmp_path / "packed", Form("float8", config={"weight_block_size": said}))
+        if said == [48, 32]:
+            checkpoint = opened(tmp_path / "packed")
+            assert all(np.array_equal(checkpoint.dense(str(neutral_name(n))), x) for n, x in weights.items())
+        else:  # 128 rows are three blocks of 48, cut short
+            with pytest.raises(ModelError, match=r"which no block size of .* makes"):
+                opened(tmp_path / "packed")
+
+    def test_float8_in_even_blocks_of_which_nothing_is_said(self, source: Path, tmp_path: Path) -> None:
+        plain = read_tensors(source)
+        codes = np.random.default_rng(0).integers(0, 126, (128, 64)).astype(np.uint8)
+        grid = np.array([[1, 2], [3, 4]], np.float32) / 1024
+        parts: Tensors = {f"{UP}.weight": ("F8_E4M3", codes), f"{UP}.weight_scale_inv": ("F32", grid)}
+        twin(source, tmp_path / "packed", {})
+        write_tensors(tmp_path / "packed" / "model.safetensors", {**plain, **parts})
+        set_config(tmp_path / "packed", partial(set_method, "fp8"))
+        dense = opened(tmp_path / "packed").dense("layers.1.mlp.up_proj.weight")
+        one = Float8(codes, np.ones((1, 1), np.float32), (128, 64), "F8_E4M3").rows(slice(None))
+        assert np.array_equal(dense, one * np.kron(grid, np.ones((64, 32), np.float32)))
 
     def test_shards(self, gptq: Path) -> None:
         expected = opened(gptq).dense("layers.1.mlp.up_proj.weight")

@@ -42,8 +42,11 @@ __all__ = ["Packing", "Unfit", "weight_name", "without_quantization"]
 _KEYS = ("quantization_config", "compression_config")
 _FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # where older exports say it
 _FLOATS = ("F16", "BF16", "F32")
+_BLOCK = (128, 128)  # of FP8 weights, rows and columns
 _WORDS = ("I32", "U32")
+_DECIDING = ("quant_method", "checkpoint_format", "version", "packing_format")
 _IN_PLACE_OF_WEIGHT = (".qweight", ".weight_packed")
+_SHOW_QUANTIZATION = (*_IN_PLACE_OF_WEIGHT, ".weight_scale", ".weight_scale_inv")
 _FLOAT8_SCALES = ("weight_scale_inv", "weight_scale", "scale")
 _PARTS = {
     "qweight": ("qweight", "qzeros", "scales", "g_idx"),
@@ -139,8 +142,11 @@ class Packing:
         array: Callable[[str], Array],
     ) -> None:
         self._path, self._tensors, self._array = path, tensors, array
-        self.files = [path / name for name in ("config.json", *_FILES) if exists(path / name)]
-        self.block, self._where = _block(path, config)
+        beside = any(name.endswith(_SHOW_QUANTIZATION) for name in tensors)
+        files = [path / name for name in _FILES if beside and exists(path / name)]
+        self.files = [path / "config.json", *files]
+        said = _said(config, files)
+        self.block, self._where = _one_block(path, said), said[0][0] if said else "config.json"
         method = self.block.get("quant_method")
         self.method = str(method).lower().replace("_", "-").removeprefix("intel/") if method is not None else None
         self._numbers = {key: set(_mentioned(self.block, keys)) for key, keys in _SAID.items()}
@@ -326,10 +332,12 @@ class Packing:
         """Rows and columns of one scale, where there are `counts` of them."""
         if counts in ((1, 1), (m.out, 1)):
             return m.out // counts[0], m.width
-        sizes = [(a, b) for a, b in _blocks(self.block) if (-(-m.out // a), -(-m.width // b)) == counts]
-        sizes += [(1, size) for size in self._numbers["group"] if size > 0 and (m.out, -(-m.width // size)) == counts]
-        if sizes:
-            return sizes[0]
+        rows, columns = counts
+        said = [*_blocks(self.block), *((1, size) for size in self._numbers["group"] if size > 0)]
+        even = [(m.out // rows, m.width // columns)] if m.out % rows == 0 and m.width % columns == 0 else []
+        for a, b in said or [_BLOCK, *even]:  # where nothing is said, what transformers takes
+            if (-(-m.out // a), -(-m.width // b)) == counts:
+                return a, b
         raise Unfit(f"{m.name}.{part} is {list(counts)}, which no block size of {self._where} makes")
 
     # --- what the configuration has to say ---------------------------------------------------------------------------
@@ -445,21 +453,35 @@ def _columns(width: int, size: int) -> Indices:
     return groups
 
 
-def _block(path: Path, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
-    """What is said of the quantization, and where."""
+def _said(config: Mapping[str, Any], files: list[Path]) -> list[tuple[str, Mapping[str, Any]]]:
+    """What is said of the quantization, and where: config.json first."""
     text = config.get("text_config")
-    for values in (config, text if isinstance(text, Mapping) else {}):
-        for key in _KEYS:
-            if isinstance(block := values.get(key), Mapping) and block:
-                return block, f"config.json's {key}"
-    for name in _FILES:
-        if exists(path / name):
-            values = read_json(path / name)
-            inner = values.get("quantization")
-            if isinstance(inner, Mapping):  # of hf_quant_config.json
-                return {"quant_method": "modelopt", **inner}, name
-            return {"quant_method": "awq" if "w_bit" in values else "gptq", **values}, name
-    return {}, "config.json"
+    sections = (config, text if isinstance(text, Mapping) else {})
+    blocks = ((f"config.json's {key}", section.get(key)) for section in sections for key in _KEYS)
+    said = [(where, block) for where, block in blocks if isinstance(block, Mapping) and block][:1]
+    for path in files:
+        values = read_json(path)
+        inner = values.get("quantization")  # of hf_quant_config.json
+        said.append((path.name, inner if isinstance(inner, Mapping) else values))
+    return said
+
+
+def _one_block(path: Path, said: list[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """All that is said; ModelError where it contradicts itself in what decides the values."""
+    block: dict[str, Any] = {}
+    for where, values in reversed(said):
+        for key in _DECIDING:
+            ours, other = str(values.get(key)).lower(), str(block.get(key)).lower()
+            if key in values and key in block and ours != other:
+                raise ModelError(
+                    f"{path}: {where} and {said[-1][0]} differ in {key}: {brief(values[key])} and {brief(block[key])}",
+                    hint="download both again, or move the one away that is not of these weights",
+                )
+        block |= values
+    if said and said[-1][0] in _FILES:  # which may leave out what they are
+        method = "awq" if "w_bit" in block else "modelopt" if "quant_algo" in block else "gptq"
+        block.setdefault("quant_method", method)
+    return block
 
 
 _SAID = {"bits": ("bits", "w_bit", "num_bits"), "group": ("group_size", "q_group_size")}
