@@ -101,7 +101,7 @@ def test_thinking_ends_with_each_of_them(base: Model, say: Say) -> None:
         assert "<|" not in reply.thinking + reply.text
 
 
-@pytest.mark.parametrize("closing", ["<|box_end|>", "<|turn_end|>", "{{ eos_token }}"])
+@pytest.mark.parametrize("closing", ["<|box_end|>", "<|turn_end|>", "<turn>", "{{ eos_token }}"])
 def test_the_templates_own_end_of_turn(chat_folder: Path, tmp_path: Path, say: Say, closing: str) -> None:
     """A turn that ends with a token of which no file says that it is a stop token: the family's, or added."""
     folder = tmp_path / "model"
@@ -110,9 +110,9 @@ def test_the_templates_own_end_of_turn(chat_folder: Path, tmp_path: Path, say: S
     source = TEMPLATE.replace("'<|im_end|>\\n'", f"'{closing}\\n'" if "{" not in closing else "eos_token + '\\n'")
     assert "<|im_end|>\\n' }}" not in source
     (folder / "chat_template.jinja").write_text(source)
-    if closing == "<|turn_end|>":
+    if closing in ("<|turn_end|>", "<turn>"):
         added = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
-        added[str(VOCAB_SIZE)] = {**added[str(IM_END)], "content": closing}
+        added[str(VOCAB_SIZE)] = {"content": closing, "special": closing != "<turn>"}  # a word, else, and normalized
         changed(folder, "tokenizer_config.json", added_tokens_decoder=added)
     model = edgeq.load(folder, backend="numpy")
     tokenizer = model.need_tokenizer()
@@ -127,6 +127,8 @@ def test_the_templates_own_end_of_turn(chat_folder: Path, tmp_path: Path, say: S
     assert list(chat.ids).count(end) == 4
     plain = model.generate("hi", draft="off")
     assert "".join(piece.text for piece in plain) == "Hello"
+    list(chat.send(f"what is {closing}?"))
+    assert list(chat.ids).count(end) == 6  # a user's text spells no stop token
 
 
 def test_a_template_that_cannot_be_used_stops_no_plain_text(chat_folder: Path, tmp_path: Path) -> None:

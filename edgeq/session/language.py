@@ -151,7 +151,7 @@ _LAYERS_OF_2B = 24  # and of the 0.8B; the 4B, whose card recommends otherwise, 
 
 
 def _turn_ends(checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[int]:
-    """What the chat template ends a turn with, if it is a control token: none where the tokenizer knows it.
+    """What the chat template ends a turn with, if it is an added token: none where the tokenizer knows it.
 
     A template that writes the family's turns and no tokens but the family's is not rendered for it: that would cost
     those who want no conversation the template library's 25 ms and 8 MB. What is wrong with a template is told when it
@@ -165,4 +165,4 @@ def _turn_ends(checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[int]:
         close = tokenizer.encode(template.reply_close, control=True) if template else []
     except ModelError:
         return []
-    return [i for i in close[:1] if i in tokenizer.control_ids]
+    return [i for i in close[:1] if tokenizer.is_added(i)]
