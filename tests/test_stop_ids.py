@@ -14,6 +14,7 @@ from tiny_tokenizer import BPE_TOKENS, END_OF_TEXT, IM_END, TEMPLATE, VOCAB_SIZE
 import edgeq
 from edgeq.api import Model
 from edgeq.checkpoint import open_checkpoint
+from edgeq.formats.gguf import GGUFFile
 from edgeq.generate import Sampler, StopReason
 from edgeq.quant import quantize
 from edgeq.quant.gguf_export import export_gguf
@@ -139,6 +140,19 @@ def test_a_template_that_cannot_be_used_stops_no_plain_text(chat_folder: Path, t
         model = edgeq.load(folder, backend="numpy")
         assert model.eos_ids == {IM_END, END_OF_TEXT}
         assert list(model.generate("hi", max_tokens=1))
+
+
+def test_all_of_them_have_a_place_in_gguf(chat_folder: Path, tmp_path: Path) -> None:
+    folder = base_model(chat_folder, tmp_path / "model")
+    many = [END_OF_TEXT, FIM_PAD, BOX_END, BOX_START]
+    changed(folder, "generation_config.json", eos_token_id=many)
+    report = export_gguf(open_checkpoint(folder), tmp_path / "model.gguf", "f16")
+    assert not report.notes
+    assert edgeq.load(tmp_path / "model.gguf", backend="numpy").eos_ids == {*many, IM_END}
+    file = GGUFFile(tmp_path / "model.gguf")
+    assert [file.value(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")] == many[:3]
+    export_gguf(open_checkpoint(chat_folder), tmp_path / "usual.gguf", "f16")
+    assert "tokenizer.ggml.eos_token_ids" not in GGUFFile(tmp_path / "usual.gguf")
 
 
 def test_ids_beyond_the_vocabulary_end_nothing(chat_folder: Path, tmp_path: Path) -> None:
