@@ -132,6 +132,9 @@ class TestChoosing:
         tool = {"type": "function", "function": {"name": "look"}}
         assert "\nhi<|im_end|>" in self.prompt(model)
         assert "\nHI<|im_end|>" in self.prompt(model, tools=[tool])
+        chat = model.chat(tools=[tool], max_tokens=1)
+        list(chat.send("hi"))
+        assert "\nHI<|im_end|>" in model.need_tokenizer().decode(chat.ids)
         chosen = edgeq.load(named, backend="numpy", chat_template="default")
         assert "\nhi<|im_end|>" in self.prompt(chosen, tools=[tool])
 

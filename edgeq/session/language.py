@@ -13,7 +13,7 @@ from edgeq.errors import ModelError
 from edgeq.generate import THINKING_CUT, GenerationSettings, Sampler, ThinkTokens, check_draft, preset
 from edgeq.session.speculation import Speculation
 from edgeq.text.messages import protected_kwargs
-from edgeq.text.template_files import ANOTHER_TEMPLATE
+from edgeq.text.template_files import ANOTHER_TEMPLATE, DEFAULT
 from edgeq.text.visuals import Spelling
 
 if TYPE_CHECKING:
@@ -59,6 +59,13 @@ class Language:
         return self.checkpoint.template(self.tokenizer)
 
     @cached_property
+    def _template_with_tools(self) -> ChatTemplate | None:
+        templates = self.checkpoint.templates
+        if templates.pick(tools=True) is templates.found.get(DEFAULT):
+            return self.template
+        return self.checkpoint.template(self.tokenizer, tools=True)
+
+    @cached_property
     def spelling(self) -> Spelling | None:
         """How places of pictures are written; None for a model that does not see."""
         c = self.checkpoint.config
@@ -79,7 +86,7 @@ class Language:
 
         kwargs: variables for it, which are text as a user's is where they spell special tokens.
         """
-        template = self.checkpoint.template(self.tokenizer, tools=True) if tools else self.template
+        template = self._template_with_tools if tools else self.template
         if template is None:
             raise ModelError(
                 f"{self.checkpoint.path} has no chat template",
