@@ -205,20 +205,19 @@ def _tokenizer(checkpoint: Checkpoint, notes: list[str]) -> dict[str, Any]:
         return {"tokenizer.ggml.model": "none", f"{ARCH}.vocab_size": rows}
     language = Language(checkpoint)  # raises for files that contradict each other
     entries = tokenizer_metadata(*files, rows)
-    entries |= _further_ends(language, entries, notes)
+    entries |= _further_ends(language, entries)
     templates = {f"tokenizer.{key}": value for key, value in _templates(checkpoint, notes).items()}
     return {f"tokenizer.ggml.{key}": value for key, value in entries.items()} | templates
 
 
-def _further_ends(language: Language, entries: Mapping[str, Any], notes: list[str]) -> dict[str, int]:
-    """Tokens that end a text besides the tokenizer's own and those that every reader knows by name: GGUF has a place
-    for the end of a turn and one for the end of a message."""
+def _further_ends(language: Language, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Tokens that end a text besides the tokenizer's own: all of them in ollama's list, and in llama.cpp's two places,
+    the end of a turn and of a message, those that it does not know by name."""
     tokenizer = language.need_tokenizer()
-    known = {entries.get("eos_token_id"), *map(tokenizer.token_id, ("<|im_end|>", "<|endoftext|>"))}
-    further = [i for i in tokenizer.eos_token_ids if i not in known]
-    if left := further[2:]:
-        notes.append(f"GGUF has no place for more stop tokens: {', '.join(str(tokenizer.token(i)) for i in left)}")
-    return dict(zip(("eot_token_id", "eom_token_id"), further, strict=False))
+    eos, turn, text = entries.get("eos_token_id"), *map(tokenizer.token_id, ("<|im_end|>", "<|endoftext|>"))
+    further = [i for i in tokenizer.eos_token_ids if i not in (eos, text)]
+    places = zip(("eot_token_id", "eom_token_id"), (i for i in further if i != turn), strict=False)
+    return dict(places) | ({"eos_token_ids": list(tokenizer.eos_token_ids)} if further else {})
 
 
 def _templates(checkpoint: Checkpoint, notes: list[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from tiny_tokenizer import BPE_TOKENS, END_OF_TEXT, IM_END, TEMPLATE, VOCAB_SIZE
 import edgeq
 from edgeq.api import Model
 from edgeq.checkpoint import open_checkpoint
+from edgeq.formats.gguf import GGUFFile
 from edgeq.generate import Sampler, StopReason
 from edgeq.quant import quantize
 from edgeq.quant.gguf_export import export_gguf
@@ -101,7 +102,7 @@ def test_thinking_ends_with_each_of_them(base: Model, say: Say) -> None:
         assert "<|" not in reply.thinking + reply.text
 
 
-@pytest.mark.parametrize("closing", ["<|box_end|>", "<|turn_end|>", "{{ eos_token }}"])
+@pytest.mark.parametrize("closing", ["<|box_end|>", "<|turn_end|>", "<turn>", "{{ eos_token }}"])
 def test_the_templates_own_end_of_turn(chat_folder: Path, tmp_path: Path, say: Say, closing: str) -> None:
     """A turn that ends with a token of which no file says that it is a stop token: the family's, or added."""
     folder = tmp_path / "model"
@@ -110,9 +111,9 @@ def test_the_templates_own_end_of_turn(chat_folder: Path, tmp_path: Path, say: S
     source = TEMPLATE.replace("'<|im_end|>\\n'", f"'{closing}\\n'" if "{" not in closing else "eos_token + '\\n'")
     assert "<|im_end|>\\n' }}" not in source
     (folder / "chat_template.jinja").write_text(source)
-    if closing == "<|turn_end|>":
+    if closing in ("<|turn_end|>", "<turn>"):
         added = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
-        added[str(VOCAB_SIZE)] = {**added[str(IM_END)], "content": closing}
+        added[str(VOCAB_SIZE)] = {"content": closing, "special": closing != "<turn>"}  # a word, else, and normalized
         changed(folder, "tokenizer_config.json", added_tokens_decoder=added)
     model = edgeq.load(folder, backend="numpy")
     tokenizer = model.need_tokenizer()
@@ -127,6 +128,8 @@ def test_the_templates_own_end_of_turn(chat_folder: Path, tmp_path: Path, say: S
     assert list(chat.ids).count(end) == 4
     plain = model.generate("hi", draft="off")
     assert "".join(piece.text for piece in plain) == "Hello"
+    list(chat.send(f"what is {closing}?"))
+    assert list(chat.ids).count(end) == 6  # a user's text spells no stop token
 
 
 def test_a_template_that_cannot_be_used_stops_no_plain_text(chat_folder: Path, tmp_path: Path) -> None:
@@ -137,6 +140,19 @@ def test_a_template_that_cannot_be_used_stops_no_plain_text(chat_folder: Path, t
         model = edgeq.load(folder, backend="numpy")
         assert model.eos_ids == {IM_END, END_OF_TEXT}
         assert list(model.generate("hi", max_tokens=1))
+
+
+def test_all_of_them_have_a_place_in_gguf(chat_folder: Path, tmp_path: Path) -> None:
+    folder = base_model(chat_folder, tmp_path / "model")
+    many = [END_OF_TEXT, FIM_PAD, BOX_END, BOX_START]
+    changed(folder, "generation_config.json", eos_token_id=many)
+    report = export_gguf(open_checkpoint(folder), tmp_path / "model.gguf", "f16")
+    assert not report.notes
+    assert edgeq.load(tmp_path / "model.gguf", backend="numpy").eos_ids == {*many, IM_END}
+    file = GGUFFile(tmp_path / "model.gguf")
+    assert [file.value(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")] == many[:3]
+    export_gguf(open_checkpoint(chat_folder), tmp_path / "usual.gguf", "f16")
+    assert "tokenizer.ggml.eos_token_ids" not in GGUFFile(tmp_path / "usual.gguf")
 
 
 def test_ids_beyond_the_vocabulary_end_nothing(chat_folder: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -117,6 +118,54 @@ def test_fields_that_are_none_are_not_there(tiny: Kit) -> None:
     assert template.render(chat, add_generation_prompt=True) == template.render(
         [*USER, {"role": "assistant", "content": "a"}, *USER], add_generation_prompt=True
     )
+
+
+CONTENTS: list[Any] = [
+    "hi", "", None, " a \n", "<think>t</think>a", "</think>b", [{"type": "text", "text": "x"}],
+    [{"type": "image"}, {"type": "text", "text": "q"}],
+]  # fmt: skip
+ARGUMENTS: list[dict[str, Any]] = [{}, {"a": 1, "b": [1, {"x": "ü"}], "c": None, "d": True, "e": 1.5}]
+
+
+def random_history(rng: Random) -> list[dict[str, Any]]:
+    """Messages that fit together or not, with thinking under any name and calls of tools."""
+    history = []
+    for role in rng.choices(["user", "assistant", "tool", "system"], [3, 3, 1, 1], k=rng.randint(1, 5)):
+        message: dict[str, Any] = {"role": role, "content": rng.choice(CONTENTS)}
+        if role == "assistant" and rng.random() < 0.4:
+            message[rng.choice(["reasoning_content", "thinking", "reasoning"])] = rng.choice(["why", None, ""])
+        if role == "assistant" and rng.random() < 0.4:
+            call = {"type": "function", "function": {"name": "f", "arguments": rng.choice(ARGUMENTS)}}
+            message["tool_calls"] = rng.choice([None, [], [call], [call, call]])
+        history.append(message)
+    return history
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["0.8b", "4b"])
+def test_histories_like_transformers(tmp_path: Path, size: str) -> None:
+    """`apply_chat_template` with the real tokenizer's special tokens; what it refuses is refused."""
+    transformers = pytest.importorskip("transformers")
+    tiny_tokenizer.link_real_tokenizer(tmp_path, size)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), ChatTemplate.from_folder(tmp_path)
+    assert dict(ours.variables) == theirs.special_tokens_map
+    rng, equal = Random(1), 0
+    for _ in range(300):
+        chat = random_history(rng)
+        options: dict[str, Any] = {
+            "add_generation_prompt": rng.random() < 0.5, "tools": rng.choice([None, [TOOL]]),
+            **rng.choice([{}, {"enable_thinking": True}, {"enable_thinking": False}, {"add_vision_id": True}]),
+        }  # fmt: skip
+        try:
+            expected = theirs.apply_chat_template(chat, tokenize=False, **options)
+        except Exception:
+            with pytest.raises(ModelError):
+                ours.render(chat, **options)
+        else:
+            assert ours.render(chat, **options) == expected, (chat, options)
+            equal += 1
+    assert equal > 100
 
 
 def trl_templates() -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from command import Run, leave_home, runner
@@ -42,7 +42,7 @@ BROKEN: dict[str, dict[str, Any]] = {
 def write(folder: Path, files: dict[str, Any]) -> Path:
     """The template files in `folder`, and no others; fields go into JSON files that are there."""
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
-    for name in ("chat_template.jinja", "chat_template.json"):
+    for name in ("chat_template.jinja", "chat_template.json", "processor_config.json"):
         (folder / name).unlink(missing_ok=True)
     for name, content in files.items():
         path = folder / name
@@ -85,6 +85,8 @@ class TestReading:
             ({"tokenizer_config.json": {"chat_template": NAMED}}, {"default": TEMPLATE, "tool_use": LOUD}),
             ({"tokenizer_config.json": {"chat_template": {"default": "a", "rag": "b"}}}, {"default": "a", "rag": "b"}),
             ({"chat_template.json": {"chat_template": "a"}, "tokenizer_config.json": {"chat_template": "b"}},
+             {"default": "a"}),
+            ({"processor_config.json": {"chat_template": "a"}, "tokenizer_config.json": {"chat_template": "b"}},
              {"default": "a"}),
             ({"chat_template.jinja": "a", "chat_template.json": {"chat_template": "b"}}, {"default": "a"}),
             ({"chat_template.jinja": "a", "tokenizer_config.json": {"chat_template": NAMED}}, {"default": "a"}),
@@ -130,6 +132,9 @@ class TestChoosing:
         tool = {"type": "function", "function": {"name": "look"}}
         assert "\nhi<|im_end|>" in self.prompt(model)
         assert "\nHI<|im_end|>" in self.prompt(model, tools=[tool])
+        chat = model.chat(tools=[tool], max_tokens=1)
+        list(chat.send("hi"))
+        assert "\nHI<|im_end|>" in model.need_tokenizer().decode(chat.ids)
         chosen = edgeq.load(named, backend="numpy", chat_template="default")
         assert "\nhi<|im_end|>" in self.prompt(chosen, tools=[tool])
 
@@ -143,6 +148,8 @@ class TestChoosing:
         with pytest.raises(UsageError, match="no chat template or file is called 'nope'") as caught:
             edgeq.load(named, backend="numpy", chat_template="nope")
         assert "the model's are called default, tool_use, rag" in str(caught.value.hint)
+        with pytest.raises(UsageError, match="must be a file, a name or a template's text, got 5"):
+            edgeq.load(named, backend="numpy", chat_template=cast(str, 5))
         (tmp_path / "x.json").write_text('{"chat_template": 5}')
         (tmp_path / "empty").touch()
         for path, message in (

@@ -13,7 +13,7 @@ from edgeq.errors import ModelError
 from edgeq.generate import THINKING_CUT, GenerationSettings, Sampler, ThinkTokens, check_draft, preset
 from edgeq.session.speculation import Speculation
 from edgeq.text.messages import protected_kwargs
-from edgeq.text.template_files import ANOTHER_TEMPLATE
+from edgeq.text.template_files import ANOTHER_TEMPLATE, DEFAULT
 from edgeq.text.visuals import Spelling
 
 if TYPE_CHECKING:
@@ -59,6 +59,13 @@ class Language:
         return self.checkpoint.template(self.tokenizer)
 
     @cached_property
+    def _template_with_tools(self) -> ChatTemplate | None:
+        templates = self.checkpoint.templates
+        if templates.pick(tools=True) is templates.found.get(DEFAULT):
+            return self.template
+        return self.checkpoint.template(self.tokenizer, tools=True)
+
+    @cached_property
     def spelling(self) -> Spelling | None:
         """How places of pictures are written; None for a model that does not see."""
         c = self.checkpoint.config
@@ -79,7 +86,7 @@ class Language:
 
         kwargs: variables for it, which are text as a user's is where they spell special tokens.
         """
-        template = self.checkpoint.template(self.tokenizer, tools=True) if tools else self.template
+        template = self._template_with_tools if tools else self.template
         if template is None:
             raise ModelError(
                 f"{self.checkpoint.path} has no chat template",
@@ -151,7 +158,7 @@ _LAYERS_OF_2B = 24  # and of the 0.8B; the 4B, whose card recommends otherwise, 
 
 
 def _turn_ends(checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[int]:
-    """What the chat template ends a turn with, if it is a control token: none where the tokenizer knows it.
+    """What the chat template ends a turn with, if it is an added token: none where the tokenizer knows it.
 
     A template that writes the family's turns and no tokens but the family's is not rendered for it: that would cost
     those who want no conversation the template library's 25 ms and 8 MB. What is wrong with a template is told when it
@@ -165,4 +172,4 @@ def _turn_ends(checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[int]:
         close = tokenizer.encode(template.reply_close, control=True) if template else []
     except ModelError:
         return []
-    return [i for i in close[:1] if i in tokenizer.control_ids]
+    return [i for i in close[:1] if tokenizer.is_added(i)]

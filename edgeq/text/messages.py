@@ -22,6 +22,7 @@ __all__ = [
     "protected_tools",
 ]  # fmt: skip
 
+_ROLES = ("system", "user", "assistant", "tool")
 _MAX_DEPTH = 64
 _MAX_VALUES = 1 << 18
 
@@ -106,7 +107,10 @@ def protected_message(message: Mapping[str, Any], tokenizer: Tokenizer) -> dict[
     if assistant and isinstance(content, str) and "</think>" in content and fields.get("reasoning_content") is None:
         fields["reasoning_content"], content = _thought_and_answer(content)
     said = None if assistant and content is None else protected_content(content, tokenizer)
-    return {**_Protector(tokenizer, "the message").value(fields), "content": said}
+    protected = _Protector(tokenizer, "the message").value(fields)
+    if fields["role"] in _ROLES:  # which templates compare; a token may be spelled like one
+        protected["role"] = fields["role"]
+    return {**protected, "content": said}
 
 
 def _thought_and_answer(text: str) -> tuple[str, str]:

@@ -1,9 +1,9 @@
 """Where a checkpoint keeps its chat templates: one, or several by name, in files or fields that changed over the years.
 
 In a folder the first of these that has a default template counts, as in transformers: `chat_template.jinja` with
-`additional_chat_templates/NAME.jinja` beside it, `chat_template.json` (older processors), `chat_template` in
-tokenizer_config.json. The fields hold a text, or a list of {"name": ..., "template": ...}. What is none of that is told
-when a template is wanted, and stops nothing else.
+`additional_chat_templates/NAME.jinja` beside it, `chat_template.json` (older processors), and the field `chat_template`
+of processor_config.json and of tokenizer_config.json. The fields hold a text, or a list of {"name": ..., "template":
+...}. What is none of that is told when a template is wanted, and stops nothing else.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ class Templates:
         """These with another default: the one called `what`, or the file of this name, or `what` itself where it is a
         template's text. UsageError if it is none of them.
         """
+        if not isinstance(what, str | Path):
+            raise UsageError(f"chat_template must be a file, a name or a template's text, got {brief(what)}")
         if isinstance(what, str) and what in self.found:
             chosen = self.found[what]
         elif isinstance(what, str) and ("{{" in what or "{%" in what):
@@ -103,9 +105,10 @@ class Templates:
 def read_templates(folder: Path) -> Templates:
     """Those of a checkpoint folder; raises nothing."""
     found, problems = dict[str, NamedTemplate](), list[str]()
-    for read in (_files, _processor_field, _tokenizer_field):
+    places = [_files(folder, problems), *(_field(folder / name, problems) for name in _FIELDS)]
+    for templates in places:
         if DEFAULT not in found and not problems:  # what cannot be read is told, not passed over for the next
-            for name, template in read(folder, problems):
+            for name, template in templates:
                 found.setdefault(name, template)
     return Templates(str(folder), found, tuple(problems))
 
@@ -151,12 +154,7 @@ def place(name: str) -> str:
     return _MAIN if name == DEFAULT else f"{FOLDER}/{_UNFIT.sub('_', name)[:100]}.jinja"
 
 
-def _processor_field(folder: Path, problems: list[str]) -> Iterator[tuple[str, NamedTemplate]]:
-    return _field(folder / "chat_template.json", problems)
-
-
-def _tokenizer_field(folder: Path, problems: list[str]) -> Iterator[tuple[str, NamedTemplate]]:
-    return _field(folder / "tokenizer_config.json", problems)
+_FIELDS = ("chat_template.json", "processor_config.json", "tokenizer_config.json")  # files, in this order
 
 
 def _field(path: Path, problems: list[str]) -> Iterator[tuple[str, NamedTemplate]]:

@@ -25,7 +25,7 @@ from edgeq.text.pieces import check_length
 
 __all__ = ["Tokenizer", "special_tokens"]
 
-# Of the family's added tokens those that its files do not call special, but that templates are written with.
+# The family's added tokens: those that its files do not call special, but that templates are written with, and others.
 _FAMILY = {
     "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>", "<|fim_prefix|>",
     "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
@@ -55,18 +55,23 @@ class Tokenizer:
         added = _added_tokens(bpe, config)
         self._added = {text: token.id for text, token in added.items()}
         self._literal = {token.id: text for text, token in added.items()}
+        self._sort(added)
+        self.vocab_size = max(bpe.size, max(self._literal, default=-1) + 1)
+        self.eos_token_ids = self._find_eos(config)
+        self.special_tokens = special_tokens(config)
+
+    def _sort(self, added: Mapping[str, _Added]) -> None:
+        """What is found in which texts."""
+        self._tokens = added
         control = [text for text, token in added.items() if token.control]
         words = [text for text, token in added.items() if not token.control]
         as_written = [text for text in words if not added[text].normalized]
         self._trusted = _pattern([*control, *as_written])
         self._words = _pattern(as_written) if as_written else None
-        self._normalized = {bpe.normalize(text): text for text in words if added[text].normalized}
+        self._normalized = {self._bpe.normalize(text): text for text in words if added[text].normalized}
         self._normalized_words = _pattern(self._normalized) if self._normalized else None
         self._hidden = _Hidden(control)
         self.control_ids = frozenset(added[text].id for text in control)
-        self.vocab_size = max(bpe.size, max(self._literal, default=-1) + 1)
-        self.eos_token_ids = self._find_eos(config)
-        self.special_tokens = special_tokens(config)
 
     @classmethod
     def from_folder(cls, path: Path) -> Self:
@@ -152,14 +157,23 @@ class Tokenizer:
         return ids
 
     def ending_with(self, ids: Iterable[int]) -> Self:
-        """The same tokenizer for which these tokens end a text, too."""
+        """The same tokenizer for which these tokens end a text, too; those that were words become control tokens."""
         other = copy(self)
         other.eos_token_ids = tuple(dict.fromkeys((*self.eos_token_ids, *ids)))
+        if not self.control_ids.issuperset(other.eos_token_ids):
+            ends = {self._literal.get(i) for i in other.eos_token_ids}
+            other._sort(
+                {text: token._replace(control=token.control or text in ends) for text, token in self._tokens.items()}
+            )
         return other
 
+    def is_added(self, token_id: int) -> bool:
+        """Whether a token is one of the added ones, and more than white space."""
+        return bool(self._literal.get(token_id, "").strip())
+
     def strange_tokens(self, text: str) -> set[str]:
-        """The control tokens that trusted text spells and that are none of the family's."""
-        spelled = {token for token in self._trusted.findall(text) if self._added[token] in self.control_ids}
+        """The added tokens that trusted text spells and that are none of the family's."""
+        spelled = {*self._trusted.findall(text), *(own for found, own in self._normalized.items() if found in text)}
         return spelled - _FAMILY - _FAMILY_SPECIAL
 
     def _find_eos(self, config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -208,7 +222,7 @@ def _added_tokens(bpe: Bpe, config: Mapping[str, Any]) -> dict[str, _Added]:
     """The added tokens of both files by spelling; ModelError if they contradict each other."""
     eos = config.get("eos_token")
     eos = eos.get("content") if isinstance(eos, Mapping) else eos
-    control = _FAMILY | ({eos} if isinstance(eos, str) else set())
+    control = _FAMILY | _FAMILY_SPECIAL | ({eos} if isinstance(eos, str) else set())
     found: dict[str, _Added] = {}
     for token_id, token in bpe.added.items():
         if not token.bare:
