@@ -166,7 +166,7 @@ def _choose(repo: str, names: list[str], tag: str | None, file: str | None) -> s
     raise UsageError(
         f"{repo} {problem}:",
         details=_listed(fits or models),
-        hint=f"name one by its quantization, as {repo}:Q4_K_M, or by its file, as {repo}/{example}",
+        hint=f"name one by its quantization, as {repo}:{_quantization(example)}, or by its file, as {repo}/{example}",
     )
 
 
@@ -182,6 +182,12 @@ def _tagged(models: list[str], tag: str) -> list[str]:
     found = [name for name in models if exact.search(name.rsplit("/", 1)[-1])]
     plain = [name for name in found if not re.search(rf"UD-{re.escape(tag)}", name, re.IGNORECASE)]
     return plain or found
+
+
+def _quantization(name: str) -> str:
+    """What a GGUF file's name says of its quantization."""
+    found = re.search(r"(UD-)?(I?Q\d\w*|BF16|F16|F32|MXFP4\w*)(?=[-.])", name, re.IGNORECASE)
+    return found[0] if found else "Q4_K_M"
 
 
 def _choose_tower(names: list[str]) -> str | None:

@@ -172,7 +172,7 @@ def fetch(hub: Hub, tmp_path: Path, *models: str, **environment: str) -> subproc
         "        print(find_model(model))\n"
         "    except EdgeqError as e:\n"
         "        code = e.exit_code\n"
-        "        print(f'{type(e).__name__}: {e.message}', file=sys.stderr)\n"
+        "        print(f'{type(e).__name__}: {e.message} | {e.hint}', file=sys.stderr)\n"
         "sys.exit(code)\n"
     )
     settings = {
@@ -293,6 +293,7 @@ class TestGGUF:
         for message, expected in zip(said, unclear.values(), strict=True):
             assert all(words in message for words in expected), message
             assert "mmproj" not in message
+        assert f"as {REPO}:BF16, or by its file, as {REPO}/BF16/M-BF16-00001" in result.stderr
         assert not list((tmp_path / "hf").rglob("*.gguf"))
 
     def test_the_only_one(self, repository: Hub, tmp_path: Path) -> None:
