@@ -222,6 +222,9 @@ def _other_file(path: Path, head: bytes) -> ModelError | UsageError:
         return UsageError(f"{path} is a saved session, not a model", hint="name the model that it was saved with")
     if suffix in _FOREIGN:
         return ModelError(f"{path} is {_FOREIGN[suffix]}, which edgeq does not read", hint=_OTHERS)
+    if "imatrix" in path.name.lower():
+        what, hint = _GGUFS["imatrix"]
+        return ModelError(f"{path} is {what}", hint=hint)
     if head.startswith(b"PK\x03\x04") and (suffix in _TORCH or b"/data.pkl" in head):
         return ModelError(f"{path} holds PyTorch weights (pickle), which edgeq does not read", hint=_PICKLE)
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
@@ -297,7 +300,7 @@ def _folder(path: Path) -> Source:
         raise ModelError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from None
     if path.name.startswith("models--") and "snapshots" in names:
         return _folder(_snapshot(path))
-    if path.name == "snapshots" and path.parent.name.startswith("models--"):
+    if path.name in ("snapshots", "blobs", "refs") and path.parent.name.startswith("models--"):
         return _folder(_snapshot(path.parent))
     if "config.json" in names and _weights(path):
         for file in (path / "config.json", *path.glob("tokenizer.json"), *_text_weights(path)):

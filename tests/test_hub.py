@@ -241,7 +241,7 @@ class TestGGUF:
 
     FILES = (
         "config.json", "imatrix_data.gguf", "mmproj-BF16.gguf", "mmproj-F16.gguf", "mmproj-F32.gguf", "M-Q4_K_M.gguf",
-        "M-Q4_K_M_L.gguf", "M-UD-Q4_K_M.gguf", "M-UD-Q2_K_XL.gguf", "M-IQ4_XS.gguf", "M_q8_0.gguf",
+        "M-Q4_K_M_L.gguf", "M-UD-Q4_K_M.gguf", "M-UD-Q2_K_XL.gguf", "M-imatrix-IQ4_XS.gguf", "M_q8_0.gguf",
         "BF16/M-BF16-00001-of-00002.gguf", "BF16/M-BF16-00002-of-00002.gguf",
     )  # fmt: skip
 
@@ -263,7 +263,7 @@ class TestGGUF:
             f"{REPO}:Q8_0": "M_q8_0.gguf",
             f"hf.co/{REPO}:BF16": "BF16/M-BF16-00001-of-00002.gguf",
             f"{REPO}/BF16/M-BF16-00002-of-00002.gguf": "BF16/M-BF16-00001-of-00002.gguf",
-            f"https://huggingface.co/{REPO}/resolve/main/M-IQ4_XS.gguf?download=true": "M-IQ4_XS.gguf",
+            f"https://huggingface.co/{REPO}/resolve/main/M-imatrix-IQ4_XS.gguf?download=true": "M-imatrix-IQ4_XS.gguf",
         }
         result = fetch(repository, tmp_path, *meant)
         assert result.returncode == 0, result.stderr
@@ -282,8 +282,8 @@ class TestGGUF:
     def test_what_is_not_clear(self, repository: Hub, tmp_path: Path) -> None:
         unclear = {
             REPO: ["holds 7 GGUF models:", "M-Q4_K_M.gguf", "BF16/M-BF16-00001-of-00002.gguf"],
-            f"{REPO}:Q5_K": ["holds no GGUF model of Q5_K, but:", "M-IQ4_XS.gguf"],
-            f"{REPO}/M-Q3_K_S.gguf": ["holds no M-Q3_K_S.gguf", "M-IQ4_XS.gguf"],
+            f"{REPO}:Q5_K": ["holds no GGUF model of Q5_K, but:", "M-imatrix-IQ4_XS.gguf"],
+            f"{REPO}/M-Q3_K_S.gguf": ["holds no M-Q3_K_S.gguf", "M-imatrix-IQ4_XS.gguf"],
             "Qwen/Nope:Q4_K_M": ["Qwen/Nope is not on the Hugging Face Hub, or is private"],
         }
         result = fetch(repository, tmp_path, *unclear)
