@@ -303,7 +303,8 @@ def _folder(path: Path) -> Source:
     if path.name in ("snapshots", "blobs", "refs") and path.parent.name.startswith("models--"):
         return _folder(_snapshot(path.parent))
     if "config.json" in names and _weights(path):
-        for file in (path / "config.json", *path.glob("tokenizer.json"), *_text_weights(path)):
+        tokenizer = filter(is_file, [path / "tokenizer.json"])  # without one there are token ids
+        for file in (path / "config.json", *tokenizer, *_text_weights(path)):
             _check_content(path, file)
         return Source("folder", path)
     if any(name.lower().endswith(".gguf") for name in names):
