@@ -9,6 +9,7 @@ one GGUF model to that. Everything else is one line with the next step. Content 
 from __future__ import annotations
 
 import json
+import re
 from codecs import getincrementaldecoder
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +39,7 @@ GGUFKind = Literal["model", "mmproj", "adapter", "imatrix", "control vector", "p
 _HEAD = 1 << 12  # bytes that are looked at
 _SHOWN = 12  # names listed before "and N more"
 _UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".download", ".partial", ".!qB", "-partial")
+_PIECE = re.compile(r"\.part\d+of\d+$", re.IGNORECASE)
 _BESIDE = (".aria2", ".part")
 _AGAIN = "start the download again: it goes on where it stopped"
 _OTHERS = "use the Hugging Face checkpoint that it was made from, or a .gguf file"
@@ -118,6 +120,12 @@ def identify(path: Path) -> Source:
 
 def _file(path: Path) -> Source:
     head = _head(path)
+    if piece := _PIECE.search(path.name):
+        whole = path.with_name(path.name[: piece.start()])
+        raise ModelError(
+            f"{path} is a piece of a file, which has been cut for its size",
+            hint=f"join the pieces in their order, as in `cat {whole.name}.part* > {whole.name}`",
+        )
     if head.startswith(b"GGUF") and not _is_unfinished(path):
         first = first_part(path) if gguf_kind(peek(path)) == "part" else path  # anything can be called so
         if not is_file(first):

@@ -433,6 +433,7 @@ file("empty file", b"")
 file("Git LFS pointer", LFS)
 file("web page saved as a model", b"\xef\xbb\xbf<html><head>", "model.safetensors")
 file("error in words saved as a model", b'{"error":"Invalid credentials"}')
+file("piece of a GGUF file", b"GGUF", "model.gguf.part1of2")
 file("unfinished download of a file", b"GGUF", "model.gguf.incomplete")
 file("space that was never filled", bytes(5000))
 file("PyTorch weights (zip)", zipped("archive/data.pkl"), "model.dat")
@@ -601,7 +602,7 @@ class TestParts:
         assert open_checkpoint(tmp_path / "out").weight_files()
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_a_file_holds(data: st.DataObject, tmp_path: Path, models: Models) -> None:
     """Noise, and files of every kind with some bytes wrong: an EdgeqError of one line, or a model."""
