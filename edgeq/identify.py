@@ -208,7 +208,7 @@ def _is_text(head: bytes) -> bool:
 def _shard(path: Path) -> Source:
     """A safetensors file stands for its folder, if that is a checkpoint and the file is of it."""
     folder = path.parent
-    if exists(folder / "adapter_config.json") and path.name.startswith("adapter"):
+    if exists(folder / "adapter_config.json") and "adapter" in path.name:  # mlx-lm: 0000100_adapters.safetensors
         raise _adapter(folder)
     if not exists(folder / "config.json"):
         raise ModelError(
