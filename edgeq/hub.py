@@ -40,6 +40,7 @@ _PAGE = re.compile(  # an address as a browser has it
     re.IGNORECASE,
 )
 _SHORT = re.compile(r"qwen3\.5[:-](?P<size>0\.8b|2b|4b)(?P<base>-base)?", re.IGNORECASE)
+_QUANTIZATION = re.compile(r"(UD-)?(I?Q\d\w*|BF16|F16|F32|MXFP4\w*)(?=[-.])", re.IGNORECASE)
 _OLLAMA = "ollama:"
 _WANTED = ["*.json", "*.safetensors", "*.jinja"]
 _RESUME = "try again: the download resumes, files that are complete are kept"
@@ -166,14 +167,15 @@ def _choose(repo: str, names: list[str], tag: str | None, file: str | None) -> s
     raise UsageError(
         f"{repo} {problem}:",
         details=_listed(fits or models),
-        hint=f"name one by its quantization, as {repo}:Q4_K_M, or by its file, as {repo}/{example}",
+        hint=f"name one by its quantization, as {repo}:{_quantization(example)}, or by its file, as {repo}/{example}",
     )
 
 
 def _models(names: list[str]) -> list[str]:
     """The GGUF files that are models, by their names: of split ones the first part."""
     files = [name for name in names if name.lower().endswith(".gguf") and first_part(Path(name)) == Path(name)]
-    return [name for name in files if not re.search(r"mmproj|imatrix", name, re.IGNORECASE)]
+    files = [name for name in files if "mmproj" not in name.lower()]
+    return [name for name in files if "imatrix" not in name.lower() or _QUANTIZATION.search(name)]
 
 
 def _tagged(models: list[str], tag: str) -> list[str]:
@@ -182,6 +184,12 @@ def _tagged(models: list[str], tag: str) -> list[str]:
     found = [name for name in models if exact.search(name.rsplit("/", 1)[-1])]
     plain = [name for name in found if not re.search(rf"UD-{re.escape(tag)}", name, re.IGNORECASE)]
     return plain or found
+
+
+def _quantization(name: str) -> str:
+    """What a GGUF file's name says of its quantization."""
+    found = _QUANTIZATION.search(name)
+    return found[0] if found else "Q4_K_M"
 
 
 def _choose_tower(names: list[str]) -> str | None:

@@ -9,6 +9,7 @@ one GGUF model to that. Everything else is one line with the next step. Content 
 from __future__ import annotations
 
 import json
+import re
 from codecs import getincrementaldecoder
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +39,7 @@ GGUFKind = Literal["model", "mmproj", "adapter", "imatrix", "control vector", "p
 _HEAD = 1 << 12  # bytes that are looked at
 _SHOWN = 12  # names listed before "and N more"
 _UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".download", ".partial", ".!qB", "-partial")
+_PIECE = re.compile(r"\.part\d+of\d+$", re.IGNORECASE)
 _BESIDE = (".aria2", ".part")
 _AGAIN = "start the download again: it goes on where it stopped"
 _OTHERS = "use the Hugging Face checkpoint that it was made from, or a .gguf file"
@@ -118,6 +120,12 @@ def identify(path: Path) -> Source:
 
 def _file(path: Path) -> Source:
     head = _head(path)
+    if piece := _PIECE.search(path.name):
+        whole = path.with_name(path.name[: piece.start()])
+        raise ModelError(
+            f"{path} is a piece of a file, which has been cut for its size",
+            hint=f"join the pieces in their order, as in `cat {whole.name}.part* > {whole.name}`",
+        )
     if head.startswith(b"GGUF") and not _is_unfinished(path):
         first = first_part(path) if gguf_kind(peek(path)) == "part" else path  # anything can be called so
         if not is_file(first):
@@ -200,7 +208,7 @@ def _is_text(head: bytes) -> bool:
 def _shard(path: Path) -> Source:
     """A safetensors file stands for its folder, if that is a checkpoint and the file is of it."""
     folder = path.parent
-    if exists(folder / "adapter_config.json") and path.name.startswith("adapter"):
+    if exists(folder / "adapter_config.json") and "adapter" in path.name:  # mlx-lm: 0000100_adapters.safetensors
         raise _adapter(folder)
     if not exists(folder / "config.json"):
         raise ModelError(
@@ -222,6 +230,9 @@ def _other_file(path: Path, head: bytes) -> ModelError | UsageError:
         return UsageError(f"{path} is a saved session, not a model", hint="name the model that it was saved with")
     if suffix in _FOREIGN:
         return ModelError(f"{path} is {_FOREIGN[suffix]}, which edgeq does not read", hint=_OTHERS)
+    if "imatrix" in path.name.lower():
+        what, hint = _GGUFS["imatrix"]
+        return ModelError(f"{path} is {what}", hint=hint)
     if head.startswith(b"PK\x03\x04") and (suffix in _TORCH or b"/data.pkl" in head):
         return ModelError(f"{path} holds PyTorch weights (pickle), which edgeq does not read", hint=_PICKLE)
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
@@ -297,10 +308,11 @@ def _folder(path: Path) -> Source:
         raise ModelError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from None
     if path.name.startswith("models--") and "snapshots" in names:
         return _folder(_snapshot(path))
-    if path.name == "snapshots" and path.parent.name.startswith("models--"):
+    if path.name in ("snapshots", "blobs", "refs") and path.parent.name.startswith("models--"):
         return _folder(_snapshot(path.parent))
     if "config.json" in names and _weights(path):
-        for file in (path / "config.json", *path.glob("tokenizer.json"), *_text_weights(path)):
+        tokenizer = filter(is_file, [path / "tokenizer.json"])  # without one there are token ids
+        for file in (path / "config.json", *tokenizer, *_text_weights(path)):
             _check_content(path, file)
         return Source("folder", path)
     if any(name.lower().endswith(".gguf") for name in names):

@@ -172,7 +172,7 @@ def fetch(hub: Hub, tmp_path: Path, *models: str, **environment: str) -> subproc
         "        print(find_model(model))\n"
         "    except EdgeqError as e:\n"
         "        code = e.exit_code\n"
-        "        print(f'{type(e).__name__}: {e.message}', file=sys.stderr)\n"
+        "        print(f'{type(e).__name__}: {e.message} | {e.hint}', file=sys.stderr)\n"
         "sys.exit(code)\n"
     )
     settings = {
@@ -241,7 +241,7 @@ class TestGGUF:
 
     FILES = (
         "config.json", "imatrix_data.gguf", "mmproj-BF16.gguf", "mmproj-F16.gguf", "mmproj-F32.gguf", "M-Q4_K_M.gguf",
-        "M-Q4_K_M_L.gguf", "M-UD-Q4_K_M.gguf", "M-UD-Q2_K_XL.gguf", "M-IQ4_XS.gguf", "M_q8_0.gguf",
+        "M-Q4_K_M_L.gguf", "M-UD-Q4_K_M.gguf", "M-UD-Q2_K_XL.gguf", "M-imatrix-IQ4_XS.gguf", "M_q8_0.gguf",
         "BF16/M-BF16-00001-of-00002.gguf", "BF16/M-BF16-00002-of-00002.gguf",
     )  # fmt: skip
 
@@ -263,7 +263,7 @@ class TestGGUF:
             f"{REPO}:Q8_0": "M_q8_0.gguf",
             f"hf.co/{REPO}:BF16": "BF16/M-BF16-00001-of-00002.gguf",
             f"{REPO}/BF16/M-BF16-00002-of-00002.gguf": "BF16/M-BF16-00001-of-00002.gguf",
-            f"https://huggingface.co/{REPO}/resolve/main/M-IQ4_XS.gguf?download=true": "M-IQ4_XS.gguf",
+            f"https://huggingface.co/{REPO}/resolve/main/M-imatrix-IQ4_XS.gguf?download=true": "M-imatrix-IQ4_XS.gguf",
         }
         result = fetch(repository, tmp_path, *meant)
         assert result.returncode == 0, result.stderr
@@ -282,8 +282,8 @@ class TestGGUF:
     def test_what_is_not_clear(self, repository: Hub, tmp_path: Path) -> None:
         unclear = {
             REPO: ["holds 7 GGUF models:", "M-Q4_K_M.gguf", "BF16/M-BF16-00001-of-00002.gguf"],
-            f"{REPO}:Q5_K": ["holds no GGUF model of Q5_K, but:", "M-IQ4_XS.gguf"],
-            f"{REPO}/M-Q3_K_S.gguf": ["holds no M-Q3_K_S.gguf", "M-IQ4_XS.gguf"],
+            f"{REPO}:Q5_K": ["holds no GGUF model of Q5_K, but:", "M-imatrix-IQ4_XS.gguf"],
+            f"{REPO}/M-Q3_K_S.gguf": ["holds no M-Q3_K_S.gguf", "M-imatrix-IQ4_XS.gguf"],
             "Qwen/Nope:Q4_K_M": ["Qwen/Nope is not on the Hugging Face Hub, or is private"],
         }
         result = fetch(repository, tmp_path, *unclear)
@@ -293,6 +293,7 @@ class TestGGUF:
         for message, expected in zip(said, unclear.values(), strict=True):
             assert all(words in message for words in expected), message
             assert "mmproj" not in message
+        assert f"as {REPO}:BF16, or by its file, as {REPO}/BF16/M-BF16-00001" in result.stderr
         assert not list((tmp_path / "hf").rglob("*.gguf"))
 
     def test_the_only_one(self, repository: Hub, tmp_path: Path) -> None:

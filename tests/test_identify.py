@@ -313,6 +313,32 @@ def _lora(path: Path, _: Models) -> Path:
     return gguf_file(path / "a.gguf", general__type="adapter", adapter__type="lora")
 
 
+@refused("GGUF vocabulary")
+def _vocabulary(path: Path, models: Models) -> Path:
+    return without(models.gguf, path / "a.gguf", lambda name: True)
+
+
+@refused("GGUF file of an MTP head")
+def _head_only(path: Path, models: Models) -> Path:
+    return without(models.gguf, path / "a.gguf", lambda name: not name.startswith("blk.3."))
+
+
+def without(source: Path, out: Path, leave_out: Callable[[str], bool]) -> Path:
+    """A GGUF file without some of its tensors."""
+    reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(out, "qwen35")
+    for field in reader.fields.values():
+        if not field.name.startswith(("GGUF.", "general.architecture")):
+            sub = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub)
+    for tensor in reader.tensors:
+        if not leave_out(tensor.name):
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type, raw_shape=tensor.data.shape)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    return out
+
+
 @refused("GGUF importance matrix")
 def _imatrix(path: Path, _: Models) -> Path:
     return gguf_file(path / "a.gguf", general__type="imatrix")
@@ -407,6 +433,7 @@ file("empty file", b"")
 file("Git LFS pointer", LFS)
 file("web page saved as a model", b"\xef\xbb\xbf<html><head>", "model.safetensors")
 file("error in words saved as a model", b'{"error":"Invalid credentials"}')
+file("piece of a GGUF file", b"GGUF", "model.gguf.part1of2")
 file("unfinished download of a file", b"GGUF", "model.gguf.incomplete")
 file("space that was never filled", bytes(5000))
 file("PyTorch weights (zip)", zipped("archive/data.pkl"), "model.dat")
@@ -415,6 +442,7 @@ file("ONNX model", b"\x08\x07\x12\x07pytorch", "model.onnx")
 file("TensorFlow model", b"\x89HDF\r\n\x1a\n", "tf_model.h5")
 file("llamafile", b"MZqFpD=\n'", "qwen.llamafile")
 file("llama.cpp's format before GGUF", b"tjgg\x03\0\0\0", "ggml-model-q4_0.bin")
+file("importance matrix of old", b"\x08\0\0\0blk.0", "imatrix.dat")
 file("zip archive", zipped("model.gguf"), "model.zip")
 file("tar archive", tarred(), "model.tar")
 file("gzip archive", b"\x1f\x8b\x08", "model.gguf.gz")
@@ -574,7 +602,7 @@ class TestParts:
         assert open_checkpoint(tmp_path / "out").weight_files()
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_a_file_holds(data: st.DataObject, tmp_path: Path, models: Models) -> None:
     """Noise, and files of every kind with some bytes wrong: an EdgeqError of one line, or a model."""

@@ -137,7 +137,7 @@ def rewritten(path: Path, key: str, value: Any) -> Path:
     return out
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 1 << 32))
 def test_changed_headers(seed: int, blob: bytes, tmp_path: Path) -> None:
     """Every kind of number and name, by the same changes as tools/fuzz.py: a model, or one line."""

@@ -348,6 +348,12 @@ def _scaling_metadata(rope: RopeConfig) -> dict[str, Any]:
 
 def _embedding_rows(file: GGUFFile) -> int:
     info = file.tensors.get("token_embd.weight")
+    if not file.tensors:
+        raise ModelError(f"{file.path} holds a vocabulary, and no weights", hint="name the model's own .gguf file")
+    if info is None and all(name.startswith("blk.") for name in file.tensors):
+        raise ModelError(
+            f"{file.path} holds some layers of a model, as an MTP head is published", hint="name the model's own file"
+        )
     if info is None:
         raise ModelError(
             f"{file.path} holds no token_embd.weight",

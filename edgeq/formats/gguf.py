@@ -122,7 +122,7 @@ class GGUFFile:
     @property
     def single_values(self) -> dict[str, Any]:
         """The metadata but its lists."""
-        return {key: value for key, value in self._values.items() if not isinstance(value, (np.ndarray, _Strings))}
+        return _single(self._values)
 
     def array(self, key: str) -> Array:
         """An array of numbers; ModelError if it is missing or holds something else."""
@@ -329,7 +329,11 @@ def peek(path: Path) -> dict[str, Any]:
             _read_entry(cursor, values)
     except (OSError, ModelError):
         pass
-    return {key: value for key, value in values.items() if not isinstance(value, (np.ndarray, _Strings))}
+    return _single(values)
+
+
+def _single(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if not isinstance(value, np.ndarray | _Strings)}
 
 
 def _invalid(path: Path, problem: str) -> ModelError:
