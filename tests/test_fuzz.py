@@ -16,8 +16,8 @@ from edgeq.errors import ModelError
 
 NAMES = (
     "safetensors", "gguf", "gguf-model", "gguf-part", "manifest", "template", "config", "generation_config", "index",
-    "gptq", "compressed", "compressed-config", "quantization", "record", "tokenizer_config", "templates", "tokenizer",
-    "png", "jpeg", "webp", "gif", "bmp", "tiff",
+    "gptq", "compressed", "compressed-config", "quantization", "adapter", "adapter-config", "mlx-adapter-config",
+    "gguf-adapter", "record", "tokenizer_config", "templates", "tokenizer", "png", "jpeg", "webp", "gif", "bmp", "tiff",
 )  # fmt: skip
 
 

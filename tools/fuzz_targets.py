@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 import gguf as gguf_py
 import numpy as np
 from fuzz_mutators import Mutator, mutate_bytes, mutate_json, mutate_template
+from gguf import GGUFWriter
 from packed_forms import Form, linear, pack_folder
 from PIL import Image
 
 from edgeq import vision
+from edgeq.adapters import AdaptedCheckpoint, adapted, given_adapters
 from edgeq.checkpoint import open_checkpoint
 from edgeq.config import read_config, read_json
 from edgeq.formats.gguf import GGUFFile, open_gguf
-from edgeq.formats.safetensors import SafetensorsFile
+from edgeq.formats.safetensors import SafetensorsFile, SafetensorsWriter
 from edgeq.quant import quantize, verify
 from edgeq.quant.gguf_export import export_gguf
 from edgeq.testing import config_values, write_checkpoint
@@ -66,23 +68,29 @@ def targets(folder: Path) -> list[Target]:
     quantize(model, quantized)
     export_gguf(open_checkpoint(model), gguf, "q8_0")
     gptq, compressed = _make_packed(model, folder)
+    peft, mlx, lora = _make_adapters(model, folder)
+    merge = _merge(model)
     seed = folder / "seed"
     seed.mkdir()
     tokenizer = Tokenizer.from_folder(model)
     return [
-        Target("safetensors", seed / "x.safetensors", _small_safetensors(), _mutate_header, _read_safetensors, 190),
-        Target("gguf", seed / "x.gguf", _small_gguf(), mutate_bytes, _read_gguf, 180),
+        Target("safetensors", seed / "x.safetensors", _small_safetensors(), _mutate_header, _read_safetensors, 170),
+        Target("gguf", seed / "x.gguf", _small_gguf(), mutate_bytes, _read_gguf, 160),
         Target("gguf-model", gguf, gguf.read_bytes(), _mutate_head(20_000), _read_model, 60),
         _part(folder),
         _json("manifest", _make_manifest(folder / "ollama", gguf), _open_quietly, 20),
         Target("template", seed / "x.jinja", TEMPLATE.encode(), mutate_template, _render(tokenizer), 40),
-        _json("config", model / "config.json", read_config, 120),
+        _json("config", model / "config.json", read_config, 100),
         _json("generation_config", model / "generation_config.json", _read_model, 30),
         _json("index", model / "model.safetensors.index.json", _read_model, 30),
         Target("gptq", gptq, gptq.read_bytes(), _mutate_header, _read_matrices, 20),
         Target("compressed", compressed, compressed.read_bytes(), _mutate_header, _read_matrices, 20),
         _json("compressed-config", compressed.parent / "config.json", _read_matrices, 20),
         _json("quantization", quantized / "config.json", _read_model, 30),
+        Target("adapter", peft, peft.read_bytes(), _mutate_header, merge, 20),
+        _json("adapter-config", peft.with_name("adapter_config.json"), merge, 20),
+        _json("mlx-adapter-config", mlx.with_name("adapter_config.json"), merge, 10),
+        Target("gguf-adapter", lora, lora.read_bytes(), _mutate_head(600), merge, 10),
         _json("record", quantized / "edgeq.json", lambda path: _verify(path.parent), 30),
         _json("tokenizer_config", model / "tokenizer_config.json", _read_text, 20),
         _json("templates", _make_templates(seed), _read_templates, 20),
@@ -138,6 +146,23 @@ def _read_model(path: Path) -> None:
     if path.suffix == ".gguf":
         checkpoint.tokenizer()
         checkpoint.template()
+
+
+def _merge(model: Path) -> Callable[[Path], None]:
+    """With an adapter: the tensors that it changes."""
+    base = open_checkpoint(model)
+
+    def run(path: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of parts that are left out
+            given = given_adapters(path if path.suffix == ".gguf" else path.parent)
+            checkpoint = adapted(base, given)
+            assert isinstance(checkpoint, AdaptedCheckpoint)
+            for spec, _ in checkpoint.storage():
+                if checkpoint.changed(spec.name) is not None:
+                    checkpoint.dense(spec.name)
+
+    return run
 
 
 def _read_matrices(path: Path) -> None:
@@ -264,6 +289,49 @@ def _make_packed(model: Path, folder: Path) -> tuple[Path, Path]:
     packed = Form("pack", config={"weight_block_size": [48, 32]})
     pack_folder(floats, folder / "compressed", packed, lambda name: linear(name) and ".mlp." not in name)
     return folder / "gptq" / "model.safetensors", folder / "compressed" / "model.safetensors"
+
+
+def _make_adapters(model: Path, folder: Path) -> tuple[Path, Path, Path]:
+    """Weights of adapters as PEFT, mlx-lm and llama.cpp write them: LoRA with DoRA, a whole norm, a head of its own."""
+    shapes = {spec.name: spec.shape for spec, _ in open_checkpoint(model).storage()}
+    names = ("layers.0.mlp.up_proj", "layers.3.self_attn.q_proj")
+    rng = np.random.default_rng(0)
+    pairs = {n: (rng.standard_normal((2, shapes[f"{n}.weight"][1])), rng.standard_normal((shapes[f"{n}.weight"][0], 2)))
+             for n in names}  # fmt: skip
+    peft, mlx = dict[str, Any](), dict[str, Any]()
+    for n, (a, b) in pairs.items():
+        module = f"base_model.model.model.language_model.{n}"
+        peft |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+        peft[f"{module}.lora_magnitude_vector"] = np.ones(len(b))
+        mlx |= {f"language_model.model.{n}.lora_a": a.T, f"language_model.model.{n}.lora_b": b.T}
+    peft["base_model.model.lm_head.weight"] = rng.standard_normal(shapes["embed_tokens.weight"])
+    peft["base_model.model.model.language_model.norm.weight"] = rng.standard_normal(shapes["norm.weight"])
+    configs = {
+        "peft": {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_dora": True, "use_rslora": True, "bias": "none",
+                 "alpha_pattern": {r"^model.*layers\.\d+\.mlp\.(up|down)_proj": 3}, "rank_pattern": {"q_proj": 2},
+                 "init_lora_weights": "gaussian", "layer_replication": None},
+        "mlx": {"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 2.0, "alpha": 2}, "model": "m"},
+    }  # fmt: skip
+    files = {"peft": ("adapter_model", peft), "mlx": ("adapters", mlx)}
+    places = []
+    for kind, (stem, tensors) in files.items():
+        (folder / kind).mkdir()
+        (folder / kind / "adapter_config.json").write_text(json.dumps(configs[kind]))
+        places.append(folder / kind / f"{stem}.safetensors")
+        with SafetensorsWriter(places[-1], {n: ("F32", x.shape) for n, x in tensors.items()}) as file:
+            for n, x in tensors.items():
+                file.write(n, x.astype(np.float32))
+    lora = GGUFWriter(folder / "lora.gguf", "qwen35")
+    lora.add_string("general.type", "adapter")
+    lora.add_string("adapter.type", "lora")
+    lora.add_float32("adapter.lora.alpha", 4.0)
+    for name, x in zip(("a", "b"), pairs[names[0]], strict=True):
+        lora.add_tensor(f"blk.0.ffn_up.weight.lora_{name}", np.ascontiguousarray(x, np.float16))
+    lora.write_header_to_file()
+    lora.write_kv_data_to_file()
+    lora.write_tensors_to_file()
+    lora.close()
+    return places[0], places[1], folder / "lora.gguf"
 
 
 def _tokenizer() -> dict[str, Any]:
