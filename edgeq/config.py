@@ -386,7 +386,9 @@ def _rope_section(text: _Section, top: _Section) -> _Section:
     places = (text,) if text is top else (top, text)
     beside = {key: place.values[key] for place in places for key in _ROPE_BESIDE if place.values.get(key) is not None}
     keys = ((place, key) for key in ("rope_parameters", "rope_scaling") for place in places)
-    sections = [_with_rope_type(place.section(key)) for place, key in keys if place.values.get(key) is not None]
+    sections = [
+        _with_rope_type(_of_attention(place.section(key))) for place, key in keys if place.values.get(key) is not None
+    ]
     if not sections and not beside:
         text.section("rope_parameters")  # says that it is missing
     values = dict(beside)
@@ -399,6 +401,12 @@ def _rope_section(text: _Section, top: _Section) -> _Section:
     for key in values.keys() - _ROPE_KEYS:
         raise ModelError(f"{where}{key} is not known to edgeq, and may change what positions mean", hint=_HINT)
     return _Section(values, where)
+
+
+def _of_attention(section: _Section) -> _Section:
+    """Of parameters by kind of layer, as transformers 5 may have them, those of the layers that rotate."""
+    by_kind = section.values and set(section.values) <= set(get_args(LayerKind))
+    return section.section("full_attention") if by_kind else section
 
 
 def _with_rope_type(section: _Section) -> _Section:

@@ -188,6 +188,19 @@ def test_several_with_scales(base: Path, tmp_path: Path, rng: np.random.Generato
     assert len({merged(base, *x).fingerprint() for x in ([paths[0]], [paths[1]], [f"{paths[0]}:0.5"], paths)}) == 4
 
 
+def test_what_cannot_be_scaled_or_added_up(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    for case in ("dora", "saved"):
+        merged(base, f"{DATA / case}:1")
+        with pytest.raises(UsageError, match="cannot be scaled"):
+            merged(base, f"{DATA / case}:0.5")
+        with pytest.raises(UsageError, match="and not both by adding to it"):
+            merged(base, DATA / case, DATA / case)
+    merged(base, f"{DATA / 'embedding'}:0.5")  # the embedding that PEFT stores beside its product is the base's
+    merged(base, DATA / "dora", peft_folder(tmp_path / "other", {
+        name.replace("up_proj", "gate_proj"): x for name, x in up_proj(rng).items()
+    }))  # fmt: skip
+
+
 # --- mlx-lm ----------------------------------------------------------------------------------------------------------
 
 
@@ -613,7 +626,7 @@ def test_another_base_of_the_same_size(tmp_path: Path, adapter: Path) -> None:
 
 def test_parts_that_the_base_lacks(base: Path, tmp_path: Path) -> None:
     quantize(base, tmp_path / "blind", recipe="none", vision="none")
-    with pytest.warns(UserWarning, match="has no vision: what the adapter changes in it is left out"):
+    with pytest.warns(UserWarning, match="has no vision tower: what the adapter changes in it is left out"):
         ours = merged(tmp_path / "blind", DATA / "vision")
     assert np.array_equal(
         plain(ours, "layers.1.self_attn.v_proj.weight"),

@@ -70,6 +70,11 @@ def no_sections(values: Values) -> None:
     values["text_config"] |= {"rope_scaling": None, "rope_theta": None, "partial_rotary_factor": 0.25}
 
 
+def by_kind_of_layer(values: Values) -> None:
+    text = values["text_config"]
+    text["rope_parameters"] = {"full_attention": text["rope_parameters"], "linear_attention": None}
+
+
 def nulls(values: Values) -> None:
     """What is not set, written out."""
     text = values["text_config"]
@@ -94,7 +99,7 @@ def text_only(values: Values) -> Values:
     return {**values["text_config"], "model_type": "qwen3_5_text", "vision_config": values["vision_config"]}
 
 
-CONFIGS = (of_4, one_level_up, no_sections, nulls, no_layer_types, flat)
+CONFIGS = (of_4, one_level_up, no_sections, by_kind_of_layer, nulls, no_layer_types, flat)
 
 
 @pytest.mark.parametrize("change", CONFIGS, ids=lambda change: change.__name__)

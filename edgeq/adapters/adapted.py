@@ -23,9 +23,9 @@ import numpy as np
 from edgeq.adapters.changes import Adapter, Change, LowRank, Whole
 from edgeq.adapters.reading import Given, read_adapter
 from edgeq.adapters.tensors import FLOATS
-from edgeq.checkpoint.base import Checkpoint, Storage, hub_to_neutral, matrix_rows
+from edgeq.checkpoint.base import PARTS, Checkpoint, Storage, hub_to_neutral, matrix_rows
 from edgeq.config import ModelConfig
-from edgeq.errors import ModelError
+from edgeq.errors import ModelError, UsageError
 from edgeq.formats.bf16 import Array, Float32, round_to, to_float32
 from edgeq.formats.safetensors import DTYPES, dtype_name
 from edgeq.weights import Matrix, Part, Role, TensorSpec, all_tensors
@@ -79,7 +79,7 @@ class AdaptedCheckpoint(Checkpoint):
             left.add(Part.VISION if name.startswith("visual.") else Part.MTP)  # the text is always whole
             del self._changes[name]
         for part in sorted(left, key=lambda part: part.value):
-            warnings.warn(f"{base.path} has no {part.value}: what the adapter changes in it is left out", stacklevel=4)
+            warnings.warn(f"{base.path} has no {PARTS[part]}: what the adapter changes in it is left out", stacklevel=4)
         self._specs = {spec.name: spec for spec in all_tensors(self.config) if spec.name in self._held}
         self.format = f"{base.format} + {', '.join(adapter.kind for adapter in self.adapters)}"
         self._say_what_grows()
@@ -231,7 +231,13 @@ def _joined(adapters: Sequence[Adapter]) -> dict[str, tuple[Change, ...]]:
     changes = dict[str, tuple[Change, ...]]()
     for adapter in adapters:
         for name, each in adapter.changes.items():
-            changes[name] = (*changes.get(name, ()), *each)
+            both = (*changes.get(name, ()), *each)
+            if len(both) > len(each) and not all(isinstance(c, LowRank) and c.lengths is None for c in both):
+                raise UsageError(
+                    f"{adapter.path} and another adapter change {name}, and not both by adding to it",
+                    hint="give one of them, or merge them where they were trained",
+                )
+            changes[name] = both
     return changes
 
 

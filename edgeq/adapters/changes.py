@@ -6,12 +6,14 @@ every row a length that it has learned. Beside them, adapters hold tensors that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from edgeq.errors import UsageError
 from edgeq.formats.bf16 import Array, Float32, round_to, to_float32
 from edgeq.formats.gguf import GGUFFile
 from edgeq.formats.safetensors import SafetensorsFile
@@ -58,6 +60,12 @@ class Whole:
 Change: TypeAlias = LowRank | Whole
 
 
+def _scalable(changes: Sequence[Change]) -> bool:
+    """Whether a tensor's changes are a product that is added, to the base's own tensor or one that comes with it."""
+    last = changes[-1]
+    return isinstance(last, LowRank) and last.lengths is None
+
+
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """An adapter that has been opened and checked, but for what only its base can tell.
@@ -77,7 +85,13 @@ class Adapter:
     scale: float = 1.0
 
     def scaled(self, scale: float) -> Adapter:
-        """The same adapter, as strong as `scale` says."""
+        """The same adapter, as strong as `scale` says; UsageError for one that cannot be weaker or stronger."""
+        fixed = next((name for name, each in self.changes.items() if not _scalable(each)), None)
+        if scale != 1 and fixed is not None:
+            raise UsageError(
+                f"{self.path} cannot be scaled: it has more than a product of low rank for {fixed}",
+                hint="leave out the scale",
+            )
         changes = {
             name: tuple(replace(c, scale=c.scale * scale) if isinstance(c, LowRank) else c for c in each)
             for name, each in self.changes.items()
