@@ -624,6 +624,26 @@ def test_another_base_of_the_same_size(tmp_path: Path, adapter: Path) -> None:
         merged(folder, adapter)
 
 
+def test_a_chat_template_of_its_own(chat_folder: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    a, b = low_rank(rng, 128, 64)
+    stem = "base_model.model.model.language_model.layers.1.mlp.up_proj.lora_"
+    folder = peft_folder(tmp_path / "a", {f"{stem}A.weight": a, f"{stem}B.weight": b})
+    shutil.copy(chat_folder / "chat_template.jinja", folder)  # trainers save the base's with every adapter
+    assert merged(chat_folder, folder).template() is not None
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    ours = merged(chat_folder, folder)
+    with pytest.warns(UserWarning, match=r"a: its chat_template\.jinja is another chat template than the model's"):
+        template = ours.template()
+    assert template is not None
+    assert template.source == (chat_folder / "chat_template.jinja").read_text()
+
+
+def test_more_tokens_than_the_base_has(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    tensors = up_proj(rng) | {"base_model.model.lm_head.weight": np.zeros((260, 64), np.float32)}
+    with pytest.raises(ModelError, match=r"\[260, 64\], expected \[256, 64\]: a row for every token of another"):
+        merged(base, peft_folder(tmp_path / "a", tensors))
+
+
 def test_parts_that_the_base_lacks(base: Path, tmp_path: Path) -> None:
     quantize(base, tmp_path / "blind", recipe="none", vision="none")
     with pytest.warns(UserWarning, match="has no vision tower: what the adapter changes in it is left out"):

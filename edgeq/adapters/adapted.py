@@ -28,6 +28,7 @@ from edgeq.config import ModelConfig
 from edgeq.errors import ModelError, UsageError
 from edgeq.formats.bf16 import Array, Float32, round_to, to_float32
 from edgeq.formats.safetensors import DTYPES, dtype_name
+from edgeq.inputs import is_folder
 from edgeq.weights import Matrix, Part, Role, TensorSpec, all_tensors
 
 if TYPE_CHECKING:
@@ -187,7 +188,19 @@ class AdaptedCheckpoint(Checkpoint):
         return self.base.tokenizer()
 
     def read_templates(self) -> Templates:
-        return self.base.templates
+        from edgeq.text.template_files import DEFAULT, read_templates
+
+        templates = self.base.templates
+        ours = templates.found.get(DEFAULT)
+        for adapter in self.adapters:
+            own = read_templates(adapter.path).found.get(DEFAULT) if is_folder(adapter.path) else None
+            if own is not None and (ours is None or own.source.strip() != ours.source.strip()):
+                warnings.warn(
+                    f"{adapter.path}: its {own.where} is another chat template than the model's, and is not used: for it, add "
+                    "`--chat-template FILE` (chat_template= in Python)",
+                    stacklevel=4,
+                )
+        return templates
 
     def tokenizer_files(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         return self.base.tokenizer_files()
@@ -296,7 +309,9 @@ def _problem(name: str, change: Change, spec: TensorSpec | None, config: ModelCo
         return f"unexpected {name}"
     if isinstance(change, Whole):
         shape = change.values.shape
-        return None if shape == spec.shape else f"{name} is {list(shape)}, expected {list(spec.shape)}"
+        extended = name in (_HEAD, _TABLE) and shape[1:] == spec.shape[1:]
+        why = ": a row for every token of another tokenizer" if extended else ""
+        return None if shape == spec.shape else f"{name} is {list(shape)}, expected {list(spec.shape)}{why}"
     if spec.role not in _LOW_RANK:
         return f"{name} is no matrix that edgeq adapts"
     shape = (len(change.b), change.a.shape[1])
