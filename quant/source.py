@@ -127,6 +127,7 @@ class _AdaptedSource(WeightSource):
 
     def __init__(self, base: WeightSource, checkpoint: AdaptedCheckpoint) -> None:
         self._base, self._checkpoint = base, checkpoint
+        checkpoint.compare_templates()
         self._specs = {spec.name: spec for spec, _ in checkpoint.storage()}
         self._is_mlx = isinstance(checkpoint.base, FolderCheckpoint) and checkpoint.base.layout == "mlx"
         self.path, self.config = base.path, checkpoint.config

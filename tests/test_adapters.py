@@ -636,6 +636,12 @@ def test_a_chat_template_of_its_own(chat_folder: Path, tmp_path: Path, rng: np.r
         template = ours.template()
     assert template is not None
     assert template.source == (chat_folder / "chat_template.jinja").read_text()
+    with pytest.warns(UserWarning, match="is another chat template"):
+        quantize(chat_folder, tmp_path / "out", group_size=32, adapter=folder)
+    chosen = folder / "chat_template.jinja"
+    model = edgeq.load(chat_folder, backend="numpy", adapter=folder, chat_template=chosen)  # and nothing is said
+    assert model.template is not None
+    assert model.template.source == chosen.read_text()
 
 
 def test_more_tokens_than_the_base_has(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:

@@ -32,6 +32,7 @@ from edgeq.inputs import is_folder
 from edgeq.weights import Matrix, Part, Role, TensorSpec, all_tensors
 
 if TYPE_CHECKING:
+    from edgeq.text.template import ChatTemplate
     from edgeq.text.template_files import Templates
     from edgeq.text.tokenizer import Tokenizer
 
@@ -59,7 +60,7 @@ class AdaptedCheckpoint(Checkpoint):
     def __init__(self, base: Checkpoint, given: Sequence[Given]) -> None:
         self.base = base
         self.path, self.recommended, self.eos_token_ids = base.path, base.recommended, base.eos_token_ids
-        self.left_out = base.left_out
+        self.left_out, self._compared = base.left_out, False
         specs = {spec.name: spec for spec in all_tensors(_untied(base.config))}
         self.adapters = [
             _checked(read_adapter(path, base.config.text, list(specs.values())), specs, base).scaled(scale)
@@ -188,19 +189,27 @@ class AdaptedCheckpoint(Checkpoint):
         return self.base.tokenizer()
 
     def read_templates(self) -> Templates:
+        return self.base.templates
+
+    def template(self, tokenizer: Tokenizer | None = None, *, tools: bool = False) -> ChatTemplate | None:
+        self.compare_templates()
+        return super().template(tokenizer, tools=tools)
+
+    def compare_templates(self) -> None:
+        """A warning, once, where an adapter was saved with another chat template, and nobody has chosen one."""
         from edgeq.text.template_files import DEFAULT, read_templates
 
-        templates = self.base.templates
-        ours = templates.found.get(DEFAULT)
-        for adapter in self.adapters:
-            own = read_templates(adapter.path).found.get(DEFAULT) if is_folder(adapter.path) else None
+        ours = self.templates.found.get(DEFAULT)
+        folders = [] if self._compared or self.templates.asked_for else [a.path for a in self.adapters]
+        self._compared = True
+        for folder in filter(is_folder, folders):
+            own = read_templates(folder).found.get(DEFAULT)
             if own is not None and (ours is None or own.source.strip() != ours.source.strip()):
                 warnings.warn(
-                    f"{adapter.path}: its {own.where} is another chat template than the model's, and is not used: for it, add "
-                    "`--chat-template FILE` (chat_template= in Python)",
+                    f"{folder}: its {own.where} is another chat template than the model's, and is not used: for it, "
+                    "add `--chat-template FILE` (chat_template= in Python)",
                     stacklevel=4,
                 )
-        return templates
 
     def tokenizer_files(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         return self.base.tokenizer_files()
