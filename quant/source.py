@@ -20,7 +20,7 @@ from edgeq.config import ModelConfig, read_json
 from edgeq.errors import ModelError, UsageError
 from edgeq.formats.affine import GROUP_SIZES
 from edgeq.formats.bf16 import Array, Float32, from_float32, round_to, to_float32
-from edgeq.formats.names import hub_name, is_usual
+from edgeq.formats.names import hub_name, is_usual, neutral_name
 from edgeq.formats.packed import Grouped, Packed
 from edgeq.formats.safetensors import DTYPES, dtype_name
 from edgeq.inputs import exists, open_file
@@ -193,7 +193,7 @@ class _FolderSource(WeightSource):
 
     def _name(self, name: str, file_name: str) -> str:
         """A tensor's name in the result: the source's, unless it is wrapped in what no other tool knows."""
-        if is_usual(file_name):
+        if is_usual(file_name) and neutral_name(file_name) == name:
             return file_name
         alone = self.config.vision is None and "text_config" not in self.config_values()
         return hub_name(name).replace("model.language_model.", "model.") if alone else hub_name(name)

@@ -180,6 +180,20 @@ def test_names(folder: Path, tmp_path: Path, expected: Float32, case: str) -> No
     assert np.array_equal(edgeq.load(tmp_path / "out", backend="numpy").logits(IDS), expected)
 
 
+def test_a_tied_head_that_was_kept_in_the_place_of_the_embedding(
+    folder: Path, tmp_path: Path, expected: Float32
+) -> None:
+    """safetensors.torch.save_model drops all names of a shared tensor but the first of the alphabet."""
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t.pop("model.language_model.embed_tokens.weight")}))
+    model = edgeq.load(folder, backend="numpy")
+    assert model.config.text.tie_word_embeddings
+    assert np.array_equal(model.logits(IDS), expected)
+    quantize(folder, tmp_path / "out", recipe="none")
+    names = SafetensorsFile(tmp_path / "out" / "model.safetensors").tensors
+    assert "model.language_model.embed_tokens.weight" in names
+    assert "lm_head.weight" not in names
+
+
 UNKNOWN: dict[str, Callable[[str], str]] = {
     "another framework's": lambda name: name.replace("model.language_model.layers.", "transformer.h."),
     "renamed": lambda name: name.replace("mlp.up_proj", "feed_forward.w3"),

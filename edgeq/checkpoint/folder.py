@@ -276,7 +276,8 @@ class FolderCheckpoint(Checkpoint):
         that ties it to the embedding, and tools drop the line that counts MTP layers."""
         found = {neutral_name(weight_name(name)) for name in self._where}
         text = self.config.text
-        if text.tie_word_embeddings and "lm_head.weight" in found and not self._same("lm_head", "embed_tokens"):
+        both = found >= {"lm_head.weight", "embed_tokens.weight"}
+        if text.tie_word_embeddings and both and not self._same("lm_head", "embed_tokens"):
             warnings.warn(
                 f"{self.path}: its lm_head is not its embedding, although config.json ties them: the lm_head is used",
                 stacklevel=2,
@@ -325,6 +326,10 @@ class FolderCheckpoint(Checkpoint):
                 problems_of[part_of(file_name)].append(f"{file_name} and {found[name]} are the same tensor")
             elif name is not None:
                 found[name] = file_name
+        if self.config.text.tie_word_embeddings and "lm_head.weight" in found:
+            found.setdefault(
+                "embed_tokens.weight", found["lm_head.weight"]
+            )  # save_model keeps one of them
         tensors, absent = {}, []
         for spec in all_tensors(self.config):
             if spec.name in found:
