@@ -660,6 +660,18 @@ def test_parts_that_the_base_lacks(base: Path, tmp_path: Path) -> None:
     )
 
 
+def test_beside_a_model(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Some trainers save the adapter into the folder of the whole model."""
+    folder = tmp_path / "both"
+    shutil.copytree(base, folder)
+    for file in adapter.iterdir():
+        shutil.copy(file, folder)
+    with pytest.warns(UserWarning, match="holds an adapter beside the model"):
+        assert np.array_equal(plain(open_checkpoint(folder), UP), plain(open_checkpoint(base), UP))
+    with pytest.warns(UserWarning, match="holds an adapter beside the model"):
+        assert np.array_equal(plain(merged(folder, folder), UP), plain(merged(base, adapter), UP))
+
+
 def test_nothing_given_changes_nothing(base: Path) -> None:
     checkpoint = open_checkpoint(base)
     assert adapted(checkpoint, given_adapters(None)) is checkpoint

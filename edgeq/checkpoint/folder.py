@@ -82,6 +82,12 @@ class FolderCheckpoint(Checkpoint):
         self.config = replace(self._parsed(values), read_processor=self.processor)
         self.files = self._opened(_weight_files(path))
         self._where = _by_tensor(self.files)
+        if exists(path / "adapter_config.json") and any(path.glob("adapter*.safetensors")):
+            warnings.warn(
+                f"{path} holds an adapter beside the model, which is used if it is given: `--adapter {path}` "
+                "(adapter= in Python)",
+                stacklevel=3,
+            )
         self._packing = Packing(path, values, {name: self._info(name) for name in self._where}, self._array)
         if kind := self._packing.what_it_is():
             raise self._packing.refuse(kind)
@@ -327,9 +333,7 @@ class FolderCheckpoint(Checkpoint):
             elif name is not None:
                 found[name] = file_name
         if self.config.text.tie_word_embeddings and "lm_head.weight" in found:
-            found.setdefault(
-                "embed_tokens.weight", found["lm_head.weight"]
-            )  # save_model keeps one of them
+            found.setdefault("embed_tokens.weight", found["lm_head.weight"])  # save_model keeps one of them
         tensors, absent = {}, []
         for spec in all_tensors(self.config):
             if spec.name in found:
@@ -384,8 +388,8 @@ class FolderCheckpoint(Checkpoint):
         unexpected = [n for n in self._where if n not in known and not (neutral_name(n) or n).startswith(spare)]
         buffers = [name for name in unexpected if name.endswith(_BUFFERS)]
         if buffers:
-            more = f" and {len(buffers) - 1} more" if len(buffers) > 1 else ""
-            warnings.warn(f"{self.path}: {buffers[0]}{more} are no weights, and are not used", stacklevel=4)
+            more = f" (and {len(buffers) - 1} more)" if len(buffers) > 1 else ""
+            warnings.warn(f"{self.path}: {buffers[0]}{more} is no weight, and is not used", stacklevel=4)
         return [name for name in unexpected if name not in buffers]
 
     def _check_tensor(self, spec: TensorSpec, file_name: str, problems: list[str]) -> _Tensor:
@@ -551,12 +555,12 @@ def _weight_files(path: Path) -> dict[Path, set[Part]]:
         return {file: set(Part) for file in files}
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise ModelError(f"{index}: weight_map is not an object of file names")
+        raise ModelError(f"{index}: weight_map is not an object of file names", hint="download the index again")
     names = sorted(set(weight_map.values()))
     for name in names:
         place = Path(name)
         if place.is_absolute() or ".." in place.parts or not place.parts:
-            raise ModelError(f"{index} names {name!r}, which is outside of the folder")
+            raise ModelError(f"{index} names {name!r}, which is outside of the folder", hint="download the index again")
     parts: dict[str, set[Part]] = {name: set() for name in names}
     for tensor, name in weight_map.items():
         parts[name].add(part_of(tensor))
