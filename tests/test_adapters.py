@@ -345,7 +345,7 @@ def test_on_a_quantized_base(base: Path, quantized: Path, adapter: Path, tmp_pat
     w = before.rows(UP, slice(None)) + 2 * tensors[1] @ tensors[0]
     export_gguf(open_checkpoint(base), tmp_path / "q8.gguf", "q8_0")
     for folder in (quantized, tmp_path / "q8.gguf"):
-        with pytest.warns(UserWarning, match=r"is quantized: the 1 matrices .* 16 bits"):
+        with pytest.warns(UserWarning, match=r"is quantized: matrices .* \(1\) are held in 16 bits"):
             model = edgeq.load(folder, backend="numpy", adapter=adapter)
         assert isinstance(model.checkpoint.matrix("layers.0.mlp.up_proj.weight"), QMatrix)
         ours = to_float32(plain(model.checkpoint, UP))

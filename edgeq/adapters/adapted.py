@@ -178,7 +178,7 @@ class AdaptedCheckpoint(Checkpoint):
         before = sum(self._held[name].nbytes for name in grown)
         after = sum(self._specs[name].size * self._dtype(name).itemsize for name in grown)
         warnings.warn(
-            f"{self.path} is quantized: the {len(grown)} matrices that the adapter changes are held in 16 bits, "
+            f"{self.path} is quantized: matrices that the adapter changes ({len(grown)}) are held in 16 bits, "
             f"{after / 1e6:,.0f} MB instead of {before / 1e6:,.0f} (smaller: quantize the original with the adapter)",
             stacklevel=5,
         )

@@ -48,9 +48,9 @@ def _low_rank(
 ) -> tuple[dict[str, tuple[Change, ...]], dict[str, str]]:
     parameters = values.get("lora_parameters")
     if not isinstance(parameters, dict):
-        raise ModelError(f"{config}: lora_parameters is {brief(parameters)}, expected an object")
-    rank = whole_number(parameters.get("rank"), f"{config}: lora_parameters.rank", 1, 1 << 16)
-    scale = number(parameters.get("scale"), f"{config}: lora_parameters.scale", -1e6, 1e6)
+        raise ModelError(f"{config}: lora_parameters is {brief(parameters)}, expected an object", hint=_FUSE)
+    rank = whole_number(parameters.get("rank"), f"{config}: lora_parameters.rank", 1, 1 << 16, hint=_FUSE)
+    scale = number(parameters.get("scale"), f"{config}: lora_parameters.scale", -1e6, 1e6, hint=_FUSE)
     alpha = parameters.get("alpha")
     if alpha is not None and alpha != rank:  # versions before 0.20 multiplied by alpha / rank, later ones do not
         raise ModelError(

@@ -22,6 +22,7 @@ from edgeq.printable import brief
 __all__ = ["read_peft"]
 
 _MERGE = "merge it into its base with PEFT's merge_and_unload, and give the merged folder"
+_AGAIN = "save the adapter again with PEFT, or download it again"
 _PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT")
 # Keys that say how it was trained, or how to find the modules, which the tensors' names say too.
 _NO_ARITHMETIC = {
@@ -147,19 +148,19 @@ class _Reader:
     def _flag(self, key: str) -> bool:
         value = self.values.get(key)
         if value not in (None, True, False):
-            raise ModelError(f"{self.config}: {key} is {brief(value)}, expected true or false")
+            raise ModelError(f"{self.config}: {key} is {brief(value)}, expected true or false", hint=_AGAIN)
         return bool(value)
 
     def _rank(self, value: object, key: str) -> int:
-        return whole_number(value, f"{self.config}: {key}", 1, 1 << 16)
+        return whole_number(value, f"{self.config}: {key}", 1, 1 << 16, hint=_AGAIN)
 
     def _alpha(self, value: object, key: str) -> float:
-        return number(value, f"{self.config}: {key}", -1e6, 1e6)
+        return number(value, f"{self.config}: {key}", -1e6, 1e6, hint=_AGAIN)
 
     def _patterns(self, key: str) -> dict[str, Any]:
         patterns = self.values.get(key) or {}
         if not isinstance(patterns, dict):
-            raise ModelError(f"{self.config}: {key} is {brief(patterns)}, expected an object")
+            raise ModelError(f"{self.config}: {key} is {brief(patterns)}, expected an object", hint=_AGAIN)
         for pattern in patterns:
             repeating = pattern.count("*") + pattern.count("+")
             if len(pattern) > _LONGEST or repeating > _REPEATING or not _HARMLESS.fullmatch(pattern):

@@ -57,7 +57,10 @@ def _given(text: str) -> Given:
     except ValueError:
         return Given(find_adapter(text), 1.0)
     if not (isfinite(scale) and abs(scale) <= _LARGEST):
-        raise UsageError(f"an adapter's scale is a number from -{_LARGEST:g} to {_LARGEST:g}, got {brief(number)}")
+        raise UsageError(
+            f"an adapter's scale is a number from -{_LARGEST:g} to {_LARGEST:g}, got {brief(number)}",
+            hint="give the adapter alone for its own scale, or for example PATH:0.5",
+        )
     return Given(find_adapter(name), scale)
 
 

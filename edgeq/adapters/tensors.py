@@ -26,7 +26,10 @@ def checked(file: SafetensorsFile, name: str, types: tuple[str, ...]) -> Array:
     """A tensor; ModelError if it is of another type, or not made of numbers."""
     info = file.tensors[name]
     if info.dtype not in types:
-        raise ModelError(f"{file.path}: {name} is {info.dtype}, expected {', '.join(types)}")
+        raise ModelError(
+            f"{file.path}: {name} is {info.dtype}, expected {', '.join(types)}",
+            hint="save the adapter again, in floats",
+        )
     x = file.array(name)
     if not all_finite(np.atleast_1d(x)):
         raise ModelError(f"{file.path}: {name} holds NaN or infinity", hint="download or save the adapter again")
@@ -44,5 +47,8 @@ def low_rank(
             hint="download or save the adapter again",
         )
     if lengths is not None and lengths.shape != b.shape[:1]:
-        raise ModelError(f"{file.path}: {name}: {list(lengths.shape)} lengths of rows, expected {[len(b)]}")
+        raise ModelError(
+            f"{file.path}: {name}: {list(lengths.shape)} lengths of rows, expected {[len(b)]}",
+            hint="take both files from one adapter",
+        )
     return LowRank(a, b, scale, lengths, as_stored)
