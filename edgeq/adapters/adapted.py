@@ -26,7 +26,7 @@ from edgeq.adapters.tensors import FLOATS
 from edgeq.checkpoint.base import PARTS, Checkpoint, Storage, hub_to_neutral, matrix_rows
 from edgeq.config import ModelConfig
 from edgeq.errors import ModelError, UsageError
-from edgeq.formats.bf16 import Array, Float32, round_to, to_float32
+from edgeq.formats.bf16 import Array, Float32, all_finite, round_to, to_float32
 from edgeq.formats.safetensors import DTYPES, dtype_name
 from edgeq.inputs import is_folder
 from edgeq.weights import Matrix, Part, Role, TensorSpec, all_tensors
@@ -131,7 +131,7 @@ class AdaptedCheckpoint(Checkpoint):
             for change in self._changes[name]:
                 w = change.applied(w, rows, dtype)
             merged = round_to(w, dtype)
-        if not np.isfinite(to_float32(merged)).all():
+        if not all_finite(merged):
             raise ModelError(
                 f"{self.path}: {name} is no longer finite with {self._changing(name).path}",
                 hint="download or save the adapter again, or use a smaller scale",

@@ -37,10 +37,14 @@ class LowRank:
 
     def applied(self, w: Float32, rows: slice | Array, dtype: np.dtype[Any]) -> Float32:
         """Some rows of the matrix, changed: `w` float32 [rows, in], stored as `dtype`."""
-        delta = np.float32(self.scale) * (to_float32(self.b[rows]) @ to_float32(self.a))
-        w = w + (to_float32(round_to(delta, dtype)) if self.as_stored else delta)
+        changed = to_float32(self.b[rows]) @ to_float32(self.a)
+        changed *= np.float32(self.scale)
+        if self.as_stored:
+            changed = np.array(to_float32(round_to(changed, dtype)))
+        changed += w
         if self.lengths is None:
-            return w
+            return np.asarray(changed)
+        w = changed
         norms = np.sqrt(np.einsum("ij,ij->i", w, w))
         return np.asarray(w * (to_float32(self.lengths[rows]) / norms)[:, None])
 
