@@ -40,7 +40,7 @@ _COPIED = (  # what belongs to a model besides weights and config.json
     "LICENSE*",
     "NOTICE*",
 )
-_COARSE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+_FINE = ("F32", "F16", "BF16", "Q8_0")
 
 
 class Stored(NamedTuple):
@@ -244,7 +244,7 @@ class _GGUFSource(WeightSource):
         self.tensors = [(t.spec, hub_name(t.spec.name)) for t in checkpoint.tensors.values()]
         types = {spec.name: storage.type for spec, storage in checkpoint.storage()}
         self.scale_type = "F16" if types["embed_tokens.weight"] == "F16" else "BF16"
-        self.warnings = coarse_warning(self.path, {kind for kind in types.values() if kind in _COARSE})
+        self.warnings = coarse_warning(self.path, {kind for kind in types.values() if kind not in _FINE})
         self._vector = cache(self._hub_vector)
 
     def stored(self, name: str) -> Stored:

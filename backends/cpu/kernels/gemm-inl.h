@@ -1,6 +1,7 @@
 // Products with many tokens: tiles of the matrix are unpacked and meet blocks of tokens.
 #pragma once
 
+#include "kernels/numbers.h"
 #include "kernels/scales-inl.h"
 
 namespace edgeq {
@@ -18,8 +19,8 @@ struct Tile {
     alignas(64) float biases[tile_depth / 16][tile_rows];
 };
 
-// Natural codes [c, c + n) of a row; n is a multiple of 32, the output has room for whole vectors.
-template <int bits, bool iq4 = false>
+// Natural codes [c, c + n) of a row; n is a multiple of 16, the output has room for whole vectors.
+template <int bits, Mode mode = Mode::affine>
 void unpack_row(const uint8_t* src, int n, uint8_t* out) {
     constexpr int codes = 4 * lanes, nbytes = codes * bits / 8;
     for (int i = 0; i < n; i += codes, src += nbytes) {
@@ -27,15 +28,18 @@ void unpack_row(const uint8_t* src, int n, uint8_t* out) {
         const bool whole = n - i >= codes;
         if (!whole) memcpy(rest, src, (n - i) * bits / 8);
         B v = unpack<bits>(whole ? src : rest);
-        b_store(out + i, iq4 ? look_up(v) : v);
+        if constexpr (mode != Mode::affine) v = look_up<mode>(v);
+        b_store(out + i, v);
     }
 }
 
 void unpack_any(const Matrix& w, const uint8_t* src, int n, uint8_t* out) {
+    if (w.mode == Mode::iq4) return unpack_row<4, Mode::iq4>(src, n, out);
+    if (w.mode == Mode::fp4) return unpack_row<4, Mode::fp4>(src, n, out);
     switch (w.bits) {
         case 2: return unpack_row<2>(src, n, out);
         case 3: return unpack_row<3>(src, n, out);
-        case 4: return w.iq4 ? unpack_row<4, true>(src, n, out) : unpack_row<4>(src, n, out);
+        case 4: return unpack_row<4>(src, n, out);
         case 5: return unpack_row<5>(src, n, out);
         case 6: return unpack_row<6>(src, n, out);
         case 8: return unpack_row<8>(src, n, out);
@@ -119,10 +123,17 @@ void multiply_tokens(const Tile& tile, const Activations& a, int group, int64_t 
     for (; t < t1; t++) multiply<1, bits>(tile, a, group, c, n, t, first, rows, y + t * stride, stride);
 }
 
-// The tile of a plain matrix: [depth][row] as float.
+// The tile of a plain or fp8 matrix: [depth][row] as float.
 struct PlainTile {
     alignas(64) float values[plain_tile_depth][tile_rows];
 };
+
+// The first `some` of lanes values from index `at` of the matrix on. (Rows of fp8 are whole vectors.)
+EDGEQ_INLINE F plain_values(const Matrix& w, int64_t at, int some) {
+    if (w.mode != Mode::fp8) return f_widen_some(w.data, w.type, at, some);
+    const F scale = f_set(256 * scale_at(w, at / w.group));  // groups of 32: none straddles two rows
+    return f_mul(f_e4m3(static_cast<const uint8_t*>(w.data) + at), scale);
+}
 
 void unpack_plain(const Matrix& w, int64_t row, int64_t row1, int64_t c, int n, PlainTile& tile) {
     alignas(64) float rows[lanes][plain_tile_depth];
@@ -131,7 +142,7 @@ void unpack_plain(const Matrix& w, int64_t row, int64_t row1, int64_t c, int n, 
             int64_t at = row + v * lanes + r;
             for (int i = 0; i < n; i += lanes) {
                 int some = n - i < lanes ? n - i : lanes;
-                f_store(rows[r] + i, at < row1 ? f_widen_some(w.data, w.type, at * w.in + c + i, some) : f_zero());
+                f_store(rows[r] + i, at < row1 ? plain_values(w, at * w.in + c + i, some) : f_zero());
             }
         }
         for (int i = 0; i < n; i += lanes) {
@@ -180,14 +191,14 @@ void gemm_plain(const Matrix& w, const Activations& a, int64_t row0, int64_t row
 
 void gemm(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, int64_t t0, int64_t t1, float* y,
           int64_t stride) {
-    if (w.bits == 0) return gemm_plain(w, a, row0, row1, t0, t1, y, stride);
+    if (!multiplies_codes(w)) return gemm_plain(w, a, row0, row1, t0, t1, y, stride);
     Tile tile;
     for (int64_t row = row0; row < row1; row += tile_rows) {
         int rows = row1 - row < tile_rows ? int(row1 - row) : tile_rows;
         for (int64_t c = 0; c < w.in; c += tile_depth) {
             int n = w.in - c < tile_depth ? int(w.in - c) : tile_depth;
             unpack_tile(w, row, row1, c, n, tile);
-            const int bits = w.bits == 8 || w.iq4 ? 8 : w.bits == 6 ? 6 : 5;
+            const int bits = w.bits == 8 || w.mode == Mode::iq4 ? 8 : w.bits == 6 ? 6 : 5;
             auto tokens = bits == 8 ? multiply_tokens<8> : bits == 6 ? multiply_tokens<6> : multiply_tokens<5>;
             tokens(tile, a, w.group, c, n, t0, t1, rows, y + row, stride);
         }

@@ -13,17 +13,17 @@ template <int bits>
 constexpr int unit = bits == 4 ? 8 * lanes : 4 * lanes;
 
 // d[t] += codes of one unit at `src` times those of every token at `q`, from code `c`.
-template <int bits, bool iq4, int tokens>
+template <int bits, Mode mode, int tokens>
 EDGEQ_INLINE void dot_unit(const uint8_t* src, const int8_t* q, int64_t stride, int64_t c, I* d) {
     if constexpr (bits == 4) {
         B low, high;
         nibbles(src, &low, &high);
-        if constexpr (iq4) low = look_up(low), high = look_up(high);
+        if constexpr (mode != Mode::affine) low = look_up<mode>(low), high = look_up<mode>(high);
         const int8_t* even = q + (c & -order_block) + (c & (order_block - 1)) / 2;
         for (int t = 0; t < tokens; t++) {
             const Codes a = load_codes(even + t * stride), b = load_codes(even + t * stride + order_block / 2);
-            d[t] = iq4 ? dot8(d[t], low, a) : dot(d[t], low, a);
-            d[t] = iq4 ? dot8(d[t], high, b) : dot(d[t], high, b);
+            d[t] = mode == Mode::iq4 ? dot8(d[t], low, a) : dot(d[t], low, a);
+            d[t] = mode == Mode::iq4 ? dot8(d[t], high, b) : dot(d[t], high, b);
         }
     } else {
         B w = unpack<bits>(src);
@@ -43,7 +43,7 @@ EDGEQ_INLINE int64_t prefetch_distance(int rows, int64_t row_nbytes) {
 
 // A block of rows: they share the loads of the activations, and one's sums do not wait for the other's. Vectors whose
 // lanes add up to the results go to sums[t][r].
-template <int bits, bool iq4, int group, int tokens, int rows>
+template <int bits, Mode mode, int group, int tokens, int rows>
 EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row, F (*sums)[lanes]) {
     constexpr int codes = unit<bits>;
     constexpr int step = group > codes ? group : codes;  // codes for one floating-point multiply-add
@@ -73,10 +73,10 @@ EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row,
             for (int r = 0; r < rows; r++) {
                 I d[tokens];
                 for (int t = 0; t < tokens; t++) d[t] = i_zero();
-                if constexpr (signed_bytes && (bits == 8 || iq4))
+                if constexpr (signed_bytes && (bits == 8 || mode == Mode::iq4))
                     for (int t = 0; t < tokens; t++) d[t] = i_start<step / group>(a.totals + t * a.groups + g0 + g);
                 for (int u = 0; u < step; u += codes)
-                    dot_unit<bits, iq4, tokens>(from + r * distance + u * bits / 8, a.codes, a.stride, c + u, d);
+                    dot_unit<bits, mode, tokens>(from + r * distance + u * bits / 8, a.codes, a.stride, c + u, d);
                 for (int t = 0; t < tokens; t++)
                     acc[r][t] = f_fma(i_float(d[t]), f_spread<step / group>(products[r][t], g), acc[r][t]);
             }
@@ -106,7 +106,7 @@ EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row,
         for (int t = 0; t < tokens; t++) sums[t][r] = f_add(acc[r][t], bias[r][t]);
 }
 
-template <int bits, bool iq4, int group, int tokens>
+template <int bits, Mode mode, int group, int tokens>
 void gemv_rows(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
     constexpr int rows = gemv_block_rows(tokens);
     F sums[tokens][lanes] = {};
@@ -114,8 +114,8 @@ void gemv_rows(const Matrix& w, const Activations& a, int64_t row0, int64_t row1
         const int some = row1 - row < lanes ? int(row1 - row) : lanes;
         int r = 0;
         auto block = [&](int i) { return reinterpret_cast<F(*)[lanes]>(&sums[0][i]); };
-        for (; r + rows <= some; r += rows) gemv_block<bits, iq4, group, tokens, rows>(w, a, row + r, block(r));
-        for (; r < some; r++) gemv_block<bits, iq4, group, tokens, 1>(w, a, row + r, block(r));
+        for (; r + rows <= some; r += rows) gemv_block<bits, mode, group, tokens, rows>(w, a, row + r, block(r));
+        for (; r < some; r++) gemv_block<bits, mode, group, tokens, 1>(w, a, row + r, block(r));
         for (int t = 0; t < tokens; t++) f_store_some(y + t * stride + row, f_sums(sums[t]), some);
     }
 }
@@ -149,19 +149,58 @@ void gemv_plain(const Matrix& w, const Activations& a, int64_t row0, int64_t row
     }
 }
 
-template <int bits, int group, bool iq4 = false, int tokens = gemv_tokens>
+// fp8 with the activations' own values: a sum for every group, then times its scale.
+template <int tokens = gemv_tokens>
+void gemv_fp8(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
+    if constexpr (tokens > 1)
+        if (a.tokens < tokens) return gemv_fp8<tokens - 1>(w, a, row0, row1, y, stride);
+    constexpr int group = 32;
+    const int64_t groups = w.in / group;
+    for (int64_t row = row0; row < row1; row++) {
+        const uint8_t* src = static_cast<const uint8_t*>(w.data) + row * w.in;
+        F acc[tokens];
+        for (int t = 0; t < tokens; t++) acc[t] = f_zero();
+        for (int64_t g0 = 0; g0 < groups; g0 += sixteen) {
+            const int some = groups - g0 < sixteen ? int(groups - g0) : sixteen;
+            alignas(64) float scales[sixteen];
+            numbers(w, w.type, w.scales, nullptr, row * groups + g0, some, scales);
+            multiplied(scales, 256, scales);
+            for (int g = 0; g < some; g++) {
+                const int64_t c = (g0 + g) * group;
+                __builtin_prefetch(src + c + prefetch_nbytes, 0, prefetch_locality);
+                F d[tokens];
+                for (int i = 0; i < group; i += lanes) {
+                    const F v = f_e4m3(src + c + i);
+                    for (int t = 0; t < tokens; t++) {
+                        const F x = f_load(a.values + t * w.in + c + i);
+                        d[t] = i ? f_fma(v, x, d[t]) : f_mul(v, x);
+                    }
+                }
+                const F scale = f_set(scales[g]);
+                for (int t = 0; t < tokens; t++) acc[t] = f_fma(d[t], scale, acc[t]);
+            }
+        }
+        for (int t = 0; t < tokens; t++) y[t * stride + row] = f_sum(acc[t]);
+    }
+}
+
+template <int bits, int group, Mode mode = Mode::affine, int tokens = gemv_tokens>
 void gemv_group(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
     if constexpr (tokens > 1)
-        if (a.tokens < tokens) return gemv_group<bits, group, iq4, tokens - 1>(w, a, row0, row1, y, stride);
-    gemv_rows<bits, iq4, group, tokens>(w, a, row0, row1, y, stride);
+        if (a.tokens < tokens) return gemv_group<bits, group, mode, tokens - 1>(w, a, row0, row1, y, stride);
+    gemv_rows<bits, mode, group, tokens>(w, a, row0, row1, y, stride);
 }
 
 template <int bits>
 void gemv_bits(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
-    if constexpr (bits == 6)
-        if (w.group == 16) return gemv_group<6, 16>(w, a, row0, row1, y, stride);
-    if constexpr (bits == 4)
-        if (w.iq4) return gemv_group<4, 32, true>(w, a, row0, row1, y, stride);
+    if constexpr (bits == 2 || bits == 3 || bits == 6)
+        if (w.group == 16) return gemv_group<bits, 16>(w, a, row0, row1, y, stride);
+    if constexpr (bits == 4) {
+        if (w.mode == Mode::iq4) return gemv_group<4, 32, Mode::iq4>(w, a, row0, row1, y, stride);
+        if (w.mode == Mode::fp4)
+            return w.group == 16 ? gemv_group<4, 16, Mode::fp4>(w, a, row0, row1, y, stride)
+                                 : gemv_group<4, 32, Mode::fp4>(w, a, row0, row1, y, stride);
+    }
     switch (w.group) {
         case 32: return gemv_group<bits, 32>(w, a, row0, row1, y, stride);
         case 64: return gemv_group<bits, 64>(w, a, row0, row1, y, stride);
@@ -171,6 +210,7 @@ void gemv_bits(const Matrix& w, const Activations& a, int64_t row0, int64_t row1
 
 // `a` are the tokens of one pass, at most gemv_tokens.
 void gemv_pass(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
+    if (w.mode == Mode::fp8) return gemv_fp8(w, a, row0, row1, y, stride);
     switch (w.bits) {
         case 2: return gemv_bits<2>(w, a, row0, row1, y, stride);
         case 3: return gemv_bits<3>(w, a, row0, row1, y, stride);
@@ -191,7 +231,7 @@ void gemv(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, int
         Activations pass = a;
         pass.tokens = some;
         pass.values += t * a.in;
-        if (w.bits) {
+        if (multiplies_codes(w)) {
             pass.codes += t * a.stride;
             pass.scales += t * a.groups;
             pass.sums += t * a.groups;

@@ -21,15 +21,24 @@
 
 namespace edgeq {
 
-enum class Type : int { f32, f16, bf16, i8 };
+// Of numbers in memory. u4 and u4_high: the lower and the upper half of a byte; e8m0 and e4m3: 2^(byte - 127), and
+// 8-bit floating point (edgeq/formats/codebooks.py).
+enum class Type : int { f32, f16, bf16, i8, u4, u4_high, e8m0, e4m3 };
+
+// What codes are: numbers, places in a table of integers, or (fp8) E4M3 floating point.
+enum class Mode : int { affine, iq4, fp4, fp8 };
 
 // A matrix [out, in], rows contiguous. bits = 0: values of `type`. Otherwise group-quantized in the MLX affine
 // layout: rows of `bits`-bit codes, one stream, lowest bit first; scales and biases [out, in / group] of `type`.
-// in is a multiple of group (32, 64 or 128, and with 6 bits 16: GGUF's Q6_K).
+// in is a multiple of group (32, 64 or 128, and 16 with 2, 3 or 6 bits and with fp4).
 //
-// What GGUF's types have beyond that (edgeq/formats/ggml.py): without biases, bias = -zero * scale. If `type` is i8,
-// scales and biases are in units of their block's: float16 [out, groups >> block_shift], a block being 4, 8 or 16
-// groups. With iq4 the 4-bit codes are places in iq4_codes, where the codes proper are, of 8 bits; the group is 32.
+// What other formats have beyond that (edgeq/formats/qmatrix.py): without biases, bias = -zero * scale. If `type` is
+// i8 or u4, scales and biases are in units of their block's: float16 [out, groups >> block_shift], a block being 4, 8
+// or 16 groups. u4 is for both: scales and biases are the same bytes, and biases, their upper halves, are subtracted.
+//
+// iq4 and fp4 have 4-bit codes that are places in table_codes<mode>, where the codes proper are, zero that far above
+// what they stand for (those of fp4 twice as large), and groups of 32, or (fp4) 16 or 32. fp8 has groups of 32, and is
+// multiplied in floating point. Scales are of type e8m0 or e4m3 with fp4, of e8m0 with fp8.
 struct Matrix {
     const void* data;
     const void* scales;
@@ -41,11 +50,21 @@ struct Matrix {
     const uint16_t* block_biases = nullptr;
     int block_shift = 0;
     int zero = 0;
-    bool iq4 = false;
+    Mode mode = Mode::affine;
 };
 
-// ggml's table of non-linear 4-bit codes, plus 128.
+// ggml's table of non-linear 4-bit codes, plus 128; and the E2M1 numbers, twice, plus 12.
 constexpr uint8_t iq4_codes[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+constexpr uint8_t fp4_codes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
+template <Mode mode>
+constexpr const uint8_t* table_codes = mode == Mode::iq4 ? iq4_codes : fp4_codes;
+
+// What is above the codes proper of a mode's table: a matrix of it has this zero.
+constexpr int table_zero(Mode mode) { return mode == Mode::iq4 ? 128 : mode == Mode::fp4 ? 12 : 0; }
+
+// Whether its codes meet the activations' codes; else its values meet their values.
+constexpr bool multiplies_codes(const Matrix& w) { return w.bits && w.mode != Mode::fp8; }
 
 // The order of an activation's codes in memory. Natural, or for 4-bit weights: in every block of 128 the 64 even ones,
 // then the 64 odd ones, because a byte's low nibble holds an even code and its high nibble the odd one after it.
@@ -53,8 +72,9 @@ enum class Order : int { natural, even_odd };
 
 constexpr int order_block = 128;
 
-// An input of `tokens` rows. `values` for plain matrices; the rest, quantized for one group size, for the others.
-// Rows of codes are padded with zeros to whole blocks of 128, rows of scales and sums to whole sixteens.
+// An input of `tokens` rows. `values` for matrices that are multiplied in floating point; the rest, quantized for one
+// group size, for the others. Rows of codes are padded with zeros to whole blocks of 128, rows of scales and sums to
+// whole sixteens.
 struct Activations {
     const float* values;    // [tokens, in]
     const int8_t* codes;    // [tokens, stride]

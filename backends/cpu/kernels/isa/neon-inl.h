@@ -45,12 +45,31 @@ void f_store_some(float* p, F v, int n) {
     for (int i = 0; i < n; i++) p[i] = some[i];
 }
 
+// Four bytes, in the lower half.
+int8x8_t load4(const void* p) {
+    uint32_t four;
+    memcpy(&four, p, 4);
+    return vreinterpret_s8_u32(vdup_n_u32(four));
+}
+
+// As float16, whose exponents begin 8 lower, and whose NaN has more bits set.
+F f_e4m3(const uint8_t* p) {
+    const uint16x4_t v = vreinterpret_u16_s16(vshl_n_s16(vget_low_s16(vmovl_s8(load4(p))), 7));
+    const uint16x4_t magnitude = vdup_n_u16(0x3f80), part = vand_u16(v, magnitude);
+    const uint16x4_t nan = vshr_n_u16(vceq_u16(part, magnitude), 1);
+    return vcvt_f32_f16(vreinterpret_f16_u16(vorr_u16(vorr_u16(part, nan), vand_u16(v, vdup_n_u16(0x8000)))));
+}
+
 F f_widen(const void* p, Type type, int64_t i) {
     if (type == Type::f32) return vld1q_f32(static_cast<const float*>(p) + i);
-    if (type == Type::i8) {
-        int8_t four[8] = {};
-        memcpy(four, static_cast<const int8_t*>(p) + i, 4);
-        return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vld1_s8(four)))));
+    const uint8_t* bytes = static_cast<const uint8_t*>(p) + i;
+    if (type == Type::i8) return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(load4(bytes)))));
+    if (type == Type::e4m3) return vmulq_n_f32(f_e4m3(bytes), 256);
+    if (type != Type::f16 && type != Type::bf16) {
+        uint32x4_t v = vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_s8(load4(bytes)))));
+        if (type == Type::e8m0)  // 2^-127 is half of the smallest normal number
+            return vreinterpretq_f32_u32(vmaxq_u32(vshlq_n_u32(v, 23), vdupq_n_u32(1 << 22)));
+        return vcvtq_f32_u32(type == Type::u4 ? vandq_u32(v, vdupq_n_u32(15)) : vshrq_n_u32(v, 4));
     }
     uint16x4_t v = vld1_u16(static_cast<const uint16_t*>(p) + i);
     if (type == Type::f16) return vcvt_f32_f16(vreinterpret_f16_u16(v));
@@ -60,7 +79,7 @@ F f_widen(const void* p, Type type, int64_t i) {
 F f_widen_some(const void* p, Type type, int64_t i, int n) {
     if (n >= lanes) return f_widen(p, type, i);
     if (n <= 0) return f_zero();
-    const int size = type == Type::f32 ? 4 : type == Type::i8 ? 1 : 2;
+    const int size = type == Type::f32 ? 4 : type == Type::f16 || type == Type::bf16 ? 2 : 1;
     uint32_t some[lanes] = {};
     memcpy(some, static_cast<const char*>(p) + i * size, n * size);
     return f_widen(some, type, 0);
@@ -144,15 +163,17 @@ void nibbles(const uint8_t* p, B* low, B* high) {
     *high = vreinterpretq_s8_u8(vshrq_n_u8(v, 4));
 }
 
+template <Mode mode>
 B look_up(B v) {
-    int8x16_t table = vreinterpretq_s8_u8(vld1q_u8(iq4_codes));
-    if (signed_bytes) table = veorq_s8(table, vdupq_n_s8(-128));
+    int8x16_t table = vreinterpretq_s8_u8(vld1q_u8(table_codes<mode>));
+    if (signed_bytes && mode == Mode::iq4) table = veorq_s8(table, vdupq_n_s8(-128));
     return vqtbl1q_s8(table, vreinterpretq_u8_s8(v));
 }
 
 template <int n>
 F f_spread(const float* p, int g) {
-    static_assert(n == 1);
+    static_assert(n == 1 || n == 2);
+    if constexpr (n == 2) return vcombine_f32(vdup_n_f32(p[g]), vdup_n_f32(p[g + 1]));
     return vdupq_n_f32(p[g]);
 }
 
