@@ -46,12 +46,18 @@ void unpack_any(const Matrix& w, const uint8_t* src, int n, uint8_t* out) {
     }
 }
 
+void any_scales_and_biases(const Matrix& w, int64_t at, int n, float* scales, float* biases) {
+    if (w.mode != Mode::fp4) return scales_and_biases_of<2, Mode::affine, 16>(w, at, n, scales, biases);
+    w.group == 16 ? scales_and_biases_of<4, Mode::fp4, 16>(w, at, n, scales, biases)
+                  : scales_and_biases_of<4, Mode::fp4, 32>(w, at, n, scales, biases);
+}
+
 // Scales and biases of n groups from `at` on, counted through all rows, into column `r` of the tile.
 void unpack_scales(const Matrix& w, int64_t at, int n, int r, Tile& tile) {
     for (int i = 0; i < n; i += sixteen) {
         const int some = n - i < sixteen ? n - i : sixteen;
         alignas(64) float scales[sixteen], biases[sixteen];
-        scales_and_biases(w, at + i, some, scales, biases);
+        any_scales_and_biases(w, at + i, some, scales, biases);
         for (int j = 0; j < some; j++) {
             tile.scales[i + j][r] = scales[j];
             tile.biases[i + j][r] = biases[j];
@@ -128,11 +134,18 @@ struct PlainTile {
     alignas(64) float values[plain_tile_depth][tile_rows];
 };
 
-// The first `some` of lanes values from index `at` of the matrix on. (Rows of fp8 are whole vectors.)
-EDGEQ_INLINE F plain_values(const Matrix& w, int64_t at, int some) {
-    if (w.mode != Mode::fp8) return f_widen_some(w.data, w.type, at, some);
-    const F scale = f_set(256 * scale_at(w, at / w.group));  // groups of 32: none straddles two rows
-    return f_mul(f_e4m3(static_cast<const uint8_t*>(w.data) + at), scale);
+// Values [c, c + n) of a row, whole groups of fp8.
+void unpack_fp8(const Matrix& w, int64_t row, int64_t c, int n, float* out) {
+    for (int i = 0; i < n; i += 32) {
+        const int64_t at = row * w.in + c + i;
+        const F scale = f_set(256 * scale_at(w, at / 32));
+        for (int j = 0; j < 32; j += 2 * lanes) {
+            F v[2];
+            f_e4m3(static_cast<const uint8_t*>(w.data) + at + j, v);
+            f_store(out + i + j, f_mul(v[0], scale));
+            f_store(out + i + j + lanes, f_mul(v[1], scale));
+        }
+    }
 }
 
 void unpack_plain(const Matrix& w, int64_t row, int64_t row1, int64_t c, int n, PlainTile& tile) {
@@ -140,9 +153,13 @@ void unpack_plain(const Matrix& w, int64_t row, int64_t row1, int64_t c, int n, 
     for (int v = 0; v < row_vectors; v++) {
         for (int r = 0; r < lanes; r++) {
             int64_t at = row + v * lanes + r;
+            if (w.mode == Mode::fp8 && at < row1) {
+                unpack_fp8(w, at, c, n, rows[r]);
+                continue;
+            }
             for (int i = 0; i < n; i += lanes) {
                 int some = n - i < lanes ? n - i : lanes;
-                f_store(rows[r] + i, at < row1 ? plain_values(w, at * w.in + c + i, some) : f_zero());
+                f_store(rows[r] + i, at < row1 ? f_widen_some(w.data, w.type, at * w.in + c + i, some) : f_zero());
             }
         }
         for (int i = 0; i < n; i += lanes) {

@@ -59,7 +59,7 @@ EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row,
         alignas(64) float products[rows][tokens][sixteen];  // scale of the weight times scale of the activation
         for (int r = 0; r < rows; r++) {
             alignas(64) float scales[sixteen], biases[sixteen];
-            scales_and_biases(w, (row + r) * groups + g0, some, scales, biases);
+            scales_and_biases_of<bits, mode, group>(w, (row + r) * groups + g0, some, scales, biases);
             for (int i = 0; i < sixteen; i += lanes) {
                 for (int t = 0; t < tokens; t++) {
                     int64_t at = t * a.groups + g0 + i;
@@ -163,20 +163,21 @@ void gemv_fp8(const Matrix& w, const Activations& a, int64_t row0, int64_t row1,
         for (int64_t g0 = 0; g0 < groups; g0 += sixteen) {
             const int some = groups - g0 < sixteen ? int(groups - g0) : sixteen;
             alignas(64) float scales[sixteen];
-            numbers(w, w.type, w.scales, nullptr, row * groups + g0, some, scales);
-            multiplied(scales, 256, scales);
+            widen_sixteen<Type::e8m0>(w.scales, row * groups + g0, some, scales);
             for (int g = 0; g < some; g++) {
                 const int64_t c = (g0 + g) * group;
                 __builtin_prefetch(src + c + prefetch_nbytes, 0, prefetch_locality);
                 F d[tokens];
-                for (int i = 0; i < group; i += lanes) {
-                    const F v = f_e4m3(src + c + i);
+                for (int i = 0; i < group; i += 2 * lanes) {
+                    F v[2];
+                    f_e4m3(src + c + i, v);
                     for (int t = 0; t < tokens; t++) {
-                        const F x = f_load(a.values + t * w.in + c + i);
-                        d[t] = i ? f_fma(v, x, d[t]) : f_mul(v, x);
+                        const float* x = a.values + t * w.in + c + i;
+                        d[t] = i ? f_fma(v[0], f_load(x), d[t]) : f_mul(v[0], f_load(x));
+                        d[t] = f_fma(v[1], f_load(x + lanes), d[t]);
                     }
                 }
-                const F scale = f_set(scales[g]);
+                const F scale = f_set(256 * scales[g]);
                 for (int t = 0; t < tokens; t++) acc[t] = f_fma(d[t], scale, acc[t]);
             }
         }

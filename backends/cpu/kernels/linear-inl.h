@@ -13,7 +13,7 @@
 //   f_sums(v)                 lane i = f_sum(v[i]), to the bit
 //   f_load_some, f_store_some(p, v, n)  the first n lanes only, the others zero (n may be negative or too large)
 //   f_widen(p, type, i)       lanes values from index i of an array of `type`, as float
-//   f_e4m3(p)                 lanes bytes of type e4m3 as float, divided by 256
+//   f_e4m3(p, v)              2 * lanes bytes of type e4m3 to v[0] and v[1] as float, divided by 256
 //   f_units(p, shift, n)      float16 p[i >> shift] in lane i, for the first n lanes (n positive); shift 2, 3 or 4
 //   f_widen_some(p, type, i, n)  the first n of them, the others zero (n may be negative or too large)
 //   f_store_int8(p, v)        lanes bytes: v rounded to nearest even

@@ -57,18 +57,26 @@ void f_store_some(float* p, F v, int n) { _mm256_maskstore_ps(p, first(n), v); }
 __m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 __m128i load8(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
 
-// As float16, whose exponents begin 8 lower, and whose NaN has more bits set.
-F f_e4m3(const uint8_t* p) {
-    const __m128i v = _mm_slli_epi16(_mm_cvtepi8_epi16(load8(p)), 7), magnitude = _mm_set1_epi16(0x3f80);
-    const __m128i part = _mm_and_si128(v, magnitude), sign = _mm_and_si128(v, _mm_set1_epi16(INT16_MIN));
-    const __m128i nan = _mm_srli_epi16(_mm_cmpeq_epi16(part, magnitude), 1);
-    return _mm256_cvtph_ps(_mm_or_si128(_mm_or_si128(part, sign), nan));
+// E4M3 as float16, whose exponents begin 8 lower, and whose NaN has more bits set.
+__m256i halves_of_e4m3(__m128i bytes) {
+    const __m256i v = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7), magnitude = _mm256_set1_epi16(0x3f80);
+    const __m256i nan = _mm256_srli_epi16(_mm256_cmpeq_epi16(_mm256_and_si256(v, magnitude), magnitude), 1);
+    return _mm256_or_si256(_mm256_and_si256(v, _mm256_set1_epi16(int16_t(0xbfff))), nan);
+}
+
+void f_e4m3(const uint8_t* p, F* v) {
+    const __m256i halves = halves_of_e4m3(load16(p));
+    v[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+    v[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
 }
 
 F f_widen(const void* p, Type type, int64_t i) {
     if (type == Type::f32) return _mm256_loadu_ps(static_cast<const float*>(p) + i);
     const uint8_t* bytes = static_cast<const uint8_t*>(p) + i;
-    if (type == Type::e4m3) return _mm256_mul_ps(f_e4m3(bytes), _mm256_set1_ps(256));
+    if (type == Type::e4m3) {
+        const F v = _mm256_cvtph_ps(_mm256_castsi256_si128(halves_of_e4m3(load8(bytes))));
+        return _mm256_mul_ps(v, _mm256_set1_ps(256));
+    }
     if (type == Type::e8m0) {  // 2^-127 is half of the smallest normal number
         __m256i v = _mm256_slli_epi32(_mm256_cvtepu8_epi32(load8(bytes)), 23);
         return _mm256_castsi256_ps(_mm256_max_epi32(v, _mm256_set1_epi32(1 << 22)));

@@ -53,20 +53,26 @@ F f_load_some(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p)
 // Whole vectors without a mask: a masked store of one takes long on Zen 5 when it meets the one before.
 void f_store_some(float* p, F v, int n) { n >= lanes ? _mm512_storeu_ps(p, v) : _mm512_mask_storeu_ps(p, first(n), v); }
 
-// As float16, whose exponents begin 8 lower, and whose NaN has more bits set. The sign, extended, fills one bit too
-// many.
-inline F f_from_e4m3(__m128i bytes) {
-    const __m256i v =
-        _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7), _mm256_set1_epi16(int16_t(0xbfff)));
-    const __mmask16 nan = _mm_cmpeq_epi8_mask(_mm_and_si128(bytes, _mm_set1_epi8(127)), _mm_set1_epi8(127));
-    return _mm512_cvtph_ps(_mm256_mask_mov_epi16(v, nan, _mm256_set1_epi16(0x7fff)));
+// E4M3 as float16, whose exponents begin 8 lower, and whose NaN has more bits set.
+inline __m512i halves_of_e4m3(__m256i bytes) {
+    const __m512i v =
+        _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 7), _mm512_set1_epi16(int16_t(0xbfff)));
+    const __mmask32 nan = _mm256_cmpeq_epi8_mask(_mm256_and_si256(bytes, _mm256_set1_epi8(127)), _mm256_set1_epi8(127));
+    return _mm512_mask_mov_epi16(v, nan, _mm512_set1_epi16(0x7fff));
 }
 
-inline F f_e4m3(const uint8_t* p) { return f_from_e4m3(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline void f_e4m3(const uint8_t* p, F* v) {
+    const __m512i halves = halves_of_e4m3(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    v[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+    v[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+}
 
 // Of the types of one unsigned byte.
 inline F f_from_bytes(__m128i bytes, Type type) {
-    if (type == Type::e4m3) return _mm512_mul_ps(f_from_e4m3(bytes), _mm512_set1_ps(256));
+    if (type == Type::e4m3) {
+        const __m256i halves = _mm512_castsi512_si256(halves_of_e4m3(_mm256_castsi128_si256(bytes)));
+        return _mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(256));
+    }
     __m512i v = _mm512_cvtepu8_epi32(bytes);
     if (type == Type::e8m0)  // 2^-127 is half of the smallest normal number
         return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_slli_epi32(v, 23), _mm512_set1_epi32(1 << 22)));

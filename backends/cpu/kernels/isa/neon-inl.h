@@ -52,19 +52,27 @@ int8x8_t load4(const void* p) {
     return vreinterpret_s8_u32(vdup_n_u32(four));
 }
 
-// As float16, whose exponents begin 8 lower, and whose NaN has more bits set.
-F f_e4m3(const uint8_t* p) {
-    const uint16x4_t v = vreinterpret_u16_s16(vshl_n_s16(vget_low_s16(vmovl_s8(load4(p))), 7));
-    const uint16x4_t magnitude = vdup_n_u16(0x3f80), part = vand_u16(v, magnitude);
-    const uint16x4_t nan = vshr_n_u16(vceq_u16(part, magnitude), 1);
-    return vcvt_f32_f16(vreinterpret_f16_u16(vorr_u16(vorr_u16(part, nan), vand_u16(v, vdup_n_u16(0x8000)))));
+// E4M3 as float16, whose exponents begin 8 lower, and whose NaN has more bits set.
+uint16x8_t halves_of_e4m3(int8x8_t bytes) {
+    const uint16x8_t v = vreinterpretq_u16_s16(vshll_n_s8(bytes, 7)), magnitude = vdupq_n_u16(0x3f80);
+    const uint16x8_t nan = vshrq_n_u16(vceqq_u16(vandq_u16(v, magnitude), magnitude), 1);
+    return vorrq_u16(vandq_u16(v, vdupq_n_u16(0xbfff)), nan);
+}
+
+void f_e4m3(const uint8_t* p, F* v) {
+    const float16x8_t halves = vreinterpretq_f16_u16(halves_of_e4m3(vld1_s8(reinterpret_cast<const int8_t*>(p))));
+    v[0] = vcvt_f32_f16(vget_low_f16(halves));
+    v[1] = vcvt_high_f32_f16(halves);
 }
 
 F f_widen(const void* p, Type type, int64_t i) {
     if (type == Type::f32) return vld1q_f32(static_cast<const float*>(p) + i);
     const uint8_t* bytes = static_cast<const uint8_t*>(p) + i;
     if (type == Type::i8) return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(load4(bytes)))));
-    if (type == Type::e4m3) return vmulq_n_f32(f_e4m3(bytes), 256);
+    if (type == Type::e4m3) {
+        const float16x8_t halves = vreinterpretq_f16_u16(halves_of_e4m3(load4(bytes)));
+        return vmulq_n_f32(vcvt_f32_f16(vget_low_f16(halves)), 256);
+    }
     if (type != Type::f16 && type != Type::bf16) {
         uint32x4_t v = vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_s8(load4(bytes)))));
         if (type == Type::e8m0)  // 2^-127 is half of the smallest normal number
