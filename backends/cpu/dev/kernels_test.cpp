@@ -245,13 +245,13 @@ void test_quantize(const char* isa) {
     std::mt19937 random(3);
     const int64_t n = 384;
     for (int group : {16, 32, 64, 128})
-        for (Order order : {Order::natural, Order::even_odd})
+        for (Order order : {Order::natural, Order::even_odd, Order::quarters})
             for (int kind = 0; kind < 4; kind++) {
                 auto x = make_input(1, n, false, random);
                 for (auto& v : x) v *= kind == 1 ? 0 : kind == 2 ? 1e-38f : 1;
                 if (kind == 3) x[200] = INFINITY;
                 struct Result {
-                    int8_t codes[n] = {};
+                    int8_t codes[512] = {};  // whole blocks
                     float scales[n / 16] = {}, sums[n / 16] = {};
                     int32_t totals[n / 16] = {};
                 } results[2];
@@ -261,8 +261,8 @@ void test_quantize(const char* isa) {
                     linear_kernels().quantize(x.data(), n, group, order, r.codes, r.scales, r.sums, r.totals);
                     if (kind == 3) {  // what a group with an infinity gives is not defined, except that it shows
                         check(!std::isfinite(r.scales[200 / group]), "infinity must show", isa, "");
-                        int64_t first = 200 / 128 * 128;
-                        std::memset(r.codes + first, 0, 128);
+                        const int64_t block = order == Order::quarters ? quarters_block : even_odd_block;
+                        std::memset(r.codes + 200 / block * block, 0, block);
                         r.scales[200 / group] = r.sums[200 / group] = 0;
                         r.totals[200 / group] = 0;
                     }

@@ -46,10 +46,10 @@ void unpack_any(const Matrix& w, const uint8_t* src, int n, uint8_t* out) {
     }
 }
 
+// Of at most sixteen groups of any matrix.
 void any_scales_and_biases(const Matrix& w, int64_t at, int n, float* scales, float* biases) {
-    if (w.mode != Mode::fp4) return scales_and_biases_of<2, Mode::affine, 16>(w, at, n, scales, biases);
-    w.group == 16 ? scales_and_biases_of<4, Mode::fp4, 16>(w, at, n, scales, biases)
-                  : scales_and_biases_of<4, Mode::fp4, 32>(w, at, n, scales, biases);
+    if (w.mode != Mode::fp4) return scales_and_biases(w, at, n, scales, biases);
+    w.group == 16 ? fp4_scales<Type::e4m3>(w, at, n, scales, biases) : fp4_scales<Type::e8m0>(w, at, n, scales, biases);
 }
 
 // Scales and biases of n groups from `at` on, counted through all rows, into column `r` of the tile.

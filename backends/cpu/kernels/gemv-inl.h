@@ -10,7 +10,9 @@ constexpr int prefetch_nbytes = 4096;
 
 // The codes that gemv takes at a time.
 template <int bits>
-constexpr int unit = bits == 4 ? 8 * lanes : 4 * lanes;
+constexpr int unit = bits == 2   ? 16 * lanes
+                     : bits == 4 ? 8 * lanes
+                                 : 4 * lanes;
 
 // d[t] += codes of one unit at `src` times those of every token at `q`, from code `c`.
 template <int bits, Mode mode, int tokens>
@@ -19,12 +21,19 @@ EDGEQ_INLINE void dot_unit(const uint8_t* src, const int8_t* q, int64_t stride, 
         B low, high;
         nibbles(src, &low, &high);
         if constexpr (mode != Mode::affine) low = look_up<mode>(low), high = look_up<mode>(high);
-        const int8_t* even = q + (c & -order_block) + (c & (order_block - 1)) / 2;
+        const int8_t* even = q + (c & -even_odd_block) + (c & (even_odd_block - 1)) / 2;
         for (int t = 0; t < tokens; t++) {
-            const Codes a = load_codes(even + t * stride), b = load_codes(even + t * stride + order_block / 2);
+            const Codes a = load_codes(even + t * stride), b = load_codes(even + t * stride + even_odd_block / 2);
             d[t] = mode == Mode::iq4 ? dot8(d[t], low, a) : dot(d[t], low, a);
             d[t] = mode == Mode::iq4 ? dot8(d[t], high, b) : dot(d[t], high, b);
         }
+    } else if constexpr (bits == 2) {
+        B w[4];
+        quarters(src, w);
+        const int8_t* first = q + (c & -quarters_block) + (c & (quarters_block - 1)) / 4;
+        for (int t = 0; t < tokens; t++)
+            for (int i = 0; i < 4; i++)
+                d[t] = dot(d[t], w[i], load_codes(first + t * stride + i * (quarters_block / 4)));
     } else {
         B w = unpack<bits>(src);
         for (int t = 0; t < tokens; t++) {
@@ -42,8 +51,8 @@ EDGEQ_INLINE int64_t prefetch_distance(int rows, int64_t row_nbytes) {
 }
 
 // A block of rows: they share the loads of the activations, and one's sums do not wait for the other's. Vectors whose
-// lanes add up to the results go to sums[t][r].
-template <int bits, Mode mode, int group, int tokens, int rows>
+// lanes add up to the results go to sums[t][r]. blocks: see in_blocks.
+template <int bits, Mode mode, int group, bool blocks, int tokens, int rows>
 EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row, F (*sums)[lanes]) {
     constexpr int codes = unit<bits>;
     constexpr int step = group > codes ? group : codes;  // codes for one floating-point multiply-add
@@ -59,7 +68,13 @@ EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row,
         alignas(64) float products[rows][tokens][sixteen];  // scale of the weight times scale of the activation
         for (int r = 0; r < rows; r++) {
             alignas(64) float scales[sixteen], biases[sixteen];
-            scales_and_biases_of<bits, mode, group>(w, (row + r) * groups + g0, some, scales, biases);
+            const int64_t at = (row + r) * groups + g0;
+            if constexpr (mode == Mode::fp4)
+                fp4_scales<group == 16 ? Type::e4m3 : Type::e8m0>(w, at, some, scales, biases);
+            else if constexpr (blocks)
+                scales_of_blocks<bits>(w, at, scales, biases);
+            else
+                scales_and_biases(w, at, some, scales, biases);
             for (int i = 0; i < sixteen; i += lanes) {
                 for (int t = 0; t < tokens; t++) {
                     int64_t at = t * a.groups + g0 + i;
@@ -106,7 +121,7 @@ EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row,
         for (int t = 0; t < tokens; t++) sums[t][r] = f_add(acc[r][t], bias[r][t]);
 }
 
-template <int bits, Mode mode, int group, int tokens>
+template <int bits, Mode mode, int group, bool blocks, int tokens>
 void gemv_rows(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
     constexpr int rows = gemv_block_rows(tokens);
     F sums[tokens][lanes] = {};
@@ -114,8 +129,9 @@ void gemv_rows(const Matrix& w, const Activations& a, int64_t row0, int64_t row1
         const int some = row1 - row < lanes ? int(row1 - row) : lanes;
         int r = 0;
         auto block = [&](int i) { return reinterpret_cast<F(*)[lanes]>(&sums[0][i]); };
-        for (; r + rows <= some; r += rows) gemv_block<bits, mode, group, tokens, rows>(w, a, row + r, block(r));
-        for (; r < some; r++) gemv_block<bits, mode, group, tokens, 1>(w, a, row + r, block(r));
+        for (; r + rows <= some; r += rows)
+            gemv_block<bits, mode, group, blocks, tokens, rows>(w, a, row + r, block(r));
+        for (; r < some; r++) gemv_block<bits, mode, group, blocks, tokens, 1>(w, a, row + r, block(r));
         for (int t = 0; t < tokens; t++) f_store_some(y + t * stride + row, f_sums(sums[t]), some);
     }
 }
@@ -185,17 +201,39 @@ void gemv_fp8(const Matrix& w, const Activations& a, int64_t row0, int64_t row1,
     }
 }
 
-template <int bits, int group, Mode mode = Mode::affine, int tokens = gemv_tokens>
+template <int bits, int group, Mode mode = Mode::affine, bool blocks = false, int tokens = gemv_tokens>
 void gemv_group(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
     if constexpr (tokens > 1)
-        if (a.tokens < tokens) return gemv_group<bits, group, mode, tokens - 1>(w, a, row0, row1, y, stride);
-    gemv_rows<bits, mode, group, tokens>(w, a, row0, row1, y, stride);
+        if (a.tokens < tokens) return gemv_group<bits, group, mode, blocks, tokens - 1>(w, a, row0, row1, y, stride);
+    gemv_rows<bits, mode, group, blocks, tokens>(w, a, row0, row1, y, stride);
+}
+
+// Some of the tokens of an input.
+Activations some_tokens(const Matrix& w, const Activations& a, int64_t t, int64_t count) {
+    Activations some = a;
+    some.tokens = count;
+    some.values += t * a.in;
+    if (multiplies_codes(w)) {
+        some.codes += t * a.stride;
+        some.scales += t * a.groups;
+        some.sums += t * a.groups;
+        some.totals += t * a.groups;
+    }
+    return some;
+}
+
+// Groups of 16. Those that are not in blocks are rare, and get no kernel for several tokens.
+template <int bits>
+void gemv_sixteens(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
+    if (in_blocks(w)) return gemv_group<bits, 16, Mode::affine, true>(w, a, row0, row1, y, stride);
+    for (int64_t t = 0; t < a.tokens; t++)
+        gemv_rows<bits, Mode::affine, 16, false, 1>(w, some_tokens(w, a, t, 1), row0, row1, y + t * stride, stride);
 }
 
 template <int bits>
 void gemv_bits(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
     if constexpr (bits == 2 || bits == 3 || bits == 6)
-        if (w.group == 16) return gemv_group<bits, 16>(w, a, row0, row1, y, stride);
+        if (w.group == 16) return gemv_sixteens<bits>(w, a, row0, row1, y, stride);
     if constexpr (bits == 4) {
         if (w.mode == Mode::iq4) return gemv_group<4, 32, Mode::iq4>(w, a, row0, row1, y, stride);
         if (w.mode == Mode::fp4)
@@ -229,16 +267,7 @@ void gemv(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, int
     int64_t passes = (t1 - t0 + gemv_tokens - 1) / gemv_tokens;
     for (int64_t t = t0, some; t < t1; t += some, passes--) {
         some = (t1 - t + passes - 1) / passes;
-        Activations pass = a;
-        pass.tokens = some;
-        pass.values += t * a.in;
-        if (multiplies_codes(w)) {
-            pass.codes += t * a.stride;
-            pass.scales += t * a.groups;
-            pass.sums += t * a.groups;
-            pass.totals += t * a.groups;
-        }
-        gemv_pass(w, pass, row0, row1, y + t * stride, stride);
+        gemv_pass(w, some_tokens(w, a, t, some), row0, row1, y + t * stride, stride);
     }
 }
 

@@ -66,11 +66,17 @@ constexpr int table_zero(Mode mode) { return mode == Mode::iq4 ? 128 : mode == M
 // Whether its codes meet the activations' codes; else its values meet their values.
 constexpr bool multiplies_codes(const Matrix& w) { return w.bits && w.mode != Mode::fp8; }
 
-// The order of an activation's codes in memory. Natural, or for 4-bit weights: in every block of 128 the 64 even ones,
-// then the 64 odd ones, because a byte's low nibble holds an even code and its high nibble the odd one after it.
-enum class Order : int { natural, even_odd };
+// The order of an activation's codes in memory, so that those of a byte's neighbouring weights lie where shifting the
+// byte brings them. Natural; or for 4-bit weights, in every block of 128, the 64 even ones, then the 64 odd ones; or
+// for 2-bit weights, in every block of 256, those that are 0 modulo 4, then those that are 1 ...
+enum class Order : int { natural, even_odd, quarters };
 
-constexpr int order_block = 128;
+constexpr int even_odd_block = 128, quarters_block = 256;
+
+// The order that gemv takes.
+constexpr Order gemv_order(const Matrix& w) {
+    return w.bits == 4 ? Order::even_odd : w.bits == 2 ? Order::quarters : Order::natural;
+}
 
 // An input of `tokens` rows. `values` for matrices that are multiplied in floating point; the rest, quantized for one
 // group size, for the others. Rows of codes are padded with zeros to whole blocks of 128, rows of scales and sums to
@@ -89,7 +95,7 @@ struct LinearKernels {
     void (*quantize)(const float* x, int64_t n, int group, Order order, int8_t* codes, float* scales, float* sums,
                      int32_t* totals);
     // y[t * stride + row] for rows [row0, row1) and tokens [t0, t1). For few tokens and few rows: reads the rows once
-    // for every four tokens. 4-bit matrices take even_odd activations, all others natural ones.
+    // for every four tokens. Activations are in gemv_order.
     void (*gemv)(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, int64_t t0, int64_t t1, float* y,
                  int64_t stride);
     // The same for many tokens; natural activations.

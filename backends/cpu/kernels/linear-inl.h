@@ -23,6 +23,7 @@
 //   Codes, load_codes(p)      4 * lanes activation codes of one token, as dot and dot8 like to have them
 //   unpack<bits>(p)           4 * lanes codes (minus 128 for 8 bits and signed_bytes); reads no byte beyond theirs
 //   nibbles(p, low, high)     4 * lanes bytes of 4-bit codes: the even ones, the odd ones
+//   quarters(p, v)            4 * lanes bytes of 2-bit codes: v[0] those that are 0 modulo 4, v[1] ... v[3]
 //   look_up<mode>(v)          4-bit codes -> table_codes<mode>[code] (minus 128 for iq4 and signed_bytes)
 //   dot(acc, w, a)            acc + sums of 4 (or, where signed_bytes, any) neighbouring products; codes below 64
 //   dot8(acc, w, a)           the same for 8-bit codes
@@ -32,7 +33,7 @@
 //                             codes of 8 bits, of 6, or (bits = 5) of fewer. dot-rows-inl.h defines it by
 //   Codes16, load_codes16(p)  16 activation codes of one token, as dot_rows likes to have them
 //   dot_rows<bits>(acc, w, a) acc + every lane's own 4 bytes of w[0], ..., w[3] times the 16 of a
-//   f_spread<n>(p, g)         lanes / n times p[g], then p[g + 1], ..., of sixteen aligned p; n up to lanes / 2
+//   f_spread<n>(p, g)         lanes / n times p[g], then p[g + 1], ..., of sixteen aligned p; n up to lanes
 //   transpose(p, n, out)      lanes rows of 4 * lanes bytes, n bytes apart: the first 4 bytes of every row, then the
 //                             next 4 ... (or as many as the set's dot_group takes from a row at a time)
 //   f_transpose(p, n, out)    lanes rows of lanes floats, n floats apart, transposed

@@ -30,7 +30,8 @@ struct Quantized {
 
 void quantize(const float* x, int64_t tokens, int64_t in, int group, Order order, Quantized& result) {
     Activations& a = result.a;
-    a = {x, nullptr, nullptr, nullptr, nullptr, tokens, in, round_up(in, order_block), round_up(in / group, 16)};
+    const int block = order == Order::quarters ? quarters_block : even_odd_block;
+    a = {x, nullptr, nullptr, nullptr, nullptr, tokens, in, round_up(in, block), round_up(in / group, 16)};
     result.group = group;
     result.order = order;
     const int64_t codes = tokens * a.stride, numbers = tokens * a.groups * 4;
@@ -140,7 +141,7 @@ void multiply(const float* x, int64_t tokens, const Matrix* ws, int count, float
     for (int i = 0; i < count; i++) {
         const Matrix& w = ws[i];
         assert(w.in == ws[0].in);
-        Order order = few && w.bits == 4 ? Order::even_odd : Order::natural;
+        Order order = few ? gemv_order(w) : Order::natural;
         Job& job = jobs[i];
         job.w = &w;
         job.a = multiplies_codes(w) ? quantized_for(w, order, x, tokens, used) : &plain;

@@ -191,6 +191,14 @@ void nibbles(const uint8_t* p, B* low, B* high) {
     *high = _mm256_and_si256(_mm256_srli_epi16(v, 4), mask);
 }
 
+void quarters(const uint8_t* p, B* v) {
+    const __m256i codes = b_load(p), mask = _mm256_set1_epi8(3);
+    v[0] = _mm256_and_si256(codes, mask);
+    v[1] = _mm256_and_si256(_mm256_srli_epi16(codes, 2), mask);
+    v[2] = _mm256_and_si256(_mm256_srli_epi16(codes, 4), mask);
+    v[3] = _mm256_and_si256(_mm256_srli_epi16(codes, 6), mask);
+}
+
 template <Mode mode>
 B look_up(B v) {
     __m128i table = load16(table_codes<mode>);
@@ -200,8 +208,9 @@ B look_up(B v) {
 
 template <int n>
 F f_spread(const float* p, int g) {
-    static_assert(n == 1 || n == 2 || n == 4);
+    static_assert(n == 1 || n == 2 || n == 4 || n == 8);
     if constexpr (n == 1) return _mm256_set1_ps(p[g]);
+    if constexpr (n == 8) return _mm256_load_ps(p + g);
     if constexpr (n == 4) {
         const __m256 four = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p + g));
         return _mm256_permutevar_ps(four, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));

@@ -161,6 +161,14 @@ void nibbles(const uint8_t* p, B* low, B* high) {
     *high = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
 }
 
+void quarters(const uint8_t* p, B* v) {
+    const __m512i codes = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(3);
+    v[0] = _mm512_and_si512(codes, mask);
+    v[1] = _mm512_and_si512(_mm512_srli_epi16(codes, 2), mask);
+    v[2] = _mm512_and_si512(_mm512_srli_epi16(codes, 4), mask);
+    v[3] = _mm512_and_si512(_mm512_srli_epi16(codes, 6), mask);
+}
+
 template <Mode mode>
 B look_up(B v) {
     __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table_codes<mode>));
@@ -184,7 +192,8 @@ inline I dot_rows(I acc, const B* w, Codes16 a) {
 // One number from memory costs no shuffle, which GCC would make of it where it has p in a register.
 template <int n>
 inline F f_spread(const float* p, int g) {
-    static_assert(n == 1 || n == 2 || n == 4 || n == 8);
+    static_assert(n == 1 || n == 2 || n == 4 || n == 8 || n == 16);
+    if constexpr (n == 16) return _mm512_load_ps(p);
     if constexpr (n == 1) {
         F v;
         __asm__("vbroadcastss %1, %0" : "=v"(v) : "m"(p[g]));

@@ -171,6 +171,14 @@ void nibbles(const uint8_t* p, B* low, B* high) {
     *high = vreinterpretq_s8_u8(vshrq_n_u8(v, 4));
 }
 
+void quarters(const uint8_t* p, B* v) {
+    const uint8x16_t codes = vld1q_u8(p), mask = vdupq_n_u8(3);
+    v[0] = vreinterpretq_s8_u8(vandq_u8(codes, mask));
+    v[1] = vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(codes, 2), mask));
+    v[2] = vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(codes, 4), mask));
+    v[3] = vreinterpretq_s8_u8(vshrq_n_u8(codes, 6));
+}
+
 template <Mode mode>
 B look_up(B v) {
     int8x16_t table = vreinterpretq_s8_u8(vld1q_u8(table_codes<mode>));
@@ -180,7 +188,8 @@ B look_up(B v) {
 
 template <int n>
 F f_spread(const float* p, int g) {
-    static_assert(n == 1 || n == 2);
+    static_assert(n == 1 || n == 2 || n == 4);
+    if constexpr (n == 4) return vld1q_f32(p + g);
     if constexpr (n == 2) return vcombine_f32(vdup_n_f32(p[g]), vdup_n_f32(p[g + 1]));
     return vdupq_n_f32(p[g]);
 }

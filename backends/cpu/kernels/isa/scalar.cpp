@@ -9,7 +9,9 @@ namespace {
 
 int64_t place(int64_t c, Order order) {
     if (order == Order::natural) return c;
-    return c / order_block * order_block + c % 2 * (order_block / 2) + c % order_block / 2;
+    const int64_t block = order == Order::even_odd ? even_odd_block : quarters_block;
+    const int64_t parts = order == Order::even_odd ? 2 : 4;
+    return c / block * block + c % parts * (block / parts) + c % block / parts;
 }
 
 void quantize(const float* x, int64_t n, int group, Order order, int8_t* codes, float* scales, float* sums,
@@ -74,7 +76,7 @@ void product(const Matrix& w, const Activations& a, Order order, int64_t row0, i
 
 void gemv(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, int64_t t0, int64_t t1, float* y,
           int64_t stride) {
-    product(w, a, w.bits == 4 ? Order::even_odd : Order::natural, row0, row1, t0, t1, y, stride);
+    product(w, a, gemv_order(w), row0, row1, t0, t1, y, stride);
 }
 
 void gemm(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, int64_t t0, int64_t t1, float* y,
