@@ -14,6 +14,8 @@ from edgeq.api import Model
 from edgeq.backends import available
 from edgeq.backends.numpy.ops import matrix_rows
 from edgeq.checkpoint import open_checkpoint
+from edgeq.quant import quantize
+from edgeq.quant.gguf_export import export_gguf
 from edgeq.testing import config_values, nmse, write_checkpoint
 from edgeq.weights import QMatrix
 
@@ -119,3 +121,19 @@ def test_modes_are_mixed_by_module(folder: Path, tmp_path: Path) -> None:
     assert kinds["layers.0.linear_attn.in_proj_a.weight"] == "BF16"
     assert kinds["embed_tokens.weight"] == "8-bit g64"
     assert kinds["layers.0.mlp.down_proj.weight"] == "mxfp4"
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "nvfp4", "mxfp8"])
+def test_such_models_are_sources(folder: Path, tmp_path: Path, mode: str) -> None:
+    """They are dequantized as they are read, which 16 bits hold exactly; of 4 bits it is said that errors add up."""
+    convert(folder, tmp_path / "mlx", None, None, mode=mode)
+    report = quantize(tmp_path / "mlx", tmp_path / "out", bits=8, group_size=32, types=["*.up_proj=bf16"])
+    warning = f"mlx holds {mode}: quantizing again adds to their error; better take an original"
+    assert report.warnings == (() if mode == "mxfp8" else (warning,))
+    export_gguf(open_checkpoint(tmp_path / "mlx"), tmp_path / "model.gguf", "bf16")
+    source, out, gguf = (open_checkpoint(tmp_path / name) for name in ("mlx", "out", "model.gguf"))
+    up, down = "layers.1.mlp.up_proj.weight", "layers.1.mlp.down_proj.weight"
+    for name, other in ((up, out), (up, gguf), (down, gguf)):
+        np.testing.assert_array_equal(other.rows(name, slice(None)), source.rows(name, slice(None)))
+    assert nmse(source.rows(down, slice(None)), out.rows(down, slice(None))) < 1e-4
+    assert {stored.type for spec, stored in out.storage() if spec.name == down} == {"8-bit g32"}

@@ -14,9 +14,18 @@ constexpr int unit = bits == 2   ? 16 * lanes
                      : bits == 4 ? 8 * lanes
                                  : 4 * lanes;
 
+// The product that groups need: where a unit has several, their sums have to be in lanes of their own.
+template <bool wide, bool apart>
+EDGEQ_INLINE I dot_codes(I acc, B w, Codes a) {
+    if constexpr (wide) return dot8(acc, w, a);
+    if constexpr (apart) return dot_apart(acc, w, a);
+    return dot(acc, w, a);
+}
+
 // d[t] += codes of one unit at `src` times those of every token at `q`, from code `c`.
-template <int bits, Mode mode, int tokens>
+template <int bits, Mode mode, int group, int tokens>
 EDGEQ_INLINE void dot_unit(const uint8_t* src, const int8_t* q, int64_t stride, int64_t c, I* d) {
+    constexpr bool wide = bits == 8 || mode == Mode::iq4, apart = group < unit<bits>;
     if constexpr (bits == 4) {
         B low, high;
         nibbles(src, &low, &high);
@@ -24,8 +33,8 @@ EDGEQ_INLINE void dot_unit(const uint8_t* src, const int8_t* q, int64_t stride, 
         const int8_t* even = q + (c & -even_odd_block) + (c & (even_odd_block - 1)) / 2;
         for (int t = 0; t < tokens; t++) {
             const Codes a = load_codes(even + t * stride), b = load_codes(even + t * stride + even_odd_block / 2);
-            d[t] = mode == Mode::iq4 ? dot8(d[t], low, a) : dot(d[t], low, a);
-            d[t] = mode == Mode::iq4 ? dot8(d[t], high, b) : dot(d[t], high, b);
+            d[t] = dot_codes<wide, apart>(d[t], low, a);
+            d[t] = dot_codes<wide, apart>(d[t], high, b);
         }
     } else if constexpr (bits == 2) {
         B w[4];
@@ -33,12 +42,12 @@ EDGEQ_INLINE void dot_unit(const uint8_t* src, const int8_t* q, int64_t stride, 
         const int8_t* first = q + (c & -quarters_block) + (c & (quarters_block - 1)) / 4;
         for (int t = 0; t < tokens; t++)
             for (int i = 0; i < 4; i++)
-                d[t] = dot(d[t], w[i], load_codes(first + t * stride + i * (quarters_block / 4)));
+                d[t] = dot_codes<wide, apart>(d[t], w[i], load_codes(first + t * stride + i * (quarters_block / 4)));
     } else {
         B w = unpack<bits>(src);
         for (int t = 0; t < tokens; t++) {
             const Codes a = load_codes(q + t * stride + c);
-            d[t] = bits == 8 ? dot8(d[t], w, a) : dot(d[t], w, a);
+            d[t] = dot_codes<wide, apart>(d[t], w, a);
         }
     }
 }
@@ -91,7 +100,8 @@ EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row,
                 if constexpr (signed_bytes && (bits == 8 || mode == Mode::iq4))
                     for (int t = 0; t < tokens; t++) d[t] = i_start<step / group>(a.totals + t * a.groups + g0 + g);
                 for (int u = 0; u < step; u += codes)
-                    dot_unit<bits, mode, tokens>(from + r * distance + u * bits / 8, a.codes, a.stride, c + u, d);
+                    dot_unit<bits, mode, group, tokens>(from + r * distance + u * bits / 8, a.codes, a.stride, c + u,
+                                                        d);
                 for (int t = 0; t < tokens; t++)
                     acc[r][t] = f_fma(i_float(d[t]), f_spread<step / group>(products[r][t], g), acc[r][t]);
             }

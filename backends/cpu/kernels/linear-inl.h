@@ -27,6 +27,7 @@
 //   look_up<mode>(v)          4-bit codes -> table_codes<mode>[code] (minus 128 for iq4 and signed_bytes)
 //   dot(acc, w, a)            acc + sums of 4 (or, where signed_bytes, any) neighbouring products; codes below 64
 //   dot8(acc, w, a)           the same for 8-bit codes
+//   dot_apart(acc, w, a)      dot, always of 4 neighbouring products
 //   dot_group<bits, tokens>(codes, distance, q, stride, group, d)  gemm's inner loop: to d[v][t], in lane i, the
 //                             products of a group's codes of row v * lanes + i, in the order that transpose leaves them
 //                             in, row vectors `distance` bytes apart, with those of token t, `stride` bytes apart;

@@ -182,6 +182,7 @@ inline I dot(I acc, B w, Codes a) {
 }
 
 inline I dot8(I acc, B w, Codes a) { return dot(acc, w, a); }
+inline I dot_apart(I acc, B w, Codes a) { return dot(acc, w, a); }
 template <int bits>
 inline I dot_rows(I acc, const B* w, Codes16 a) {
     const auto* fours = reinterpret_cast<const int32_t*>(a);
