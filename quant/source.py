@@ -102,8 +102,8 @@ def open_source(
     chat_template: str | Path | None = None,
 ) -> WeightSource:  # fmt: skip
     """Open what is to be quantized, with adapters, and with another default for its chat template if one is given;
-    UsageError if all that is quantized of it is in MLX's affine groups already, ModelError if a part of it is not fit for
-    use and not among those that the result is not to have."""
+    UsageError if all that is quantized of it is in MLX's affine groups already, ModelError if a part of it is not fit
+    for use and not among those that the result is not to have."""
     checkpoint = open_checkpoint(path)
     checkpoint.check_nothing_lost(dropped)
     if chat_template is not None:
