@@ -15,9 +15,9 @@ from fuzz_targets import Target, targets
 from edgeq.errors import ModelError
 
 NAMES = (
-    "safetensors", "gguf", "gguf-model", "template", "config", "generation_config", "index", "gptq", "compressed",
-    "compressed-config", "quantization", "record", "tokenizer_config", "templates", "tokenizer", "png", "jpeg", "webp",
-    "gif", "bmp", "tiff",
+    "safetensors", "gguf", "gguf-model", "gguf-k", "template", "config", "generation_config", "index", "gptq",
+    "compressed", "compressed-config", "modes", "modes-config", "quantization", "record", "tokenizer_config",
+    "templates", "tokenizer", "png", "jpeg", "webp", "gif", "bmp", "tiff",
 )  # fmt: skip
 
 

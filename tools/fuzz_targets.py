@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import warnings
 from collections.abc import Callable
 from io import BytesIO
@@ -12,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from fuzz_mutators import Mutator, mutate_bytes, mutate_json, mutate_template
-from packed_forms import Form, linear, pack_folder
+from gguf_forms import FORMS, gguf_matrix
+from packed_forms import Form, copy_beside, linear, pack_folder, read_tensors, write_tensors
 from PIL import Image
 
 from edgeq import vision
@@ -54,6 +56,7 @@ TEMPLATE = """{%- if tools %}{{- '<|im_start|>system\\n' }}{%- for tool in tools
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 IMAGES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 IMAGE_MEMORY = 24 << 20  # bytes, half of what an input may add
+K_TYPES = Path(__file__).parent.parent / "tests" / "data" / "gguf" / "Q2_K.gguf.xz"
 SHAPE: dict[str, Any] = {"vocab_size": 320, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
 
 
@@ -64,20 +67,25 @@ def targets(folder: Path) -> list[Target]:
     quantize(model, quantized)
     export_gguf(open_checkpoint(model), gguf, "q8_0")
     gptq, compressed = _make_packed(model, folder)
+    modes, k_types = _make_modes(model, folder / "modes"), folder / "k.gguf"
+    k_types.write_bytes(lzma.decompress(K_TYPES.read_bytes()))
     seed = folder / "seed"
     seed.mkdir()
     tokenizer = Tokenizer.from_folder(model)
     return [
-        Target("safetensors", seed / "x.safetensors", _small_safetensors(), _mutate_header, _read_safetensors, 190),
-        Target("gguf", seed / "x.gguf", _small_gguf(), mutate_bytes, _read_gguf, 210),
+        Target("safetensors", seed / "x.safetensors", _small_safetensors(), _mutate_header, _read_safetensors, 170),
+        Target("gguf", seed / "x.gguf", _small_gguf(), mutate_bytes, _read_gguf, 190),
         Target("gguf-model", gguf, gguf.read_bytes(), _mutate_head(20_000), _read_model, 60),
+        Target("gguf-k", k_types, k_types.read_bytes(), _mutate_head(20_000), _read_rows, 20),
         Target("template", seed / "x.jinja", TEMPLATE.encode(), mutate_template, _render(tokenizer), 40),
-        _json("config", model / "config.json", read_config, 120),
+        _json("config", model / "config.json", read_config, 100),
         _json("generation_config", model / "generation_config.json", _read_model, 30),
         _json("index", model / "model.safetensors.index.json", _read_model, 30),
         Target("gptq", gptq, gptq.read_bytes(), _mutate_header, _read_matrices, 20),
         Target("compressed", compressed, compressed.read_bytes(), _mutate_header, _read_matrices, 20),
         _json("compressed-config", compressed.parent / "config.json", _read_matrices, 20),
+        Target("modes", modes, modes.read_bytes(), _mutate_header, _read_matrices, 20),
+        _json("modes-config", modes.parent / "config.json", _read_matrices, 20),
         _json("quantization", quantized / "config.json", _read_model, 30),
         _json("record", quantized / "edgeq.json", lambda path: _verify(path.parent), 30),
         _json("tokenizer_config", model / "tokenizer_config.json", _read_text, 20),
@@ -144,6 +152,13 @@ def _read_matrices(path: Path) -> None:
             if spec.is_matrix:
                 checkpoint.rows(spec.name, slice(0, 2))
                 checkpoint.matrix(spec.name)
+
+
+def _read_rows(path: Path) -> None:
+    checkpoint = open_checkpoint(path)
+    for spec, _ in checkpoint.storage():
+        if spec.is_matrix:
+            checkpoint.rows(spec.name, slice(0, 2))
 
 
 def _read_text(path: Path) -> None:
@@ -217,6 +232,20 @@ def _make_packed(model: Path, folder: Path) -> tuple[Path, Path]:
     packed = Form("pack", config={"weight_block_size": [48, 32]})
     pack_folder(floats, folder / "compressed", packed, lambda name: linear(name) and ".mlp." not in name)
     return folder / "gptq" / "model.safetensors", folder / "compressed" / "model.safetensors"
+
+
+def _make_modes(model: Path, out: Path) -> Path:
+    """The weights of a checkpoint whose matrices are in MLX's three modes of floating point."""
+    rng, tensors, modes = np.random.default_rng(1), read_tensors(model), ("mxfp4", "nvfp4", "mxfp8")
+    quantization: dict[str, Any] = {"bits": 4, "group_size": 32, "mode": "mxfp4"}
+    for i, name in enumerate(filter(linear, list(tensors))):
+        module, form = name.removesuffix(".weight"), FORMS[modes[i % 3]]
+        w = gguf_matrix(rng, form, *tensors[name][1].shape)
+        tensors |= {name: ("U32", w.codes), f"{module}.scales": ("U8", w.factors[0])}
+        quantization[module] = {"bits": form.bits, "group_size": form.group_size, "mode": form.mode}
+    copy_beside(model, out, quantization=quantization)
+    write_tensors(out / "model.safetensors", tensors)
+    return out / "model.safetensors"
 
 
 def _tokenizer() -> dict[str, Any]:
