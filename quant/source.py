@@ -40,7 +40,7 @@ _COPIED = (  # what belongs to a model besides weights and config.json
     "LICENSE*",
     "NOTICE*",
 )
-_COARSE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+_FINE = ("F32", "F16", "BF16", "Q8_0")
 
 
 class Stored(NamedTuple):
@@ -102,8 +102,8 @@ def open_source(
     chat_template: str | Path | None = None,
 ) -> WeightSource:  # fmt: skip
     """Open what is to be quantized, with adapters, and with another default for its chat template if one is given;
-    UsageError if it has been quantized already, ModelError if a part of it is not fit for use and not among those that
-    the result is not to have."""
+    UsageError if all that is quantized of it is in MLX's affine groups already, ModelError if a part of it is not fit
+    for use and not among those that the result is not to have."""
     checkpoint = open_checkpoint(path)
     checkpoint.check_nothing_lost(dropped)
     if chat_template is not None:
@@ -117,7 +117,8 @@ def _source(checkpoint: Checkpoint, path: Path) -> WeightSource:
     if isinstance(checkpoint, GGUFCheckpoint):
         return _GGUFSource(checkpoint)
     assert isinstance(checkpoint, FolderCheckpoint)
-    if any(t.quantization for t in checkpoint.tensors.values()):
+    modes = {t.quantization.mode for t in checkpoint.tensors.values() if t.quantization}
+    if modes == {"affine"}:
         raise UsageError(f"{path} is quantized already", hint="quantize the original checkpoint instead")
     return _FolderSource(checkpoint)
 
@@ -182,6 +183,8 @@ class _FolderSource(WeightSource):
             (t.spec, self._name(t.spec.name, weight_name(t.file_name))) for t in checkpoint.tensors.values()
         ]
         self.packed = {name: t.packed for name, t in checkpoint.tensors.items() if t.packed is not None}
+        self._for_mlx = {name: t.quantization for name, t in checkpoint.tensors.items() if t.quantization}
+        self.warnings = coarse_warning(self.path, {str(q) for q in self._for_mlx.values() if q.bits <= 6})
         self.scale_type = "F16" if self._float16("embed_tokens.weight") else "BF16"
         self._side_files = sorted({p for pattern in _COPIED for p in self.path.glob(pattern) if p.is_file()})
 
@@ -201,17 +204,20 @@ class _FolderSource(WeightSource):
     def stored(self, name: str) -> Stored:
         if packed := self.packed.get(name):
             return Stored(self.scale_type, packed.shape)
+        if name in self._for_mlx:
+            return Stored(self.scale_type, self._checkpoint.tensors[name].spec.shape)
         raw = self._checkpoint.raw(name)
         return Stored(dtype_name(raw.dtype), raw.shape)
 
     def rows(self, name: str, rows: slice) -> Array:
-        if name in self.packed:
+        if name in self.packed or name in self._for_mlx:
             return self._checkpoint.rows(name, rows)
         raw = self._checkpoint.raw(name)
         return raw.reshape(len(raw), -1)[rows]
 
     def config_values(self) -> dict[str, Any]:
         values = without_quantization(read_json(self.path / "config.json"))
+        values.pop("quantization", None)
         return dict(values_without(values, self._checkpoint.left_out))
 
     def write_side_files(self, folder: Path) -> None:
@@ -245,7 +251,7 @@ class _GGUFSource(WeightSource):
         self.tensors = [(t.spec, hub_name(t.spec.name)) for t in checkpoint.tensors.values()]
         types = {spec.name: storage.type for spec, storage in checkpoint.storage()}
         self.scale_type = "F16" if types["embed_tokens.weight"] == "F16" else "BF16"
-        self.warnings = coarse_warning(self.path, {kind for kind in types.values() if kind in _COARSE})
+        self.warnings = coarse_warning(self.path, {kind for kind in types.values() if kind not in _FINE})
         self._vector = cache(self._hub_vector)
 
     def stored(self, name: str) -> Stored:

@@ -514,7 +514,11 @@ class TestMLXLayout:
         [
             ({"bits": 7}, "has bits 7"),
             ({"group_size": 16}, "group_size 16"),
-            ({"mode": "mxfp4"}, "mode is 'mxfp4'"),
+            ({"mode": "nf4"}, "mode is 'nf4', expected one of affine, mxfp4, nvfp4, mxfp8"),
+            ({"mode": "mxfp4"}, "has group_size 64 in mode mxfp4, expected 32"),
+            ({"mode": "mxfp8", "group_size": 32}, "has bits 4 in mode mxfp8, expected 8"),
+            ({"mode": "nvfp4", "group_size": None}, r"up_proj\.scales is \[128, 1\], expected \[128, 4\] at 4 bits"),
+            ({"mode": "mxfp4", "group_size": 32}, r"up_proj\.scales is \[128, 1\], expected \[128, 2\] at 4 bits"),
             ({"quant_method": "gptq"}, "quant_method 'gptq', but the tensors are quantized for MLX"),
             ({"bits": 8}, "expected .* at 8 bits"),
             ({"bits": 4.0}, r"has bits 4\.0"),

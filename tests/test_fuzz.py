@@ -15,9 +15,10 @@ from fuzz_targets import Target, targets
 from edgeq.errors import ModelError
 
 NAMES = (
-    "safetensors", "gguf", "gguf-model", "gguf-part", "manifest", "template", "config", "generation_config", "index",
-    "gptq", "compressed", "compressed-config", "quantization", "adapter", "adapter-config", "mlx-adapter-config",
-    "gguf-adapter", "record", "tokenizer_config", "templates", "tokenizer", "png", "jpeg", "webp", "gif", "bmp", "tiff",
+    "safetensors", "gguf", "gguf-model", "gguf-k", "gguf-part", "manifest", "template", "config", "generation_config",
+    "index", "gptq", "compressed", "compressed-config", "modes", "modes-config", "quantization", "adapter",
+    "adapter-config", "mlx-adapter-config", "gguf-adapter", "record", "tokenizer_config", "templates", "tokenizer",
+    "png", "jpeg", "webp", "gif", "bmp", "tiff",
 )  # fmt: skip
 
 

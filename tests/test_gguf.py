@@ -47,7 +47,7 @@ DATA = Path(__file__).parent / "data" / "gguf"
 FILES = sorted(path.name.removesuffix(".gguf.xz") for path in DATA.iterdir())
 BITS_IN_MEMORY = {
     "Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5, "Q4_K": 4.625, "Q5_K": 5.625, "Q6_K": 6.5625,
-    "IQ4_NL": 4.5, "IQ4_XS": 4.3125,
+    "Q2_K": 2.625, "Q3_K": 3.5625, "IQ4_NL": 4.5, "IQ4_XS": 4.3125, "MXFP4": 4.25, "NVFP4": 4.5,
 }  # fmt: skip
 QUANTIZED = {number: t for number, t in TYPES.items() if t.coding is not None}
 
@@ -95,7 +95,12 @@ class TestBlocks:
         raw = rng.integers(0, 256, (3000, kind.nbytes), dtype=np.uint8)
         blocks = raw.view(kind.layout).ravel()
         for field in {"d", "dmin", "m"} & set(kind.layout.names or ()):
-            blocks[field] = rng.standard_normal(len(blocks)) * 0.1  # random bits are NaN, or beyond float16
+            if blocks[field].dtype == np.float16:
+                blocks[field] = rng.standard_normal(len(blocks)) * 0.1  # random bits are NaN, or beyond float16
+            else:
+                blocks[field] %= 255  # of an NVFP4 scale they are NaN
+        if kind.name == "MXFP4":
+            blocks["e"] %= 253  # beyond, some values are infinite, and 255 is NaN
         assert kind.coding is not None
         w = decode(blocks, kind.coding)
         assert w.codes.max() < 1 << w.bits
@@ -778,10 +783,10 @@ class TestBadFiles:
     def test_a_type_that_is_not_supported_is_named(self, victim: bytes, tmp_path: Path) -> None:
         at = next(at for at, _, meaning in Fields(victim).numbers if meaning == "tensor type")
         raw = bytearray(victim)
-        raw[at : at + 4] = struct.pack("<I", 10)
+        raw[at : at + 4] = struct.pack("<I", 16)
         message = survives(tmp_path / "model.gguf", bytes(raw))
         assert message is not None
-        assert "tensor 'token_embd.weight' is of type Q2_K, which edgeq does not read" in message
+        assert "tensor 'token_embd.weight' is of type IQ2_XXS, which edgeq does not read" in message
 
     def test_errors_are_one_line_at_the_prompt(self, victim: bytes, tmp_path: Path) -> None:
         from edgeq.cli.console import error_line

@@ -15,9 +15,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from gguf_forms import FORMS, gguf_matrix
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ollama_files import Store, write_gguf
+from packed_forms import read_tensors, write_tensors
 from typer.testing import CliRunner
 
 from edgeq.adapters import read_folder
@@ -154,6 +156,23 @@ def _mlx(path: Path, _: Models) -> Path:
     with SafetensorsWriter(path / "model.safetensors", entries) as writer:
         for name, x in tensors.items():
             writer.write(name, np.ascontiguousarray(x))
+    return path
+
+
+@opened("the same in mode affine, mxfp4, nvfp4 or mxfp8")
+def _mlx_modes(path: Path, models: Models) -> Path:
+    _mlx(path, models)
+    tensors = read_tensors(path)
+    modules = [name.removesuffix(".weight") for name in tensors if "_proj." in name and ".mlp." in name][:3]
+    entries: dict[str, object] = {"bits": 4, "group_size": 64, "mode": "affine"}
+    for module, mode in zip(modules, ("mxfp4", "nvfp4", "mxfp8"), strict=True):
+        form, (_, old) = FORMS[mode], tensors[f"{module}.weight"]
+        w = gguf_matrix(np.random.default_rng(0), form, *old.shape)
+        tensors |= {f"{module}.weight": ("U32", w.codes), f"{module}.scales": ("U8", w.factors[0])}
+        entries[module] = {"bits": form.bits, "group_size": form.group_size, "mode": mode}
+    write_tensors(path / "model.safetensors", tensors)
+    values = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(values | {"quantization": entries}))
     return path
 
 
@@ -354,6 +373,15 @@ def _llama(path: Path, _: Models) -> Path:
     raw = gguf_file(path / "a.gguf", "llama").read_bytes()
     at = raw.index(b"\x01\0\0\0\0\0\0\0x") + 9  # the tensor's name, before dimensions, shape and type
     (path / "a.gguf").write_bytes(raw[: at + 12] + (16).to_bytes(4, "little") + raw[at + 16 :])  # IQ2_XXS
+    return path / "a.gguf"
+
+
+@refused("GGUF model with a type that is not read, such as IQ2 and IQ3")
+def _iq3(path: Path, models: Models) -> Path:
+    raw = models.gguf.read_bytes()
+    at = raw.index(b"token_embd.weight") + len("token_embd.weight") + 4 + 2 * 8  # before it dimensions and shape
+    assert raw[at : at + 4] == (30).to_bytes(4, "little")  # BF16
+    (path / "a.gguf").write_bytes(raw[:at] + (21).to_bytes(4, "little") + raw[at + 4 :])
     return path / "a.gguf"
 
 

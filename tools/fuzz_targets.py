@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import warnings
 from collections.abc import Callable
 from hashlib import sha256
@@ -15,7 +16,8 @@ import gguf as gguf_py
 import numpy as np
 from fuzz_mutators import Mutator, mutate_bytes, mutate_json, mutate_template
 from gguf import GGUFWriter
-from packed_forms import Form, linear, pack_folder
+from gguf_forms import FORMS, gguf_matrix
+from packed_forms import Form, copy_beside, linear, pack_folder, read_tensors, write_tensors
 from PIL import Image
 
 from edgeq import vision
@@ -58,6 +60,7 @@ TEMPLATE = """{%- if tools %}{{- '<|im_start|>system\\n' }}{%- for tool in tools
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 IMAGES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 IMAGE_MEMORY = 24 << 20  # bytes, half of what an input may add
+K_TYPES = Path(__file__).parent.parent / "tests" / "data" / "gguf" / "Q2_K.gguf.xz"
 SHAPE: dict[str, Any] = {"vocab_size": 320, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
 
 
@@ -70,13 +73,16 @@ def targets(folder: Path) -> list[Target]:
     gptq, compressed = _make_packed(model, folder)
     peft, mlx, lora = _make_adapters(model, folder)
     merge = _merge(model)
+    modes, k_types = _make_modes(model, folder / "modes"), folder / "k.gguf"
+    k_types.write_bytes(lzma.decompress(K_TYPES.read_bytes()))
     seed = folder / "seed"
     seed.mkdir()
     tokenizer = Tokenizer.from_folder(model)
     return [
         Target("safetensors", seed / "x.safetensors", _small_safetensors(), _mutate_header, _read_safetensors, 170),
-        Target("gguf", seed / "x.gguf", _small_gguf(), mutate_bytes, _read_gguf, 160),
+        Target("gguf", seed / "x.gguf", _small_gguf(), mutate_bytes, _read_gguf, 100),
         Target("gguf-model", gguf, gguf.read_bytes(), _mutate_head(20_000), _read_model, 60),
+        Target("gguf-k", k_types, k_types.read_bytes(), _mutate_head(20_000), _read_rows, 20),
         _part(folder),
         _json("manifest", _make_manifest(folder / "ollama", gguf), _open_quietly, 20),
         Target("template", seed / "x.jinja", TEMPLATE.encode(), mutate_template, _render(tokenizer), 40),
@@ -86,6 +92,8 @@ def targets(folder: Path) -> list[Target]:
         Target("gptq", gptq, gptq.read_bytes(), _mutate_header, _read_matrices, 20),
         Target("compressed", compressed, compressed.read_bytes(), _mutate_header, _read_matrices, 20),
         _json("compressed-config", compressed.parent / "config.json", _read_matrices, 20),
+        Target("modes", modes, modes.read_bytes(), _mutate_header, _read_matrices, 20),
+        _json("modes-config", modes.parent / "config.json", _read_matrices, 20),
         _json("quantization", quantized / "config.json", _read_model, 30),
         Target("adapter", peft, peft.read_bytes(), _mutate_header, merge, 20),
         _json("adapter-config", peft.with_name("adapter_config.json"), merge, 20),
@@ -178,6 +186,13 @@ def _read_matrices(path: Path) -> None:
 def _open_quietly(path: Path) -> None:
     with warnings.catch_warnings(action="ignore"):  # of what is not used
         open_checkpoint(path)
+
+
+def _read_rows(path: Path) -> None:
+    checkpoint = open_checkpoint(path)
+    for spec, _ in checkpoint.storage():
+        if spec.is_matrix:
+            checkpoint.rows(spec.name, slice(0, 2))
 
 
 def _read_text(path: Path) -> None:
@@ -332,6 +347,20 @@ def _make_adapters(model: Path, folder: Path) -> tuple[Path, Path, Path]:
     lora.write_tensors_to_file()
     lora.close()
     return places[0], places[1], folder / "lora.gguf"
+
+
+def _make_modes(model: Path, out: Path) -> Path:
+    """The weights of a checkpoint whose matrices are in MLX's three modes of floating point."""
+    rng, tensors, modes = np.random.default_rng(1), read_tensors(model), ("mxfp4", "nvfp4", "mxfp8")
+    quantization: dict[str, Any] = {"bits": 4, "group_size": 32, "mode": "mxfp4"}
+    for i, name in enumerate(filter(linear, list(tensors))):
+        module, form = name.removesuffix(".weight"), FORMS[modes[i % 3]]
+        w = gguf_matrix(rng, form, *tensors[name][1].shape)
+        tensors |= {name: ("U32", w.codes), f"{module}.scales": ("U8", w.factors[0])}
+        quantization[module] = {"bits": form.bits, "group_size": form.group_size, "mode": form.mode}
+    copy_beside(model, out, quantization=quantization)
+    write_tensors(out / "model.safetensors", tensors)
+    return out / "model.safetensors"
 
 
 def _tokenizer() -> dict[str, Any]:

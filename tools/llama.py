@@ -13,10 +13,12 @@ import numpy as np
 from edgeq.formats.bf16 import Array, Float32
 from edgeq.testing import config_values
 
-# Files of llama.cpp's own quantizer, by llama_ftype. The K types and IQ4_XS mix in others (Q6_K for the head ...).
+# Files of llama.cpp's own quantizer, by llama_ftype. The K types and IQ4_XS mix in others (Q6_K for the head ...);
+# MXFP4 is asked for with `pure`, since the file type is for experts.
 FILE_TYPES = {
     "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25,
     "IQ4_XS": 30, "BF16": 32,
+    "Q2_K": 10, "Q3_K_M": 12, "MXFP4": 38,
 }  # fmt: skip
 
 
@@ -87,7 +89,7 @@ class Llama:
 def quantize(source: Path, out: Path, file_type: str) -> Path:
     """Let llama.cpp quantize a GGUF file."""
     settings = L.llama_model_quantize_default_params()
-    settings.ftype, settings.nthread = FILE_TYPES[file_type], 2
+    settings.ftype, settings.nthread, settings.pure = FILE_TYPES[file_type], 2, file_type == "MXFP4"
     assert L.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(settings)) == 0
     return out
 

@@ -2,6 +2,7 @@
 #include "bind_linear.h"
 
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
 
 #include <optional>
 #include <string>
@@ -39,28 +40,72 @@ int block_shift(Index groups, Index blocks) {
     refuse("block_scales", "one number for 4, 8 or 16 groups");
 }
 
-BoundMatrix quantized(const Codes& codes, const AnyArray& scales, const std::optional<AnyArray>& biases, int bits,
-                      int group_size, const std::optional<AnyArray>& block_scales,
-                      const std::optional<AnyArray>& block_biases, int zero, bool iq4) {
+Mode mode_of(const std::string& name) {
+    if (name == "affine") return Mode::affine;
+    if (name == "iq4") return Mode::iq4;
+    if (name == "mxfp4" || name == "nvfp4") return Mode::fp4;
+    if (name == "mxfp8") return Mode::fp8;
+    refuse("mode", "affine, iq4, mxfp4, nvfp4 or mxfp8, found " + name);
+}
+
+const char* mode_name(const BoundMatrix& w) {
+    switch (w.matrix.mode) {
+        case Mode::affine: return "affine";
+        case Mode::iq4: return "iq4";
+        case Mode::fp4: return w.matrix.type == Type::e8m0 ? "mxfp4" : "nvfp4";
+        case Mode::fp8: return "mxfp8";
+    }
+    return nullptr;
+}
+
+void require_sizes(const std::string& mode, int bits, int group_size) {
     require(bits == 2 || bits == 3 || bits == 4 || bits == 5 || bits == 6 || bits == 8, "bits", "2, 3, 4, 5, 6 or 8",
             bits);
-    require(group_size == 32 || group_size == 64 || group_size == 128 || (group_size == 16 && bits == 6), "group_size",
-            "32, 64 or 128, or 16 with 6 bits", group_size);
+    const bool in_sixteens = bits == 2 || bits == 3 || bits == 6 || mode == "nvfp4";
+    require(group_size == 32 || group_size == 64 || group_size == 128 || (group_size == 16 && in_sixteens),
+            "group_size", "32, 64 or 128, or 16 with 2, 3 or 6 bits", group_size);
+    if (mode == "affine") return;
+    const int table_bits = mode == "mxfp8" ? 8 : 4, table_group = mode == "nvfp4" ? 16 : 32;
+    const std::string sizes = std::to_string(table_bits) + " bits in groups of " + std::to_string(table_group);
+    require(bits == table_bits && group_size == table_group, mode.c_str(), sizes.c_str());
+}
+
+bool of_bytes(const AnyArray& x) { return x.dtype() == nb::dtype<uint8_t>(); }
+
+// The type of scales, whose dtype follows from it where they are not float.
+Type scale_type(const AnyArray& scales, const std::string& mode, bool blocks) {
+    if (mode == "nvfp4") return Type::e4m3;
+    if (mode == "mxfp4" || mode == "mxfp8") return Type::e8m0;
+    if (blocks) return of_bytes(scales) ? Type::u4 : Type::i8;
+    return type_of(scales, "scales");
+}
+
+bool holds(const AnyArray& x, const char* name, Type type) {
+    if (type == Type::i8) return x.dtype() == nb::dtype<int8_t>();
+    if (type == Type::u4 || type == Type::e8m0 || type == Type::e4m3) return of_bytes(x);
+    return type_of(x, name) == type;
+}
+
+BoundMatrix quantized(const Codes& codes, const AnyArray& scales, const std::optional<AnyArray>& biases, int bits,
+                      int group_size, const std::optional<AnyArray>& block_scales,
+                      const std::optional<AnyArray>& block_biases, int zero, const std::string& mode) {
+    const Mode kind = mode_of(mode);
+    require_sizes(mode, bits, group_size);
     const Index out = codes.shape(0), words = codes.shape(1);
     const bool whole = entries({out, words, 32}) > 0 && words * 32 % bits == 0 && words * 32 / bits % group_size == 0;
     if (!whole) refuse("codes", "rows that are whole groups, found " + text({out, words}));
-    require(!iq4 || (bits == 4 && group_size == 32), "iq4", "4 bits in groups of 32");
     require(zero >= 0 && zero <= 128, "zero", "0 to 128", zero);
     const Index in = words * 32 / bits;
     const Index groups = in / group_size;
-    const Type type = block_scales ? Type::i8 : type_of(scales, "scales");
+    const Type type = scale_type(scales, mode, bool(block_scales));
     Matrix m = {codes.data(), scales.data(), nullptr, out, in, bits, group_size, type};
-    m.zero = zero, m.iq4 = iq4;
+    require(kind == Mode::affine || (zero == 0 && !biases), mode.c_str(), "no biases and no zero");
+    require(type != Type::u4 || !biases, "biases", "none beside scales of uint8");
+    m.mode = kind, m.zero = zero + table_zero(kind);
     BoundMatrix bound = {m, {nb::ndarray<nb::ro>(codes)}};
     // Points the matrix to numbers [out, columns] of a type, and keeps them.
     auto take = [&](const AnyArray& x, const char* name, Type expected, Index columns) {
-        bool right = expected == Type::i8 ? x.dtype() == nb::dtype<int8_t>() : type_of(x, name) == expected;
-        require(right, name, "the dtype that goes with the other arrays'");
+        require(holds(x, name, expected), name, "the dtype that goes with the other arrays'");
         require_shape(x, name, {out, columns});
         require_aligned(x, name);
         bound.arrays.push_back(nb::ndarray<nb::ro>(x));
@@ -69,13 +114,15 @@ BoundMatrix quantized(const Codes& codes, const AnyArray& scales, const std::opt
     require_aligned(codes, "codes");
     bound.matrix.scales = take(scales, "scales", type, groups);
     if (biases) bound.matrix.biases = take(*biases, "biases", type, groups);
-    require(bool(block_biases) == (block_scales && biases), "block_biases", "with biases and block_scales");
+    if (type == Type::u4) bound.matrix.biases = bound.matrix.scales;
+    require(bool(block_biases) == (block_scales && bound.matrix.biases), "block_biases",
+            "with biases and block_scales");
     if (block_scales) {
         const Index blocks = block_scales->shape(1);
         bound.matrix.block_shift = block_shift(groups, blocks);
         bound.matrix.block_scales =
             static_cast<const uint16_t*>(take(*block_scales, "block_scales", Type::f16, blocks));
-        if (biases)
+        if (block_biases)
             bound.matrix.block_biases =
                 static_cast<const uint16_t*>(take(*block_biases, "block_biases", Type::f16, blocks));
     }
@@ -102,7 +149,8 @@ nb::tuple arrays_of(const BoundMatrix& w) {
         return there ? nb::cast(nb::ndarray<nb::numpy, nb::ro>(*next++)) : nb::none();
     };
     if (!w.matrix.bits) return nb::make_tuple(taken(true));
-    nb::object codes = taken(true), scales = taken(true), biases = taken(w.matrix.biases);
+    nb::object codes = taken(true), scales = taken(true);
+    nb::object biases = taken(w.matrix.biases && w.matrix.biases != w.matrix.scales);
     nb::object block_scales = taken(w.matrix.block_scales);
     return nb::make_tuple(codes, scales, biases, block_scales, taken(w.matrix.block_biases));
 }
@@ -183,17 +231,18 @@ void bind_linear(nb::module_& m) {
     nb::class_<BoundMatrix>(m, "Matrix", "A matrix [out, in] in the memory of the arrays that it is made of.")
         .def(nb::new_(&quantized), "codes"_a.noconvert(), "scales"_a.noconvert(), "biases"_a.noconvert().none(),
              "bits"_a, "group_size"_a, "block_scales"_a.noconvert() = nb::none(),
-             "block_biases"_a.noconvert() = nb::none(), "zero"_a = 0, "iq4"_a = false,
+             "block_biases"_a.noconvert() = nb::none(), "zero"_a = 0, "mode"_a = "affine",
              "Group-quantized, see edgeq.weights.QMatrix; scales and biases float32, float16 or uint16 (bfloat16), or "
-             "int8 in units of block_scales and block_biases, float16.")
+             "int8 in units of block_scales and block_biases, float16; or both in scales of uint8, in such units; or "
+             "scales of uint8 in the modes that have such.")
         .def(nb::new_(&plain), "values"_a.noconvert(), "Plain: float32, float16 or uint16 (bfloat16) [out, in].")
         .def_prop_ro("shape", [](const BoundMatrix& w) { return nb::make_tuple(w.matrix.out, w.matrix.in); })
         .def_prop_ro(
             "bits", [](const BoundMatrix& w) { return w.matrix.bits; }, "0 for a plain matrix.")
         .def_prop_ro(
             "group_size", [](const BoundMatrix& w) { return w.matrix.group; }, "0 for a plain matrix.")
-        .def_prop_ro("zero", [](const BoundMatrix& w) { return w.matrix.zero; })
-        .def_prop_ro("iq4", [](const BoundMatrix& w) { return w.matrix.iq4; })
+        .def_prop_ro("zero", [](const BoundMatrix& w) { return w.matrix.zero - table_zero(w.matrix.mode); })
+        .def_prop_ro("mode", &mode_name)
         .def_prop_ro("arrays", &arrays_of,
                      "What it is made of: (values,), or codes, scales, biases, block_scales and block_biases, None for "
                      "what is not there.")

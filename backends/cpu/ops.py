@@ -20,7 +20,7 @@ from edgeq.backends.ops import Angles
 from edgeq.config import RopeConfig, TextConfig, VisionConfig
 from edgeq.errors import UsageError
 from edgeq.formats.bf16 import Array, Float32
-from edgeq.formats.qmatrix import TwoLevel
+from edgeq.formats.qmatrix import TwoLevel, UpperHalves
 from edgeq.model import rotary
 from edgeq.model.layers import kept_caches
 from edgeq.model.vision import EPS
@@ -131,8 +131,14 @@ class CpuOps(ArrayOps[_native.Matrix]):
         w = w.map(plain)
         scales, units = w.scales if isinstance(w.scales, TwoLevel) else (w.scales, None)
         if isinstance(w.biases, int):
-            return _native.Matrix(w.codes, scales, None, w.bits, w.group_size, units, None, w.biases, w.iq4)
-        biases, bias_units = w.biases if isinstance(w.biases, TwoLevel) else (w.biases, None)
+            return _native.Matrix(w.codes, scales, None, w.bits, w.group_size, units, None, w.biases, w.mode)
+        match w.biases:
+            case TwoLevel(biases, bias_units):
+                pass
+            case UpperHalves(bias_units):
+                biases = None
+            case biases:
+                bias_units = None
         return _native.Matrix(w.codes, scales, biases, w.bits, w.group_size, units, bias_units)
 
     def vector(self, x: Float32) -> Array:
@@ -173,7 +179,7 @@ class CpuOps(ArrayOps[_native.Matrix]):
         parts: Any = (plain(x[rows]) if x is not None else None for x in w.arrays)
         codes, scales, biases, block_scales, block_biases = parts
         return _native.Matrix(
-            codes, scales, biases, w.bits, w.group_size, block_scales, block_biases, w.zero, w.iq4
+            codes, scales, biases, w.bits, w.group_size, block_scales, block_biases, w.zero, w.mode
         )  # fmt: skip
 
     def affine(self, x: Array, w: _native.Matrix, bias: Array) -> Array:

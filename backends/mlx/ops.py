@@ -41,13 +41,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class MlxQMatrix(NamedTuple):
-    """A quantized matrix as `mx.quantized_matmul` takes it: a scale and a bias for every group."""
+    """A quantized matrix as `mx.quantized_matmul` takes it: a scale for every group, and a bias in mode affine."""
 
     codes: mx.array
     scales: mx.array
-    biases: mx.array
+    biases: mx.array | None
     bits: int
     group_size: int
+    mode: str = "affine"
+
+    def map(self, convert: Callable[[mx.array], mx.array]) -> MlxQMatrix:
+        """`convert` applied to every array."""
+        biases = None if self.biases is None else convert(self.biases)
+        return self._replace(codes=convert(self.codes), scales=convert(self.scales), biases=biases)
 
 
 MlxMatrix: TypeAlias = mx.array | MlxQMatrix
@@ -117,8 +123,8 @@ class MlxOps(BaseOps[mx.array, MlxMatrix]):
         if not isinstance(w, QMatrix):
             return _loaded(w)
         w = mlx_layout(w)
-        codes, scales, biases = map(_loaded, w.arrays)
-        return MlxQMatrix(codes, scales, biases, w.bits, w.group_size)
+        codes, scales, *biases = map(_loaded, w.arrays)
+        return MlxQMatrix(codes, scales, biases[0] if biases else None, w.bits, w.group_size, w.mode)
 
     def vector(self, x: Float32) -> mx.array:
         return _loaded(x)
@@ -150,9 +156,7 @@ class MlxOps(BaseOps[mx.array, MlxMatrix]):
 
     def embed(self, table: MlxMatrix, ids: mx.array) -> mx.array:
         if isinstance(table, MlxQMatrix):
-            codes, scales, biases = (x[ids] for x in table[:3])
-            wide = scales.astype(mx.float32), biases.astype(mx.float32)
-            return _dequantize(MlxQMatrix(codes, *wide, table.bits, table.group_size)).astype(self.dtype)
+            return _dequantize(table.map(lambda x: x[ids])).astype(self.dtype)
         return table[ids].astype(self.dtype)
 
     def linear(self, x: mx.array, w: MlxMatrix) -> mx.array:
@@ -173,7 +177,7 @@ class MlxOps(BaseOps[mx.array, MlxMatrix]):
     def rows(self, w: MlxMatrix, rows: slice | Array) -> MlxMatrix:
         at = rows if isinstance(rows, slice) else mx.array(rows)
         if isinstance(w, MlxQMatrix):
-            return MlxQMatrix(w.codes[at], w.scales[at], w.biases[at], w.bits, w.group_size)
+            return w.map(lambda x: x[at])
         return w[at]
 
     # --- norms and pointwise -----------------------------------------------------------------------------------------
@@ -406,30 +410,45 @@ def _rope_tables(rope: RopeConfig) -> tuple[mx.array, mx.array]:
 
 
 def _as_stored(x: mx.array, weights: mx.array) -> mx.array:
-    """Activations in the type of the weights they meet; float32 stays, and the weights are widened."""
-    return x if x.dtype == mx.float32 else x.astype(weights.dtype)
+    """Activations in the type of the weights they meet; float32 stays, and the weights are widened. Scales of 8 bits
+    meet any type."""
+    return x if x.dtype == mx.float32 or weights.dtype == mx.uint8 else x.astype(weights.dtype)
 
 
 def _quantized_product(x: mx.array, w: MlxQMatrix) -> mx.array:
-    if w.group_size == 16:
+    if _in_sixteens(w):
         first, second = _halves(w)
         mine = _in_first_half(x.shape[-1])
         return _quantized_product(mx.where(mine, x, 0), first) + _quantized_product(mx.where(mine, 0, x), second)
-    return mx.quantized_matmul(x, w.codes, w.scales, w.biases, transpose=True, group_size=w.group_size, bits=w.bits)
+    return mx.quantized_matmul(
+        x, w.codes, w.scales, w.biases, transpose=True, group_size=w.group_size, bits=w.bits, mode=w.mode
+    )
 
 
 def _dequantize(w: MlxQMatrix) -> mx.array:
-    if w.group_size == 16:
+    """Weights float32 [out, in]."""
+    if w.biases is None:
+        return mx.dequantize(
+            w.codes, w.scales, group_size=w.group_size, bits=w.bits, mode=w.mode, dtype=mx.float32
+        )  # fmt: skip
+    if _in_sixteens(w):
         first, second = (_dequantize(half) for half in _halves(w))
         return mx.where(_in_first_half(first.shape[-1]), first, second)
-    return mx.dequantize(w.codes, w.scales, w.biases, group_size=w.group_size, bits=w.bits)
+    wide = w.scales.astype(mx.float32), w.biases.astype(mx.float32)
+    return mx.dequantize(w.codes, *wide, group_size=w.group_size, bits=w.bits)
+
+
+def _in_sixteens(w: MlxQMatrix) -> bool:
+    """MLX has no affine groups of 16, which GGUF's Q2_K, Q3_K and Q6_K have."""
+    return w.group_size == 16 and w.biases is not None
 
 
 def _halves(w: MlxQMatrix) -> list[MlxQMatrix]:
-    """MLX has no groups of 16, which GGUF's Q6_K has: two readings of the same codes in groups of 32, one right in the
-    first half of every group, one in the second."""
-    codes, scales, biases = w[:3]
-    return [MlxQMatrix(codes, scales[..., half::2], biases[..., half::2], w.bits, 32) for half in (0, 1)]
+    """Two readings of the same codes in groups of 32, one right in the first half of every group, one in the second."""
+    assert w.biases is not None
+    return [
+        w._replace(scales=w.scales[..., half::2], biases=w.biases[..., half::2], group_size=32) for half in (0, 1)
+    ]  # fmt: skip
 
 
 def _in_first_half(n: int) -> mx.array:

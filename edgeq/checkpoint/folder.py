@@ -6,8 +6,8 @@ Three things differ between them, and none is guessed from values:
 * conventions: MLX files store norms with the 1 already added, the convolution as [C, width, 1] and the patch
   embedding channels-last. The convolution's axes tell which: that is mlx-lm's own rule for these files.
 * storage: a matrix is quantized as MLX does it if `scales` lie beside it; bits and group size are in config.json's
-  `quantization`, by module where a module differs, and must agree with the shapes. What other tools have quantized
-  shows in the tensors too (`edgeq.checkpoint.packing`).
+  `quantization`, by module where a module differs, and must agree with the shapes. So is the mode (affine, mxfp4,
+  nvfp4, mxfp8). What other tools have quantized shows in the tensors too (`edgeq.checkpoint.packing`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from edgeq.formats.affine import BITS, GROUP_SIZES
 from edgeq.formats.bf16 import Array, Float32, to_float32
 from edgeq.formats.names import neutral_module, neutral_name
 from edgeq.formats.packed import Grouped, Packed
+from edgeq.formats.qmatrix import MLX_MODES, MODES, Mode
 from edgeq.formats.safetensors import SafetensorsFile, TensorInfo
 from edgeq.inputs import TOKENIZER_LIMIT, exists
 from edgeq.printable import brief
@@ -56,10 +57,19 @@ Layout = Literal["hub", "mlx"]
 
 
 class Quantization(NamedTuple):
-    """Bits per code and weights per scale of one matrix."""
+    """Bits per code, weights per scale, and MLX's mode, of one matrix."""
 
     bits: int
     group_size: int
+    mode: Mode = "affine"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The tensors that make it up, by the ends of their names."""
+        return ("weight", "scales", "biases") if self.mode == "affine" else ("weight", "scales")
+
+    def __str__(self) -> str:
+        return f"{self.bits}-bit g{self.group_size}" if self.mode == "affine" else self.mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +149,8 @@ class FolderCheckpoint(Checkpoint):
         if tensor.quantization is None:
             return self._array(tensor.file_name)
         module = tensor.file_name.removesuffix(".weight")
-        codes, scales, biases = (self._array(f"{module}.{part}") for part in ("weight", "scales", "biases"))
-        return QMatrix(codes, scales, biases, *tensor.quantization)
+        codes, scales, *biases = (self._array(f"{module}.{part}") for part in tensor.quantization.parts)
+        return QMatrix(codes, scales, biases[0] if biases else 0, *tensor.quantization)
 
     def rows(self, name: str, rows: slice | Array) -> Float32:
         if (packed := self.tensors[name].packed) is None:
@@ -188,8 +198,8 @@ class FolderCheckpoint(Checkpoint):
             info = self._info(tensor.file_name)
             return Storage(info.dtype, info.end - info.start)
         module = tensor.file_name.removesuffix(".weight")
-        parts = [self._info(f"{module}.{part}") for part in ("weight", "scales", "biases")]
-        return Storage("{}-bit g{}".format(*tensor.quantization), sum(info.end - info.start for info in parts))
+        parts = [self._info(f"{module}.{part}") for part in tensor.quantization.parts]
+        return Storage(str(tensor.quantization), sum(info.end - info.start for info in parts))
 
     def memory_nbytes(self, spec: TensorSpec) -> int:
         tensor = self.tensors[spec.name]
@@ -379,9 +389,8 @@ class FolderCheckpoint(Checkpoint):
                 known |= self._packing.parts(tensor.file_name)
                 continue
             module = tensor.file_name.removesuffix(".weight")
-            known |= {tensor.file_name} if tensor.quantization is None else {
-                f"{module}.weight", f"{module}.scales", f"{module}.biases"
-            }  # fmt: skip
+            parts = tensor.quantization.parts if tensor.quantization else ()
+            known |= {f"{module}.{part}" for part in parts} or {tensor.file_name}
         spare = tuple(_PREFIXES[part] for part in self.left_out)  # of what is left out it has been said
         if self.config.text.tie_word_embeddings:
             spare = (*spare, "lm_head.")  # a stored copy of the tied head
@@ -415,23 +424,23 @@ class FolderCheckpoint(Checkpoint):
 
     def _triple_problem(self, spec: TensorSpec, module: str, quantization: Quantization | None) -> str | None:
         """What is wrong with a quantized matrix, if anything."""
-        if f"{module}.biases" not in self._where:
-            return f"{module} has scales but no biases: only affine quantization is supported"
         if quantization is None:
             return f"{module} has scales, but config.json says nothing of its quantization"
         if len(spec.shape) != 2:
             return f"{module} is quantized, which edgeq supports for matrices only"
-        (out, width), (bits, group) = spec.shape, quantization
-        groups = (out, width // group)
-        expected = {"weight": (out, width * bits // 32), "scales": groups, "biases": groups}
-        for part, shape in expected.items():
-            info = self._info(f"{module}.{part}")
+        (out, width), (bits, group, mode) = spec.shape, quantization
+        shapes = {"weight": (out, width * bits // 32), "scales": (out, width // group), "biases": (out, width // group)}
+        dtypes = {"weight": ("U32",), "scales": _FLOATS if mode == "affine" else ("U8",), "biases": _FLOATS}
+        for part in quantization.parts:
+            if f"{module}.{part}" not in self._where:
+                return f"{module} has scales but no {part}, which mode {mode} has"
+            info, shape = self._info(f"{module}.{part}"), shapes[part]
             if width % group or info.shape != shape:
                 return (
                     f"{module}.{part} is {list(info.shape)}, expected {list(shape)} at {bits} bits, groups of {group}"
                 )
-            if info.dtype not in (("U32",) if part == "weight" else _FLOATS):
-                return f"{module}.{part} is {info.dtype}"
+            if info.dtype not in dtypes[part]:
+                return f"{module}.{part} is {info.dtype}, expected {', '.join(dtypes[part])} in mode {mode}"
         return None
 
 
@@ -463,16 +472,33 @@ class _QuantizationTable:
         return self._modules.get(name.removesuffix(".weight"), self._default)
 
     def _entry(self, where: str, entry: Mapping[str, Any]) -> Quantization:
-        bits, group = entry.get("bits"), entry.get("group_size", self._block.get("group_size"))
         mode = entry.get("mode", "affine")
+        if mode in MLX_MODES:
+            return self._table_entry(where, entry, mode)
         if mode != "affine":
-            raise ModelError(f"config.json: {where}.mode is {brief(mode)}, expected 'affine'")
+            modes = ", ".join(("affine", *MLX_MODES))
+            raise ModelError(
+                f"config.json: {where}.mode is {brief(mode)}, expected one of {modes}",
+                hint="quantize the model again in one of these modes",
+            )
+        bits, group = entry.get("bits"), entry.get("group_size", self._block.get("group_size"))
         if not (type(bits) is int and bits in BITS and type(group) is int and group in GROUP_SIZES):
             raise ModelError(
                 f"config.json: {where} has bits {brief(bits)} and group_size {brief(group)}, "
                 f"expected bits of {BITS} and group_size of {GROUP_SIZES}"
             )
         return Quantization(bits, group)
+
+    def _table_entry(self, where: str, entry: Mapping[str, Any], mode: Mode) -> Quantization:
+        """Of a mode that has one size; what is not said is that."""
+        for key, size in zip(("bits", "group_size"), MODES[mode], strict=True):
+            found = entry.get(key)
+            if found is not None and (type(found) is not int or found != size):
+                raise ModelError(
+                    f"config.json: {where} has {key} {brief(found)} in mode {mode}, expected {size}",
+                    hint="download config.json again",
+                )
+        return Quantization(*MODES[mode], mode)
 
 
 def values_without(values: Mapping[str, Any], parts: Container[Part]) -> Mapping[str, Any]:

@@ -32,9 +32,9 @@ from edgeq.checkpoint.gguf_tokenizer import token_ids, tokenizer_spec
 from edgeq.checkpoint.gguf_vision import Tower, find_tower, is_vision
 from edgeq.config import parse_config
 from edgeq.errors import ModelError
-from edgeq.formats.affine import IQ4, apply_groups, group_numbers, one_level, pack
+from edgeq.formats.affine import dequantize_unpacked, one_level, pack
 from edgeq.formats.bf16 import Array, Float32, to_float32
-from edgeq.formats.ggml import Coding, decode
+from edgeq.formats.ggml import Coding, decode, finite
 from edgeq.formats.gguf import GGUFFile, SplitGGUF, TensorInfo, open_gguf
 from edgeq.formats.qmatrix import TwoLevel
 from edgeq.identify import check_model
@@ -116,8 +116,7 @@ class GGUFCheckpoint(Checkpoint):
         if coding is None:
             x = to_float32(tensor.blocks()[_in_file(rows, order)])
             return x if order is None or order.axis == 0 else order.from_file(x)
-        w = self._decode(tensor, coding, rows)
-        return apply_groups(IQ4[w.codes] if w.iq4 else w.codes, *group_numbers(w))
+        return dequantize_unpacked(self._decode(tensor, coding, rows))
 
     def dense(self, name: str) -> Float32:
         tensor, order = self.tensors[name], self._order(name)
@@ -234,13 +233,10 @@ class GGUFCheckpoint(Checkpoint):
         """Some rows of a quantized matrix, codes not packed yet: uint8 [rows, in]."""
         order = self._order(tensor.spec.name)
         part = tensor.blocks()[_in_file(rows, order)]
-
-        def by_row(x: Array) -> Array:
-            if x.dtype == np.float16 and not np.isfinite(x).all():
-                raise self._damaged(tensor)
-            return x.reshape(len(part), -1)
-
-        w = decode(part.reshape(-1), coding).map(by_row)
+        w = decode(part.reshape(-1), coding)
+        if not finite(w):
+            raise self._damaged(tensor)
+        w = w.map(lambda x: x.reshape(len(part), -1))
         if order is None or order.axis == 0:
             return w
         if isinstance(w.scales, TwoLevel) and self.config.text.linear_value_head_dim % _UNIT:

@@ -4,8 +4,8 @@ A row of `n` weights is `n / group_size` groups; each group has one scale and on
 of a row are one little-endian bit stream, lowest bit first, cut into uint32 words: 32 codes fill exactly `bits`
 words, whatever the width. Source of the layout: the MLX documentation of `mx.quantize`, checked bit for bit.
 
-Scales in two levels, biases that follow from the scales, and codes that are places in a table are what ggml's formats
-have beyond it; `mlx_layout` writes them out.
+Scales in two levels, biases that follow from the scales, and codes that are places in a table are what other formats
+have beyond it; `mlx_layout` writes out what MLX has not.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.formats.bf16 import Array, Float32, round_to, to_float32
-from edgeq.formats.qmatrix import Factors, QMatrix, TwoLevel
+from edgeq.formats.codebooks import IQ4, SCALES, VALUES
+from edgeq.formats.qmatrix import QMatrix, TwoLevel, UpperHalves
 
 __all__ = [
     "BITS",
     "GROUP_SIZES",
-    "IQ4",
-    "apply_groups",
     "dequantize",
+    "dequantize_unpacked",
     "group_numbers",
     "mlx_layout",
     "one_level",
@@ -34,9 +34,6 @@ __all__ = [
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-
-# What the 4-bit codes of ggml's IQ4_NL and IQ4_XS stand for (ggml/src/ggml-common.h), plus 128.
-IQ4 = np.array([1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241], np.uint8)
 
 Codes = NDArray[np.uint32]
 
@@ -81,44 +78,59 @@ def dequantize(w: QMatrix[Array]) -> Float32:
     """Weights float32 [out, in]. A product has at most 24 significant bits in all of ggml's formats, and so is exact:
     only the sum with the bias rounds.
     """
-    codes = unpack(w.codes, w.bits)
-    return apply_groups(IQ4[codes] if w.iq4 else codes, *group_numbers(w))
+    return dequantize_unpacked(w.replaced(codes=unpack(w.codes, w.bits)))
 
 
-def apply_groups(codes: NDArray[Any], scales: Float32, biases: Float32) -> Float32:
-    """scale * code + bias, float32 [..., n]: codes [..., n], scales and biases [..., groups]."""
-    weights = codes.astype(np.float32)
+def dequantize_unpacked(w: QMatrix[Array]) -> Float32:
+    """The same of a matrix whose codes are not packed: any integers [out, in]."""
+    values = w.codes if w.mode == "affine" else VALUES[w.mode][w.codes]
+    weights = values.astype(np.float32)
+    scales, biases = group_numbers(w)
     groups = weights.reshape(*scales.shape, -1)
-    groups *= scales[..., None]
-    groups += biases[..., None]
+    with np.errstate(over="ignore", invalid="ignore"):  # the largest scales of 8 bits, of a damaged file
+        groups *= scales[..., None]
+    if w.mode == "affine":
+        groups += biases[..., None]
     return weights
 
 
 def group_numbers(w: QMatrix[Array]) -> tuple[Float32, Float32]:
     """The scale and the bias of every group, float32 [out, in / group_size]."""
-    scales = _multiplied_out(w.scales)
+    if w.mode in SCALES:
+        assert not isinstance(w.scales, TwoLevel)
+        scales = SCALES[w.mode][w.scales]
+        return scales, np.zeros_like(scales)
+    if not isinstance(w.scales, TwoLevel):
+        scales = to_float32(w.scales)
+    elif isinstance(w.biases, UpperHalves):
+        steps = w.scales.steps
+        return _multiplied_out(steps & 15, w.scales.units), -_multiplied_out(steps >> 4, w.biases.units)
+    else:
+        scales = _multiplied_out(*w.scales)
     if isinstance(w.biases, int):
         return scales, scales * np.float32(-w.biases)
-    return scales, _multiplied_out(w.biases)
+    assert not isinstance(w.biases, UpperHalves)
+    return scales, _multiplied_out(*w.biases) if isinstance(w.biases, TwoLevel) else to_float32(w.biases)
 
 
-def _multiplied_out(x: Factors[Array]) -> Float32:
-    if not isinstance(x, TwoLevel):
-        return to_float32(x)
-    units: Float32 = np.repeat(to_float32(x.units), x.steps.shape[-1] // x.units.shape[-1], axis=-1)
-    return np.asarray(x.steps * units)
+def _multiplied_out(steps: Array, units: Array) -> Float32:
+    every: Float32 = np.repeat(to_float32(units), steps.shape[-1] // units.shape[-1], axis=-1)
+    return np.asarray(steps * every)
 
 
 def one_level(w: QMatrix[Array]) -> QMatrix[Array]:
-    """The same weights with a scale and a bias for every group, float16 if the scales are, else float32."""
-    if not isinstance(w.biases, int) and not isinstance(w.scales, TwoLevel):
+    """The same weights with a scale for every group, and a bias unless the mode has none: float16 if the scales are,
+    else float32. In MLX's modes as they are."""
+    if w.mode in SCALES or (not isinstance(w.biases, int) and not isinstance(w.scales, TwoLevel)):
         return w
     short = not isinstance(w.scales, TwoLevel) and w.scales.dtype == np.float16
     scales, biases = (round_to(x, np.float16 if short else np.float32) for x in group_numbers(w))
-    return w.replaced(scales=scales, biases=biases)
+    return w.replaced(scales=scales, biases=biases if w.mode == "affine" else 0)
 
 
 def mlx_layout(w: QMatrix[Array]) -> QMatrix[Array]:
-    """The same weights as MLX takes them: one level of scales, and codes that are numbers."""
-    w = one_level(w)
-    return w.replaced(codes=pack(IQ4[unpack(w.codes, 4)], 8), bits=8, iq4=False) if w.iq4 else w
+    """The same weights as MLX takes them: one level of scales, and codes that are numbers or of a mode of its own."""
+    if w.mode == "iq4":
+        codes = pack(IQ4.view(np.uint8)[unpack(w.codes, w.bits)] ^ 0x80, 8)  # two's complement + 128
+        w = w.replaced(codes=codes, biases=128, bits=8, mode="affine")
+    return one_level(w)

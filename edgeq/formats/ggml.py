@@ -1,18 +1,21 @@
 """ggml's block formats as group-wise affine codes, exactly.
 
-A row of a tensor is cut into blocks of 32 or 256 weights; a block holds codes, and one or more scales (layouts:
-ggml/src/ggml-common.h and ggml-quants.c). Each format that edgeq reads is `scale * code + bias` over groups of 16 or
-32 weights, with small integer codes, so it runs as a `QMatrix`, whose fields leave out what ggml leaves out:
+A row of a tensor is cut into blocks of 32, 64 or 256 weights; a block holds codes, and one or more scales (layouts:
+ggml/src/ggml-common.h and ggml-quants.c). Each format that edgeq reads is `scale * value + bias` over groups of 16 or
+32 weights, with small codes, so it runs as a `QMatrix`, whose fields leave out what ggml leaves out:
 
     Q4_0 Q5_0 Q8_0  d (q - 8 | 16 | 128)     scale d, zero 8 ...
     Q4_1 Q5_1       d q + m                  scale d, bias m
     Q4_K Q5_K       d sc q - dmin mn         scale sc in units of d, bias -mn in units of dmin
-    Q6_K            d sc (q - 32)            scale sc in units of d, zero 32, groups of 16
-    IQ4_NL IQ4_XS   d (sc) table[q]          scale d, or sc in units of d; zero 128, as the table has its values + 128
+    Q2_K            d sc q - dmin mn         the same in groups of 16; sc and mn are two halves of a byte
+    Q3_K Q6_K       d sc (q - 4 | 32)        scale sc in units of d, zero 4 ..., groups of 16
+    IQ4_NL IQ4_XS   d (sc) table[q]          scale d, or sc in units of d; mode iq4
+    MXFP4           2^(e - 127) E2M1[q]      scale e; mode mxfp4
+    NVFP4           E4M3[s] E2M1[q]          scale s; mode nvfp4, groups of 16
 
-d, m and dmin are float16; sc and mn have 6 bits in the file (8 in Q6_K) and take 8 in memory.
+d, m and dmin are float16; sc and mn have 6 bits in the file (4 in Q2_K, 8 in Q6_K) and take 8 (4, 8) in memory.
 
-No product has more than 24 significant bits, so float32 holds it exactly and `scale * code + bias` rounds at most
+No product has more than 24 significant bits, so float32 holds it exactly and `scale * value + bias` rounds at most
 once, where ggml's own formula does: the dequantized values are equal to ggml's, bit for bit (but for the sign of 0).
 """
 
@@ -24,9 +27,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from edgeq.formats.bf16 import Array
-from edgeq.formats.qmatrix import Factors, QMatrix, TwoLevel
+from edgeq.formats.qmatrix import Factors, Mode, QMatrix, TwoLevel, UpperHalves
 
-__all__ = ["TYPES", "Coding", "GGMLType", "decode", "type_name"]
+__all__ = ["TYPES", "Coding", "GGMLType", "decode", "finite", "type_name"]
 
 Codes = Array  # uint8
 
@@ -37,7 +40,7 @@ class Groups(NamedTuple):
 
     codes: Codes
     scales: Factors[Array]
-    biases: Factors[Array] | None = None
+    biases: Factors[Array] | UpperHalves[Array] | None = None
 
 
 class Coding(NamedTuple):
@@ -47,7 +50,7 @@ class Coding(NamedTuple):
     group_size: int
     groups: Callable[[Array], Groups]
     zero: int = 0
-    iq4: bool = False
+    mode: Mode = "affine"
 
 
 class GGMLType(NamedTuple):
@@ -75,10 +78,19 @@ class GGMLType(NamedTuple):
 def decode(blocks: Array, coding: Coding) -> QMatrix[Array]:
     """Blocks, of a type's `layout`, as a matrix of one block a row, codes not packed yet: uint8 [blocks, block].
 
-    Numbers that are not finite, of a damaged file, are the caller's to refuse.
+    Numbers that are not finite, of a damaged file, are the caller's to refuse (`finite`).
     """
     codes, scales, biases = coding.groups(blocks)
-    return QMatrix(codes, scales, coding.zero if biases is None else biases, coding.bits, coding.group_size, coding.iq4)
+    return QMatrix(
+        codes, scales, coding.zero if biases is None else biases, coding.bits, coding.group_size, coding.mode
+    )
+
+
+def finite(w: QMatrix[Array]) -> bool:
+    """Whether all scales and biases are numbers; E8M0 and E4M3 have NaN with all bits set (of a scale's sign aside)."""
+    if w.mode in ("mxfp4", "nvfp4"):
+        return not (w.factors[0] == 255).any()
+    return all(np.isfinite(x).all() for x in w.factors if x.dtype == np.float16)
 
 
 def _nibbles(packed: Codes) -> Codes:
@@ -151,6 +163,42 @@ def _q6_k(b: Array) -> Groups:
     return Groups(codes, TwoLevel(b["scales"], _column(b["d"])))
 
 
+def _pairs_of_bits(b: Array) -> Codes:
+    """Q2_K and Q3_K: of each 32 bytes the lowest pairs, then the next higher ones: [blocks, 2, 4, 32]."""
+    pairs: Codes = b["qs"].reshape(-1, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
+    return pairs.reshape(-1, 256)
+
+
+def _q2_k(b: Array) -> Groups:
+    return Groups(_pairs_of_bits(b), TwoLevel(b["scales"], _column(b["d"])), UpperHalves(_column(b["dmin"])))
+
+
+def _q3_k(b: Array) -> Groups:
+    """Sixteen scales of 6 bits, less 32: low halves and high halves of bytes 0-7, with two more bits in bytes 8-11."""
+    third = b["hmask"][:, None] >> np.arange(8, dtype=np.uint8)[:, None] & 1  # [blocks, 8, 32]
+    low = (b["scales"][:, None, :8] >> np.array([[0], [4]], np.uint8) & 15).reshape(-1, 16)
+    high = (b["scales"][:, None, 8:] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3).reshape(-1, 16)
+    scales = (low | high << 4).view(np.int8) - np.int8(32)
+    return Groups(_pairs_of_bits(b) | third.reshape(-1, 256) << 2, TwoLevel(scales, _column(b["d"])))
+
+
+def _without_minus_zero(codes: Codes) -> Codes:
+    """ggml's table has one zero."""
+    codes[codes == 8] = 0
+    return codes
+
+
+def _mxfp4(b: Array) -> Groups:
+    return Groups(_without_minus_zero(_nibbles(b["qs"][:, None])), _column(b["e"]))
+
+
+def _nvfp4(b: Array) -> Groups:
+    """ggml's scales have no sign: it passes over their highest bit, and takes 127 for 0."""
+    unsigned = b["d"] & 0x7F
+    scales = np.where(b["d"] == 255, np.uint8(255), np.where(unsigned == 0x7F, np.uint8(0), unsigned))
+    return Groups(_without_minus_zero(_nibbles(b["qs"].reshape(-1, 4, 8))), scales)
+
+
 _D, _M = ("d", "<f2"), ("m", "<f2")
 _NIBBLES = ("qs", "u1", 16)
 _K_HEAD = [_D, ("dmin", "<f2"), ("scales", "u1", 12)]
@@ -168,9 +216,15 @@ _TYPES = (
                   Coding(5, 32, _q5_k))),
     (14, GGMLType("Q6_K", np.dtype([("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), _D]), 256,
                   Coding(6, 16, _q6_k, 32))),
-    (20, GGMLType("IQ4_NL", np.dtype([_D, _NIBBLES]), 32, Coding(4, 32, _nibble_groups, 128, iq4=True))),
+    (10, GGMLType("Q2_K", np.dtype([("scales", "u1", 16), ("qs", "u1", 64), _D, ("dmin", "<f2")]), 256,
+                  Coding(2, 16, _q2_k))),
+    (11, GGMLType("Q3_K", np.dtype([("hmask", "u1", 32), ("qs", "u1", 64), ("scales", "u1", 12), _D]), 256,
+                  Coding(3, 16, _q3_k, 4))),
+    (20, GGMLType("IQ4_NL", np.dtype([_D, _NIBBLES]), 32, Coding(4, 32, _nibble_groups, mode="iq4"))),
     (23, GGMLType("IQ4_XS", np.dtype([_D, ("scales_h", "<u2"), ("scales_l", "u1", 4), ("qs", "u1", 128)]), 256,
-                  Coding(4, 32, _iq4_xs, 128, iq4=True))),
+                  Coding(4, 32, _iq4_xs, mode="iq4"))),
+    (39, GGMLType("MXFP4", np.dtype([("e", "u1"), _NIBBLES]), 32, Coding(4, 32, _mxfp4, mode="mxfp4"))),
+    (40, GGMLType("NVFP4", np.dtype([("d", "u1", 4), ("qs", "u1", 32)]), 64, Coding(4, 16, _nvfp4, mode="nvfp4"))),
 )  # fmt: skip
 TYPES: Mapping[int, GGMLType] = dict(_TYPES)
 """The tensor types that edgeq reads, by ggml's number."""

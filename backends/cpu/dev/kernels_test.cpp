@@ -60,7 +60,7 @@ struct TestMatrix {
     static std::vector<char> store(const std::vector<float>& values, Type type) {
         std::vector<char> bytes(values.size() * type_size(type));
         for (size_t i = 0; i < values.size(); i++) {
-            if (type == Type::i8) {
+            if (type_size(type) == 1) {
                 bytes[i] = char(std::lrint(values[i]));
             } else if (type == Type::f32) {
                 std::memcpy(&bytes[4 * i], &values[i], 4);
@@ -92,12 +92,13 @@ struct TestMatrix {
         w = {data.data(), scales.data(), biases.data(), out, in, bits, group, type};
     }
 
-    // As GGUF's types have it: int8 scales and biases in units of their block's (shift >= 0), or none but the zero's.
-    void like_gguf(int shift, bool with_biases, int zero, bool iq4, std::mt19937& random) {
+    // As GGUF's types have it: int8 scales and biases in units of their block's (shift >= 0), or none but the zero's;
+    // u4: both in the same bytes.
+    void like_gguf(int shift, bool with_biases, int zero, Mode mode, std::mt19937& random, bool u4 = false) {
         const size_t groups = w.out * (w.in / w.group);
         auto integers = [&](int sign) {
             std::vector<float> x(groups);
-            for (auto& v : x) v = float(sign * (1 + int(random() % 2)));
+            for (auto& v : x) v = float(sign * (1 + int(random() % 2)) + (u4 ? 16 * (1 + int(random() % 2)) : 0));
             return store(x, Type::i8);
         };
         auto units = [&] {
@@ -106,15 +107,28 @@ struct TestMatrix {
             return store(x, Type::f16);
         };
         if (shift >= 0) {
-            w.type = Type::i8, w.block_shift = shift;
-            scales = integers(random() % 2 ? 1 : -1), biases = integers(-1);
+            w.type = u4 ? Type::u4 : Type::i8, w.block_shift = shift;
+            scales = integers(u4 || random() % 2 ? 1 : -1), biases = integers(-1);
             block_scales = units(), block_biases = units();
             w.block_scales = reinterpret_cast<const uint16_t*>(block_scales.data());
             if (with_biases) w.block_biases = reinterpret_cast<const uint16_t*>(block_biases.data());
             w.scales = scales.data();
         }
-        w.biases = with_biases ? biases.data() : nullptr;
-        w.zero = zero, w.iq4 = iq4;
+        w.biases = !with_biases ? nullptr : u4 ? scales.data() : biases.data();
+        w.zero = zero + table_zero(mode), w.mode = mode;
+    }
+
+    // As MLX's modes have it: scales of one byte, all of them where not exact. The largest would give infinity, NaN
+    // codes NaN.
+    void like_mlx(Mode mode, Type type, bool exact, std::mt19937& random) {
+        std::vector<float> x(w.out * (w.in / w.group));
+        for (auto& v : x)
+            v = type == Type::e8m0 ? float(exact ? 126 + random() % 2 : random() % 200)
+                                   : float(exact ? 8 * (6 + random() % 2) : random() % 127 + 128 * (random() % 2));
+        scales = store(x, Type::i8);
+        w.type = type, w.scales = scales.data(), w.biases = nullptr, w.mode = mode, w.zero = table_zero(mode);
+        if (mode == Mode::fp8)
+            for (auto& code : data) code = (code & 127) == 127 ? 0 : code;
     }
 };
 
@@ -140,10 +154,10 @@ void compare(const char* isa, const TestMatrix& m, int64_t tokens, bool exact, s
     auto x = make_input(tokens, m.w.in, exact, random);
     auto expected = product("scalar", m, x, tokens), found = product(isa, m, x, tokens);
     double error = nmse(expected, found);
-    std::snprintf(detail, sizeof detail, "[%ld, %ld] bits %d group %d type %d block %d iq4 %d tokens %ld: nmse %g",
-                  long(m.w.out), long(m.w.in), m.w.bits, m.w.group, int(m.w.type), m.w.block_shift, m.w.iq4,
+    std::snprintf(detail, sizeof detail, "[%ld, %ld] bits %d group %d type %d block %d mode %d tokens %ld: nmse %g",
+                  long(m.w.out), long(m.w.in), m.w.bits, m.w.group, int(m.w.type), m.w.block_shift, int(m.w.mode),
                   long(tokens), error);
-    if (exact && m.w.bits) check(expected == found, "integer part", isa, detail);
+    if (exact && multiplies_codes(m.w)) check(expected == found, "integer part", isa, detail);
     check(error <= largest_nmse, "float part", isa, detail);
 }
 
@@ -159,13 +173,25 @@ void test_gguf_matrices(const char* isa) {
         int bits, group, shift;
         bool biases;
         int zero;
-        bool iq4;
+        Mode mode = Mode::affine;
+        bool u4 = false;
     };
     const Form forms[] = {
-        {4, 32, 3, true, 0, false},    {4, 32, 2, true, 0, false},     {5, 32, 3, true, 0, false},
-        {6, 16, 4, false, 32, false},  {6, 16, 3, false, 32, false},   {4, 32, 3, false, 128, true},
-        {4, 32, 2, false, 128, true},  {4, 32, -1, false, 128, true},  {4, 32, -1, false, 8, false},
-        {5, 32, -1, false, 16, false}, {8, 32, -1, false, 128, false},
+        {4, 32, 3, true, 0},
+        {4, 32, 2, true, 0},
+        {5, 32, 3, true, 0},
+        {6, 16, 4, false, 32},
+        {6, 16, 3, false, 32},
+        {2, 16, 4, true, 0, Mode::affine, true},
+        {2, 16, 3, true, 0, Mode::affine, true},
+        {3, 16, 4, false, 4},
+        {3, 16, 3, false, 4},
+        {4, 32, 3, false, 0, Mode::iq4},
+        {4, 32, 2, false, 0, Mode::iq4},
+        {4, 32, -1, false, 0, Mode::iq4},
+        {4, 32, -1, false, 8},
+        {5, 32, -1, false, 16},
+        {8, 32, -1, false, 128},
     };
     std::mt19937 random(11);
     for (auto& f : forms)
@@ -173,7 +199,26 @@ void test_gguf_matrices(const char* isa) {
             for (int64_t in : {256, 768, 1280})
                 for (bool exact : {true, false}) {
                     TestMatrix m(37, in, f.bits, f.group, Type::f16, exact, random);
-                    m.like_gguf(f.shift, f.biases, f.zero, f.iq4, random);
+                    m.like_gguf(f.shift, f.biases, f.zero, f.mode, random, f.u4);
+                    compare(isa, m, tokens, exact, random);
+                }
+}
+
+void test_mlx_modes(const char* isa) {
+    struct Form {
+        Mode mode;
+        int bits, group;
+        Type type;
+    };
+    const Form forms[] = {
+        {Mode::fp4, 4, 32, Type::e8m0}, {Mode::fp4, 4, 16, Type::e4m3}, {Mode::fp8, 8, 32, Type::e8m0}};
+    std::mt19937 random(13);
+    for (auto& f : forms)
+        for (int64_t tokens : {1, 2, 3, 5, 8, 19})
+            for (int64_t in : {32, 96, 256, 1280})
+                for (bool exact : {true, false}) {
+                    TestMatrix m(37, in, f.bits, f.group, Type::f16, exact, random);
+                    m.like_mlx(f.mode, f.type, exact, random);
                     compare(isa, m, tokens, exact, random);
                 }
 }
@@ -184,7 +229,8 @@ void test_matrices(const char* isa) {
             for (int64_t tokens : {1, 2, 3, 5, 8, 19})
                 for (int64_t in : {1, 3, 17}) test_matrix(isa, 37, in * group, bits, group, Type::bf16, tokens);
     for (int64_t tokens : {1, 2, 3, 5, 8, 19})
-        for (int64_t in : {32, 96, 256, 1280}) test_matrix(isa, 37, in, 6, 16, Type::f32, tokens);
+        for (int bits : {2, 3, 6})
+            for (int64_t in : {32, 96, 256, 1280}) test_matrix(isa, 37, in, bits, 16, Type::f32, tokens);
     for (Type type : {Type::f32, Type::f16, Type::bf16}) {
         test_matrix(isa, 5, 640, 4, 64, type, 1);
         test_matrix(isa, 5, 640, 4, 64, type, 18);
@@ -199,13 +245,13 @@ void test_quantize(const char* isa) {
     std::mt19937 random(3);
     const int64_t n = 384;
     for (int group : {16, 32, 64, 128})
-        for (Order order : {Order::natural, Order::even_odd})
+        for (Order order : {Order::natural, Order::even_odd, Order::quarters})
             for (int kind = 0; kind < 4; kind++) {
                 auto x = make_input(1, n, false, random);
                 for (auto& v : x) v *= kind == 1 ? 0 : kind == 2 ? 1e-38f : 1;
                 if (kind == 3) x[200] = INFINITY;
                 struct Result {
-                    int8_t codes[n] = {};
+                    int8_t codes[512] = {};  // whole blocks
                     float scales[n / 16] = {}, sums[n / 16] = {};
                     int32_t totals[n / 16] = {};
                 } results[2];
@@ -215,8 +261,8 @@ void test_quantize(const char* isa) {
                     linear_kernels().quantize(x.data(), n, group, order, r.codes, r.scales, r.sums, r.totals);
                     if (kind == 3) {  // what a group with an infinity gives is not defined, except that it shows
                         check(!std::isfinite(r.scales[200 / group]), "infinity must show", isa, "");
-                        int64_t first = 200 / 128 * 128;
-                        std::memset(r.codes + first, 0, 128);
+                        const int64_t block = order == Order::quarters ? quarters_block : even_odd_block;
+                        std::memset(r.codes + 200 / block * block, 0, block);
                         r.scales[200 / group] = r.sums[200 / group] = 0;
                         r.totals[200 / group] = 0;
                     }
@@ -288,6 +334,7 @@ int main() {
         test_quantize(isa_name(isa));
         test_matrices(isa_name(isa));
         test_gguf_matrices(isa_name(isa));
+        test_mlx_modes(isa_name(isa));
         test_several(isa_name(isa));
         test_company(isa_name(isa));
         std::printf("%s: %s\n", isa_name(isa), failures == before ? "ok" : "FAILED");

@@ -30,15 +30,19 @@ void quantize(const float* x, int64_t n, int group, Order order, int8_t* codes, 
         int8_t q[128];
         totals[g] = quantize_group(x + g * group, group, q, &scales[g]);
         sums[g] = scales[g] * float(totals[g]);
+        const int64_t first = g * group;
         if (order == Order::natural) {
-            for (int i = 0; i < group; i++) codes[g * group + i] = q[i];
-        } else {
-            int64_t first = g * group;
-            int8_t* even = codes + first / order_block * order_block + first % order_block / 2;
+            for (int i = 0; i < group; i++) codes[first + i] = q[i];
+        } else if (order == Order::even_odd) {
+            int8_t* even = codes + first / even_odd_block * even_odd_block + first % even_odd_block / 2;
             for (int i = 0; i < group / 2; i++) {
                 even[i] = q[2 * i];
-                even[order_block / 2 + i] = q[2 * i + 1];
+                even[even_odd_block / 2 + i] = q[2 * i + 1];
             }
+        } else {
+            int8_t* to = codes + first / quarters_block * quarters_block + first % quarters_block / 4;
+            for (int i = 0; i < group / 4; i++)
+                for (int j = 0; j < 4; j++) to[j * (quarters_block / 4) + i] = q[4 * i + j];
         }
     }
 }

@@ -1,6 +1,7 @@
 // Products with many tokens: tiles of the matrix are unpacked and meet blocks of tokens.
 #pragma once
 
+#include "kernels/numbers.h"
 #include "kernels/scales-inl.h"
 
 namespace edgeq {
@@ -18,8 +19,8 @@ struct Tile {
     alignas(64) float biases[tile_depth / 16][tile_rows];
 };
 
-// Natural codes [c, c + n) of a row; n is a multiple of 32, the output has room for whole vectors.
-template <int bits, bool iq4 = false>
+// Natural codes [c, c + n) of a row; n is a multiple of 16, the output has room for whole vectors.
+template <int bits, Mode mode = Mode::affine>
 void unpack_row(const uint8_t* src, int n, uint8_t* out) {
     constexpr int codes = 4 * lanes, nbytes = codes * bits / 8;
     for (int i = 0; i < n; i += codes, src += nbytes) {
@@ -27,19 +28,28 @@ void unpack_row(const uint8_t* src, int n, uint8_t* out) {
         const bool whole = n - i >= codes;
         if (!whole) memcpy(rest, src, (n - i) * bits / 8);
         B v = unpack<bits>(whole ? src : rest);
-        b_store(out + i, iq4 ? look_up(v) : v);
+        if constexpr (mode != Mode::affine) v = look_up<mode>(v);
+        b_store(out + i, v);
     }
 }
 
 void unpack_any(const Matrix& w, const uint8_t* src, int n, uint8_t* out) {
+    if (w.mode == Mode::iq4) return unpack_row<4, Mode::iq4>(src, n, out);
+    if (w.mode == Mode::fp4) return unpack_row<4, Mode::fp4>(src, n, out);
     switch (w.bits) {
         case 2: return unpack_row<2>(src, n, out);
         case 3: return unpack_row<3>(src, n, out);
-        case 4: return w.iq4 ? unpack_row<4, true>(src, n, out) : unpack_row<4>(src, n, out);
+        case 4: return unpack_row<4>(src, n, out);
         case 5: return unpack_row<5>(src, n, out);
         case 6: return unpack_row<6>(src, n, out);
         case 8: return unpack_row<8>(src, n, out);
     }
+}
+
+// Of at most sixteen groups of any matrix.
+void any_scales_and_biases(const Matrix& w, int64_t at, int n, float* scales, float* biases) {
+    if (w.mode != Mode::fp4) return scales_and_biases(w, at, n, scales, biases);
+    w.group == 16 ? fp4_scales<Type::e4m3>(w, at, n, scales, biases) : fp4_scales<Type::e8m0>(w, at, n, scales, biases);
 }
 
 // Scales and biases of n groups from `at` on, counted through all rows, into column `r` of the tile.
@@ -47,7 +57,7 @@ void unpack_scales(const Matrix& w, int64_t at, int n, int r, Tile& tile) {
     for (int i = 0; i < n; i += sixteen) {
         const int some = n - i < sixteen ? n - i : sixteen;
         alignas(64) float scales[sixteen], biases[sixteen];
-        scales_and_biases(w, at + i, some, scales, biases);
+        any_scales_and_biases(w, at + i, some, scales, biases);
         for (int j = 0; j < some; j++) {
             tile.scales[i + j][r] = scales[j];
             tile.biases[i + j][r] = biases[j];
@@ -119,16 +129,34 @@ void multiply_tokens(const Tile& tile, const Activations& a, int group, int64_t 
     for (; t < t1; t++) multiply<1, bits>(tile, a, group, c, n, t, first, rows, y + t * stride, stride);
 }
 
-// The tile of a plain matrix: [depth][row] as float.
+// The tile of a plain or fp8 matrix: [depth][row] as float.
 struct PlainTile {
     alignas(64) float values[plain_tile_depth][tile_rows];
 };
+
+// Values [c, c + n) of a row, whole groups of fp8.
+void unpack_fp8(const Matrix& w, int64_t row, int64_t c, int n, float* out) {
+    for (int i = 0; i < n; i += 32) {
+        const int64_t at = row * w.in + c + i;
+        const F scale = f_set(256 * scale_at(w, at / 32));
+        for (int j = 0; j < 32; j += 2 * lanes) {
+            F v[2];
+            f_e4m3(static_cast<const uint8_t*>(w.data) + at + j, v);
+            f_store(out + i + j, f_mul(v[0], scale));
+            f_store(out + i + j + lanes, f_mul(v[1], scale));
+        }
+    }
+}
 
 void unpack_plain(const Matrix& w, int64_t row, int64_t row1, int64_t c, int n, PlainTile& tile) {
     alignas(64) float rows[lanes][plain_tile_depth];
     for (int v = 0; v < row_vectors; v++) {
         for (int r = 0; r < lanes; r++) {
             int64_t at = row + v * lanes + r;
+            if (w.mode == Mode::fp8 && at < row1) {
+                unpack_fp8(w, at, c, n, rows[r]);
+                continue;
+            }
             for (int i = 0; i < n; i += lanes) {
                 int some = n - i < lanes ? n - i : lanes;
                 f_store(rows[r] + i, at < row1 ? f_widen_some(w.data, w.type, at * w.in + c + i, some) : f_zero());
@@ -180,14 +208,14 @@ void gemm_plain(const Matrix& w, const Activations& a, int64_t row0, int64_t row
 
 void gemm(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, int64_t t0, int64_t t1, float* y,
           int64_t stride) {
-    if (w.bits == 0) return gemm_plain(w, a, row0, row1, t0, t1, y, stride);
+    if (!multiplies_codes(w)) return gemm_plain(w, a, row0, row1, t0, t1, y, stride);
     Tile tile;
     for (int64_t row = row0; row < row1; row += tile_rows) {
         int rows = row1 - row < tile_rows ? int(row1 - row) : tile_rows;
         for (int64_t c = 0; c < w.in; c += tile_depth) {
             int n = w.in - c < tile_depth ? int(w.in - c) : tile_depth;
             unpack_tile(w, row, row1, c, n, tile);
-            const int bits = w.bits == 8 || w.iq4 ? 8 : w.bits == 6 ? 6 : 5;
+            const int bits = w.bits == 8 || w.mode == Mode::iq4 ? 8 : w.bits == 6 ? 6 : 5;
             auto tokens = bits == 8 ? multiply_tokens<8> : bits == 6 ? multiply_tokens<6> : multiply_tokens<5>;
             tokens(tile, a, w.group, c, n, t0, t1, rows, y + row, stride);
         }

@@ -10,26 +10,44 @@ constexpr int prefetch_nbytes = 4096;
 
 // The codes that gemv takes at a time.
 template <int bits>
-constexpr int unit = bits == 4 ? 8 * lanes : 4 * lanes;
+constexpr int unit = bits == 2   ? 16 * lanes
+                     : bits == 4 ? 8 * lanes
+                                 : 4 * lanes;
+
+// The product that groups need: where a unit has several, their sums have to be in lanes of their own.
+template <bool wide, bool apart>
+EDGEQ_INLINE I dot_codes(I acc, B w, Codes a) {
+    if constexpr (wide) return dot8(acc, w, a);
+    if constexpr (apart) return dot_apart(acc, w, a);
+    return dot(acc, w, a);
+}
 
 // d[t] += codes of one unit at `src` times those of every token at `q`, from code `c`.
-template <int bits, bool iq4, int tokens>
+template <int bits, Mode mode, int group, int tokens>
 EDGEQ_INLINE void dot_unit(const uint8_t* src, const int8_t* q, int64_t stride, int64_t c, I* d) {
+    constexpr bool wide = bits == 8 || mode == Mode::iq4, apart = group < unit<bits>;
     if constexpr (bits == 4) {
         B low, high;
         nibbles(src, &low, &high);
-        if constexpr (iq4) low = look_up(low), high = look_up(high);
-        const int8_t* even = q + (c & -order_block) + (c & (order_block - 1)) / 2;
+        if constexpr (mode != Mode::affine) low = look_up<mode>(low), high = look_up<mode>(high);
+        const int8_t* even = q + (c & -even_odd_block) + (c & (even_odd_block - 1)) / 2;
         for (int t = 0; t < tokens; t++) {
-            const Codes a = load_codes(even + t * stride), b = load_codes(even + t * stride + order_block / 2);
-            d[t] = iq4 ? dot8(d[t], low, a) : dot(d[t], low, a);
-            d[t] = iq4 ? dot8(d[t], high, b) : dot(d[t], high, b);
+            const Codes a = load_codes(even + t * stride), b = load_codes(even + t * stride + even_odd_block / 2);
+            d[t] = dot_codes<wide, apart>(d[t], low, a);
+            d[t] = dot_codes<wide, apart>(d[t], high, b);
         }
+    } else if constexpr (bits == 2) {
+        B w[4];
+        quarters(src, w);
+        const int8_t* first = q + (c & -quarters_block) + (c & (quarters_block - 1)) / 4;
+        for (int t = 0; t < tokens; t++)
+            for (int i = 0; i < 4; i++)
+                d[t] = dot_codes<wide, apart>(d[t], w[i], load_codes(first + t * stride + i * (quarters_block / 4)));
     } else {
         B w = unpack<bits>(src);
         for (int t = 0; t < tokens; t++) {
             const Codes a = load_codes(q + t * stride + c);
-            d[t] = bits == 8 ? dot8(d[t], w, a) : dot(d[t], w, a);
+            d[t] = dot_codes<wide, apart>(d[t], w, a);
         }
     }
 }
@@ -42,8 +60,8 @@ EDGEQ_INLINE int64_t prefetch_distance(int rows, int64_t row_nbytes) {
 }
 
 // A block of rows: they share the loads of the activations, and one's sums do not wait for the other's. Vectors whose
-// lanes add up to the results go to sums[t][r].
-template <int bits, bool iq4, int group, int tokens, int rows>
+// lanes add up to the results go to sums[t][r]. blocks: see in_blocks.
+template <int bits, Mode mode, int group, bool blocks, int tokens, int rows>
 EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row, F (*sums)[lanes]) {
     constexpr int codes = unit<bits>;
     constexpr int step = group > codes ? group : codes;  // codes for one floating-point multiply-add
@@ -59,7 +77,13 @@ EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row,
         alignas(64) float products[rows][tokens][sixteen];  // scale of the weight times scale of the activation
         for (int r = 0; r < rows; r++) {
             alignas(64) float scales[sixteen], biases[sixteen];
-            scales_and_biases(w, (row + r) * groups + g0, some, scales, biases);
+            const int64_t at = (row + r) * groups + g0;
+            if constexpr (mode == Mode::fp4)
+                fp4_scales<group == 16 ? Type::e4m3 : Type::e8m0>(w, at, some, scales, biases);
+            else if constexpr (blocks)
+                scales_of_blocks<bits>(w, at, scales, biases);
+            else
+                scales_and_biases(w, at, some, scales, biases);
             for (int i = 0; i < sixteen; i += lanes) {
                 for (int t = 0; t < tokens; t++) {
                     int64_t at = t * a.groups + g0 + i;
@@ -73,10 +97,11 @@ EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row,
             for (int r = 0; r < rows; r++) {
                 I d[tokens];
                 for (int t = 0; t < tokens; t++) d[t] = i_zero();
-                if constexpr (signed_bytes && (bits == 8 || iq4))
+                if constexpr (signed_bytes && (bits == 8 || mode == Mode::iq4))
                     for (int t = 0; t < tokens; t++) d[t] = i_start<step / group>(a.totals + t * a.groups + g0 + g);
                 for (int u = 0; u < step; u += codes)
-                    dot_unit<bits, iq4, tokens>(from + r * distance + u * bits / 8, a.codes, a.stride, c + u, d);
+                    dot_unit<bits, mode, group, tokens>(from + r * distance + u * bits / 8, a.codes, a.stride, c + u,
+                                                        d);
                 for (int t = 0; t < tokens; t++)
                     acc[r][t] = f_fma(i_float(d[t]), f_spread<step / group>(products[r][t], g), acc[r][t]);
             }
@@ -106,7 +131,7 @@ EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row,
         for (int t = 0; t < tokens; t++) sums[t][r] = f_add(acc[r][t], bias[r][t]);
 }
 
-template <int bits, bool iq4, int group, int tokens>
+template <int bits, Mode mode, int group, bool blocks, int tokens>
 void gemv_rows(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
     constexpr int rows = gemv_block_rows(tokens);
     F sums[tokens][lanes] = {};
@@ -114,8 +139,9 @@ void gemv_rows(const Matrix& w, const Activations& a, int64_t row0, int64_t row1
         const int some = row1 - row < lanes ? int(row1 - row) : lanes;
         int r = 0;
         auto block = [&](int i) { return reinterpret_cast<F(*)[lanes]>(&sums[0][i]); };
-        for (; r + rows <= some; r += rows) gemv_block<bits, iq4, group, tokens, rows>(w, a, row + r, block(r));
-        for (; r < some; r++) gemv_block<bits, iq4, group, tokens, 1>(w, a, row + r, block(r));
+        for (; r + rows <= some; r += rows)
+            gemv_block<bits, mode, group, blocks, tokens, rows>(w, a, row + r, block(r));
+        for (; r < some; r++) gemv_block<bits, mode, group, blocks, tokens, 1>(w, a, row + r, block(r));
         for (int t = 0; t < tokens; t++) f_store_some(y + t * stride + row, f_sums(sums[t]), some);
     }
 }
@@ -149,19 +175,81 @@ void gemv_plain(const Matrix& w, const Activations& a, int64_t row0, int64_t row
     }
 }
 
-template <int bits, int group, bool iq4 = false, int tokens = gemv_tokens>
+// fp8 with the activations' own values: a sum for every group, then times its scale.
+template <int tokens = gemv_tokens>
+void gemv_fp8(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
+    if constexpr (tokens > 1)
+        if (a.tokens < tokens) return gemv_fp8<tokens - 1>(w, a, row0, row1, y, stride);
+    constexpr int group = 32;
+    const int64_t groups = w.in / group;
+    for (int64_t row = row0; row < row1; row++) {
+        const uint8_t* src = static_cast<const uint8_t*>(w.data) + row * w.in;
+        F acc[tokens];
+        for (int t = 0; t < tokens; t++) acc[t] = f_zero();
+        for (int64_t g0 = 0; g0 < groups; g0 += sixteen) {
+            const int some = groups - g0 < sixteen ? int(groups - g0) : sixteen;
+            alignas(64) float scales[sixteen];
+            widen_sixteen<Type::e8m0>(w.scales, row * groups + g0, some, scales);
+            for (int g = 0; g < some; g++) {
+                const int64_t c = (g0 + g) * group;
+                __builtin_prefetch(src + c + prefetch_nbytes, 0, prefetch_locality);
+                F d[tokens];
+                for (int i = 0; i < group; i += 2 * lanes) {
+                    F v[2];
+                    f_e4m3(src + c + i, v);
+                    for (int t = 0; t < tokens; t++) {
+                        const float* x = a.values + t * w.in + c + i;
+                        d[t] = i ? f_fma(v[0], f_load(x), d[t]) : f_mul(v[0], f_load(x));
+                        d[t] = f_fma(v[1], f_load(x + lanes), d[t]);
+                    }
+                }
+                const F scale = f_set(256 * scales[g]);
+                for (int t = 0; t < tokens; t++) acc[t] = f_fma(d[t], scale, acc[t]);
+            }
+        }
+        for (int t = 0; t < tokens; t++) y[t * stride + row] = f_sum(acc[t]);
+    }
+}
+
+template <int bits, int group, Mode mode = Mode::affine, bool blocks = false, int tokens = gemv_tokens>
 void gemv_group(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
     if constexpr (tokens > 1)
-        if (a.tokens < tokens) return gemv_group<bits, group, iq4, tokens - 1>(w, a, row0, row1, y, stride);
-    gemv_rows<bits, iq4, group, tokens>(w, a, row0, row1, y, stride);
+        if (a.tokens < tokens) return gemv_group<bits, group, mode, blocks, tokens - 1>(w, a, row0, row1, y, stride);
+    gemv_rows<bits, mode, group, blocks, tokens>(w, a, row0, row1, y, stride);
+}
+
+// Some of the tokens of an input.
+Activations some_tokens(const Matrix& w, const Activations& a, int64_t t, int64_t count) {
+    Activations some = a;
+    some.tokens = count;
+    some.values += t * a.in;
+    if (multiplies_codes(w)) {
+        some.codes += t * a.stride;
+        some.scales += t * a.groups;
+        some.sums += t * a.groups;
+        some.totals += t * a.groups;
+    }
+    return some;
+}
+
+// Groups of 16. Those that are not in blocks are rare, and get no kernel for several tokens.
+template <int bits>
+void gemv_sixteens(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
+    if (in_blocks(w)) return gemv_group<bits, 16, Mode::affine, true>(w, a, row0, row1, y, stride);
+    for (int64_t t = 0; t < a.tokens; t++)
+        gemv_rows<bits, Mode::affine, 16, false, 1>(w, some_tokens(w, a, t, 1), row0, row1, y + t * stride, stride);
 }
 
 template <int bits>
 void gemv_bits(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
-    if constexpr (bits == 6)
-        if (w.group == 16) return gemv_group<6, 16>(w, a, row0, row1, y, stride);
-    if constexpr (bits == 4)
-        if (w.iq4) return gemv_group<4, 32, true>(w, a, row0, row1, y, stride);
+    if constexpr (bits == 2 || bits == 3 || bits == 6)
+        if (w.group == 16) return gemv_sixteens<bits>(w, a, row0, row1, y, stride);
+    if constexpr (bits == 4) {
+        if (w.mode == Mode::iq4) return gemv_group<4, 32, Mode::iq4>(w, a, row0, row1, y, stride);
+        if (w.mode == Mode::fp4)
+            return w.group == 16 ? gemv_group<4, 16, Mode::fp4>(w, a, row0, row1, y, stride)
+                                 : gemv_group<4, 32, Mode::fp4>(w, a, row0, row1, y, stride);
+    }
     switch (w.group) {
         case 32: return gemv_group<bits, 32>(w, a, row0, row1, y, stride);
         case 64: return gemv_group<bits, 64>(w, a, row0, row1, y, stride);
@@ -171,6 +259,7 @@ void gemv_bits(const Matrix& w, const Activations& a, int64_t row0, int64_t row1
 
 // `a` are the tokens of one pass, at most gemv_tokens.
 void gemv_pass(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, float* y, int64_t stride) {
+    if (w.mode == Mode::fp8) return gemv_fp8(w, a, row0, row1, y, stride);
     switch (w.bits) {
         case 2: return gemv_bits<2>(w, a, row0, row1, y, stride);
         case 3: return gemv_bits<3>(w, a, row0, row1, y, stride);
@@ -188,16 +277,7 @@ void gemv(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, int
     int64_t passes = (t1 - t0 + gemv_tokens - 1) / gemv_tokens;
     for (int64_t t = t0, some; t < t1; t += some, passes--) {
         some = (t1 - t + passes - 1) / passes;
-        Activations pass = a;
-        pass.tokens = some;
-        pass.values += t * a.in;
-        if (w.bits) {
-            pass.codes += t * a.stride;
-            pass.scales += t * a.groups;
-            pass.sums += t * a.groups;
-            pass.totals += t * a.groups;
-        }
-        gemv_pass(w, pass, row0, row1, y + t * stride, stride);
+        gemv_pass(w, some_tokens(w, a, t, some), row0, row1, y + t * stride, stride);
     }
 }
 

@@ -25,12 +25,13 @@ struct Quantized {
     Activations a;
     ScratchVector<char> memory;
 
-    bool serves(const Matrix& w, Order needed) const { return w.bits && w.group == group && order == needed; }
+    bool serves(const Matrix& w, Order needed) const { return w.group == group && order == needed; }
 };
 
 void quantize(const float* x, int64_t tokens, int64_t in, int group, Order order, Quantized& result) {
     Activations& a = result.a;
-    a = {x, nullptr, nullptr, nullptr, nullptr, tokens, in, round_up(in, order_block), round_up(in / group, 16)};
+    const int block = order == Order::quarters ? quarters_block : even_odd_block;
+    a = {x, nullptr, nullptr, nullptr, nullptr, tokens, in, round_up(in, block), round_up(in / group, 16)};
     result.group = group;
     result.order = order;
     const int64_t codes = tokens * a.stride, numbers = tokens * a.groups * 4;
@@ -103,7 +104,7 @@ int64_t gemv_piece_nbytes(const Matrix* ws, int count) {
 
 }  // namespace
 
-size_t type_size(Type type) { return type == Type::f32 ? 4 : type == Type::i8 ? 1 : 2; }
+size_t type_size(Type type) { return type == Type::f32 ? 4 : type == Type::f16 || type == Type::bf16 ? 2 : 1; }
 
 size_t row_nbytes(const Matrix& w) { return w.bits ? size_t(w.in) * w.bits / 8 : size_t(w.in) * type_size(w.type); }
 
@@ -140,10 +141,10 @@ void multiply(const float* x, int64_t tokens, const Matrix* ws, int count, float
     for (int i = 0; i < count; i++) {
         const Matrix& w = ws[i];
         assert(w.in == ws[0].in);
-        Order order = few && w.bits == 4 ? Order::even_odd : Order::natural;
+        Order order = few ? gemv_order(w) : Order::natural;
         Job& job = jobs[i];
         job.w = &w;
-        job.a = w.bits ? quantized_for(w, order, x, tokens, used) : &plain;
+        job.a = multiplies_codes(w) ? quantized_for(w, order, x, tokens, used) : &plain;
         job.y = ys[i];
         job.rows = few ? round_up(1 + piece_nbytes / int64_t(row_nbytes(w)), 4) : kernels.gemm_rows;  // gemv: fours
         job.row_pieces = int((w.out + job.rows - 1) / job.rows);
@@ -198,10 +199,7 @@ namespace {
 void dequantize_row(const Matrix& w, int64_t row, float* y) {
     const auto* codes = static_cast<const uint8_t*>(w.data) + row * int64_t(row_nbytes(w));
     const int64_t groups = w.in / w.group;
-    for (int64_t g = 0; g < groups; g++) {
-        const float scale = scale_at(w, row * groups + g), bias = bias_at(w, row * groups + g);
-        for (int64_t c = g * w.group; c < (g + 1) * w.group; c++) y[c] = scale * float(code_at(w, codes, c)) + bias;
-    }
+    for (int64_t g = 0; g < groups; g++) dequantize_group(w, codes, g, row * groups + g, y + g * w.group);
 }
 
 }  // namespace

@@ -25,8 +25,7 @@ void linears(const float* x, int64_t tokens, const Matrix* ws, int count, float*
 // y [tokens, w.out] = x [tokens, in] @ w^T; whether all of it is finite.
 bool read_out(const float* x, int64_t tokens, const Matrix& w, float* y);
 
-// y [count, in]: rows `ids` of the matrix as float32; for quantized ones scale * code + bias in float32, rounded
-// twice, which is what edgeq.formats.affine.dequantize computes. Every id is below table.out.
+// y [count, in]: rows `ids` of the matrix as float32 (see dequantize_group). Every id is below table.out.
 void embed(const Matrix& table, const int32_t* ids, int64_t count, float* y);
 
 // The active instruction set's table.

@@ -21,16 +21,60 @@ inline void numbers(const Matrix& w, const void* p, const uint16_t* blocks, int6
     if (w.type == Type::bf16) return widen_sixteen<Type::bf16>(p, at, n, out);
     if (w.type == Type::f16) return widen_sixteen<Type::f16>(p, at, n, out);
     if (w.type == Type::f32) return widen_sixteen<Type::f32>(p, at, n, out);
-    widen_sixteen<Type::i8>(p, at, n, out);
+    if (w.type == Type::i8)
+        widen_sixteen<Type::i8>(p, at, n, out);
+    else if (blocks == w.block_scales)
+        widen_sixteen<Type::u4>(p, at, n, out);
+    else
+        widen_sixteen<Type::u4_high>(p, at, n, out);
     for (int i = 0; i < n; i += lanes)  // rows are whole blocks
         f_store(out + i, f_mul(f_load(out + i), f_units(blocks + ((at + i) >> w.block_shift), w.block_shift, n - i)));
 }
 
-// Both, of at most sixteen groups.
+// Both, of at most sixteen groups, of any matrix but those of fp4.
 inline void scales_and_biases(const Matrix& w, int64_t at, int n, float* scales, float* biases) {
     numbers(w, w.scales, w.block_scales, at, n, scales);
-    if (w.biases) return numbers(w, w.biases, w.block_biases, at, n, biases);
-    for (int i = 0; i < sixteen; i += lanes) f_store(biases + i, f_mul(f_load(scales + i), f_set(float(-w.zero))));
+    if (!w.biases) {
+        for (int i = 0; i < sixteen; i += lanes) f_store(biases + i, f_mul(f_load(scales + i), f_set(float(-w.zero))));
+        return;
+    }
+    numbers(w, w.biases, w.block_biases, at, n, biases);
+    if (w.type == Type::u4)
+        for (int i = 0; i < sixteen; i += lanes) f_store(biases + i, f_mul(f_load(biases + i), f_set(-1)));
+}
+
+// Whether scales_of_blocks knows them: groups of 16 in two levels, as GGUF's types have them, sixteen at a time.
+inline bool in_blocks(const Matrix& w) {
+    return w.in % 256 == 0 && (w.bits == 2 ? w.type == Type::u4 : w.type == Type::i8 && !w.biases);
+}
+
+// Both, of sixteen groups of such a matrix. Inline: a call would send the sums of those around it to memory and back.
+template <int bits>
+EDGEQ_INLINE void scales_of_blocks(const Matrix& w, int64_t at, float* scales, float* biases) {
+    constexpr bool halves = bits == 2;
+    for (int i = 0; i < sixteen; i += lanes) {
+        const int64_t block = (at + i) >> w.block_shift;
+        const F unit = f_units(w.block_scales + block, w.block_shift, sixteen - i);
+        const F scale = f_mul(f_widen(w.scales, halves ? Type::u4 : Type::i8, at + i), unit);
+        f_store(scales + i, scale);
+        if constexpr (halves) {
+            const F negative = f_mul(f_units(w.block_biases + block, w.block_shift, sixteen - i), f_set(-1));
+            f_store(biases + i, f_mul(f_widen(w.scales, Type::u4_high, at + i), negative));
+        } else {
+            f_store(biases + i, f_mul(scale, f_set(float(-w.zero))));
+        }
+    }
+}
+
+// Of one byte, for fp4: its codes stand for twice the numbers, plus their zero.
+template <Type type>
+EDGEQ_INLINE void fp4_scales(const Matrix& w, int64_t at, int n, float* scales, float* biases) {
+    widen_sixteen<type>(w.scales, at, n, scales);
+    for (int i = 0; i < sixteen; i += lanes) {
+        const F half = f_mul(f_load(scales + i), f_set(0.5f));
+        f_store(scales + i, half);
+        f_store(biases + i, f_mul(half, f_set(float(-table_zero(Mode::fp4)))));
+    }
 }
 
 }  // namespace

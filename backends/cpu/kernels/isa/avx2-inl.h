@@ -54,8 +54,38 @@ __m256i first(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_se
 F f_load_some(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
 void f_store_some(float* p, F v, int n) { _mm256_maskstore_ps(p, first(n), v); }
 
+__m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+__m128i load8(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
+
+// E4M3 as float16, whose exponents begin 8 lower, and whose NaN has more bits set.
+__m256i halves_of_e4m3(__m128i bytes) {
+    const __m256i v = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7), magnitude = _mm256_set1_epi16(0x3f80);
+    const __m256i nan = _mm256_srli_epi16(_mm256_cmpeq_epi16(_mm256_and_si256(v, magnitude), magnitude), 1);
+    return _mm256_or_si256(_mm256_and_si256(v, _mm256_set1_epi16(int16_t(0xbfff))), nan);
+}
+
+void f_e4m3(const uint8_t* p, F* v) {
+    const __m256i halves = halves_of_e4m3(load16(p));
+    v[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+    v[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+}
+
 F f_widen(const void* p, Type type, int64_t i) {
     if (type == Type::f32) return _mm256_loadu_ps(static_cast<const float*>(p) + i);
+    const uint8_t* bytes = static_cast<const uint8_t*>(p) + i;
+    if (type == Type::e4m3) {
+        const F v = _mm256_cvtph_ps(_mm256_castsi256_si128(halves_of_e4m3(load8(bytes))));
+        return _mm256_mul_ps(v, _mm256_set1_ps(256));
+    }
+    if (type == Type::e8m0) {  // 2^-127 is half of the smallest normal number
+        __m256i v = _mm256_slli_epi32(_mm256_cvtepu8_epi32(load8(bytes)), 23);
+        return _mm256_castsi256_ps(_mm256_max_epi32(v, _mm256_set1_epi32(1 << 22)));
+    }
+    if (type == Type::u4 || type == Type::u4_high) {
+        __m256i v = _mm256_cvtepu8_epi32(load8(bytes));
+        v = type == Type::u4 ? _mm256_and_si256(v, _mm256_set1_epi32(15)) : _mm256_srli_epi32(v, 4);
+        return _mm256_cvtepi32_ps(v);
+    }
     if (type == Type::i8)
         return _mm256_cvtepi32_ps(
             _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(static_cast<const int8_t*>(p) + i))));
@@ -67,7 +97,7 @@ F f_widen(const void* p, Type type, int64_t i) {
 F f_widen_some(const void* p, Type type, int64_t i, int n) {
     if (n >= lanes) return f_widen(p, type, i);
     if (n <= 0) return f_zero();
-    const int size = type == Type::f32 ? 4 : type == Type::i8 ? 1 : 2;
+    const int size = type == Type::f32 ? 4 : type == Type::f16 || type == Type::bf16 ? 2 : 1;
     uint32_t some[lanes] = {};
     memcpy(some, static_cast<const char*>(p) + i * size, n * size);
     return f_widen(some, type, 0);
@@ -109,9 +139,6 @@ inline B broadcast_four(const int8_t* p) {
     memcpy(&codes, p, 4);
     return _mm256_set1_epi32(codes);
 }
-
-__m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
-__m128i load8(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
 
 // Codes of 3, 5 or 6 bits, 16 in each half. A 16-bit lane gets the two bytes that its code lies in; a multiplication
 // moves the code to the lane's top (AVX2 has no shift of 16-bit lanes by different counts), a shift down again.
@@ -164,16 +191,30 @@ void nibbles(const uint8_t* p, B* low, B* high) {
     *high = _mm256_and_si256(_mm256_srli_epi16(v, 4), mask);
 }
 
+void quarters(const uint8_t* p, B* v) {
+    const __m256i codes = b_load(p), mask = _mm256_set1_epi8(3);
+    v[0] = _mm256_and_si256(codes, mask);
+    v[1] = _mm256_and_si256(_mm256_srli_epi16(codes, 2), mask);
+    v[2] = _mm256_and_si256(_mm256_srli_epi16(codes, 4), mask);
+    v[3] = _mm256_and_si256(_mm256_srli_epi16(codes, 6), mask);
+}
+
+template <Mode mode>
 B look_up(B v) {
-    __m128i table = load16(iq4_codes);
-    if (signed_bytes) table = _mm_xor_si128(table, _mm_set1_epi8(-128));
+    __m128i table = load16(table_codes<mode>);
+    if (signed_bytes && mode == Mode::iq4) table = _mm_xor_si128(table, _mm_set1_epi8(-128));
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), v);
 }
 
 template <int n>
 F f_spread(const float* p, int g) {
-    static_assert(n == 1 || n == 2);
+    static_assert(n == 1 || n == 2 || n == 4 || n == 8);
     if constexpr (n == 1) return _mm256_set1_ps(p[g]);
+    if constexpr (n == 8) return _mm256_load_ps(p + g);
+    if constexpr (n == 4) {
+        const __m256 four = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p + g));
+        return _mm256_permutevar_ps(four, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+    }
     return _mm256_insertf128_ps(_mm256_set1_ps(p[g]), _mm_set1_ps(p[g + n - 1]), 1);
 }
 

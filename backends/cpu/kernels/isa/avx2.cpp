@@ -16,6 +16,8 @@ I add_products(I acc, I words) { return _mm256_add_epi32(acc, _mm256_madd_epi16(
 
 I dot(I acc, B w, B a) { return add_products(acc, _mm256_maddubs_epi16(w, a)); }  // 2 * 63 * 127 fits into 16 bits
 
+I dot_apart(I acc, B w, B a) { return dot(acc, w, a); }
+
 // |w| times a with w's sign: two products of 128 * 127 fit.
 I dot8(I acc, B w, B a) { return dot(acc, _mm256_abs_epi8(w), _mm256_sign_epi8(a, w)); }
 

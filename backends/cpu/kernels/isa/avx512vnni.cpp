@@ -53,8 +53,36 @@ F f_load_some(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p)
 // Whole vectors without a mask: a masked store of one takes long on Zen 5 when it meets the one before.
 void f_store_some(float* p, F v, int n) { n >= lanes ? _mm512_storeu_ps(p, v) : _mm512_mask_storeu_ps(p, first(n), v); }
 
+// E4M3 as float16, whose exponents begin 8 lower, and whose NaN has more bits set.
+inline __m512i halves_of_e4m3(__m256i bytes) {
+    const __m512i v =
+        _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 7), _mm512_set1_epi16(int16_t(0xbfff)));
+    const __mmask32 nan = _mm256_cmpeq_epi8_mask(_mm256_and_si256(bytes, _mm256_set1_epi8(127)), _mm256_set1_epi8(127));
+    return _mm512_mask_mov_epi16(v, nan, _mm512_set1_epi16(0x7fff));
+}
+
+inline void f_e4m3(const uint8_t* p, F* v) {
+    const __m512i halves = halves_of_e4m3(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    v[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+    v[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+}
+
+// Of the types of one unsigned byte.
+inline F f_from_bytes(__m128i bytes, Type type) {
+    if (type == Type::e4m3) {
+        const __m256i halves = _mm512_castsi512_si256(halves_of_e4m3(_mm256_castsi128_si256(bytes)));
+        return _mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(256));
+    }
+    __m512i v = _mm512_cvtepu8_epi32(bytes);
+    if (type == Type::e8m0)  // 2^-127 is half of the smallest normal number
+        return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_slli_epi32(v, 23), _mm512_set1_epi32(1 << 22)));
+    return _mm512_cvtepi32_ps(type == Type::u4 ? _mm512_and_si512(v, _mm512_set1_epi32(15)) : _mm512_srli_epi32(v, 4));
+}
+
 inline F f_widen_some(const void* p, Type type, int64_t i, int n) {
     if (type == Type::f32) return _mm512_maskz_loadu_ps(first(n), static_cast<const float*>(p) + i);
+    if (type != Type::i8 && type != Type::f16 && type != Type::bf16)
+        return f_from_bytes(_mm_maskz_loadu_epi8(first(n), static_cast<const uint8_t*>(p) + i), type);
     if (type == Type::i8)
         return _mm512_cvtepi32_ps(
             _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), static_cast<const int8_t*>(p) + i)));
@@ -133,8 +161,17 @@ void nibbles(const uint8_t* p, B* low, B* high) {
     *high = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
 }
 
+void quarters(const uint8_t* p, B* v) {
+    const __m512i codes = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(3);
+    v[0] = _mm512_and_si512(codes, mask);
+    v[1] = _mm512_and_si512(_mm512_srli_epi16(codes, 2), mask);
+    v[2] = _mm512_and_si512(_mm512_srli_epi16(codes, 4), mask);
+    v[3] = _mm512_and_si512(_mm512_srli_epi16(codes, 6), mask);
+}
+
+template <Mode mode>
 B look_up(B v) {
-    __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(iq4_codes));
+    __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table_codes<mode>));
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), v);
 }
 
@@ -145,6 +182,7 @@ inline I dot(I acc, B w, Codes a) {
 }
 
 inline I dot8(I acc, B w, Codes a) { return dot(acc, w, a); }
+inline I dot_apart(I acc, B w, Codes a) { return dot(acc, w, a); }
 template <int bits>
 inline I dot_rows(I acc, const B* w, Codes16 a) {
     const auto* fours = reinterpret_cast<const int32_t*>(a);
@@ -155,14 +193,15 @@ inline I dot_rows(I acc, const B* w, Codes16 a) {
 // One number from memory costs no shuffle, which GCC would make of it where it has p in a register.
 template <int n>
 inline F f_spread(const float* p, int g) {
-    static_assert(n == 1 || n == 2 || n == 4);
+    static_assert(n == 1 || n == 2 || n == 4 || n == 8 || n == 16);
+    if constexpr (n == 16) return _mm512_load_ps(p);
     if constexpr (n == 1) {
         F v;
         __asm__("vbroadcastss %1, %0" : "=v"(v) : "m"(p[g]));
         return v;
     }
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i from = _mm512_add_epi32(_mm512_srli_epi32(lane, n == 2 ? 3 : 2), _mm512_set1_epi32(g));
+    const __m512i from = _mm512_add_epi32(_mm512_srli_epi32(lane, n == 2 ? 3 : n == 4 ? 2 : 1), _mm512_set1_epi32(g));
     return _mm512_permutexvar_ps(from, _mm512_load_ps(p));
 }
 

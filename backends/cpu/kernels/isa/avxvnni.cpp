@@ -14,6 +14,7 @@ namespace {
 
 I dot(I acc, B w, B a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
 I dot8(I acc, B w, B a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
+I dot_apart(I acc, B w, B a) { return dot(acc, w, a); }
 
 template <int bits>
 inline I dot_rows(I acc, const B* w, Codes16 a) {

@@ -45,12 +45,39 @@ void f_store_some(float* p, F v, int n) {
     for (int i = 0; i < n; i++) p[i] = some[i];
 }
 
+// Four bytes, in the lower half.
+int8x8_t load4(const void* p) {
+    uint32_t four;
+    memcpy(&four, p, 4);
+    return vreinterpret_s8_u32(vdup_n_u32(four));
+}
+
+// E4M3 as float16, whose exponents begin 8 lower, and whose NaN has more bits set.
+uint16x8_t halves_of_e4m3(int8x8_t bytes) {
+    const uint16x8_t v = vreinterpretq_u16_s16(vshll_n_s8(bytes, 7)), magnitude = vdupq_n_u16(0x3f80);
+    const uint16x8_t nan = vshrq_n_u16(vceqq_u16(vandq_u16(v, magnitude), magnitude), 1);
+    return vorrq_u16(vandq_u16(v, vdupq_n_u16(0xbfff)), nan);
+}
+
+void f_e4m3(const uint8_t* p, F* v) {
+    const float16x8_t halves = vreinterpretq_f16_u16(halves_of_e4m3(vld1_s8(reinterpret_cast<const int8_t*>(p))));
+    v[0] = vcvt_f32_f16(vget_low_f16(halves));
+    v[1] = vcvt_high_f32_f16(halves);
+}
+
 F f_widen(const void* p, Type type, int64_t i) {
     if (type == Type::f32) return vld1q_f32(static_cast<const float*>(p) + i);
-    if (type == Type::i8) {
-        int8_t four[8] = {};
-        memcpy(four, static_cast<const int8_t*>(p) + i, 4);
-        return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vld1_s8(four)))));
+    const uint8_t* bytes = static_cast<const uint8_t*>(p) + i;
+    if (type == Type::i8) return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(load4(bytes)))));
+    if (type == Type::e4m3) {
+        const float16x8_t halves = vreinterpretq_f16_u16(halves_of_e4m3(load4(bytes)));
+        return vmulq_n_f32(vcvt_f32_f16(vget_low_f16(halves)), 256);
+    }
+    if (type != Type::f16 && type != Type::bf16) {
+        uint32x4_t v = vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_s8(load4(bytes)))));
+        if (type == Type::e8m0)  // 2^-127 is half of the smallest normal number
+            return vreinterpretq_f32_u32(vmaxq_u32(vshlq_n_u32(v, 23), vdupq_n_u32(1 << 22)));
+        return vcvtq_f32_u32(type == Type::u4 ? vandq_u32(v, vdupq_n_u32(15)) : vshrq_n_u32(v, 4));
     }
     uint16x4_t v = vld1_u16(static_cast<const uint16_t*>(p) + i);
     if (type == Type::f16) return vcvt_f32_f16(vreinterpret_f16_u16(v));
@@ -60,7 +87,7 @@ F f_widen(const void* p, Type type, int64_t i) {
 F f_widen_some(const void* p, Type type, int64_t i, int n) {
     if (n >= lanes) return f_widen(p, type, i);
     if (n <= 0) return f_zero();
-    const int size = type == Type::f32 ? 4 : type == Type::i8 ? 1 : 2;
+    const int size = type == Type::f32 ? 4 : type == Type::f16 || type == Type::bf16 ? 2 : 1;
     uint32_t some[lanes] = {};
     memcpy(some, static_cast<const char*>(p) + i * size, n * size);
     return f_widen(some, type, 0);
@@ -144,15 +171,26 @@ void nibbles(const uint8_t* p, B* low, B* high) {
     *high = vreinterpretq_s8_u8(vshrq_n_u8(v, 4));
 }
 
+void quarters(const uint8_t* p, B* v) {
+    const uint8x16_t codes = vld1q_u8(p), mask = vdupq_n_u8(3);
+    v[0] = vreinterpretq_s8_u8(vandq_u8(codes, mask));
+    v[1] = vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(codes, 2), mask));
+    v[2] = vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(codes, 4), mask));
+    v[3] = vreinterpretq_s8_u8(vshrq_n_u8(codes, 6));
+}
+
+template <Mode mode>
 B look_up(B v) {
-    int8x16_t table = vreinterpretq_s8_u8(vld1q_u8(iq4_codes));
-    if (signed_bytes) table = veorq_s8(table, vdupq_n_s8(-128));
+    int8x16_t table = vreinterpretq_s8_u8(vld1q_u8(table_codes<mode>));
+    if (signed_bytes && mode == Mode::iq4) table = veorq_s8(table, vdupq_n_s8(-128));
     return vqtbl1q_s8(table, vreinterpretq_u8_s8(v));
 }
 
 template <int n>
 F f_spread(const float* p, int g) {
-    static_assert(n == 1);
+    static_assert(n == 1 || n == 2 || n == 4);
+    if constexpr (n == 4) return vld1q_f32(p + g);
+    if constexpr (n == 2) return vcombine_f32(vdup_n_f32(p[g]), vdup_n_f32(p[g + 1]));
     return vdupq_n_f32(p[g]);
 }
 

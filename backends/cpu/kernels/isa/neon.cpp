@@ -21,6 +21,10 @@ I dot(I acc, B w, B a) {
 
 I dot8(I acc, B w, B a) { return dot(acc, w, a); }
 
+I dot_apart(I acc, B w, B a) {
+    return vpadalq_s16(acc, vpaddq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(a)), vmull_high_s8(w, a)));
+}
+
 using Codes16 = const int8_t*;
 Codes16 load_codes16(const int8_t* p) { return p; }
 

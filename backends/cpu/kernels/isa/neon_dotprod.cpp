@@ -15,6 +15,7 @@ namespace {
 
 I dot(I acc, B w, B a) { return vdotq_s32(acc, w, a); }
 I dot8(I acc, B w, B a) { return vdotq_s32(acc, w, a); }
+I dot_apart(I acc, B w, B a) { return dot(acc, w, a); }
 
 using Codes16 = B;
 Codes16 load_codes16(const int8_t* p) { return vld1q_s8(p); }

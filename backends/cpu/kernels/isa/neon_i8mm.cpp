@@ -15,6 +15,7 @@ namespace {
 
 I dot(I acc, B w, B a) { return vdotq_s32(acc, w, a); }
 I dot8(I acc, B w, B a) { return vusdotq_s32(acc, vreinterpretq_u8_s8(w), a); }
+I dot_apart(I acc, B w, B a) { return dot(acc, w, a); }
 
 // 8 codes each of two rows times 8 of two tokens: usmmla gives all four sums. Tokens go in pairs, the last one alone if
 // it must; at the end the sums of a token are gathered from those of its rows' pairs.

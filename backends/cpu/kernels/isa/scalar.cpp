@@ -9,7 +9,9 @@ namespace {
 
 int64_t place(int64_t c, Order order) {
     if (order == Order::natural) return c;
-    return c / order_block * order_block + c % 2 * (order_block / 2) + c % order_block / 2;
+    const int64_t block = order == Order::even_odd ? even_odd_block : quarters_block;
+    const int64_t parts = order == Order::even_odd ? 2 : 4;
+    return c / block * block + c % parts * (block / parts) + c % block / parts;
 }
 
 void quantize(const float* x, int64_t n, int group, Order order, int8_t* codes, float* scales, float* sums,
@@ -53,16 +55,28 @@ float plain_product(const Matrix& w, const Activations& a, int64_t row, int64_t 
     return y;
 }
 
+float fp8_product(const Matrix& w, const Activations& a, int64_t row, int64_t t) {
+    const uint8_t* codes = static_cast<const uint8_t*>(w.data) + row * w.in;
+    float y = 0, weights[32];
+    for (int64_t g = 0; g < w.in / 32; g++) {
+        dequantize_group(w, codes, g, row * (w.in / 32) + g, weights);
+        for (int i = 0; i < 32; i++) y += weights[i] * a.values[t * a.in + 32 * g + i];
+    }
+    return y;
+}
+
 void product(const Matrix& w, const Activations& a, Order order, int64_t row0, int64_t row1, int64_t t0, int64_t t1,
              float* y, int64_t stride) {
     for (int64_t t = t0; t < t1; t++)
         for (int64_t row = row0; row < row1; row++)
-            y[t * stride + row] = w.bits ? quantized_product(w, a, row, t, order) : plain_product(w, a, row, t);
+            y[t * stride + row] = multiplies_codes(w) ? quantized_product(w, a, row, t, order)
+                                  : w.bits            ? fp8_product(w, a, row, t)
+                                                      : plain_product(w, a, row, t);
 }
 
 void gemv(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, int64_t t0, int64_t t1, float* y,
           int64_t stride) {
-    product(w, a, w.bits == 4 ? Order::even_odd : Order::natural, row0, row1, t0, t1, y, stride);
+    product(w, a, gemv_order(w), row0, row1, t0, t1, y, stride);
 }
 
 void gemm(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, int64_t t0, int64_t t1, float* y,
