@@ -112,6 +112,11 @@ class Repl:
             "/context": "/ctx", "/glob": "/read",
         }  # fmt: skip
 
+    @property
+    def names(self) -> set[str]:
+        """What commands are called."""
+        return {*self._commands, *self._synonyms}
+
     def run(self) -> None:
         """Read, answer, repeat, until the user leaves."""
         with self._keyboard:
