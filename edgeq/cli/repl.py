@@ -69,6 +69,7 @@ class Repl:
         self._read_files: list[str] = []  # texts that do
         self._last: Reply | None = None
         self._warned = False  # that the context is nearly full
+        self._leaving = False  # once more Ctrl-C leaves
         self._keyboard = Keyboard()
         self._commands = {
             "/help": _Command(lambda _: self._help(), "list the commands (also /?)"),
@@ -122,21 +123,25 @@ class Repl:
         with self._keyboard:
             self._greet()
             announce(self._chat.model, self._attached)
-            leaving = False
             while True:
                 try:
-                    line = self._read()
-                    leaving = False
-                    self._handle(line)
+                    self._turn()
                 except KeyboardInterrupt:
-                    if leaving:
+                    if self._leaving:
                         return
-                    leaving = True
+                    self._leaving = True
                     say("(press Ctrl-C again, or Ctrl-D, to leave)")
                 except EOFError:
                     return
-                except EdgeqError as error:
-                    say(error_line(error))
+
+    def _turn(self) -> None:
+        """Read a line and do what it says, or say why not."""
+        try:
+            line = self._read()
+            self._leaving = False
+            self._handle(line)
+        except EdgeqError as error:
+            say(error_line(error))
 
     def _read(self) -> Line:
         """A line, or everything between two lines of three quotes, which a Ctrl-D ends too."""
