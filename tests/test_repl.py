@@ -242,6 +242,31 @@ class TestCommands:
         talk.line("/edit")
         talk.expect("error: nothing to edit")
 
+    def test_ctrl_d_at_a_question_is_no(self, talk: Terminal, tmp_path: Path) -> None:
+        talk.line("hello")
+        talk.expect(ANSWERED)
+        (tmp_path / "chat.md").write_text("mine")
+        talk.line(f"/save '{tmp_path / 'chat.md'}'")
+        talk.expect("overwrite chat.md")
+        talk.send("\x04")
+        talk.expect("nothing was written\n")
+        talk.line("/edit")
+        talk.expect("edit: hello")
+        talk.send("\x15\x04")
+        talk.expect("error: nothing was changed")
+
+    def test_what_does_not_fit_keeps_its_files(self, talk: Terminal, tmp_path: Path) -> None:
+        (tmp_path / "long.txt").write_text("seven words " * 40_000)
+        talk.line(f"/read {tmp_path / 'long.txt'}")
+        talk.expect("480,000 characters|479,999 characters")
+        for _ in range(2):
+            talk.line("look")
+            talk.expect("error: the prompt [^\n]*leaves no room")
+        talk.line("/read")
+        talk.expect("no text file is attached\n")
+        talk.line("look")
+        assert said(talk) == "look"
+
     def test_regen_takes_another_seed(self, talk: Terminal) -> None:
         talk.line("Tell me something.")
         talk.expect(ANSWERED)

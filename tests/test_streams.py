@@ -66,6 +66,8 @@ class Source:
     [
         ("$edgeq chat demo hello <&-", 0, True, b"peak memory"),
         ("$edgeq chat demo <&-", 2, False, b"no prompt given"),
+        ("$edgeq chat demo hello 0>/dev/null", 0, True, b"peak memory"),  # as nohup has it
+        ("$edgeq chat demo -- -5 + 3", 0, True, b"peak memory"),
         ("$edgeq chat demo hello 2>&-", 0, True, b""),
         ("$edgeq chat demo hello >&-", 0, False, b"peak memory"),
         ("$edgeq chat demo hello <&- >&- 2>&-", 0, False, b""),

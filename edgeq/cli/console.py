@@ -120,6 +120,8 @@ def prepare_streams() -> None:
     for descriptor in range(3):
         with suppress(OSError):  # every number is taken: no such file can get it
             _fill(descriptor)
+        with suppress(OSError, AttributeError):  # left by another program, and reads and writes would fail
+            os.set_blocking(descriptor, True)
     sys.stdin = StringIO() if sys.stdin is None else sys.stdin  # None: closed by the shell (<&-)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
