@@ -47,10 +47,10 @@ def show(text: str, *, end: str = "\n") -> None:
     print(for_terminal(text, sys.stdout), end=end, flush=True)
 
 
-def say(text: str, *, faint: bool = False) -> None:
+def say(text: str, *, faint: bool = False, end: str = "\n") -> None:
     """Print what is not data, to stderr; `faint` for figures and other asides."""
     shown = for_terminal(text, sys.stderr)
-    print(dim(shown) if faint else shown, file=sys.stderr, flush=True)
+    print(dim(shown) if faint else shown, end=end, file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
