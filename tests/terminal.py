@@ -3,47 +3,51 @@
 from __future__ import annotations
 
 import fcntl
+import gc
+import io
 import os
 import pty
 import re
 import select
 import signal
 import struct
-import subprocess
 import sys
 import termios
+import traceback
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from time import monotonic
-from typing import IO, Any
+from time import monotonic, sleep
+from typing import IO, Any, NoReturn
 
-from process import ROOT
+from edgeq.cli import main
 
 ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07]*\x07|[()][A-Z0-9]|[=>78])")
 _PATIENCE = 30  # seconds until a test gives up: no test waits that long for what comes
 
 
 class Terminal:
-    """`edgeq` with some arguments at a terminal of its own. stdout, stderr: files in its place."""
+    """`edgeq` with some arguments in a process whose terminal this is. stdout, stderr: files in its place.
+
+    The process is a fork of this one, which has imported everything already: starting Python anew takes a second.
+    prepare: called in it first. environment: what differs from this process's.
+    """
 
     def __init__(
-        self, *arguments: str | Path, columns: int = 100, stdout: IO[Any] | int | None = None,
-        stderr: IO[Any] | int | None = None, code: str = "from edgeq.__main__ import main; main()", **environment: str,
+        self, *arguments: str | Path, columns: int = 100, stdout: IO[Any] | None = None, stderr: IO[Any] | None = None,
+        prepare: Callable[[], None] = lambda: None, **environment: str,
     ) -> None:  # fmt: skip
         self._end, end = pty.openpty()
         fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-        paths = [path for path in sys.path if path and Path(path) != ROOT]
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", code, *map(str, arguments)],
-            stdin=end,
-            stdout=end if stdout is None else stdout,
-            stderr=end if stderr is None else stderr,
-            env={
-                **os.environ, "TERM": "xterm-256color", "EDGEQ_BACKEND": "numpy",
-                "PYTHONPATH": os.pathsep.join([*paths, str(ROOT)]), **environment,
-            },
-            preexec_fn=_take_terminal,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # threads of the test runner are not needed there
+            self.pid = os.fork()
+        if self.pid == 0:
+            os.environ.update({"TERM": "xterm-256color", "EDGEQ_BACKEND": "numpy", **environment})
+            streams = [end, *(end if stream is None else stream.fileno() for stream in (stdout, stderr))]
+            _run(streams, prepare, [str(argument) for argument in arguments])
         os.close(end)
+        self._code: int | None = None
         self.output = ""  # all of it
         self._read = 0  # as far as it was expected
 
@@ -51,9 +55,9 @@ class Terminal:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGKILL)
-        self.process.wait(_PATIENCE)
+        if self._ended() is None:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
         os.close(self._end)
 
     def send(self, keys: str | bytes) -> None:
@@ -92,12 +96,20 @@ class Terminal:
         deadline = monotonic() + _PATIENCE
         while self._more(deadline - monotonic()):
             pass
-        return self.process.wait(_PATIENCE)
+        while (code := self._ended()) is None:
+            assert monotonic() < deadline, "the program does not end"
+            sleep(0.01)
+        return code
 
     def modes(self) -> int:
         """The local modes of the terminal (ECHO, ICANON, ...)."""
         modes: int = termios.tcgetattr(self._end)[3]
         return modes
+
+    def _ended(self) -> int | None:
+        if self._code is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self._code = os.waitstatus_to_exitcode(ended[1])
+        return self._code
 
     def _more(self, patience: float) -> bool:
         """Read what comes next; False if nothing does."""
@@ -111,7 +123,30 @@ class Terminal:
         return bool(data)
 
 
-def _take_terminal() -> None:
-    """In the new process: a session of its own, whose terminal is stdin."""
-    os.setsid()
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+def _run(streams: list[int], prepare: Callable[[], None], arguments: list[str]) -> NoReturn:
+    """In the new process: be the program at its terminal."""
+    code = 99
+    try:
+        gc.freeze()  # what belongs to the tests is not to be finalized here
+        os.setsid()
+        fcntl.ioctl(streams[0], termios.TIOCSCTTY, 0)
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+        os.closerange(3, 256)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        sys.stdin, sys.stdout, sys.stderr = (_text(number, mode) for number, mode in enumerate("rww"))
+        prepare()
+        main(arguments)
+    except SystemExit as left:
+        code = int(left.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _text(number: int, mode: str) -> io.TextIOWrapper:
+    return io.TextIOWrapper(open(number, mode + "b", closefd=False), "utf-8", line_buffering=True)

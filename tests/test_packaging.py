@@ -25,7 +25,7 @@ CALLED = {"PIL": "pillow"}  # by its package
 IMPORTED = {
     CALLED.get(top, top) for top in (name.partition(".")[0] for module in modules() for name, _ in imports(module))
 }
-ALSO_INSTALLED = {"click": "typer"}  # what one is imported for comes with the other
+ALSO_INSTALLED = {"click": "typer", "markdown_it": "rich"}  # what one is imported for comes with the other
 
 
 def test_every_required_library_is_imported() -> None:

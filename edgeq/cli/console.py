@@ -47,10 +47,10 @@ def show(text: str, *, end: str = "\n") -> None:
     print(for_terminal(text, sys.stdout), end=end, flush=True)
 
 
-def say(text: str, *, faint: bool = False) -> None:
+def say(text: str, *, faint: bool = False, end: str = "\n") -> None:
     """Print what is not data, to stderr; `faint` for figures and other asides."""
     shown = for_terminal(text, sys.stderr)
-    print(dim(shown) if faint else shown, file=sys.stderr, flush=True)
+    print(dim(shown) if faint else shown, end=end, file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
@@ -120,6 +120,8 @@ def prepare_streams() -> None:
     for descriptor in range(3):
         with suppress(OSError):  # every number is taken: no such file can get it
             _fill(descriptor)
+        with suppress(OSError, AttributeError):  # left by another program, and reads and writes would fail
+            os.set_blocking(descriptor, True)
     sys.stdin = StringIO() if sys.stdin is None else sys.stdin  # None: closed by the shell (<&-)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

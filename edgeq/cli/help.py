@@ -68,8 +68,11 @@ def spellings(option: Any) -> tuple[list[str], list[str]]:
 
 
 def parameters(command: Any) -> dict[str, Any]:
-    """A command's parameters by the names that a user knows: an option's long ones, with _ for -, or an argument's."""
-    shown = [p for p in command.params if p.name and not getattr(p, "hidden", False)]
+    """A command's parameters by the names that a user knows: an option's long ones, with _ for -, or an argument's.
+
+    Without those that take every word there is: they are for a line, not for a file of settings.
+    """
+    shown = [p for p in command.params if p.name and not getattr(p, "hidden", False) and p.nargs == 1]
     return {name: parameter for parameter in shown for name in _names(parameter)}
 
 

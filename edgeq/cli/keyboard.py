@@ -254,6 +254,8 @@ class _History(FileHistory):
 
 def _prepare(file: Path) -> None:
     """Make the folder and the file; OSError if it is none that lines can be read from and added to."""
+    if not file.is_absolute():  # XDG_STATE_HOME is to be ignored then, or a user has no home
+        raise OSError(f"{file} is not an absolute path")
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
     descriptor = os.open(file, flags, 0o600)

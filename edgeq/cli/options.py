@@ -82,7 +82,7 @@ def _model_argument(metavar: str) -> Any:
 ModelArgument = Annotated[str, _model_argument("MODEL")]
 OptionalModelArgument = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)]
 PromptArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[PROMPT]...", help="The prompt, in place of --prompt.")
+    list[str] | None, typer.Argument(metavar="[PROMPT]", help="The prompt, in place of --prompt.")
 ]
 BackendOption = Annotated[str, option("--backend", metavar="NAME", help="auto, cpu, mlx or numpy.")]
 ThreadsOption = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ _LIMIT = 4 * MAX_TEXT  # bytes: no text of MAX_TEXT characters has more
 
 
 def piped_text(*, lenient: bool = False) -> str | None:
-    """What was piped into stdin; None if it is a terminal or closed.
+    """What was piped into stdin; None if it is a terminal, closed or cannot be read from.
 
     With `lenient`, bytes that are no text are read as U+FFFD, with a warning, instead of refused.
     """
@@ -37,6 +38,8 @@ def piped_text(*, lenient: bool = False) -> str | None:
                 first = source.read(1)
             data = first + source.read(_LIMIT)
         except OSError as error:
+            if error.errno == errno.EBADF:  # nohup opens it for writing alone
+                return None
             raise UsageError(f"stdin cannot be read: {error.strerror}") from None
         text = _decoded(data, "stdin", sys.stdin.encoding, lenient=lenient)
     check_length(text)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from glob import glob
 from pathlib import Path
@@ -69,6 +70,7 @@ class Repl:
         self._read_files: list[str] = []  # texts that do
         self._last: Reply | None = None
         self._warned = False  # that the context is nearly full
+        self._leaving = False  # once more Ctrl-C leaves
         self._keyboard = Keyboard()
         self._commands = {
             "/help": _Command(lambda _: self._help(), "list the commands (also /?)"),
@@ -112,26 +114,35 @@ class Repl:
             "/context": "/ctx", "/glob": "/read",
         }  # fmt: skip
 
+    @property
+    def names(self) -> set[str]:
+        """What commands are called."""
+        return {*self._commands, *self._synonyms}
+
     def run(self) -> None:
         """Read, answer, repeat, until the user leaves."""
         with self._keyboard:
             self._greet()
             announce(self._chat.model, self._attached)
-            leaving = False
             while True:
                 try:
-                    line = self._read()
-                    leaving = False
-                    self._handle(line)
+                    self._turn()
                 except KeyboardInterrupt:
-                    if leaving:
+                    if self._leaving:
                         return
-                    leaving = True
+                    self._leaving = True
                     say("(press Ctrl-C again, or Ctrl-D, to leave)")
                 except EOFError:
                     return
-                except EdgeqError as error:
-                    say(error_line(error))
+
+    def _turn(self) -> None:
+        """Read a line and do what it says, or say why not."""
+        try:
+            line = self._read()
+            self._leaving = False
+            self._handle(line)
+        except EdgeqError as error:
+            say(error_line(error))
 
     def _read(self) -> Line:
         """A line, or everything between two lines of three quotes, which a Ctrl-D ends too."""
@@ -183,11 +194,16 @@ class Repl:
 
     def _say(self, text: str) -> None:
         """Send a message, with the files and the pictures that wait for it."""
-        texts, attached = [text, *self._read_files], self._attached
         if not text.strip():
             return
+        texts, attached, turns = self._read_files, self._attached, len(self._chat.turns)
         self._read_files, self._attached = [], []
-        self._answer(self._chat.send("\n\n".join(texts), **by_kind(attached)))
+        try:
+            self._answer(self._chat.send("\n\n".join([text, *texts]), **by_kind(attached)))
+        except EdgeqError:
+            if len(self._chat.turns) == turns:  # nothing was said: they wait for the next try
+                self._read_files, self._attached = texts, attached
+            raise
 
     def _without_dropped(self, text: str) -> str:
         """A text without the paths of pictures that a terminal pasted into it, once the user wants them attached."""
@@ -201,7 +217,10 @@ class Repl:
         return rest
 
     def _agreed(self, question: str, *, default: bool) -> bool:
-        answer = self._keyboard.read(question, literal=True, remember=False).text.strip().lower()
+        try:
+            answer = self._keyboard.read(question, literal=True, remember=False).text.strip().lower()
+        except EOFError:
+            return False
         return answer in ("y", "yes") or (default and not answer)
 
     def _answer(self, reply: Reply) -> None:
@@ -291,18 +310,20 @@ class Repl:
         if turn is None:
             raise UsageError("nothing to edit: no question yet")
         if not text.strip() and self._keyboard.edits:
-            text = self._keyboard.read("edit: ", turn.text, literal=True).text
+            with suppress(EOFError):
+                text = self._keyboard.read("edit: ", turn.text, literal=True).text
         if not text.strip():
             raise UsageError("nothing was changed: the new question is empty", hint="/edit TEXT gives another")
         self._answer(self._chat.edit(text))
 
     def _save(self, text: str) -> None:
         """Write the conversation to a file, after asking if there is one."""
-        if not text.strip():
+        name = _unquoted(text.strip())
+        if not name:
             raise UsageError("/save takes the name of a file", hint="as in /save chat.md")
         if not self._chat.turns:
             raise UsageError("nothing to save: nothing was said yet")
-        path = expand_user(Path(text.strip()))
+        path = expand_user(Path(name))
         if is_file(path) and not self._agreed(f"overwrite {printable(path.name)}? [y/N] ", default=False):
             say("nothing was written")
             return
@@ -358,6 +379,10 @@ def _words(text: str) -> list[str]:
         return shlex.split(text)
     except ValueError:  # an apostrophe, not a quotation
         return text.split()
+
+
+def _unquoted(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
 def _files(text: str) -> list[str]:

@@ -60,6 +60,7 @@ def show_reply(reply: Reply, ops: Ops[Any, Any], display: DisplayOptions, before
         for piece in reply:
             if piece.channel == "thinking":
                 if piece.text and page is answer:
+                    answer.end("")
                     page = _thinking_page(display)
             elif piece.channel == "tool_call":  # shown when they are complete, see edgeq.cli.tools
                 continue
