@@ -287,6 +287,8 @@ class TestChat:
             '"no"',
         )
         assert run("generate", "demo", "--regex", "[ab]{3}", "-p", "x").out.strip().strip("ab") == ""
+        cut = run("generate", "demo", "--regex", "[ab]{30}", "-p", "x", "--max-tokens", "2")
+        assert "warning: the answer was cut off, so it does not fit the regex" in cut.err
         done = run("chat", "demo", "--grammar", 'root ::= "a" | "b"', "-p", "x", "--json", "--logprobs", "1")
         found = json.loads(done.out)
         assert found["text"] in ("a", "b")

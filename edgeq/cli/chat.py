@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+from edgeq.cli.answers import warn_of_a_cut
 from edgeq.cli.boxes import check_drawing
 from edgeq.cli.console import prefill_bar
 from edgeq.cli.messages import read_messages
@@ -118,6 +119,7 @@ def chat(
             print_json(reply, loaded.tokenizer, stream=stream, thinking=thinking, **ran)
         else:
             show_calls(reply)
+        warn_of_a_cut(reply, options)
         if not whole:
             raise KeyboardInterrupt
         if draw_boxes is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from edgeq.cli.answers import warn_of_a_cut
 from edgeq.cli.console import prefill_bar, say
 from edgeq.cli.options import (
     AnswerOptions,
@@ -71,5 +72,6 @@ def generate(
         print_json(reply, loaded.tokenizer, stream=stream)
         if not display.quiet:
             say(usage_line(reply, loaded.ops), faint=True)
+    warn_of_a_cut(reply, options)
     if not whole:
         raise KeyboardInterrupt

@@ -43,7 +43,7 @@ def usage_line(reply: Reply, ops: Ops[Any, Any]) -> str:
             f"{usage.tokens_per_pass:.2f} tokens a pass"
         )
     if usage.forced_tokens:
-        parts.append(f"{usage.forced_tokens} tokens left no choice")
+        parts.append(f"{usage.forced_tokens} of {usage.answer_tokens} tokens forced")
     if finish.thinking_cut in _CUTS:
         parts.append(_CUTS[finish.thinking_cut])
     if finish.reason in _ENDINGS:

@@ -77,7 +77,7 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, tokens: int, eos_ids: Iterable[int]) -> None:
-        library, eos = _library(), sorted(eos_ids)
+        library, eos = _library(), sorted(i for i in eos_ids if i < tokens)
         if not eos:
             raise UsageError(
                 "structured output needs a token that ends a text, and this model has none",
