@@ -463,12 +463,12 @@ def test_a_reply_that_begins_with_a_text(model: Model) -> None:
 
 
 def test_another_seed_for_each_attempt(model: Model) -> None:
-    chat = model.chat(temperature=2.0, top_k=0, max_tokens=6, seed=40)
-    replies = [done(chat.send("one")).ids, *(done(chat.regenerate()).ids for _ in range(3))]
+    chat, question = model.chat(temperature=2.0, top_k=0, max_tokens=6, seed=40), "one question of many " * 12
+    replies = [done(chat.send(question)).ids, *(done(chat.regenerate()).ids for _ in range(3))]
     alone = []
     for seed in range(40, 44):
         one = model.chat(temperature=2.0, top_k=0, max_tokens=6, seed=seed)
-        alone.append(done(one.send("one")).ids)
+        alone.append(done(one.send(question)).ids)
     assert replies == alone
     assert len({tuple(ids) for ids in replies}) == 4
     assert done(chat.regenerate()).usage.cached_tokens == len(chat.ids) - 6  # the prompt is not run again
@@ -504,10 +504,10 @@ def test_what_is_kept_of_states_is_bounded(model: Model, monkeypatch: pytest.Mon
     monkeypatch.setattr(prefixes, "KEPT", 3 * model.ops.state_nbytes(model.config.text))
     chat = model.chat(temperature=0, max_tokens=3)
     for n in range(6):
-        done(chat.send(f"number {n}"))
+        done(chat.send(f"number {n} " + "and more of it " * 20 * (n % 2)))
         kept = chat._context._prefixes._kept  # type: ignore[union-attr]
         assert len(kept) <= 3
-        assert sum(prefix.logits is not None for prefix in kept) == 1
+        assert sum(prefix.logits is not None for prefix in kept) == (n % 2)
     again = done(chat.edit("instead"))
     assert again.usage.cached_tokens >= again.usage.prompt_tokens - 45  # the message and what is around it
     for _ in range(2):

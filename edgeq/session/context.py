@@ -18,6 +18,9 @@ from edgeq.state import State
 
 __all__ = ["Context", "Progress"]
 
+LONG = 64
+"""Tokens of a prompt that a state is kept for, so that another reply to it need not run them again."""
+
 Progress = Callable[[int, int], None]
 """Called with the tokens done and all tokens, as a prompt of more than one chunk goes through the model."""
 
@@ -139,7 +142,7 @@ class Context:
                     unseen = decoding.unseen(self.position - start)
                     if known is None or unseen:
                         known = self._logits_after(unseen, decoding, places)
-                        if first and len(unseen) > 1:  # the end of a prompt
+                        if first and len(unseen) >= LONG:
                             self.keep(known)
                     token, known, first = decoding.take(known), None, False
                 if token is not None:

@@ -19,7 +19,7 @@ from edgeq.state import State
 __all__ = ["Prefix", "Prefixes"]
 
 MOST = 16
-KEPT = 1 << 26  # bytes of DeltaNet states that are kept beside a sequence's own: three of the 0.8B's
+KEPT = 1 << 25  # bytes of DeltaNet states that are kept beside a sequence's own, or two states
 
 
 class Prefix(NamedTuple):
@@ -55,13 +55,10 @@ class Prefixes:
         return cls(max(2, min(MOST, KEPT // max(1, engine.ops.state_nbytes(engine.config)))))
 
     def keep(self, prefix: Prefix) -> None:
-        """Remember one. Of those with logits, which are ends of prompts, only the last is of use."""
+        """Remember one, in place of the one with logits, which is the end of a prompt that was replied to."""
         n = len(prefix.ids)
-        self._kept = [
-            kept for kept in self._kept
-            if len(kept.ids) != n and (kept.logits is None or prefix.logits is None)
-        ]  # fmt: skip
-        self._kept = [*self._kept, prefix][-self._most :]
+        others = [kept for kept in self._kept if len(kept.ids) != n and kept.logits is None]
+        self._kept = [*others, prefix][-self._most :]
 
     def longest(self, ids: Ids, places: Sequence[Place]) -> Prefix | None:
         """The longest that a sequence begins with; those that it does not begin with are forgotten."""
