@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from edgeq.engine import Engine
 from edgeq.errors import UsageError
 from edgeq.generate import Decoding, GenerationSettings, StopReason, Token
@@ -272,7 +274,7 @@ class Chat:
         """
         self._settle()
         users = [i for i, turn in enumerate(self._turns) if turn.role == "user"]
-        if type(back) is not int or not 1 <= back <= len(users):
+        if not _counts(back, len(users)):
             raise UsageError(f"there are {len(users)} messages to edit, got back={brief(back)}")
         saved, place = self._save(), users[-back]
         own = self._turns[place].visuals
@@ -291,7 +293,7 @@ class Chat:
         self._settle()
         if not self._turns:
             raise UsageError("nothing to undo", hint="send something first")
-        if type(n) is not int or not 1 <= n <= len(self._turns):
+        if not _counts(n, len(self._turns)):
             raise UsageError(f"{len(self._turns)} turns can be undone, got {brief(n)}")
         taken = tuple(self._turns[-n:])
         self._cut(len(self._turns) - n)
@@ -580,3 +582,8 @@ class Chat:
         if self._reply is not None:
             self._reply.close()
             self._reply = None
+
+
+def _counts(value: object, most: int) -> bool:
+    """Whether `value` is a number from 1 to `most`."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(1 <= value <= most)
