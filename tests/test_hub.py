@@ -18,6 +18,7 @@ from urllib.parse import unquote
 import pytest
 from process import run_python
 
+from edgeq.adapters import Given
 from edgeq.errors import MemoryBudgetError, NetworkError, UsageError
 from edgeq.hub import find_model
 from edgeq.testing import write_checkpoint
@@ -157,19 +158,21 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     server.server_close()
 
 
-def fetch(hub: Hub, tmp_path: Path, *models: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """find_model in a process of its own: huggingface_hub reads its environment once, when imported.
+def fetch(
+    hub: Hub, tmp_path: Path, *models: str, find: str = "edgeq.hub.find_model", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """find_model, or another function, in a process of its own: huggingface_hub reads its environment when imported.
 
     A line of output for each model; errors on stderr, and the exit code is the last one's.
     """
     code = (
         "import sys\n"
         "from edgeq.errors import EdgeqError\n"
-        "from edgeq.hub import find_model\n"
+        f"from {find.rpartition('.')[0]} import {find.rpartition('.')[2]} as find\n"
         "code = 0\n"
         "for model in sys.argv[1:]:\n"
         "    try:\n"
-        "        print(find_model(model))\n"
+        "        print(find(model))\n"
         "    except EdgeqError as e:\n"
         "        code = e.exit_code\n"
         "        print(f'{type(e).__name__}: {e.message} | {e.hint}', file=sys.stderr)\n"
@@ -202,6 +205,24 @@ class TestHub:
         offline = fetch(hub, tmp_path, REPO, HF_HUB_OFFLINE="1")
         assert offline.stdout.strip() == str(folder)
         assert not hub.requests
+
+    def test_an_adapter(self, hub: Hub, tmp_path: Path) -> None:
+        """By its name, with a scale or without; as a model it says what it is."""
+        for name in ("config.json", "model.safetensors"):
+            (hub.folder / name).unlink()
+        (hub.folder / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen3.5-2B"}')
+        (hub.folder / "adapter_model.safetensors").write_bytes(bytes(16))
+        folder = tmp_path / "hf" / "hub" / "models--Qwen--Qwen3.5-Tiny" / "snapshots" / COMMIT
+        given = fetch(hub, tmp_path, f"{REPO}:0.5", REPO, find="edgeq.adapters.given_adapters")
+        assert given.returncode == 0, given.stderr
+        assert given.stdout.split("\n")[:2] == [f"[{Given(folder, scale)!r}]" for scale in (0.5, 1.0)]
+        assert (folder / "adapter_model.safetensors").exists()
+        model = fetch(hub, tmp_path, REPO)
+        assert model.returncode == 4
+        assert "is an adapter for Qwen/Qwen3.5-2B, not a model" in model.stderr
+        wrong = fetch(hub, tmp_path, "nothing at all", f"{REPO}:Q4_K_M", find="edgeq.adapters.given_adapters")
+        assert wrong.returncode == 2
+        assert wrong.stderr.count("adapter not found") == 2
 
     def test_a_broken_download_resumes(self, hub: Hub, tmp_path: Path) -> None:
         large = hub.folder / "extra.safetensors"  # the library keeps what it has in pieces of 10 MB
