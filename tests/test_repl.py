@@ -189,6 +189,7 @@ class TestCommands:
             ("/save", "/save takes the name of a file"),
             ("/save chat", "chat ends in neither .md nor .json"),
             ("/read /no/such/file", "text file not found: /no/such/file"),
+            ("/read /dev/stdin", "it is a device, expected a regular file"),
             ("/image /no/such.png", "/no/such.png cannot be opened"),
             ("/set temperature", "/set temperature takes a value"),
             ("/set nonsense 1", "nonsense"),

@@ -264,7 +264,7 @@ class Repl:
             self._read_files = []
             say("no text file is attached")
         for file in files:
-            content = without_last_newline(file_text(expand_user(Path(file)), lenient=True))
+            content = without_last_newline(file_text(expand_user(Path(file)), lenient=True, streams=False))
             self._read_files.append(content)
             say(f"{printable(Path(file).name)}: {len(content):,} characters, sent with the next message")
 
