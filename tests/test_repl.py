@@ -6,9 +6,11 @@ import base64
 import json
 import os
 import re
+import resource
 import signal
 import termios
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from time import sleep
 
@@ -141,12 +143,13 @@ class TestText:
         talk.line('"""')
         assert said(talk) == r'def f():\n    """Docstring."""'
 
-    def test_what_was_text_stays_text_when_it_comes_back(self, talk: Terminal) -> None:
-        talk.paste("/exit")
+    @pytest.mark.parametrize("text", ["/exit", "//two", " /exit", '"""doc"""', "/system x\ny", '"""\nx\n"""'])
+    def test_what_was_text_stays_text_when_it_comes_back(self, talk: Terminal, text: str) -> None:
+        talk.paste(text.replace("\n", "\r"))
         talk.send("\r")
-        assert said(talk) == "/exit"
-        talk.send("\x1b[A\x1b[A\r")  # behind /undo
-        assert said(talk) == "/exit"
+        assert said(talk) == text.replace("\n", r"\n")
+        talk.send("\x1b[A" * (2 + text.count("\n")) + "\r")  # behind /undo, line by line
+        assert said(talk) == text.replace("\n", r"\n")
 
     def test_a_byte_that_is_no_text(self, talk: Terminal) -> None:
         talk.send(b"caf\xe9 au lait\r")
@@ -186,6 +189,7 @@ class TestCommands:
             ("/save", "/save takes the name of a file"),
             ("/save chat", "chat ends in neither .md nor .json"),
             ("/read /no/such/file", "text file not found: /no/such/file"),
+            ("/read /dev/stdin", "it is a device, expected a regular file"),
             ("/image /no/such.png", "/no/such.png cannot be opened"),
             ("/set temperature", "/set temperature takes a value"),
             ("/set nonsense 1", "nonsense"),
@@ -465,6 +469,20 @@ class TestHistory:
             talk.send("\x04")
             assert talk.leave() == 0
         assert talk.text.count("not remembered") == 1
+        assert "Traceback" not in talk.text
+
+    def test_a_full_disk(self, start: Callable[..., Terminal], tmp_path: Path) -> None:
+        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (10, 10))
+        with start(XDG_STATE_HOME=str(tmp_path), prepare=limit) as talk:
+            talk.expect(PROMPT)
+            for word in ("hello", "there"):
+                talk.line(word)
+                talk.expect(ANSWERED)
+            talk.send("\x1b[A\r")
+            assert said(talk) == "there"
+            talk.send("\x04")
+            assert talk.leave() == 0
+        assert talk.text.count("warning: lines are not remembered: ") == 1
         assert "Traceback" not in talk.text
 
     def test_it_outlives_the_process(self, start: Callable[..., Terminal], tmp_path: Path) -> None:

@@ -292,6 +292,15 @@ class TestMessages:
         text = json.loads(run(*given, "--json").out)["text"]
         assert run(*given).out == f"Well, {text}\n"
 
+    def test_what_is_forgotten_is_told(self, run: Run, chat_folder: Path, tmp_path: Path) -> None:
+        turn = [{"role": "user", "content": "word " * 9}, {"role": "assistant", "content": "ok"}]
+        (tmp_path / "chat.json").write_text(json.dumps(turn * 3))
+        given = ("chat", chat_folder, "hello", *self.GIVEN, "--messages", tmp_path / "chat.json", "--context", "80")
+        assert "leaves no room for a reply" in run(*given).err
+        shifted = run(*given, "--overflow", "shift")
+        assert shifted.code == 0
+        assert "forgotten to make room: the context window was full" in shifted.err
+
     def test_overflow_has_two_ways(self, run: Run) -> None:
         result = run("chat", "no-such-model", "x", "--overflow", "grow")
         assert (result.code, "--overflow is stop or shift, got grow" in result.err) == (2, True)

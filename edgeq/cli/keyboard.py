@@ -26,7 +26,9 @@ from edgeq.cli.console import is_dumb, warn
 from edgeq.inputs import expand_user
 from edgeq.printable import one_line
 
-__all__ = ["Keyboard", "Line"]
+__all__ = ["FENCE", "Keyboard", "Line"]
+
+FENCE = '"""'
 
 _LONGEST_ENTRY = 1 << 16  # characters of a line that the history keeps; a pasted book is not worth its room
 
@@ -148,8 +150,10 @@ def _clean(text: str) -> str:
 
 
 def _as_text(text: str) -> str:
-    """`text` as it is typed to be taken as text: a slash at its beginning is doubled."""
-    return f"/{text}" if text.startswith("/") and "\n" not in text else text
+    """`text` as it is typed to be taken as text: with a slash more, or between fences."""
+    if text.startswith("/"):
+        return f"/{text}"
+    return f"{FENCE}{text}{FENCE}" if text.lstrip().startswith(("/", FENCE)) else text
 
 
 @contextmanager

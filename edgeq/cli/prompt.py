@@ -61,10 +61,10 @@ def joined_prompt(
     return "\n\n".join(part for part in parts if part)
 
 
-def file_text(file: Path, *, lenient: bool = False) -> str:
-    """The text of a file, or of a pipe that the shell hands over as one; `lenient` as for `piped_text`."""
+def file_text(file: Path, *, lenient: bool = False, streams: bool = True) -> str:
+    """The text of a file or, with `streams`, a pipe that the shell hands over as one; `lenient` as for `piped_text`."""
     try:
-        data = read_bytes(file, _LIMIT, streams=True)
+        data = read_bytes(file, _LIMIT, streams=streams)
     except FileNotFoundError:
         raise UsageError(f"text file not found: {file}") from None
     except OSError as error:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from edgeq.cli.clipboard import copy
 from edgeq.cli.console import error_line, say, warn
-from edgeq.cli.keyboard import Keyboard, Line
+from edgeq.cli.keyboard import FENCE, Keyboard, Line
 from edgeq.cli.messages import save
 from edgeq.cli.options import DisplayOptions
 from edgeq.cli.pictures import announce, by_kind, dropped, named
@@ -38,7 +38,6 @@ from edgeq.vision.visual import Visual
 
 __all__ = ["Repl"]
 
-_FENCE = '"""'
 _DISPLAY: dict[str, dict[str, Any]] = {  # what /set takes without a value
     "wrap": {"wrap": True}, "nowrap": {"wrap": False}, "wordwrap": {"wrap": True}, "nowordwrap": {"wrap": False},
     "markdown": {"markdown": True}, "nomarkdown": {"markdown": False},
@@ -147,16 +146,16 @@ class Repl:
     def _read(self) -> Line:
         """A line, or everything between two lines of three quotes, which a Ctrl-D ends too."""
         line = self._keyboard.read(self._prompt())
-        if not line.typed_start or not line.text.strip().startswith(_FENCE):
+        if not line.typed_start or not line.text.strip().startswith(FENCE):
             return line
-        first = line.text.strip()[len(_FENCE) :]
-        lines = [line._replace(text=first, typed_end=line.typed_end and len(first) >= len(_FENCE))]
-        while not (lines[-1].typed_end and lines[-1].text.rstrip().endswith(_FENCE)):
+        first = line.text.strip()[len(FENCE) :]
+        lines = [line._replace(text=first, typed_end=line.typed_end and len(first) >= len(FENCE))]
+        while not (lines[-1].typed_end and lines[-1].text.rstrip().endswith(FENCE)):
             try:
                 lines.append(self._keyboard.read("... ", literal=True))
             except EOFError:
-                lines.append(Line(_FENCE))
-        lines[-1] = Line(lines[-1].text.rstrip().removesuffix(_FENCE))
+                lines.append(Line(FENCE))
+        lines[-1] = Line(lines[-1].text.rstrip().removesuffix(FENCE))
         return Line("\n".join(line.text for line in lines).strip("\n"), typed_start=False)
 
     def _prompt(self) -> str:
@@ -227,9 +226,6 @@ class Repl:
         ops = self._chat.model.engine.ops
         self._last, _ = follow(self._chat, reply, lambda reply: show_reply(reply, ops, self._display), self._runner)
         show_calls(self._last)
-        if self._last.forgotten:
-            turns = "turn was" if self._last.forgotten == 1 else f"{self._last.forgotten} turns were"
-            warn(f"the oldest {turns} forgotten to make room: the context window was full")
         if self._chat.context.share < _NEARLY_FULL:
             self._warned = False
         elif not self._warned:
@@ -258,7 +254,7 @@ class Repl:
     def _help(self) -> None:
         for name, command in self._commands.items():
             say(f"{f'{name} {command.takes}':16} {command.help}")
-        say(f"{_FENCE:16} starts and ends a message of several lines; Alt-Enter begins a line, too")
+        say(f"{FENCE:16} starts and ends a message of several lines; Alt-Enter begins a line, too")
         say(f"{'//':16} begins a message with a slash; a paste is never a command")
 
     def _read_file(self, text: str) -> None:
@@ -268,7 +264,7 @@ class Repl:
             self._read_files = []
             say("no text file is attached")
         for file in files:
-            content = without_last_newline(file_text(expand_user(Path(file)), lenient=True))
+            content = without_last_newline(file_text(expand_user(Path(file)), lenient=True, streams=False))
             self._read_files.append(content)
             say(f"{printable(Path(file).name)}: {len(content):,} characters, sent with the next message")
 

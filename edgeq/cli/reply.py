@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from edgeq.backends.ops import Ops
-from edgeq.cli.console import dim, peak_memory_text, say, show_json
+from edgeq.cli.console import dim, peak_memory_text, say, show_json, warn
 from edgeq.cli.options import DisplayOptions
 from edgeq.cli.page import Hidden, Page, page_on
 from edgeq.generate import StopReason
@@ -78,6 +78,7 @@ def show_reply(reply: Reply, ops: Ops[Any, Any], display: DisplayOptions, before
             answer.end("\n")
     if not display.quiet:
         say(usage_line(reply, ops), faint=True)
+    _tell_forgotten(reply)
     return finished
 
 
@@ -93,14 +94,22 @@ def hear(reply: Reply, *, stream: bool = False, thinking: bool = True) -> bool:
     """Generate a reply, with `stream` printing every piece as a JSON object on a line of its own; False if Ctrl-C ended
     it.
     """
+    finished = True
     try:
         for piece in reply:
             if stream and (thinking or piece.channel != "thinking"):
                 show_json(piece._asdict())
     except KeyboardInterrupt:
         reply.close()
-        return False
-    return True
+        finished = False
+    _tell_forgotten(reply)
+    return finished
+
+
+def _tell_forgotten(reply: Reply) -> None:
+    if reply.forgotten:
+        turns = "turn was" if reply.forgotten == 1 else f"{reply.forgotten} turns were"
+        warn(f"the oldest {turns} forgotten to make room: the context window was full")
 
 
 def print_json(

@@ -20,7 +20,7 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, Any
 
-from edgeq.cli.console import error_line, say
+from edgeq.cli.console import error_line, say, show
 from edgeq.cli.prompt import file_text
 from edgeq.errors import EdgeqError, MemoryBudgetError, UsageError
 from edgeq.printable import brief, one_line, printable
@@ -66,7 +66,7 @@ def call_line(call: ToolCall) -> str:
 def show_calls(reply: Reply) -> None:
     """Print the calls that nobody answers, which are the reply's result, to stdout."""
     for call in reply.tool_calls:
-        print(call_line(call), flush=True)
+        show(call_line(call))
 
 
 def follow(chat: Chat, reply: Reply, show: Callable[[Reply], bool], runner: ToolRunner | None) -> tuple[Reply, bool]:
@@ -169,7 +169,7 @@ class ToolRunner:
 
 
 def _asked(question: str) -> str:
-    print(question, end="", file=sys.stderr, flush=True)
+    say(question, end="")
     return sys.stdin.readline()
 
 
