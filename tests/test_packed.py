@@ -39,6 +39,7 @@ CASES = [
     "auto_round-auto_awq", "awq-gemm", "awq-gemv", "pack-quantized-4", "pack-quantized-8", "pack-quantized-asym-3",
     "pack-quantized-asym-4", "pack-quantized-channel", "int-quantized-sym", "int-quantized-asym",
     "float-quantized-channel", "float-quantized-tensor", "float-quantized-block", "fp8-blocks", "mxfp8-quantized",
+    "mxfp4-quantized",
 ]  # fmt: skip
 
 
@@ -95,7 +96,7 @@ class TestOwnWriters:
         assert np.array_equal(matrix.rows(slice(7, 21)), expected[7:21])
         computed = matrix.matrix()
         if not isinstance(computed, QMatrix):  # what no groups hold: rounded once
-            assert case == "gptq-order" or "fp8" in case or "float" in case
+            assert case == "gptq-order" or "fp8-" in case or "float" in case
             expected = to_float32(round_to(expected, computed.dtype))
         assert np.array_equal(decoded(computed), expected)
         arrays = computed.arrays if isinstance(computed, QMatrix) else [computed]
@@ -139,8 +140,9 @@ FORMS: dict[str, Form] = {
     "compressed-tensors 8-bit per channel": Form("int8", 8, -1, sym=True, scales="BF16"),
     "FP8 blocks of 48 x 32": Form("float8", scales="BF16"),
     "MXFP8": Form("mxfp8", 8, 32),
+    "MXFP4": Form("mxfp4"),
 }
-IN_16_BITS = ("order", "FP8")  # MXFP8 too
+IN_16_BITS = ("order", "FP8 ")
 
 
 class TestFolders:
@@ -187,7 +189,9 @@ class TestFolders:
 class TestQuantize:
     """From packed matrices: groups are kept to the bit, unless other bits are asked for."""
 
-    @pytest.mark.parametrize("name", [name for name in FORMS if not any(kind in name for kind in (*IN_16_BITS, "g16"))])
+    @pytest.mark.parametrize(
+        "name", [name for name in FORMS if not any(kind in name for kind in (*IN_16_BITS, "g16", "MXFP"))]
+    )
     def test_groups_are_kept(self, source: Path, tmp_path: Path, name: str) -> None:
         weights = pack_folder(source, tmp_path / "packed", FORMS[name])
         report = quantize(tmp_path / "packed", tmp_path / "out")
@@ -457,7 +461,7 @@ KINDS: dict[str, tuple[dict[str, Any], Tensors]] = {
         "weight": (U8, BYTES), "weight_scale": ("F8_E4M3", np.zeros((128, 4), np.uint8)),
         "weight_scale_2": ("F32", np.ones((), np.float32)), "input_scale": ("F32", np.ones((), np.float32)),
     }),
-    "4-bit floats": ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, {
+    "NVFP4, which": ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, {
         "weight_packed": (U8, BYTES), "weight_scale": ("F8_E4M3", np.zeros((128, 4), np.uint8)),
     }),
     "HQQ": ({"quant_method": "hqq"}, {"W_q": (U8, BYTES), "meta": ("F32", np.ones(1, np.float32))}),
