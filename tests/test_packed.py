@@ -22,7 +22,7 @@ from edgeq.backends import available
 from edgeq.checkpoint import FolderCheckpoint, open_checkpoint
 from edgeq.checkpoint.packing import Packing
 from edgeq.errors import ModelError
-from edgeq.formats.affine import dequantize
+from edgeq.formats.affine import dequantize, mlx_layout
 from edgeq.formats.bf16 import Float32, from_float32, round_to, to_float32
 from edgeq.formats.names import neutral_name
 from edgeq.formats.packed import Float8, Packed, fields
@@ -101,6 +101,16 @@ class TestOwnWriters:
         assert np.array_equal(decoded(computed), expected)
         arrays = computed.arrays if isinstance(computed, QMatrix) else [computed]
         assert sum(x.nbytes for x in arrays) <= matrix.memory_nbytes
+
+    def test_mlx_gets_16_bits_where_they_are_exact(self, fixtures: SafetensorsFile) -> None:
+        for case in ("gptq-sym", "pack-quantized-4", "pack-quantized-8"):
+            matrix = self.matrix(fixtures, case).matrix()
+            assert isinstance(matrix, QMatrix)
+            bfloat = matrix.replaced(scales=from_float32(to_float32(matrix.factors[0])))
+            for w in (matrix, bfloat):
+                explicit = mlx_layout(w)
+                assert [x.dtype for x in explicit.factors] == [w.factors[0].dtype] * 2
+                assert np.array_equal(dequantize(explicit), dequantize(w))
 
     def test_what_is_packed_the_same_way_is_not_copied(self, fixtures: SafetensorsFile) -> None:
         matrix = self.matrix(fixtures, "pack-quantized-4").matrix()
