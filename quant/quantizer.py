@@ -187,7 +187,7 @@ class _Plan:
         coarse, wide = set[str](), list[Assignment]()
         for a in self.assignments:
             packed = self.source.packed.get(a.spec.name)
-            if isinstance(a.storage, QuantSpec) and isinstance(packed, Grouped) and packed.bits <= 6:
+            if isinstance(a.storage, QuantSpec) and packed is not None and packed.bits <= 6:
                 coarse.add(f"{packed.bits}-bit codes")
             if a.storage == KEEP and isinstance(packed, Grouped) and a.spec.name not in self.carried:
                 wide.append(a)

@@ -28,7 +28,7 @@ def stream(codes: Array, bits: int) -> Array:
 class Form:
     """How matrices are quantized and packed; `config` is config.json's quantization_config."""
 
-    kind: str  # "gptq", "gptq_v2", "gemm", "gemv", "pack", "int8", "float8", "mxfp8"
+    kind: str  # "gptq", "gptq_v2", "gemm", "gemv", "pack", "int8", "float8", "mxfp8", "mxfp4"
     bits: int = 4
     group: int = 32  # -1: one for a row
     sym: bool = False
@@ -46,10 +46,11 @@ class Form:
         elif self.kind == "float8":
             return {"quant_method": "fp8", "weight_block_size": [48, self.group], "fmt": "e4m3", **self.config}
         else:
-            number = "float" if self.kind == "mxfp8" else "int"
+            number = "float" if self.kind.startswith("mxfp") else "int"
             weights = {"num_bits": self.bits, "type": number, "symmetric": self.sym, "group_size": self.group}
             groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
             names = {"pack": "pack-quantized", "int8": "int-quantized", "mxfp8": "mxfp8-quantized"}
+            names["mxfp4"] = "mxfp4-pack-quantized"
             return {
                 "quant_method": "compressed-tensors",
                 "format": names[self.kind],
@@ -66,7 +67,7 @@ class Form:
         scales = to_float32(round_to(rng.uniform(1e-3, 2e-2, (out, count)).astype(np.float32), DTYPES[self.scales]))
         stored = (self.scales, round_to(scales, DTYPES[self.scales]))
         columns = np.arange(width) // size
-        if self.kind in ("float8", "mxfp8"):
+        if self.kind in ("float8", "mxfp8", "mxfp4"):
             return self._float8(shape, rng)
         if self.order:
             columns = rng.permutation(columns)
@@ -129,7 +130,12 @@ class Form:
         else:
             powers = rng.integers(113, 118, count).astype(np.uint8)
             grid, scales = np.float32(2) ** (powers.astype(np.float32) - 127), ("weight_scale", ("U8", powers))
-        parts: Tensors = {"weight": ("F8_E4M3", codes.astype(np.uint8)), scales[0]: scales[1]}
+        stored_codes = ("weight", ("F8_E4M3", codes.astype(np.uint8)))
+        if self.kind == "mxfp4":
+            codes &= 15
+            values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])[codes]
+            stored_codes = ("weight_packed", ("U8", (codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8)))
+        parts: Tensors = dict([stored_codes, scales])
         return parts, values.astype(np.float32) * grid[np.arange(out) // block][:, np.arange(width) // self.group]
 
 

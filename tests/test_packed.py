@@ -22,7 +22,7 @@ from edgeq.backends import available
 from edgeq.checkpoint import FolderCheckpoint, open_checkpoint
 from edgeq.checkpoint.packing import Packing
 from edgeq.errors import ModelError
-from edgeq.formats.affine import dequantize
+from edgeq.formats.affine import dequantize, mlx_layout
 from edgeq.formats.bf16 import Float32, from_float32, round_to, to_float32
 from edgeq.formats.names import neutral_name
 from edgeq.formats.packed import Float8, Packed, fields
@@ -39,6 +39,7 @@ CASES = [
     "auto_round-auto_awq", "awq-gemm", "awq-gemv", "pack-quantized-4", "pack-quantized-8", "pack-quantized-asym-3",
     "pack-quantized-asym-4", "pack-quantized-channel", "int-quantized-sym", "int-quantized-asym",
     "float-quantized-channel", "float-quantized-tensor", "float-quantized-block", "fp8-blocks", "mxfp8-quantized",
+    "mxfp4-quantized",
 ]  # fmt: skip
 
 
@@ -95,11 +96,21 @@ class TestOwnWriters:
         assert np.array_equal(matrix.rows(slice(7, 21)), expected[7:21])
         computed = matrix.matrix()
         if not isinstance(computed, QMatrix):  # what no groups hold: rounded once
-            assert case == "gptq-order" or "fp8" in case or "float" in case
+            assert case == "gptq-order" or "fp8-" in case or "float" in case
             expected = to_float32(round_to(expected, computed.dtype))
         assert np.array_equal(decoded(computed), expected)
         arrays = computed.arrays if isinstance(computed, QMatrix) else [computed]
         assert sum(x.nbytes for x in arrays) <= matrix.memory_nbytes
+
+    def test_mlx_gets_16_bits_where_they_are_exact(self, fixtures: SafetensorsFile) -> None:
+        for case in ("gptq-sym", "pack-quantized-4", "pack-quantized-8"):
+            matrix = self.matrix(fixtures, case).matrix()
+            assert isinstance(matrix, QMatrix)
+            bfloat = matrix.replaced(scales=from_float32(to_float32(matrix.factors[0])))
+            for w in (matrix, bfloat):
+                explicit = mlx_layout(w)
+                assert [x.dtype for x in explicit.factors] == [w.factors[0].dtype] * 2
+                assert np.array_equal(dequantize(explicit), dequantize(w))
 
     def test_what_is_packed_the_same_way_is_not_copied(self, fixtures: SafetensorsFile) -> None:
         matrix = self.matrix(fixtures, "pack-quantized-4").matrix()
@@ -139,8 +150,9 @@ FORMS: dict[str, Form] = {
     "compressed-tensors 8-bit per channel": Form("int8", 8, -1, sym=True, scales="BF16"),
     "FP8 blocks of 48 x 32": Form("float8", scales="BF16"),
     "MXFP8": Form("mxfp8", 8, 32),
+    "MXFP4": Form("mxfp4"),
 }
-IN_16_BITS = ("order", "FP8")  # MXFP8 too
+IN_16_BITS = ("order", "FP8 ")
 
 
 class TestFolders:
@@ -187,7 +199,9 @@ class TestFolders:
 class TestQuantize:
     """From packed matrices: groups are kept to the bit, unless other bits are asked for."""
 
-    @pytest.mark.parametrize("name", [name for name in FORMS if not any(kind in name for kind in (*IN_16_BITS, "g16"))])
+    @pytest.mark.parametrize(
+        "name", [name for name in FORMS if not any(kind in name for kind in (*IN_16_BITS, "g16", "MXFP"))]
+    )
     def test_groups_are_kept(self, source: Path, tmp_path: Path, name: str) -> None:
         weights = pack_folder(source, tmp_path / "packed", FORMS[name])
         report = quantize(tmp_path / "packed", tmp_path / "out")
@@ -457,7 +471,7 @@ KINDS: dict[str, tuple[dict[str, Any], Tensors]] = {
         "weight": (U8, BYTES), "weight_scale": ("F8_E4M3", np.zeros((128, 4), np.uint8)),
         "weight_scale_2": ("F32", np.ones((), np.float32)), "input_scale": ("F32", np.ones((), np.float32)),
     }),
-    "4-bit floats": ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, {
+    "NVFP4, which": ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, {
         "weight_packed": (U8, BYTES), "weight_scale": ("F8_E4M3", np.zeros((128, 4), np.uint8)),
     }),
     "HQQ": ({"quant_method": "hqq"}, {"W_q": (U8, BYTES), "meta": ("F32", np.ones(1, np.float32))}),

@@ -22,6 +22,7 @@ from auto_round_extension.torch.qlinear_torch import QuantLinear as AutoRoundLin
 from auto_round_extension.torch.qlinear_torch_zp import QuantLinear as AutoRoundLessOne
 from awq.modules.linear.gemm import WQLinear_GEMM
 from awq.modules.linear.gemv import WQLinear_GEMV
+from compressed_tensors.compressors.mxfp4.base import MXFP4PackedCompressor
 from compressed_tensors.compressors.mxfp8.base import MXFP8QuantizationCompressor
 from compressed_tensors.compressors.naive_quantized import NaiveQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
@@ -167,14 +168,15 @@ def float_quantized(strategy: str, counts: tuple[int, ...], dtype: torch.dtype, 
     return parts, config
 
 
-def mxfp8() -> Case:
-    rng = torch.Generator().manual_seed(6)
+def mxfp(bits: int) -> Case:
+    rng = torch.Generator().manual_seed(bits)
     scale = 2.0 ** torch.randint(-14, -9, (ROWS, COLUMNS // 32), generator=rng).float()
     weight = torch.randn((ROWS, COLUMNS), generator=rng) * 0.05
     args = QuantizationArgs(
-        num_bits=8, type="float", symmetric=True, strategy="group", group_size=32, scale_dtype=torch.uint8
+        num_bits=bits, type="float", symmetric=True, strategy="group", group_size=32, scale_dtype=torch.uint8
     )
-    return compressed(args, MXFP8QuantizationCompressor, "mxfp8-quantized", scale, weight)
+    kind = MXFP8QuantizationCompressor if bits == 8 else MXFP4PackedCompressor
+    return compressed(args, kind, f"mxfp{bits}-{'' if bits == 8 else 'pack-'}quantized", scale, weight)
 
 
 def finegrained(scale_dtype: torch.dtype) -> Case:
@@ -233,7 +235,8 @@ def main() -> None:
     add("float-quantized-tensor", float_quantized("tensor", (1,), torch.bfloat16))
     add("float-quantized-block", float_quantized("block", (2, 4), torch.float32, [16, 32]))
     add("fp8-blocks", finegrained(torch.bfloat16))
-    add("mxfp8-quantized", mxfp8())
+    for bits in (8, 4):
+        add(f"mxfp{bits}-quantized", mxfp(bits))
 
     tensors: Parts = {}
     for name, (numbers, (parts, _)) in cases.items():

@@ -29,7 +29,7 @@ from edgeq.errors import ModelError
 from edgeq.formats.affine import BITS, GROUP_SIZES
 from edgeq.formats.bf16 import Array, Float32, to_float32
 from edgeq.formats.names import neutral_module, neutral_name
-from edgeq.formats.packed import Grouped, Packed
+from edgeq.formats.packed import Packed
 from edgeq.formats.qmatrix import MLX_MODES, MODES, Mode
 from edgeq.formats.safetensors import SafetensorsFile, TensorInfo
 from edgeq.inputs import TOKENIZER_LIMIT, exists
@@ -177,7 +177,7 @@ class FolderCheckpoint(Checkpoint):
 
     def _tell(self, tensor: _Tensor) -> None:
         """Say once that there are matrices which take more memory than their file."""
-        if self._told or (isinstance(tensor.packed, Grouped) and tensor.packed.run):
+        if self._told or tensor.packed is None or not tensor.packed.is_widened:
             return
         self._told = True
         warnings.warn(

@@ -30,6 +30,7 @@ from edgeq.formats.packed import (
     Grouped,
     Indices,
     Int8,
+    Microscaled,
     Packed,
 )
 from edgeq.formats.safetensors import TensorInfo
@@ -43,6 +44,7 @@ _KEYS = ("quantization_config", "compression_config")
 _FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # where older exports say it
 _FLOATS = ("F16", "BF16", "F32")
 _BLOCK = (128, 128)  # of FP8 weights, rows and columns
+_POWERS = ("U8", "F8_E8M0")
 _WORDS = ("I32", "U32")
 _DECIDING = ("quant_method", "checkpoint_format", "version", "packing_format")
 _IN_PLACE_OF_WEIGHT = (".qweight", ".weight_packed")
@@ -55,7 +57,7 @@ _PARTS = {
 }
 _OF_ACTIVATIONS = (  # for kernels that compute in 8 bits
     "input_scale", "input_zero_point", "input_scale_ub", "activation_scale", "act_scale", "output_scale",
-    "output_zero_point", "k_scale", "v_scale",
+    "output_zero_point", "input_global_scale", "k_scale", "v_scale",
 )  # fmt: skip
 
 _BY_NAME = (  # ends of names that only one format has
@@ -105,6 +107,7 @@ _READ_KINDS = (
     "float-quantized",
     "naive-quantized",
     "mixed",
+    "mxfp4",
     "mxfp8",
     "dense",
 )
@@ -160,8 +163,12 @@ class Packing:
             if any(name.endswith(end) for name in self._tensors):
                 return kind
         for name, info in self._tensors.items():
-            if info.dtype == "F4" or (name.endswith(".weight_packed") and info.dtype == "U8"):
-                return "4-bit floats (NVFP4 or MXFP4)"
+            if name.endswith(".weight_packed") and info.dtype == "U8":
+                scale = self._tensors.get(name.removesuffix("packed") + "scale")
+                if scale is None or scale.dtype not in _POWERS:
+                    return "NVFP4"
+            if info.dtype == "F4":
+                return "4-bit floats"
             if info.dtype.startswith("F6"):
                 return "6-bit floats"
             if info.dtype.endswith("FNUZ"):
@@ -284,6 +291,9 @@ class Packing:
     def _compressed(self, m: _Module) -> tuple[Packed, str]:
         self._check_compressed()
         packed = m.info("weight_packed")
+        if packed.dtype == "U8":
+            codes = m.array("weight_packed", (m.out, m.width // 2), ("U8",))
+            return Microscaled(codes, m.array("weight_scale", (m.out, m.width // 32), _POWERS), "mxfp4"), "MXFP4"
         columns = packed.shape[1] if len(packed.shape) == 2 else 0
         bits = self._bits(m, "weight_packed", 32 * columns, m.width, (2, 3, 4, 5, 6, 8))
         codes = m.array("weight_packed", (m.out, m.width * bits // 32), _WORDS)
@@ -319,14 +329,14 @@ class Packing:
         part = next((part for part in _FLOAT8_SCALES if m.has(part)), None)
         if part is None:
             raise Unfit(f"{m.name}.weight is {m.info('weight').dtype} without {m.name}.weight_scale")
-        scales = _as_table(m.array(part, None, (*_FLOATS, "F8_E8M0", "U8")))
+        scales = _as_table(m.array(part, None, (*_FLOATS, *_POWERS)))
+        if scales.dtype == np.uint8 and scales.shape == (m.out, m.width // 32) and m.info("weight").dtype == "F8_E4M3":
+            return Microscaled(codes, scales, "mxfp8"), "MXFP8"
         counts = len(scales), scales.size // len(scales)
         block = self._block_of(m, counts, part)
         kinds = {(1, 1): "per tensor", (m.out, 1): "per channel"}
-        label = f"FP8 {kinds.get(counts, f'blocks of {block[0]} x {block[1]}')}"
-        if scales.dtype == np.uint8 and block == (1, 32):
-            label = "MXFP8"
-        return Float8(codes, scales, block, m.info("weight").dtype), label
+        kind = kinds.get(counts, f"blocks of {block[0]} x {block[1]}")
+        return Float8(codes, scales, block, m.info("weight").dtype), f"FP8 {kind}"
 
     def _block_of(self, m: _Module, counts: tuple[int, ...], part: str) -> tuple[int, int]:
         """Rows and columns of one scale, where there are `counts` of them."""

@@ -119,12 +119,12 @@ def _multiplied_out(steps: Array, units: Array) -> Float32:
 
 
 def one_level(w: QMatrix[Array]) -> QMatrix[Array]:
-    """The same weights with a scale for every group, and a bias unless the mode has none: float16 if the scales are,
-    else float32. In MLX's modes as they are."""
+    """The same weights with a scale for every group, and a bias unless the mode has none: of the scales' type, or
+    float32 if they are in two levels. In MLX's modes as they are. (Zero points are powers of two: nothing rounds.)"""
     if w.mode in SCALES or (not isinstance(w.biases, int) and not isinstance(w.scales, TwoLevel)):
         return w
-    short = not isinstance(w.scales, TwoLevel) and w.scales.dtype == np.float16
-    scales, biases = (round_to(x, np.float16 if short else np.float32) for x in group_numbers(w))
+    dtype = np.dtype(np.float32) if isinstance(w.scales, TwoLevel) else w.scales.dtype
+    scales, biases = (round_to(x, dtype) for x in group_numbers(w))
     return w.replaced(scales=scales, biases=biases if w.mode == "affine" else 0)
 
 

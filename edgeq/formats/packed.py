@@ -13,7 +13,7 @@ formats' own tools write them (int32 words, first field in the lowest bits; fiel
   2^(bits - 1) added, scales [out, groups]; "int-quantized": int8 [out, in].
 
 8-bit floats [out, in] have a scale for all, for every row, for every group of a row, or for every block of rows and
-columns.
+columns. Microscaling formats have a power of two for every 32 columns, and codes that lie as in a `QMatrix`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,23 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.formats.affine import Codes, pack, unpack
+from edgeq.formats.affine import Codes, dequantize, pack, unpack
 from edgeq.formats.bf16 import Array, Float32, round_to, to_float32
-from edgeq.formats.qmatrix import Matrix, QMatrix
+from edgeq.formats.qmatrix import MODES, Matrix, Mode, QMatrix
 
-__all__ = ["AWQ", "FLOAT8", "GPTQ", "AWQRows", "CompressedTensors", "Float8", "Grouped", "Int8", "Packed", "fields"]
+__all__ = [
+    "AWQ",
+    "FLOAT8",
+    "GPTQ",
+    "AWQRows",
+    "CompressedTensors",
+    "Float8",
+    "Grouped",
+    "Int8",
+    "Microscaled",
+    "Packed",
+    "fields",
+]
 
 Indices = NDArray[np.intp]
 Zeros = NDArray[np.uint8]
@@ -50,6 +62,7 @@ class Packed(ABC):
     """A matrix in a format's own layout, in the memory of its file."""
 
     shape: tuple[int, int]  # out, in
+    bits: int  # of a code
 
     @abstractmethod
     def rows(self, rows: slice | Array) -> Float32:
@@ -58,6 +71,11 @@ class Packed(ABC):
     @abstractmethod
     def matrix(self) -> Matrix[Array]:
         """The matrix to compute with."""
+
+    @property
+    @abstractmethod
+    def is_widened(self) -> bool:
+        """Whether `matrix` is plain, of 16 bits or more."""
 
     @property
     @abstractmethod
@@ -88,7 +106,6 @@ class Grouped(Packed):
 
     as_stored: ClassVar[bool] = False
     """Whether `words` are the file's own."""
-    bits: int
     groups: Indices
 
     @abstractmethod
@@ -118,6 +135,10 @@ class Grouped(Packed):
             if width % run == 0 and (self.groups.reshape(-1, run) == self.groups[::run, None]).all():
                 return run if run > 16 or self.bits <= 6 else None
         return None
+
+    @property
+    def is_widened(self) -> bool:
+        return self.run is None
 
     @property
     def memory_nbytes(self) -> int:
@@ -361,6 +382,7 @@ class Float8(Packed):
     stored_scales: Array
     block: tuple[int, int]
     kind: str
+    bits: int = 8
 
     @property
     def shape(self) -> tuple[int, int]:  # type: ignore[override]
@@ -382,5 +404,41 @@ class Float8(Packed):
         return self._dense(np.dtype(np.uint16))
 
     @property
+    def is_widened(self) -> bool:
+        return True
+
+    @property
     def memory_nbytes(self) -> int:
         return 2 * self.codes.size
+
+
+@dataclass(frozen=True)
+class Microscaled(Packed):
+    """MXFP4 and MXFP8. codes: uint8 [out, in / 2], the first of two in the lower half, or [out, in]; exponents: uint8
+    [out, in / 32], scales as E8M0."""
+
+    codes: NDArray[np.uint8]
+    exponents: NDArray[np.uint8]
+    mode: Mode
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        return len(self.codes), 32 * self.exponents.shape[1]
+
+    @property
+    def bits(self) -> int:  # type: ignore[override]
+        return MODES[self.mode][0]
+
+    def rows(self, rows: slice | Array) -> Float32:
+        return dequantize(self.matrix().map(lambda x: x[rows]))
+
+    def matrix(self) -> QMatrix[Array]:
+        return QMatrix(self.codes.view(np.uint32), self.exponents, 0, *MODES[self.mode], self.mode)
+
+    @property
+    def is_widened(self) -> bool:
+        return False
+
+    @property
+    def memory_nbytes(self) -> int:
+        return self.codes.size + self.exponents.size
