@@ -23,6 +23,7 @@ from edgeq.errors import UsageError
 from edgeq.formats.bf16 import Float32
 from edgeq.generate import Decoding, GenerationSettings
 from edgeq.hub import find_model
+from edgeq.printable import brief
 from edgeq.session.context import Context, Progress
 from edgeq.session.language import Language
 from edgeq.session.prompt import Prompt
@@ -218,6 +219,8 @@ class Model:
         places = self.sight.places(ids, visuals)
         if isinstance(prompt, Prompt) and not np.array_equal(prompt.positions, Prompt.of(ids, places).positions):
             raise UsageError("the prompt's positions do not belong to its ids", hint="make it with model.prompt")
+        if settings is not None and not isinstance(settings, GenerationSettings):
+            raise UsageError(f"settings must be GenerationSettings, got {brief(settings)}", hint="or give them by name")
         chosen = (settings or GenerationSettings()).replace(**options)
         if ignore_eos and chosen.shape is not None:
             raise UsageError(f"ignore_eos cannot be combined with a {chosen.shape[0]}, which says where the text ends")

@@ -238,6 +238,15 @@ def test_histories_that_are_none(model: Model) -> None:
     (lambda m: m.chat().send([{"type": "text", "text": "x", "image_url": "y"}]), "text and picture at once"),
     (lambda m: m.chat().send([{"type": "text", "text": "x", "image": "y"}]), "text and picture at once"),
     (lambda m: m.chat().send("x", assistant_prefix=5), "assistant_prefix must be a text, got 5"),
+    (lambda m: m.chat().send([None]), "a part of the message is None"),
+    (lambda m: m.chat(messages=[{"role": "user", "content": ["x"]}]), "a part of the message is 'x'"),
+    (lambda m: m.chat(loop_guard="no"), "loop_guard must be True or False"),
+    (lambda m: m.chat(settings={"temperature": 1}), "settings must be GenerationSettings"),
+    (lambda m: m.generate("x", settings="x"), "settings must be GenerationSettings"),
+    (lambda m: m.chat(tools=[{}]), "a tool has no name"),
+    (lambda m: m.chat(tools=[{"type": "function", "function": {"name": ""}}]), "a tool has no name"),
+    (lambda m: m.chat(tools=[{"name": "a", "parameters": "x"}]), "parameters of the tool a must be a JSON schema"),
+    (lambda m: m.chat(tools=[TOOL, TOOL]), "several tools of the name"),
     (lambda m: m.chat(system=5), "a message must be text or a list of parts, got 5"),
     (lambda m: m.chat(tools="look"), "tools must be a list of objects, got 'look'"),
     (lambda m: m.chat(tools=TOOL), "tools must be a list of objects"),
@@ -265,7 +274,11 @@ def test_arguments(model: Model, call: Callable[[Model], Any], said: str) -> Non
 
 
 def test_what_is_meant_as_well(model: Model) -> None:
-    chat = model.chat(temperature=np.float32(0.5), max_tokens=np.int64(3), seed=np.uint8(1), stop=["x"])
+    chat = model.chat(
+        temperature=np.float32(0.5), max_tokens=np.int64(3), seed=np.uint8(1), stop=["x"],
+        logit_bias={np.int64(5): np.float32(1)},
+    )  # fmt: skip
+    assert chat.settings.logit_bias == {5: 1.0}
     assert (chat.settings.temperature, chat.settings.max_tokens, chat.settings.stop) == (0.5, 3, ("x",))
     assert model.chat(stop="x").settings.stop == ("x",)
     described = {"name": "look", "parameters": {"properties": {"n": {"maximum": np.int64(5)}}}}

@@ -10,6 +10,9 @@ from typing import Any
 
 from typer.core import TyperCommand
 
+from edgeq.errors import UsageError
+from edgeq.printable import brief
+
 __all__ = ["Command", "parameters", "spellings", "texts"]
 
 _TIED = "\xa0"  # a space at which no line is broken
@@ -51,7 +54,11 @@ def texts(value: str) -> list[str]:
         listed = json.loads(value)
     except ValueError:
         return [value]
-    return listed if isinstance(listed, list) and all(isinstance(text, str) for text in listed) else [value]
+    if not isinstance(listed, list) or (listed and not any(isinstance(text, str) for text in listed)):
+        return [value]  # such as [1], which may well end an answer
+    if not all(isinstance(text, str) for text in listed):
+        raise UsageError(f"a JSON list in the environment must hold texts, got {brief(listed)}")
+    return listed
 
 
 def _texts_from_environment(parameter: Any, ctx: Any) -> list[str] | None:

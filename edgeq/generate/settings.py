@@ -79,6 +79,8 @@ class GenerationSettings:
         if not isinstance(stop, tuple | list) or not all(isinstance(text, str) and text for text in stop):
             raise UsageError(f"stop must be non-empty strings, got {brief(self.stop)}")
         object.__setattr__(self, "stop", tuple(stop))
+        if not isinstance(self.loop_guard, bool):
+            raise UsageError(f"loop_guard must be True or False, got {brief(self.loop_guard)}")
         for option, allowed in SAMPLING.items():
             value = getattr(self, option)
             if not (allowed.holds(value) or (value is None and option in _OPTIONAL)):
@@ -118,6 +120,7 @@ def _checked_bias(bias: object) -> dict[int, float]:
         raise UsageError(f"logit_bias must be an object of token ids and numbers, got {brief(bias)}")
     checked = {}
     for key, value in bias.items():
+        key, value = (x.item() if isinstance(x, np.generic) else x for x in (key, value))
         token = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10 else key
         if type(token) is not int or token < 0 or not _BIAS.holds(value):
             raise UsageError(f"logit_bias must be token ids with numbers {_BIAS}, got {brief(key)}: {brief(value)}")

@@ -96,6 +96,8 @@ class Chat:
         tokenizer = model.language.need_tokenizer()
         template = model.language.need_template(tools=bool(tools), kwargs=template_kwargs)
         check_thinking(thinking)
+        if settings is not None and not isinstance(settings, GenerationSettings):
+            raise UsageError(f"settings must be GenerationSettings, got {brief(settings)}", hint="or give them by name")
         if overflow not in ("stop", "shift"):
             raise UsageError(f'overflow must be "stop" or "shift", got {brief(overflow)}')
         self.model = model

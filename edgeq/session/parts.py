@@ -55,7 +55,10 @@ def sources_of(
             raise UsageError(f"{name} must be a list, got {type(pictures).__name__}", hint="put one into a list, too")
     given: dict[Kind, Iterator[Any]] = {"image": iter(images), "video": iter(videos)}
     parts = list(content) if isinstance(content, list | tuple) else None
-    places = [_kind(part) for part in parts or [] if isinstance(part, Mapping) and _is_place(part)]
+    for part in parts or []:
+        if not isinstance(part, Mapping):
+            raise UsageError(f"a part of the message is {brief(part)}", hint='write {"type": "text", "text": ...}')
+    places = [_kind(part) for part in parts or [] if _is_place(part)]
     if (images or videos) and not places:
         text = [{"type": "text", "text": content}] if isinstance(content, str) else parts
         if text is None:
@@ -72,9 +75,9 @@ def sources_of(
         return content, []
     read, sources = list[Any](), list[Source]()
     for part in parts:
-        kind = _kind(part) if isinstance(part, Mapping) else None
+        kind = _kind(part)
         if kind is None:
-            if isinstance(part, Mapping) and not _is_text(part):
+            if not _is_text(part):
                 raise UsageError(f"a part of the message has the text {brief(part.get('text'))}", hint="give a string")
             read.append({"type": "text", "text": part["text"]} if _is_text(part) else part)
             continue

@@ -193,9 +193,10 @@ class Reply:
     def push(self, token: Token) -> list[Piece]:
         """The pieces of the next token: one, unless a call begins or ends in it."""
         now = perf_counter()
-        if not self._prompt_seconds:
+        if not self._prompt_seconds and not token.forced:  # what is put in at the start comes before the prompt is run
             self._prompt_seconds, self._started = now - self._started, now
-        self._generate_seconds = now - self._started
+        if self._prompt_seconds:
+            self._generate_seconds = now - self._started
         pieces = self._collect(self._transcript.push(token.id))
         logprob, top = token.logprobs or (None, ())
         if token.logprobs:

@@ -125,7 +125,27 @@ def protected_tools(tools: object, tokenizer: Tokenizer) -> Any:
         isinstance(tools, str) or not isinstance(tools, Sequence) or not all(isinstance(t, Mapping) for t in tools)
     ):
         raise UsageError(f"tools must be a list of objects, got {brief(tools)}", hint="put a single one into a list")
-    return _Protector(tokenizer, "tools").value(tools)
+    protected = _Protector(tokenizer, "tools").value(tools)
+    _check_functions(tools or ())
+    return protected
+
+
+def _check_functions(tools: Any) -> None:
+    """UsageError for tools that a model cannot call: without a name, or with another's."""
+    names = list[Any]()
+    for tool in tools:
+        function = tool.get("function", tool)
+        names.append(function.get("name") if isinstance(function, Mapping) else None)
+        if not isinstance(names[-1], str) or not names[-1]:
+            raise UsageError(
+                f"a tool has no name: {brief(tool)}", hint='write {"type": "function", "function": {"name": ...}}'
+            )
+        if not isinstance(function.get("parameters", {}), Mapping | None):
+            raise UsageError(
+                f"the parameters of the tool {names[-1]} must be a JSON schema, got {brief(function['parameters'])}"
+            )
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"there are several tools of the name {twice[0]}", hint="name each of them differently")
 
 
 def check_kwargs(kwargs: Mapping[str, Any]) -> None:
