@@ -13,8 +13,16 @@ import edgeq
 from edgeq.cli import COMMANDS, app
 from edgeq.cli.config_file import read_config_file
 from edgeq.cli.help import Command, parameters, spellings
-from edgeq.cli.options import AnswerOptions, ModelOptions, PromptOptions, SamplingOptions, command, option
-from edgeq.cli.settings import set_option
+from edgeq.cli.options import (
+    AnswerOptions,
+    ChatDisplayOptions,
+    ModelOptions,
+    PromptOptions,
+    SamplingOptions,
+    command,
+    option,
+)
+from edgeq.cli.settings import set_display, set_option
 from edgeq.errors import UsageError
 from edgeq.generate import GenerationSettings
 from edgeq.session.chat import Chat
@@ -268,10 +276,27 @@ class TestSet:
         assert chat.visual_settings.image_tokens == 5
         assert set_option(chat, "image_tokens none") == "image_tokens is 1024"
 
+    def test_how_replies_are_shown(self) -> None:
+        display = ChatDisplayOptions()
+        for text, told in (
+            ("wrap off", "wrap is off"), ("--no-wrap", "wrap is off"), ("nowordwrap", "wrap is off"),
+            ("wrap none", "wrap is on"), ("markdown", "markdown is on"), ("markdown off", "markdown is off"),
+            ("--hide-thinking", "hide_thinking is on"), ("quiet", "quiet is on"), ("verbose", "quiet is off"),
+        ):  # fmt: skip
+            changed = set_display(display, text)
+            assert changed is not None
+            display, name = changed[0], told.partition(" ")[0]
+            assert changed[1] == told
+            assert getattr(display, name) is told.endswith("on")
+        assert set_display(display, "temperature 1") is None
+        with pytest.raises(UsageError, match="markdown must be on or off"):
+            set_display(display, "markdown maybe")
+
     @pytest.mark.parametrize(
         ("text", "message"),
         [
             ("", "a name and a value"), ("temperature", "takes a value"),
+            ("tool-rounds 3", "--tool-rounds holds from the start"),
             ("temperature hot", "from 0 to 10, got 'hot'"), ("top_k 1.5", "a whole number"),
             ("nonsense 3", "knows no nonsense"), ("context 5", "--context holds from"),
             ("ctx-size 5", "--context holds from"), ("system x", "system prompt"), ("seed -1", "at least 0"),

@@ -12,20 +12,20 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import fields
 from glob import glob
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from edgeq.cli.clipboard import copy
 from edgeq.cli.console import error_line, say, warn
 from edgeq.cli.keyboard import FENCE, Keyboard, Line
 from edgeq.cli.messages import save
-from edgeq.cli.options import DisplayOptions
+from edgeq.cli.options import ChatDisplayOptions
 from edgeq.cli.pictures import announce, by_kind, dropped, named
 from edgeq.cli.prompt import file_text, without_last_newline
 from edgeq.cli.reply import show_reply, usage_line
-from edgeq.cli.settings import set_option
+from edgeq.cli.settings import set_display, set_option
 from edgeq.cli.tools import ToolRunner, follow, show_calls
 from edgeq.errors import EdgeqError, UsageError
 from edgeq.generate import GenerationSettings
@@ -38,11 +38,6 @@ from edgeq.vision.visual import Visual
 
 __all__ = ["Repl"]
 
-_DISPLAY: dict[str, dict[str, Any]] = {  # what /set takes without a value
-    "wrap": {"wrap": True}, "nowrap": {"wrap": False}, "wordwrap": {"wrap": True}, "nowordwrap": {"wrap": False},
-    "markdown": {"markdown": True}, "nomarkdown": {"markdown": False},
-    "quiet": {"quiet": True}, "verbose": {"quiet": False},
-}  # fmt: skip
 _NEARLY_FULL = 0.8  # of the context, from where on the user is told
 
 
@@ -58,13 +53,13 @@ class Repl:
     """A conversation read from a terminal."""
 
     def __init__(
-        self, chat: Chat, name: str, attached: Sequence[Visual] = (), display: DisplayOptions | None = None,
+        self, chat: Chat, name: str, attached: Sequence[Visual] = (), display: ChatDisplayOptions | None = None,
         runner: ToolRunner | None = None,
     ) -> None:  # fmt: skip
         self._chat, self._name, self._runner = chat, name, runner
         if runner is not None:
             runner.read = lambda question: self._keyboard.read(question, literal=True, remember=False).text
-        self._display = display or DisplayOptions()
+        self._display = display or ChatDisplayOptions()
         self._attached = list(attached)  # pictures that go with the next message
         self._read_files: list[str] = []  # texts that do
         self._last: Reply | None = None
@@ -339,9 +334,9 @@ class Repl:
             self._show()
         elif word == "system":  # as ollama has it
             self._restart(rest[0] if rest else None)
-        elif word in _DISPLAY and not rest:
-            self._display = replace(self._display, **_DISPLAY[word])
-            say(f"{word} is set")
+        elif shown := set_display(self._display, text):
+            self._display, told = shown
+            say(told)
         else:
             say(set_option(self._chat, text))
 

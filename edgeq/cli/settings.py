@@ -18,10 +18,12 @@ from edgeq.checkpoint.generation import RECOMMENDED
 from edgeq.cli.answers import read_biases, read_shape
 from edgeq.cli.options import (
     AnswerOptions,
+    ChatDisplayOptions,
     ConversationOptions,
     ModelOptions,
     PromptOptions,
     SamplingOptions,
+    ToolOptions,
     VisualOptions,
 )
 from edgeq.errors import UsageError
@@ -31,11 +33,15 @@ from edgeq.printable import brief, printable
 from edgeq.session.chat import Chat
 from edgeq.session.visual_settings import CHAT_VISUALS, VisualSettings
 
-__all__ = ["set_option"]
+__all__ = ["set_display", "set_option"]
 
 _GENERATION = frozenset(field.name for field in fields(GenerationSettings))
 _VISUAL = frozenset(field.name for field in fields(VisualSettings)) - {"outer_vision_tokens"}  # fixed in a conversation
-_GROUPS = (SamplingOptions, AnswerOptions, ConversationOptions, VisualOptions, ModelOptions, PromptOptions)
+_DISPLAY = frozenset(field.name for field in fields(ChatDisplayOptions))
+_GROUPS = (
+    SamplingOptions, AnswerOptions, ConversationOptions, VisualOptions, ModelOptions, PromptOptions, ToolOptions,
+    ChatDisplayOptions,
+)  # fmt: skip
 _OTHERWISE = {"temp": "temperature", "think": "thinking"}  # options whose settings have other names
 _SHAPES = frozenset({"schema", "regex", "grammar"})
 _TRUE, _FALSE = ("on", "true", "yes", "1"), ("off", "false", "no", "0")
@@ -57,16 +63,7 @@ def set_option(chat: Chat, text: str) -> str:
     text: what stands behind `/set`, as typed. UsageError for a name or a value that is none, and for what holds from
     the start of a conversation.
     """
-    found = _NAME.fullmatch(text)
-    if found is None:
-        raise UsageError("/set takes a name and a value", hint="as in /set temperature 0.5; /show lists the settings")
-    known, words = _known().get(found[1].replace("-", "_").lower()), found[2].strip()
-    if known is not None and known.setting != "stop":
-        words = words.removeprefix("=").lstrip()
-    if known is None:
-        raise UsageError(f"/set knows no {printable(found[1])}", hint="/show lists the settings")
-    if not words and known.implied is None:
-        raise UsageError(f"/set {found[1]} takes a value", hint="none takes it back to what holds without it")
+    known, words = _read(text)
     if known.setting == "thinking":
         chat.thinking = _switch(known, words)
         return _told("thinking", chat.thinking)
@@ -81,6 +78,32 @@ def set_option(chat: Chat, text: str) -> str:
     raise UsageError(
         f"{known.option} holds from the start of a conversation", hint=f"start `edgeq chat` again with {known.option}"
     )
+
+
+def set_display(display: ChatDisplayOptions, text: str) -> tuple[ChatDisplayOptions, str] | None:
+    """How replies are shown from now on, and a line that says so; None where `text`, as of `set_option`, is about
+    something else. UsageError likewise.
+    """
+    known, words = _read(text)
+    if known.setting not in _DISPLAY:
+        return None
+    value = getattr(ChatDisplayOptions(), known.setting) if words.lower() == "none" else _switch(known, words)
+    return replace(display, **{known.setting: value}), _told(known.setting, value)
+
+
+def _read(text: str) -> tuple[_Known, str]:
+    """The setting that `text` names, and what it says of it."""
+    found = _NAME.fullmatch(text)
+    if found is None:
+        raise UsageError("/set takes a name and a value", hint="as in /set temperature 0.5; /show lists the settings")
+    known, words = _known().get(found[1].replace("-", "_").lower()), found[2].strip()
+    if known is None:
+        raise UsageError(f"/set knows no {printable(found[1])}", hint="/show lists the settings")
+    if known.setting != "stop":
+        words = words.removeprefix("=").lstrip()
+    if not words and known.implied is None:
+        raise UsageError(f"/set {found[1]} takes a value", hint="none takes it back to what holds without it")
+    return known, words
 
 
 def _set_generation(chat: Chat, known: _Known, words: str) -> str:
@@ -167,15 +190,16 @@ def _known() -> Mapping[str, _Known]:
     for group in _GROUPS:
         hints = get_type_hints(group, include_extras=True)
         for field in fields(group):
-            info = get_args(hints[field.name])[1]
+            kind, info = get_args(hints[field.name])[:2]
             names = [str(name) for name in (info.default, *(info.param_decls or ())) if name is not ...]
             option = next((name.split("/")[0] for name in names if name.startswith("--")), "--model")
             setting = _OTHERWISE.get(field.name, field.name)
             known[setting] = _Known(setting, option)
             for yes, _, no in (name.partition("/") for name in names):
-                for spelled, implied in ((yes, True if no else None), (no, False)):
+                for spelled, implied in ((yes, True if no or kind is bool else None), (no, False)):
                     if spelled := spelled.strip().lstrip("-").replace("-", "_"):
                         known[spelled] = _Known(setting, option, implied)
     for field in fields(GenerationSettings):
         known.setdefault(field.name, _Known(field.name, field.name))
+    known["verbose"] = _Known("quiet", "--quiet", False)  # ollama's
     return known
