@@ -397,6 +397,9 @@ def _rope_section(text: _Section, top: _Section) -> _Section:
     stretching = [section for section in sections if section.values.get("rope_type") not in _NOT_STRETCHED]
     if stretching:
         values["rope_type"] = _only_way(stretching).values["rope_type"]
+    if values.get("rope_type") == "yarn":  # beside the object it comes first, as in transformers
+        for place in places:
+            values |= {key: value for key, value in place.values.items() if key == _ORIGINAL and value is not None}
     where = sections[-1].where if sections else text.where
     for key in values.keys() - _ROPE_KEYS:
         raise ModelError(f"{where}{key} is not known to edgeq, and may change what positions mean", hint=_HINT)
@@ -429,12 +432,12 @@ def _only_way(stretching: Sequence[_Section]) -> _Section:
     return first
 
 
+_ORIGINAL = "original_max_position_embeddings"
 _NOT_STRETCHED = (None, "default", "mrope")
 # Of the rotary embedding: what may stand beside its object, and what in it.
 _ROPE_BESIDE = ("rope_theta", "partial_rotary_factor")
 _YARN_KEYS = {
-    "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
-    "truncate",
+    _ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"
 }  # fmt: skip
 _ROPE_KEYS = {
     *_ROPE_BESIDE,
@@ -466,8 +469,8 @@ def _rope_scaling(rope: _Section, longest: int) -> Linear | Yarn | None:
 
 def _yarn(rope: _Section, longest: int) -> Yarn:
     """As transformers reads it: what is not given follows from the factor."""
-    original = rope.size("original_max_position_embeddings", longest, high=_MAX_POSITIONS)
-    implied = longest / original if "original_max_position_embeddings" in rope.values else None
+    original = rope.size(_ORIGINAL, longest, high=_MAX_POSITIONS)
+    implied = longest / original if _ORIGINAL in rope.values else None
     factor = rope.number("factor", 1 - _TINY, _MAX_FACTOR, implied)
     mscale, mscale_all = (rope.number(key, -_TINY, 100, 0) for key in ("mscale", "mscale_all_dim"))
     attention = (

@@ -299,7 +299,8 @@ class TestChat:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--logprobs", "2"], "add --json"), (["--regex", "(a"], "unclosed group"), (["--schema", "{"], "not JSON"),
+            (["--logprobs", "2"], "add --json"), (["--stream"], "add --json"),
+            (["--regex", "(a"], "unclosed group"), (["--schema", "{"], "not JSON"),
             (["--regex", "a", "--grammar", 'root ::= "b"'], "cannot be combined"), (["-l", "a=1"], "logit bias"),
             (["--logit-bias", "1=1000"], "from -100 to 100"), (["--schema", '{"not": {}}'], '"not"'),
         ],

@@ -123,14 +123,21 @@ def yarn_of_4(values: Values) -> Values:
     return values
 
 
+def yarn_beside(values: Values) -> Values:
+    values["text_config"]["rope_parameters"] |= {"rope_type": "yarn", "factor": 4.0}
+    values["text_config"]["original_max_position_embeddings"] = 64  # as transformers takes it: before its object's
+    return values
+
+
 def test_yarn_is_the_same_wherever_it_stands(folder: Path, expected: Float32) -> None:
     found = []
     before = (folder / "config.json").read_text()
-    for change in (yarn, yarn_of_4):
+    for change in (yarn, yarn_of_4, yarn_beside):
         (folder / "config.json").write_text(before)
         edit(folder, change)
         found.append(edgeq.load(folder, backend="numpy").logits(IDS))
     assert np.array_equal(found[0], found[1])
+    assert np.array_equal(found[0], found[2])
     assert not np.array_equal(found[0], expected)
 
 

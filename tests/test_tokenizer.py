@@ -202,8 +202,10 @@ def test_missing_tokenizer(tmp_path: Path) -> None:
 def test_missing_config(tmp_path: Path) -> None:
     tiny_tokenizer.build_tiny_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
-    with pytest.raises(ModelError, match=r"tokenizer_config\.json does not exist"):
-        Tokenizer.from_folder(tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    ids = tokenizer.encode("hello <|im_start|>", control=True)
+    assert tokenizer.decode(ids) == "hello <|im_start|>"
+    assert len(tokenizer.encode("<|im_start|>", control=True)) == 1
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])

@@ -222,7 +222,8 @@ class FolderCheckpoint(Checkpoint):
             return None
         file = self.path / "tokenizer.json"
         spec = checked_components(read_json(file, TOKENIZER_LIMIT), str(file))
-        return spec, read_json(self.path / "tokenizer_config.json")
+        config = self.path / "tokenizer_config.json"
+        return spec, read_json(config) if exists(config) else {}
 
     def processor_values(self) -> tuple[dict[str, Any], dict[str, Any]]:
         return processor_values(self.path)

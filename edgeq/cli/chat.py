@@ -24,9 +24,8 @@ from edgeq.cli.options import (
     option,
 )
 from edgeq.cli.pictures import announce, by_kind, check_one, draw_boxes_of
-from edgeq.cli.reply import hear, print_json, show_reply
+from edgeq.cli.reply import check_forms, hear, print_json, show_reply
 from edgeq.cli.tools import follow, show_calls
-from edgeq.errors import UsageError
 from edgeq.session.reply import Reply
 
 __all__ = ["chat"]
@@ -84,8 +83,7 @@ def chat(
     options = {**conversation.given(), **sampling.given(), **answer.given(), "visual_settings": visuals.settings()}
     options |= tools.given()
     runner = tools.runner()
-    if answer.logprobs is not None and not as_json:
-        raise UsageError("--logprobs prints to the JSON object of a reply", hint="add --json")
+    check_forms(as_json=as_json, stream=stream, logprobs=answer.logprobs is not None)
     if draw_boxes is not None:
         check_drawing(draw_boxes)
         check_one(visuals.image or ())

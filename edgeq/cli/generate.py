@@ -18,8 +18,7 @@ from edgeq.cli.options import (
     option,
 )
 from edgeq.cli.pictures import announce
-from edgeq.cli.reply import hear, print_json, show_reply, usage_line
-from edgeq.errors import UsageError
+from edgeq.cli.reply import check_forms, hear, print_json, show_reply, usage_line
 from edgeq.generate import GenerationSettings
 from edgeq.session.prompt import completion_prompt
 
@@ -57,8 +56,7 @@ def generate(
     """
     text, settings = prompt.text(words, stdin=not visuals.takes_stdin), visuals.settings()
     options = sampling.given() | answer.given()
-    if answer.logprobs is not None and not as_json:
-        raise UsageError("--logprobs prints to the JSON object of a reply", hint="add --json")
+    check_forms(as_json=as_json, stream=stream, logprobs=answer.logprobs is not None)
     images, videos = visuals.named()
     loaded = model.load()
     shown = completion_prompt(loaded.language, loaded.sight, text, images, videos, settings)

@@ -169,7 +169,8 @@ def _kept(descriptor: int) -> Iterator[None]:
     except termios.error:  # the terminal is gone
         yield
         return
-    quiet = [before[0] & ~termios.ICRNL, *before[1:3], before[3] & ~(termios.ECHO | termios.ICANON), *before[4:]]
+    local = before[3] & ~(termios.ECHO | termios.ICANON) | termios.NOFLSH  # Ctrl-C takes nothing typed with it
+    quiet = [before[0] & ~termios.ICRNL, *before[1:3], local, *before[4:]]
     termios.tcsetattr(descriptor, termios.TCSANOW, quiet)
     try:
         yield

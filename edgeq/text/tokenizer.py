@@ -75,11 +75,11 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: Path) -> Self:
-        """Read `tokenizer.json` and `tokenizer_config.json` in `path`; ModelError if one is missing or broken."""
+        """Read `tokenizer.json` in `path`, and `tokenizer_config.json` if it is there; ModelError if one is broken."""
         file = path / "tokenizer.json"
         if not exists(file):
             raise ModelError(f"{file} does not exist", hint="give the folder of a complete checkpoint")
-        return cls(load_bpe(file), read_json(path / "tokenizer_config.json"))
+        return cls(load_bpe(file), read_json(config) if exists(config := path / "tokenizer_config.json") else {})
 
     @classmethod
     def from_spec(cls, json_text: str, config: Mapping[str, Any]) -> Self:
