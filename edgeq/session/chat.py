@@ -98,8 +98,9 @@ class Chat:
         check_thinking(thinking)
         if settings is not None and not isinstance(settings, GenerationSettings):
             raise UsageError(f"settings must be GenerationSettings, got {brief(settings)}", hint="or give them by name")
-        if overflow not in ("stop", "shift"):
-            raise UsageError(f'overflow must be "stop" or "shift", got {brief(overflow)}')
+        for name, call in (("on_prefill", on_prefill), ("on_look", on_look)):
+            if call is not None and not callable(call):
+                raise UsageError(f"{name} must be a function of two numbers, got {brief(call)}")
         self.model = model
         self.thinking = template.thinking_default if thinking is None else thinking
         self.options = options
@@ -138,9 +139,22 @@ class Chat:
         return [*self._conversation.ids, *self._coming]
 
     @property
+    def overflow(self) -> str:
+        """What happens where the context is full: "stop" or "shift"."""
+        return self._overflow
+
+    @overflow.setter
+    def overflow(self, overflow: str) -> None:
+        if overflow not in ("stop", "shift"):
+            raise UsageError(f'overflow must be "stop" or "shift", got {brief(overflow)}')
+        self._overflow = overflow
+
+    @property
     def settings(self) -> GenerationSettings:
         """What the next reply is generated with."""
         language = self.model.language
+        if not isinstance(self.options, Mapping):
+            raise UsageError(f"options must be settings by name, got {brief(self.options)}")
         chosen = [name for name, value in self.options.items() if value is not None]
         recommended = self._settings or language.recommended(
             thinking=self.thinking, vision=bool(self._places), chosen=chosen

@@ -307,11 +307,15 @@ class Conversation:
         return close
 
     def _check_append_only(self) -> None:
-        """A turn must read the same whatever came before it."""
+        """A turn must read the same whatever came before it, and whatever follows."""
         turn: list[Message] = [{"role": "user", "content": "?"}]
         earlier: list[Message] = [*turn, {"role": "assistant", "content": "!"}]
         if self._render_turn(turn, None) != self._render_turn(turn, None, before=earlier):
             raise self._not_append_only("writes a turn differently depending on the turns before it")
+        for before in ([], _STAND_IN):
+            last = self._render([*before, *turn], None, generation=False)
+            if not self._render([*before, *earlier, *turn], None).startswith(last):
+                raise self._not_append_only("writes a turn differently when another follows")
 
     def _not_append_only(self, what: str) -> ModelError:
         return ModelError(f"{self._template.name} {what}: it cannot be used for an append-only conversation")
