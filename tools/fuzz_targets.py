@@ -24,6 +24,7 @@ from edgeq import vision
 from edgeq.adapters import AdaptedCheckpoint, adapted, given_adapters
 from edgeq.checkpoint import open_checkpoint
 from edgeq.config import read_config, read_json
+from edgeq.errors import ModelError
 from edgeq.formats.gguf import GGUFFile, open_gguf
 from edgeq.formats.safetensors import SafetensorsFile, SafetensorsWriter
 from edgeq.quant import quantize, verify
@@ -87,7 +88,7 @@ def targets(folder: Path) -> list[Target]:
         _json("manifest", _make_manifest(folder / "ollama", gguf), _open_quietly, 20),
         Target("template", seed / "x.jinja", TEMPLATE.encode(), mutate_template, _render(tokenizer), 40),
         _json("config", model / "config.json", read_config, 100),
-        _json("generation_config", model / "generation_config.json", _read_model, 30),
+        _json("generation_config", model / "generation_config.json", _read_without_warning, 30),
         _json("index", model / "model.safetensors.index.json", _read_model, 30),
         Target("gptq", gptq, gptq.read_bytes(), _mutate_header, _read_matrices, 20),
         Target("compressed", compressed, compressed.read_bytes(), _mutate_header, _read_matrices, 20),
@@ -154,6 +155,15 @@ def _read_model(path: Path) -> None:
     if path.suffix == ".gguf":
         checkpoint.tokenizer()
         checkpoint.template()
+
+
+def _read_without_warning(path: Path) -> None:
+    """The model, where a warning counts as a refusal."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        _read_model(path)
+    if told:
+        raise ModelError(str(told[0].message))
 
 
 def _merge(model: Path) -> Callable[[Path], None]:

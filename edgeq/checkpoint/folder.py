@@ -107,7 +107,7 @@ class FolderCheckpoint(Checkpoint):
         self.tensors = self._match_table()
         self.config = without(self.config, self.left_out)
         file = path / "generation_config.json"  # the hub's small models do not have it
-        generation = read_json(file) if exists(file) else {}
+        generation = _read_recommendations(file) if exists(file) else {}
         self.eos_token_ids = self.config.text.eos_token_ids + read_stop_ids(generation, str(file))
         self.recommended = read_sampling(generation, str(file))
         self.format = {"hub": "safetensors", "mlx": "MLX safetensors"}[self.layout]
@@ -500,6 +500,16 @@ class _QuantizationTable:
                     hint="download config.json again",
                 )
         return Quantization(*MODES[mode], mode)
+
+
+def _read_recommendations(file: Path) -> Mapping[str, Any]:
+    """The fields of a generation_config.json; a warning, and none, for a file that holds none: nothing in it is worth
+    refusing the weights."""
+    try:
+        return read_json(file)
+    except ModelError as error:
+        warnings.warn(f"{error.message}: nothing that it recommends is used", stacklevel=2)
+        return {}
 
 
 def values_without(values: Mapping[str, Any], parts: Container[Part]) -> Mapping[str, Any]:

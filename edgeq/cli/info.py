@@ -155,15 +155,19 @@ def _seeing(checkpoint: Checkpoint, stored: list[tuple[TensorSpec, Storage]]) ->
         nbytes[storage.type] += storage.nbytes
     (most, _), *_ = nbytes.most_common()
     square = (checkpoint.config.vision.patch_size * checkpoint.config.vision.spatial_merge_size) ** 2
-    whole, in_a_chat = (
-        prod(image_size(3000, 4000, checkpoint.config, image_tokens=tokens)) // square
-        for tokens in (None, CHAT_VISUALS.image_tokens)
-    )
+    try:
+        whole, in_a_chat = (
+            prod(image_size(3000, 4000, checkpoint.config, image_tokens=tokens)) // square
+            for tokens in (None, CHAT_VISUALS.image_tokens)
+        )
+        photo = f"{whole:,} of 4000 x 3000 pixels, {in_a_chat:,} in a chat"
+    except ModelError as error:  # in the processor's files: the text runs without them
+        photo = f"unknown: {error.message}"
     return {
         "vision tower": "yes",
         "sees with": f"{sum(spec.size for spec, _ in stored) / 1e6:,.1f} M parameters in "
         f"{sum(nbytes.values()) / 1e6:,.1f} MB, most of them {most}",
-        "tokens of a photo": f"{whole:,} of 4000 x 3000 pixels, {in_a_chat:,} in a chat",
+        "tokens of a photo": photo,
     }
 
 

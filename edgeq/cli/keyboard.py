@@ -133,6 +133,10 @@ class Keyboard:
             self._pastes.append(_clean(text))
             event.current_buffer.insert_text(text)
 
+        @bindings.add(Keys.Vt100MouseEvent)
+        def no_mouse(event: KeyPressEvent) -> None:  # a colour in a pasted log looks like one
+            event.current_buffer.insert_text(event.data)
+
         @bindings.add(Keys.Escape, Keys.Enter)
         def new_line(event: KeyPressEvent) -> None:
             event.current_buffer.insert_text("\n")
