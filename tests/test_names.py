@@ -11,7 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -156,12 +156,18 @@ class TestFilesThatAreNone:
         with pytest.raises(ModelError, match=name.replace(".", r"\.")):
             open_checkpoint(model)
 
-    @pytest.mark.parametrize("name", ["generation_config.json", "model.safetensors.index.json"])
-    def test_in_the_place_of_an_optional_file(self, make: Callable[[Path], None], model: Path, name: str) -> None:
-        make(model / name)
+    def test_in_the_place_of_the_index(self, make: Callable[[Path], None], model: Path) -> None:
+        make(model / "model.safetensors.index.json")
         if make is not looping:  # such a link leads nowhere: the file is absent
             with pytest.raises(ModelError, match="cannot be read"):
                 open_checkpoint(model)
+
+    def test_in_the_place_of_recommendations(self, make: Callable[[Path], None], model: Path) -> None:
+        make(model / "generation_config.json")
+        with (
+            nullcontext() if make is looping else pytest.warns(UserWarning, match=r"generation_config\.json cannot be")
+        ):
+            open_checkpoint(model)
 
     @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
     def test_in_the_place_of_text_files(self, make: Callable[[Path], None], model: Path, name: str) -> None:
