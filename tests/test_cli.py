@@ -190,6 +190,14 @@ class TestExitCodes:
     def test_a_line_that_makes_no_sense(self, run: Run, arguments: str, message: str) -> None:
         self.check(run(*arguments.split()), 2, message)
 
+    def test_a_wrong_value_that_was_not_typed(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("EDGEQ_TEMP", "hot")
+        self.check(run("chat", "demo", "-p", "x"), 2, "(from EDGEQ_TEMP)")
+        monkeypatch.delenv("EDGEQ_TEMP")
+        (tmp_path / "config.toml").write_text('[chat]\ntemp = "hot"\n')
+        monkeypatch.setenv("EDGEQ_CONFIG", str(tmp_path / "config.toml"))
+        self.check(run("chat", "demo", "-p", "x"), 2, "(from the configuration file)")
+
     def test_ctrl_c(self, run: Run, chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def interrupted(self: Reply) -> None:
             raise KeyboardInterrupt

@@ -101,8 +101,21 @@ def _as_edgeq_error(error: BaseException, ctx: Any) -> EdgeqError:
         command = " ".join(filter(None, (ctx.command_path, ctx.invoked_subcommand)))
         message = error.format_message().rstrip(".")
         known = "its options" if ctx.invoked_subcommand else "commands and options"
-        return UsageError(message[:1].lower() + message[1:], hint=f"`{command} --help` lists {known}")
+        return UsageError(
+            message[:1].lower() + message[1:] + _not_typed(error), hint=f"`{command} --help` lists {known}"
+        )
     return error if isinstance(error, EdgeqError) else EdgeqError(str(error))
+
+
+def _not_typed(error: Any) -> str:
+    """Where a wrong value comes from, if not from the command line."""
+    ctx, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    if ctx is None or parameter is None:
+        return ""
+    source = ctx.get_parameter_source(parameter.name)
+    if source is None or source.name not in ("ENVIRONMENT", "DEFAULT_MAP"):
+        return ""
+    return f" (from {parameter.envvar if source.name == 'ENVIRONMENT' else 'the configuration file'})"
 
 
 app = typer.Typer(
