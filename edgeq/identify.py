@@ -454,6 +454,12 @@ def _no_model(path: Path, names: list[str]) -> ModelError | UsageError:
             details=_listed(inner),
             hint=f"name {'it' if len(inner) == 1 else 'one of them'}: {path / inner[0]}",
         )
+    if adapters := sorted(name for name in names if is_adapter(path / name)):
+        return UsageError(
+            f"{path} is no model, but holds {len(adapters)} adapters:",
+            details=_listed(adapters),
+            hint=f"name both: `edgeq chat MODEL --adapter {path / adapters[-1]}` (adapter= in Python)",
+        )
     if foreign := _foreign(path, names):
         return foreign
     if loose := [name for name in names if name.endswith(".safetensors")]:

@@ -184,7 +184,9 @@ class _File:
             raise self.error("size", "an object with shortest_edge and longest_edge")
         edges = _File(size or {}, f"{self.name}: size")
         if unknown := [key for key in edges.values if key not in ("shortest_edge", "longest_edge")]:
-            raise ModelError(f"{self.name}: size has {brief(unknown[0])}, expected shortest_edge and longest_edge only")
+            raise ModelError(
+                f"{self.name}: size has {brief(unknown[0])}, expected shortest_edge and longest_edge only", hint=_HINT
+            )
         least = edges.whole("shortest_edge", 1, _MAX_PIXELS, default.min_pixels)
         most = edges.whole("longest_edge", 1, _MAX_PIXELS, default.max_pixels)
         least = self.whole("min_pixels", 1, _MAX_PIXELS, least)

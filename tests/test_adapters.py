@@ -488,6 +488,26 @@ def test_used_all_the_same(base: Path, adapter: Path, change: dict[str, Any]) ->
     assert np.array_equal(plain(merged(base, adapter), UP), expected)
 
 
+def test_named_by_a_file_of_it(base: Path, adapter: Path) -> None:
+    expected = plain(merged(base, adapter), UP)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert np.array_equal(plain(merged(base, adapter / name), UP), expected)
+
+
+def test_without_a_word_about_the_file(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    """mx.save_safetensors, which mlx-lm's trainer calls without metadata, writes null in their place."""
+    a, b = low_rank(rng, 96, 64)
+    name = "language_model.model.layers.1.mlp.up_proj"
+    folder = mlx_folder(tmp_path / "a", {f"{name}.lora_a": a.T.copy(), f"{name}.lora_b": b.T.copy()})
+    expected = plain(merged(base, folder), UP)
+    file = folder / "adapters.safetensors"
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps({"__metadata__": None, **json.loads(data[8:end])}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+    assert np.array_equal(plain(merged(base, folder), UP), expected)
+
+
 def drop(*parts: str) -> Callable[[dict[str, Any]], None]:
     def change(tensors: dict[str, Any]) -> None:
         for name in [name for name in tensors if any(part in name for part in parts)]:

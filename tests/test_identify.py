@@ -560,6 +560,15 @@ def test_an_adapter_that_was_not_downloaded(tmp_path: Path) -> None:
         read_folder(tmp_path)
 
 
+def test_a_folder_of_adapters(tmp_path: Path) -> None:
+    for step in (10, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(UsageError, match="is no model, but holds 2 adapters:") as caught:
+        identify(tmp_path)
+    assert f"--adapter {tmp_path / 'checkpoint-20'}`" in (caught.value.hint or "")
+
+
 @pytest.mark.parametrize("name", [".", "models", "models/blobs", "models/manifests"])
 def test_all_of_ollama_s_folders(name: str, tmp_path: Path) -> None:
     Store(tmp_path / "models").add("registry.ollama.ai/library/qwen3.5/2b", {"model": b"GGUF"})

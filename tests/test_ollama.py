@@ -232,6 +232,9 @@ def test_parameters_and_projector_are_used(store: Store, chat_folder: Path, tmp_
     assert ours.sampling["temperature"] == 0.25
     assert ours.sampling["top_k"] == 7
     assert ours.sampling["repetition_penalty"] == 1.5
+    store.add(LIBRARY, {**layers, "projector": b"GGUF\3\0\0\0bad"})
+    with pytest.warns(UserWarning, match="sha256"):
+        assert read(find_model("ollama:qwen3.5:2b")).tower is None
 
 
 @pytest.mark.parametrize(
@@ -242,6 +245,7 @@ def test_parameters_and_projector_are_used(store: Store, chat_folder: Path, tmp_
         ("template", b"\xff\xfe", "its template is written for ollama"),
         ("messages", b"[]", "the conversation that it begins with is not used"),
         ("draft", b"GGUF", "its draft model is not used"),
+        ("params", b"nope", "its parameters are not used"),
         ("params", b'{"stop": ["x"], "mirostat": 1}', r"its parameters mirostat, stop are not used"),
     ],
 )

@@ -73,6 +73,7 @@ def read_adapter(path: Path, c: TextConfig, specs: list[TensorSpec]) -> Adapter:
 
 def read_folder(path: Path) -> Adapter:
     """The adapter of PEFT or mlx-lm in a folder, or in a file of one; ModelError for what is none."""
+    path = path.parent if path.name == CONFIG else path
     folder = path if is_folder(path) else path.parent
     config = folder / CONFIG
     if not exists(config):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -79,13 +79,14 @@ class _Tensor(NamedTuple):
 
 
 class GGUFCheckpoint(Checkpoint):
-    """A .gguf file of architecture qwen35, and its vision tower: `mmproj`, or what is in it or beside it."""
+    """A .gguf file of architecture qwen35, and its vision tower: `mmproj`, or what is in it, in the files `towers` or
+    beside it."""
 
-    def __init__(self, path: Path, mmproj: Path | None = None) -> None:
+    def __init__(self, path: Path, mmproj: Path | None = None, towers: Sequence[Path] = ()) -> None:
         self.path = path
         self.file = open_gguf(path, check_model)
         self.config_values = text_values(self.file)
-        tower = find_tower(self.file, mmproj)
+        tower = find_tower(self.file, mmproj, towers)
         self.tower = tower if isinstance(tower, Tower) else None
         if isinstance(tower, str):
             self.leave_out(Part.VISION, tower)
@@ -207,7 +208,8 @@ class GGUFCheckpoint(Checkpoint):
         alike = [t for name, t in self.tensors.items() if name.endswith(role) and t.spec.part is Part.TEXT]
         if role == tensor.spec.name or not alike:
             return True
-        return bool(x.mean() < np.mean([to_float32(t.blocks()).mean() for t in alike]) - 0.5)
+        means = [to_float32(t.blocks()).mean(dtype=np.float64) for t in alike]
+        return bool(x.mean(dtype=np.float64) < np.mean(means) - 0.5)
 
     def _quantized(self, tensor: _Tensor, coding: Coding) -> QMatrix[Array]:
         """Decode a matrix, some rows at a time, into the layout of `QMatrix`."""

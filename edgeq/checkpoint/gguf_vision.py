@@ -9,7 +9,7 @@ A tower that does not fit is no reason not to read the text: it is left out with
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from math import isqrt
 from pathlib import Path
@@ -55,8 +55,9 @@ def is_vision(name: str) -> bool:
     return name.startswith(("v.", "mm."))
 
 
-def find_tower(model: GGUFFile, given: Path | None) -> Tower | str | None:
-    """The tower in `given`; without it the model's own, or that of the first mmproj file in its folder that fits.
+def find_tower(model: GGUFFile, given: Path | None, named: Sequence[Path] = ()) -> Tower | str | None:
+    """The tower in `given`; without it the first that fits, of the files `named`, the model's own and the mmproj files
+    in its folder.
 
     ModelError for one given that does not fit. If those found do not, what is wrong with the first, in words.
     """
@@ -66,14 +67,10 @@ def find_tower(model: GGUFFile, given: Path | None) -> Tower | str | None:
             raise ModelError(f"{given} does not exist", hint="give the mmproj file of this model")
         return _read(GGUFFile(given), hidden_size)
     problem = None
-    if any(map(is_vision, model.tensors)):
+    own = [model.path] if any(map(is_vision, model.tensors)) else []
+    for path in [*named, *own, *_beside(model.path)]:
         try:
-            return _read(model, hidden_size)
-        except ModelError as error:
-            problem = error
-    for path in _beside(model.path):
-        try:
-            return _read(GGUFFile(path), hidden_size)
+            return _read(model if path == model.path else GGUFFile(path), hidden_size)
         except ModelError as error:
             problem = problem or error
     return None if problem is None else problem.message

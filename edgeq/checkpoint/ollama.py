@@ -48,10 +48,10 @@ def open_ollama(manifest: Path, mmproj: Path | None = None) -> GGUFCheckpoint:
         )
     if model is None:
         raise ModelError(f"{manifest} names no model file", hint="pull the model again with ollama")
-    tower = mmproj or _one(manifest, layers, "projector")
+    tower = _one(manifest, layers, "projector")
     if (source := identify(model)).kind != "gguf":
         raise ModelError(f"{model} is no GGUF file, but the model of {manifest}", hint="pull the model again")
-    checkpoint = GGUFCheckpoint(source.path, tower)
+    checkpoint = GGUFCheckpoint(source.path, mmproj, [tower] if tower else [])
     _use_parameters(manifest, checkpoint, layers)
     _tell_unused(manifest, layers, has_template=bool(checkpoint.templates.found))
     return checkpoint
@@ -122,7 +122,12 @@ def _use_parameters(manifest: Path, checkpoint: GGUFCheckpoint, layers: list[_La
     """Take the sampling that the model's parameters recommend, and name those that edgeq has no place for."""
     for layer in layers:
         if layer.kind == "params":
-            values = {_SAMPLING.get(key, key): value for key, value in _object(layer.blob, layer.blob).items()}
+            try:
+                given = _object(layer.blob, layer.blob)
+            except ModelError as error:
+                _warn(manifest, f"its parameters are not used: {error.message}")
+                continue
+            values = {_SAMPLING.get(key, key): value for key, value in given.items()}
             file, own = checkpoint.recommended, read_sampling(values, str(layer.blob))
             checkpoint.recommended = Recommended(own.where, {**file.values, **own.values}, own.left_out)
             if unused := sorted(values.keys() - {*RECOMMENDED, "num_ctx"}):

@@ -169,7 +169,7 @@ class Packing:
                     return "NVFP4"
             if info.dtype == "F4":
                 return "4-bit floats"
-            if info.dtype.startswith("F6"):
+            if info.dtype.startswith("F6_"):
                 return "6-bit floats"
             if info.dtype.endswith("FNUZ"):
                 return f"FP8 of the kind {info.dtype}"

@@ -120,7 +120,8 @@ class SafetensorsFile:
             raise self._error(f"the header is not JSON ({error})") from None
         if not isinstance(header, dict):
             raise self._error("the header is not a JSON object")
-        metadata = header.get("__metadata__", {})
+        metadata = header.get("__metadata__")
+        metadata = {} if metadata is None else metadata  # null: MLX, where nothing is to be said
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise self._error("__metadata__ is not an object of strings")
         return header, 8 + length
