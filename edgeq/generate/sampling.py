@@ -169,9 +169,7 @@ def _largest(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     if not 0 < k < flat.size:
         return np.flatnonzero(flat > -np.inf)
     floor = _kth_largest(scores.max(axis=1), k) if k <= len(scores) else np.float32(-np.inf)
-    candidates = np.flatnonzero(
-        flat >= floor if floor > -np.inf else flat > -np.inf
-    )  # the latter where few are allowed
+    candidates = np.flatnonzero(flat >= floor if floor > -np.inf else flat > -np.inf)  # the latter: few are allowed
     if len(candidates) <= k:
         return candidates
     return candidates[flat[candidates] >= _kth_largest(flat[candidates], k)]

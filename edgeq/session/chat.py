@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -34,9 +34,11 @@ from edgeq.text.channels import ChannelParser, ends_in_thinking
 from edgeq.text.conversation import Conversation, Entry
 from edgeq.text.messages import check_thinking, checked_messages
 from edgeq.text.template import Content, Message
-from edgeq.text.tool_calls import ToolCallParser
 from edgeq.text.visuals import Outline
 from edgeq.vision.visual import Visual
+
+if TYPE_CHECKING:
+    from edgeq.text.tool_calls import ToolCallParser
 
 __all__ = ["Chat", "Speaker"]
 

@@ -76,7 +76,7 @@ def _checked_calls(calls: object, where: str) -> list[dict[str, Any]]:
         arguments = function.get("arguments")
         try:
             found = json.loads(arguments or "{}") if isinstance(arguments, str | None) else arguments
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if not isinstance(found, Mapping):
             raise UsageError(
