@@ -115,7 +115,7 @@ class Wrapped:
             if self._word and _may_break(self._word, char):
                 self._place()
             self._word += char
-            if len(self._word) > max(80, self._width()):  # a word that fits no line is shown as it comes
+            if len(self._word) > 80 and len(self._word) > self._width():  # one that fits no line is shown as it comes
                 self._place(glue=True)
 
     def _place(self, *, glue: bool = False) -> None:
