@@ -97,5 +97,5 @@ def test_importing_edgeq_imports_next_to_nothing() -> None:
 
 def test_completing_text_waits_for_nothing_of_conversations() -> None:
     done = run_python("import sys\nimport edgeq.api, edgeq.cli.generate\nprint(*sys.modules)")
-    unwanted = {"jinja2", "concurrent.futures", "prompt_toolkit", "rich", "edgeq.session.chat", "edgeq.text.tool_calls"}
+    unwanted = {"jinja2", "prompt_toolkit", "rich", "edgeq.session.chat", "edgeq.text.tool_calls"}
     assert not unwanted & set(done.stdout.split())

@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -83,8 +84,6 @@ class Packed(ABC):
 
     def _in_blocks(self, convert: Callable[[slice], None]) -> None:
         """Call `convert` for all rows, some at a time, on a few threads."""
-        from concurrent.futures import ThreadPoolExecutor  # 2 ms that other checkpoints need not wait for
-
         out, width = self.shape
         step = max(32, _BLOCK // width)
         with ThreadPoolExecutor(_THREADS) as pool:
