@@ -17,6 +17,8 @@ from command import Run, leave_home, runner
 
 import edgeq
 from edgeq.cli.answers import read_biases, read_shape
+from edgeq.cli.options import DisplayOptions
+from edgeq.cli.reply import show_reply
 from edgeq.cli.tools import MOST_OUTPUT, ToolRunner, call_line, follow, read_tools
 from edgeq.errors import EdgeqError, UsageError
 from edgeq.session.reply import Reply
@@ -226,6 +228,14 @@ class TestChat:
         assert name == "get_temperature"
         assert list(json.loads(arguments)) == ["room"]
         assert "<tool_call>" not in done.out + done.err
+
+    def test_a_beginning_before_a_call_alone_is_a_line(self, capsys: pytest.CaptureFixture[str]) -> None:
+        chat = edgeq.load("demo").chat(tools=[{"type": "function", "function": TEMPERATURE}], temperature=0.0)
+        reply = chat.send(QUESTION)
+        show_reply(reply, chat.model.engine.ops, DisplayOptions(quiet=True), before="Look:")
+        assert reply.tool_calls
+        assert not reply.text
+        assert capsys.readouterr().out == "Look:\n"
 
     def test_a_program_answers_them(self, run: Run, tools: Path, program: Callable[[str], str]) -> None:
         command = program("print(json.dumps({'sky': 'sunny', 'degrees': 21}))")

@@ -93,3 +93,9 @@ def test_nothing_that_runs_imports_the_helpers_of_tests() -> None:
 def test_importing_edgeq_imports_next_to_nothing() -> None:
     done = run_python("import sys\nimport edgeq\nprint(*sorted(m for m in sys.modules if m.startswith('edgeq')))")
     assert done.stdout.split() == ["edgeq", "edgeq.errors", "edgeq.printable", "edgeq.version"]
+
+
+def test_completing_text_waits_for_nothing_of_conversations() -> None:
+    done = run_python("import sys\nimport edgeq.api, edgeq.cli.generate\nprint(*sys.modules)")
+    unwanted = {"jinja2", "prompt_toolkit", "rich", "edgeq.session.chat", "edgeq.text.tool_calls"}
+    assert not unwanted & set(done.stdout.split())

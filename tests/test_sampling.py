@@ -19,7 +19,7 @@ NEUTRAL = GenerationSettings(temperature=1.0, top_k=0, top_p=1.0, seed=0)
 
 
 def reference_distribution(
-    logits: Float32, options: GenerationSettings, vocab_size: int, suppressed: Collection[int] = (),
+    logits: Float32, options: GenerationSettings, vocab_size: int, masked: Collection[int] = (),
     prompt: Collection[int] = (), generated: Collection[int] = (),
 ) -> dict[int, float]:  # fmt: skip
     """{id: probability}, by sorting everything and going through the steps one token at a time."""
@@ -30,7 +30,7 @@ def reference_distribution(
             score = score / options.repetition_penalty if score > 0 else score * options.repetition_penalty
         count = list(generated).count(token)
         score -= options.presence_penalty * (count > 0) + options.frequency_penalty * count
-        if token not in suppressed:
+        if token not in masked:
             scores[token] = score / options.temperature
     kept = sorted(scores, key=lambda token: (-scores[token], token))
     if options.top_k:
@@ -84,22 +84,23 @@ def test_distribution_is_the_slow_definition(
     )  # fmt: skip
     random = np.random.default_rng(seed)
     prompt, generated = random.integers(0, vocab_size, 6).tolist(), random.integers(0, vocab_size, 8).tolist()
-    suppressed = random.choice(vocab_size, size=min(3, vocab_size - 1), replace=False).tolist()
+    masked = random.choice(vocab_size, size=min(3, vocab_size - 1), replace=False).tolist()
+    allowed = ~np.isin(np.arange(vocab_size), masked)
     logits = logits_of(seed, vocab_size + padding)
 
-    sampler = Sampler(options, vocab_size=vocab_size, suppressed=suppressed)
+    sampler = Sampler(options, vocab_size=vocab_size)
     sampler.observe_prompt(prompt)
     for token in generated:
         sampler.accept(token)
-    ids, probabilities = sampler.distribution(logits)
+    ids, probabilities = sampler.distribution(logits, allowed)
 
-    expected = reference_distribution(logits, options, vocab_size, suppressed, prompt, generated)
+    expected = reference_distribution(logits, options, vocab_size, masked, prompt, generated)
     expected = {token: p for token, p in expected.items() if p > 0}
     assert ids.tolist() == sorted(expected)
     # float32 penalties: an error of 2^-24 * |logit| / temperature in the exponent
     np.testing.assert_allclose(probabilities, [expected[token] for token in ids.tolist()], rtol=1e-4)
     assert probabilities.sum() == pytest.approx(1, abs=1e-12)
-    assert sampler.sample(logits) in expected
+    assert sampler.sample(logits, allowed) in expected
 
 
 @pytest.mark.parametrize("top_p", [0.9, 1.0])
@@ -136,11 +137,12 @@ def test_greedy_is_argmax_and_the_lowest_id_wins_ties(seed: int, vocab_size: int
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_padding_rows_and_suppressed_tokens_are_never_drawn(temperature: float) -> None:
+def test_padding_rows_and_masked_tokens_are_never_drawn(temperature: float) -> None:
     logits = np.full(300, -10, dtype=np.float32)
     logits[[3, 4, 290, 299]] = [20, 10, 30, np.nan]  # the last two lie in the padding
-    sampler = Sampler(NEUTRAL.replace(temperature=temperature), vocab_size=280, suppressed=[3, 295, 100_000])
-    assert {sampler.sample(logits) for _ in range(200)} == {4}
+    sampler = Sampler(NEUTRAL.replace(temperature=temperature), vocab_size=280)
+    allowed = np.arange(280) != 3
+    assert {sampler.sample(logits, allowed) for _ in range(200)} == {4}
 
 
 def test_top_k_keeps_what_ties_with_the_last() -> None:

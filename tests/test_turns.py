@@ -211,6 +211,7 @@ def test_histories_that_are_none(model: Model) -> None:
         ([QUESTION, {**CALLS, "tool_calls": [{"function": {"name": 5}}]}], "message 2 has the tool call"),
         ([QUESTION, {**CALLS, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], "'f' with the argum"),
         ([QUESTION, {**CALLS, "tool_calls": [{"function": {"name": "f", "arguments": "[]"}}]}], "'f' with the argum"),
+        ([QUESTION, {**CALLS, "tool_calls": [{"function": {"name": "f", "arguments": "[" * 99_999}}]}], "'f' with the"),
         ([QUESTION, CALLS, {"role": "tool", "tool_call_id": "c", "content": "x"}], "result of the tool call 'c'"),
         ([{"role": "user", "content": "x", "function_call": {}}], "message 1 has a function_call"),
         ([{"role": "user", "content": None}], "must be text or a list of parts, got None"),

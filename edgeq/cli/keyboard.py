@@ -42,14 +42,14 @@ class Line(NamedTuple):
 
 
 class Keyboard:
-    """Lines from the terminal that stdin is, with a history unless `remember` is off.
+    """Lines from the terminal that stdin is, with a history unless EDGEQ_NOHISTORY is set.
 
     A context manager. Within it, what is typed or pasted while nobody reads, as when the model talks, is neither
     echoed nor changed: it waits for the next line.
     """
 
-    def __init__(self, *, remember: bool = True) -> None:
-        self._history = _History(_history_file() if remember else None)
+    def __init__(self) -> None:
+        self._history = _History(_history_file())
         self._stack = ExitStack()
         self._terminal: TextIO | None = None
         self._session: PromptSession[str] | None = None

@@ -16,7 +16,7 @@ from edgeq.cli.console import Visible
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
 
-__all__ = ["Hidden", "Markdown", "Page", "Plain", "Wrapped", "page_on", "width_of"]
+__all__ = ["Hidden", "Markdown", "Page", "Plain", "Wrapped", "cells", "page_on"]
 
 
 class Page(Protocol):
@@ -37,10 +37,10 @@ def page_on(
         return Plain(stream)
     if markdown:
         return Markdown(stream)
-    return Wrapped(stream, (lambda: width_of(stream)) if wrap else lambda: 0, style or (lambda text: text))
+    return Wrapped(stream, (lambda: _width_of(stream)) if wrap else lambda: 0, style or (lambda text: text))
 
 
-def width_of(stream: TextIO) -> int:
+def _width_of(stream: TextIO) -> int:
     """Columns of the terminal behind a stream; 0 where that is not known."""
     try:
         return os.get_terminal_size(stream.fileno()).columns
@@ -115,7 +115,7 @@ class Wrapped:
             if self._word and _may_break(self._word, char):
                 self._place()
             self._word += char
-            if len(self._word) > max(80, self._width()):  # a word that fits no line is shown as it comes
+            if len(self._word) > 80 and len(self._word) > self._width():  # one that fits no line is shown as it comes
                 self._place(glue=True)
 
     def _place(self, *, glue: bool = False) -> None:

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 from edgeq.cli.boxes import draw_marks, find_marks
@@ -15,9 +15,11 @@ from edgeq.errors import EdgeqError, UsageError
 from edgeq.hub import DEMO
 from edgeq.inputs import exists, expand_user, is_file
 from edgeq.printable import printable
-from edgeq.session.chat import Speaker
 from edgeq.session.cost import seconds_to_see
 from edgeq.vision.visual import Visual
+
+if TYPE_CHECKING:
+    from edgeq.session.chat import Speaker
 
 __all__ = ["announce", "by_kind", "check_one", "draw_boxes_of", "dropped", "named"]
 

@@ -75,7 +75,7 @@ def show_reply(reply: Reply, ops: Ops[Any, Any], display: DisplayOptions, before
     finally:
         if page is not answer:
             page.end("\n")
-        if reply.text or not reply.tool_calls:  # a call alone is no line
+        if before or reply.text or not reply.tool_calls:  # a call alone is no line
             answer.end("\n")
     if not display.quiet:
         say(usage_line(reply, ops), faint=True)

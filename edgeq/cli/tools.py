@@ -18,15 +18,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from edgeq.cli.console import error_line, say, show
 from edgeq.cli.prompt import file_text
 from edgeq.errors import EdgeqError, MemoryBudgetError, UsageError
 from edgeq.printable import brief, one_line, printable
-from edgeq.session.chat import Chat
-from edgeq.session.reply import Reply
-from edgeq.text.tool_calls import ToolCall
+
+if TYPE_CHECKING:
+    from edgeq.session.chat import Chat
+    from edgeq.session.reply import Reply
+    from edgeq.text.tool_calls import ToolCall
 
 __all__ = ["ToolRunner", "call_line", "follow", "read_tools", "show_calls"]
 

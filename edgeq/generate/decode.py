@@ -129,24 +129,8 @@ class Decoding:
         self._budget_used = 0  # tokens of all blocks, those of `begun` included
         self._late = 0  # tokens of blocks after the answer began
         self._said = list(begun)
-        for token in begun:
-            if not token.forced:
-                sampler.accept(token.id)
-                self._budget_used += token.thinking
-                if constraint is not None and not token.thinking:
-                    constraint.accept(token.id)
-            self._enter(token.id)
-        self._ids += [token.id for token in begun]
+        self._go_on_from(begun)
         self._prompt_length = len(self._ids)
-        if (
-            think is not None
-            and begun
-            and not self._thinking
-            and (  # left behind a `</think>` that is followed by force
-                begun[-1].forced or (constraint is not None and begun[-1].id == think.close)
-            )
-        ):
-            self._forced.extend(think.after[self._ids[::-1].index(think.close) :])
         self._looping = False
         self._thinking_tokens = 0
         self._answer_tokens = 0
@@ -154,6 +138,21 @@ class Decoding:
         self._reason: StopReason | None = None
         self.tally = Tally()
         self._enforce_thinking_limit()
+
+    def _go_on_from(self, begun: Sequence[Token]) -> None:
+        """Count what was said before, and complete what was put in behind a `</think>` but not to its end."""
+        for token in begun:
+            if not token.forced:
+                self._sampler.accept(token.id)
+                self._budget_used += token.thinking
+                if self._constraint is not None and not token.thinking:
+                    self._constraint.accept(token.id)
+            self._enter(token.id)
+            self._ids.append(token.id)
+        if not begun or self._think is None or self._thinking:
+            return
+        if begun[-1].forced or (self._constraint is not None and begun[-1].id == self._think.close):
+            self._forced.extend(self._think.after[self._ids[::-1].index(self._think.close) :])
 
     @property
     def finished(self) -> bool:

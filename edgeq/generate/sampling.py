@@ -11,7 +11,7 @@ tokens.) At temperature 0 the penalties still hold, and the largest score wins.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import isfinite
 
 import numpy as np
@@ -31,16 +31,12 @@ class Sampler:
     """Draws tokens; remembers the tokens of the reply for the penalties.
 
     `vocab_size` is the number of tokens that exist: the logits may have more rows, which are padding and never
-    drawn, and neither are the `suppressed` ids. `drawn`: how often it has been drawn with the seed before; counts on.
+    drawn. `drawn`: how often it has been drawn with the seed before; counts on.
     """
 
-    def __init__(
-        self, settings: GenerationSettings, *, vocab_size: int, suppressed: Iterable[int] = (), drawn: int = 0
-    ) -> None:
+    def __init__(self, settings: GenerationSettings, *, vocab_size: int, drawn: int = 0) -> None:
         self.settings = settings
         self._vocab_size = vocab_size
-        self._suppressed = np.array(sorted({i for i in suppressed if 0 <= i < vocab_size}), dtype=np.int64)
-        assert len(self._suppressed) < vocab_size, "every token is suppressed"
         self._random = np.random.Generator(np.random.PCG64(settings.seed).advance(drawn))  # a number each
         self.drawn = drawn
         bias = settings.logit_bias or {}
@@ -114,10 +110,6 @@ class Sampler:
                 scores = np.subtract(scores, self._penalty, out=self._flat)
         if not (isfinite(scores.max()) and isfinite(scores.min())):  # the fastest two passes; NaN is both
             _require_finite(scores)
-        if len(self._suppressed):
-            self._flat[:] = scores
-            scores = self._flat
-            scores[self._suppressed] = -np.inf
         if allowed is not None:
             scores = np.where(allowed, scores, np.float32(-np.inf))
         return scores
@@ -169,9 +161,7 @@ def _largest(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     if not 0 < k < flat.size:
         return np.flatnonzero(flat > -np.inf)
     floor = _kth_largest(scores.max(axis=1), k) if k <= len(scores) else np.float32(-np.inf)
-    candidates = np.flatnonzero(
-        flat >= floor if floor > -np.inf else flat > -np.inf
-    )  # the latter where few are allowed
+    candidates = np.flatnonzero(flat >= floor if floor > -np.inf else flat > -np.inf)  # the latter: few are allowed
     if len(candidates) <= k:
         return candidates
     return candidates[flat[candidates] >= _kth_largest(flat[candidates], k)]

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -34,9 +34,11 @@ from edgeq.text.channels import ChannelParser, ends_in_thinking
 from edgeq.text.conversation import Conversation, Entry
 from edgeq.text.messages import check_thinking, checked_messages
 from edgeq.text.template import Content, Message
-from edgeq.text.tool_calls import ToolCallParser
 from edgeq.text.visuals import Outline
 from edgeq.vision.visual import Visual
+
+if TYPE_CHECKING:
+    from edgeq.text.tool_calls import ToolCallParser
 
 __all__ = ["Chat", "Speaker"]
 
@@ -455,22 +457,18 @@ class Chat:
             self._conversation.open(turn.base)
 
     def _new_reply(self, saved: _Saved) -> Reply:
-        language, engine, turn = self.model.language, self.model.engine, self._turns[-1]
+        """The reply that comes next: a turn's, or more of it."""
+        language, limit, forgotten = self.model.language, self.model.engine.context_limit, 0
         self._find_places()
-        forgotten, limit = 0, engine.context_limit
         if self.overflow == "shift" and len(self._conversation.ids) >= limit:
             forgotten = self._forget(limit // 2, limit - 1)
-        ids, begun, tokenizer = self._conversation.ids, self._turns[-1].tokens, language.need_tokenizer()
-        settings = self.settings
-        if settings.seed is not None:
-            settings = settings.replace(seed=(settings.seed + turn.attempt) % (1 << 64))
-        if begun and turn.thinking and not self.thinking:
-            settings = settings.replace(thinking_budget=0)
+        turn, ids = self._turns[-1], self._conversation.ids
+        begun, settings = turn.tokens, self._settings_of(turn)
         prompt, think = ids[: len(ids) - len(begun)], language.think_tokens()
         sampler = language.sampler(settings, drawn=turn.drawn)
         decoding = Decoding(
             prompt, sampler, room=limit, eos_ids=language.eos_ids, think=think, begun=begun,
-            starts_in_thinking=think is not None and ends_in_thinking(prompt, tokenizer),
+            starts_in_thinking=think is not None and ends_in_thinking(prompt, language.need_tokenizer()),
             constraint=language.constraint(settings, text_of((turn.base or {}).get("content") or "")),
         )  # fmt: skip
         found = self._context.resume(ids, self._places)
@@ -492,6 +490,23 @@ class Chat:
         )  # fmt: skip
         return self._reply
 
+    def _settings_of(self, turn: Turn) -> GenerationSettings:
+        """What the reply to a turn is generated with: another seed for each attempt, and no more of thinking that was
+        turned off while it was left.
+        """
+        settings = self.settings
+        if settings.seed is not None:
+            settings = settings.replace(seed=(settings.seed + turn.attempt) % (1 << 64))
+        if turn.tokens and turn.thinking and not self.thinking:
+            settings = settings.replace(thinking_budget=0)
+        return settings
+
+    @property
+    def _prompt(self) -> Sequence[int]:
+        """The ids before the last turn's reply."""
+        ids, generated = self._conversation.ids, self._conversation.generated or ()
+        return ids[: len(ids) - len(generated)]
+
     def _tokens(self, decoding: Decoding, found: Prefix) -> Iterator[Token]:
         """Drive a reply, also beyond the end of the context where turns can be forgotten."""
         logits = found.logits
@@ -505,9 +520,8 @@ class Chat:
                 return
             assert self._reply is not None, "the reply that is driven"
             self._reply.forgotten += forgotten
-            prompt = self._conversation.ids[: len(self._conversation.ids) - len(self._conversation.generated or ())]
-            decoding.move(prompt)
-            logits = self._context.resume([*prompt, *said], self._places).logits
+            decoding.move(self._prompt)
+            logits = self._context.resume([*self._prompt, *said], self._places).logits
 
     def _forget(self, wanted: int, most: int) -> int:
         """Forget the oldest turns until at most `wanted` tokens are left, or else as many as can be; how many.
@@ -555,19 +569,18 @@ class Chat:
 
     def _record(self, reply: Reply, decoding: Decoding, drawn: int, saved: _Saved) -> None:
         """Keep what a reply said, which has just ended. saved: the conversation before it began."""
-        turn, conversation, prompt, new = self._turns[-1], self._conversation, self._conversation.ids, reply.ids
+        turn, conversation, new = self._turns[-1], self._conversation, reply.ids
         if not new:
             old = saved.turns[-1] if saved.turns else None
             if reply.failed or (old is not None and old.said is turn.said and old.reply is not None):
                 self._restore(saved)
             else:  # the turn stays; what its reply was to begin with was not said
-                self._conversation.rewind(turn.asked)
+                conversation.rewind(turn.asked)
                 self._turns[-1] = replace(turn, base=None)
             return
-        tokenizer, before = self.model.language.need_tokenizer(), conversation.generated or ()
-        prompt = prompt[: len(prompt) - len(before)]
         if cut := reply.finish.reason is StopReason.STOP_STRING:
-            new = turns_of.before_stop(tokenizer, self._transcript(turn, prompt, before), new, reply.shown)
+            parser = self._transcript(turn, self._prompt, conversation.generated or ())
+            new = turns_of.before_stop(self.model.language.need_tokenizer(), parser, new, reply.shown)
         conversation.append_generated(new)
         if cut:  # the state has read more
             self._rewind_state()
@@ -577,7 +590,7 @@ class Chat:
 
     def _message(self, turn: Turn, generated: Sequence[int]) -> dict[str, Any]:
         """The message of a turn's reply, all of which is `generated` but for what it goes on with."""
-        prompt = self._conversation.ids[: len(self._conversation.ids) - len(self._conversation.generated or ())]
+        prompt = self._prompt
         message = turns_of.assistant_message(turn.base, self._transcript(turn, prompt), generated)
         return turns_of.with_calls(message, self._calls(len(prompt)))
 

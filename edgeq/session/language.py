@@ -88,10 +88,7 @@ class Language:
         """
         template = self._template_with_tools if tools else self.template
         if template is None:
-            raise ModelError(
-                f"{self.checkpoint.path} has no chat template",
-                hint=ANOTHER_TEMPLATE,
-            )
+            raise ModelError(f"{self.checkpoint.path} has no chat template", hint=ANOTHER_TEMPLATE)
         return template.bound(protected_kwargs(kwargs, self.need_tokenizer())) if kwargs else template
 
     def sampler(self, settings: GenerationSettings, *, drawn: int = 0) -> Sampler:
@@ -137,9 +134,7 @@ class Language:
             return None
         return ThinkTokens(opened, closed, tuple(tokenizer.encode(THINKING_CUT)), tuple(tokenizer.encode("\n\n")))
 
-    def recommended(
-        self, *, thinking: bool, vision: bool = False, chosen: Collection[str] = ()
-    ) -> GenerationSettings:  # fmt: skip
+    def recommended(self, *, thinking: bool, vision: bool = False, chosen: Collection[str] = ()) -> GenerationSettings:
         """What is recommended for chats, with or without pictures in them: by the model card of its size, and over that
         by the checkpoint itself (its generation_config.json).
 

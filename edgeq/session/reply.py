@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from time import perf_counter
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from edgeq.generate import Decoding, Finish, Logprobs, StopReason, StopStrings, Tally, Token
 from edgeq.text.channels import ChannelPiece
 from edgeq.text.detokenizer import StreamingDetokenizer
 from edgeq.text.tokenizer import Tokenizer
-from edgeq.text.tool_calls import MalformedCall, ToolCall, ToolCallParser
+
+if TYPE_CHECKING:
+    from edgeq.text.tool_calls import MalformedCall, ToolCall, ToolCallParser
 
 __all__ = ["Piece", "PlainText", "Reply", "Transcript", "Usage"]
 
@@ -29,6 +31,11 @@ class Transcript(Protocol):
         """What was still undecided when the tokens ended."""
 
 
+_Channel = Literal["thinking", "answer", "tool_call"]
+_Segment = tuple[_Channel, str]
+"""Some text, and its channel."""
+
+
 class Piece(NamedTuple):
     """Some text of a reply, in its channel: "thinking", "answer", or "tool_call" for a call as the model wrote it.
 
@@ -40,7 +47,7 @@ class Piece(NamedTuple):
     forced: the model had no choice; the token was put in, or was the only one that the constraint allowed.
     """
 
-    channel: Literal["thinking", "answer", "tool_call"]
+    channel: _Channel
     text: str
     token: int | None
     logprob: float | None = None
@@ -197,16 +204,16 @@ class Reply:
             self._prompt_seconds, self._started = now - self._started, now
         if self._prompt_seconds:
             self._generate_seconds = now - self._started
-        pieces = self._collect(self._transcript.push(token.id))
+        *others, (channel, text) = self._collect(self._transcript.push(token.id))
         logprob, top = token.logprobs or (None, ())
         if token.logprobs:
             self.logprobs.append((token.id, token.logprobs))
-        pieces[-1] = Piece(*pieces[-1][:2], token.id, logprob, top, token.forced or token.only)
-        return pieces
+        last = Piece(channel, text, token.id, logprob, top, token.forced or token.only)
+        return [*(Piece(*segment, None) for segment in others), last] if others else [last]
 
     def flush(self) -> list[Piece]:
         """What was held back, when the tokens have ended."""
-        return self._collect(self._transcript.flush(), last=True)
+        return [Piece(*segment, None) for segment in self._collect(self._transcript.flush(), last=True)]
 
     def _generate(self, tokens: Iterator[Token]) -> Generator[Piece, None, None]:
         self.start()
@@ -220,9 +227,9 @@ class Reply:
         finally:
             self._end()
 
-    def _collect(self, piece: ChannelPiece, *, last: bool = False) -> list[Piece]:
+    def _collect(self, piece: ChannelPiece, *, last: bool = False) -> list[_Segment]:
         """Pass the answer through the stop strings, take the calls out of it, and remember what is shown."""
-        segments: list[tuple[Any, str]] = [("thinking", piece.text)] if piece.channel == "thinking" else []
+        segments: list[_Segment] = [("thinking", piece.text)] if piece.channel == "thinking" else []
         shown = "" if segments else self._stop.push(piece.text)
         if last:
             shown += self._stop.flush()
@@ -231,25 +238,27 @@ class Reply:
         self.shown += shown
         if shown or last or not segments:
             segments += self._without_calls(shown, last=last)
-        return [self._said(Piece(channel, text, None)) for channel, text in segments]
+        for segment in segments:
+            self._remember(segment)
+        return segments
 
-    def _without_calls(self, text: str, *, last: bool) -> Sequence[tuple[Any, str]]:
+    def _without_calls(self, text: str, *, last: bool) -> Sequence[_Segment]:
         """Text of the answer, in which calls are channels of their own; at least one."""
         if self._calls is None:
             return [("answer", text)]
         segments = self._calls.push(text) + (self._calls.flush() if last else [])
         return segments or [("tool_call" if self._calls.in_call else "answer", "")]
 
-    def _said(self, piece: Piece) -> Piece:
-        if piece.channel == "thinking":
-            self.thinking += piece.text
-        elif piece.channel == "answer":
-            self.text += piece.text
-        return piece
+    def _remember(self, segment: _Segment) -> None:
+        channel, text = segment
+        if channel == "thinking":
+            self.thinking += text
+        elif channel == "answer":
+            self.text += text
 
     def _end(self) -> None:
         for segment in self._calls.flush() if self._calls else ():  # a call that was left in its middle is text
-            self._said(Piece(segment.channel, segment.text, None))
+            self._remember(segment)
         self.ended = True
         if self._on_end:
             on_end, self._on_end = self._on_end, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgeq.errors import UsageError
 from edgeq.generate import Finish, Token
@@ -16,8 +16,10 @@ from edgeq.session.visual_settings import VisualSettings
 from edgeq.text.channels import ChannelParser
 from edgeq.text.messages import checked_messages
 from edgeq.text.tokenizer import Tokenizer
-from edgeq.text.tool_calls import ToolCallParser
 from edgeq.vision.visual import Visual
+
+if TYPE_CHECKING:
+    from edgeq.text.tool_calls import ToolCallParser
 
 __all__ = [
     "ContextUse", "Said", "Turn", "agreeing", "assistant_message", "before_stop", "markdown", "said",

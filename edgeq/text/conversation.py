@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 from edgeq.errors import EdgeqError, ModelError, UsageError
 from edgeq.printable import brief
 from edgeq.text.channels import ends_in_thinking
-from edgeq.text.messages import check_thinking, checked_messages, protected_message, protected_tools
+from edgeq.text.messages import ROLES, check_thinking, checked_messages, protected_message, protected_tools
 from edgeq.text.template import ChatTemplate, Content, Message
 from edgeq.text.tokenizer import Tokenizer
 from edgeq.text.visuals import Outline, Spelling, expanded
@@ -323,7 +323,7 @@ class Conversation:
     def _refusal(self, error: ModelError) -> EdgeqError:
         """What to say where the template does not take the messages."""
         for i, entry in enumerate(self._entries):
-            if isinstance(entry, _Said) and entry.role not in _ROLES:
+            if isinstance(entry, _Said) and entry.role not in ROLES:
                 return UsageError(
                     f"message {i + 1} has the role {brief(entry.role)}, which the chat template does not take",
                     hint="use system, user, assistant or tool",
@@ -334,9 +334,6 @@ class Conversation:
                     hint="make one of all system messages",
                 )
         return error
-
-
-_ROLES = ("system", "user", "assistant", "tool")
 
 
 def _places(message: Message) -> int:

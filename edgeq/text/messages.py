@@ -18,11 +18,11 @@ from edgeq.printable import brief
 from edgeq.text.tokenizer import Tokenizer
 
 __all__ = [
-    "check_kwargs", "check_thinking", "checked_messages", "protected_content", "protected_kwargs", "protected_message",
+    "ROLES", "check_kwargs", "check_thinking", "checked_messages", "protected_kwargs", "protected_message",
     "protected_tools",
 ]  # fmt: skip
 
-_ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "user", "assistant", "tool")
 _MAX_DEPTH = 64
 _MAX_VALUES = 1 << 18
 
@@ -76,7 +76,7 @@ def _checked_calls(calls: object, where: str) -> list[dict[str, Any]]:
         arguments = function.get("arguments")
         try:
             found = json.loads(arguments or "{}") if isinstance(arguments, str | None) else arguments
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if not isinstance(found, Mapping):
             raise UsageError(
@@ -88,7 +88,7 @@ def _checked_calls(calls: object, where: str) -> list[dict[str, Any]]:
     return checked
 
 
-def protected_content(content: object, tokenizer: Tokenizer) -> Any:
+def _protected_content(content: object, tokenizer: Tokenizer) -> Any:
     """What a message says, text or a list of parts, with every text in it protected (see `Tokenizer.protect`)."""
     parts = content if isinstance(content, list | tuple) else None
     if not isinstance(content, str) and (parts is None or not all(isinstance(part, Mapping) for part in parts)):
@@ -106,9 +106,9 @@ def protected_message(message: Mapping[str, Any], tokenizer: Tokenizer) -> dict[
     content, assistant = fields.pop("content", None), fields["role"] == "assistant"
     if assistant and isinstance(content, str) and "</think>" in content and fields.get("reasoning_content") is None:
         fields["reasoning_content"], content = _thought_and_answer(content)
-    said = None if assistant and content is None else protected_content(content, tokenizer)
+    said = None if assistant and content is None else _protected_content(content, tokenizer)
     protected = _Protector(tokenizer, "the message").value(fields)
-    if fields["role"] in _ROLES:  # which templates compare; a token may be spelled like one
+    if fields["role"] in ROLES:  # which templates compare; a token may be spelled like one
         protected["role"] = fields["role"]
     return {**protected, "content": said}
 
