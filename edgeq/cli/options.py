@@ -169,7 +169,9 @@ class ModelOptions:
     def name(self) -> str:
         """The model as the user calls it."""
         if self.named and self.model and self.named != self.model:
-            raise UsageError(f"two models given: {self.model} and {self.named}", hint="give one")
+            raise UsageError(
+                f"two models given: {self.model} and {self.named}", hint="give one; a prompt beside -m needs -p"
+            )
         if not (name := self.named or self.model):
             raise UsageError("no model given", hint="try `edgeq chat demo`, or set EDGEQ_MODEL")
         return name
