@@ -441,5 +441,8 @@ def _context_limit(asked: int | None, most: int) -> int:
     if asked is None:
         return most
     if not Range(1, most, whole=True).holds(asked):
-        raise UsageError(f"the context must be 1 to {most} tokens, got {brief(asked)}")
+        raise UsageError(
+            f"the context must be 1 to {most} tokens, got {brief(asked)}",
+            hint="leave it out for the most that the model has, or stretch that with a rope scaling such as yarn:4",
+        )
     return asked

@@ -16,6 +16,7 @@ from prompt_toolkit.output import DummyOutput
 
 import edgeq
 from edgeq.cli import main
+from edgeq.cli.elsewhere import COMMANDS, FLAGS
 from edgeq.cli.repl import Repl
 from edgeq.session.reply import Reply
 
@@ -92,6 +93,7 @@ class TestStreams:
     @pytest.mark.parametrize(
         "arguments",
         [
+            "-hf {model} -p x --n-predict 5 -s 0 --temperature=0.5",
             "-m {model} -p x --n-predict 5 -s 0 --temperature=0.5",
             "{model} -p x --num-predict=5 --seed=0 --temp=0.5 --ctx-size 99 --nothink",
             "--model {model} -f {file} -n5 -s0 --temperature 0.5 --repeat-penalty 1",
@@ -197,6 +199,19 @@ class TestExitCodes:
         (tmp_path / "config.toml").write_text('[chat]\ntemp = "hot"\n')
         monkeypatch.setenv("EDGEQ_CONFIG", str(tmp_path / "config.toml"))
         self.check(run("chat", "demo", "-p", "x"), 2, "(from the configuration file)")
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_commands_of_other_engines(self, run: Run, command: str) -> None:
+        result = run(command, "demo")
+        self.check(result, 2, f"no such command '{command}'")
+        assert COMMANDS[command] in result.err
+
+    @pytest.mark.parametrize(("command", "flag"), [(command, flag) for command in FLAGS for flag in FLAGS[command]])
+    def test_flags_of_other_engines(self, run: Run, command: str, flag: str) -> None:
+        """Each is one that edgeq does not understand, also where it begins like one that takes a value (-ngl)."""
+        result = run(command, "demo", flag, "x")
+        self.check(result, 2, "")
+        assert result.err.endswith(f"hint: {FLAGS[command][flag]}\n")
 
     def test_ctrl_c(self, run: Run, chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def interrupted(self: Reply) -> None:

@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 import edgeq
 from edgeq.cli.config_file import read_config_file
 from edgeq.cli.console import prepare_streams, report_error, show, show_warning
+from edgeq.cli.elsewhere import hint_for
 from edgeq.cli.help import Command, parameters
 from edgeq.errors import EdgeqError, UsageError
 from edgeq.formats.mapped import guard_when_mapped
@@ -62,6 +63,7 @@ class _Commands(TyperGroup):
         self.commands = _CommandTable(dict.fromkeys(COMMANDS))
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        ctx.meta[__name__] = tuple(args)
         if not args:  # then help is shown
             return super().parse_args(ctx, args)
         with _reported(ctx, debug=False):
@@ -101,9 +103,8 @@ def _as_edgeq_error(error: BaseException, ctx: Any) -> EdgeqError:
         command = " ".join(filter(None, (ctx.command_path, ctx.invoked_subcommand)))
         message = error.format_message().rstrip(".")
         known = "its options" if ctx.invoked_subcommand else "commands and options"
-        return UsageError(
-            message[:1].lower() + message[1:] + _not_typed(error), hint=f"`{command} --help` lists {known}"
-        )
+        hint = hint_for(ctx.meta[__name__]) or f"`{command} --help` lists {known}"
+        return UsageError(message[:1].lower() + message[1:] + _not_typed(error), hint=hint)
     return error if isinstance(error, EdgeqError) else EdgeqError(str(error))
 
 

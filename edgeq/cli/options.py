@@ -125,8 +125,11 @@ class ModelOptions:
 
     model: Annotated[str | None, _model_argument("MODEL")] = None
     named: Annotated[
-        str | None, typer.Option("--model", "-m", metavar="MODEL", hidden=True, help="The model, as llama.cpp has it.")
-    ] = None
+        str | None,
+        typer.Option(
+            "--model", "-m", "-hf", "--hf-repo", metavar="MODEL", hidden=True, help="The model, as llama.cpp has it."
+        ),
+    ] = None  # fmt: skip
     backend: BackendOption = "auto"
     threads: ThreadsOption = None
     context: Annotated[
@@ -166,7 +169,9 @@ class ModelOptions:
     def name(self) -> str:
         """The model as the user calls it."""
         if self.named and self.model and self.named != self.model:
-            raise UsageError(f"two models given: {self.model} and {self.named}", hint="give one")
+            raise UsageError(
+                f"two models given: {self.model} and {self.named}", hint="give one; a prompt beside -m needs -p"
+            )
         if not (name := self.named or self.model):
             raise UsageError("no model given", hint="try `edgeq chat demo`, or set EDGEQ_MODEL")
         return name
@@ -547,7 +552,7 @@ class AnswerOptions:
     schema: Annotated[
         str | None,
         option(
-            "--schema", "--json-schema", "--json-schema-file", "-j", metavar="FILE", default="none", env=False,
+            "--schema", "--json-schema", "--json-schema-file", "-j", "-jf", metavar="FILE", default="none", env=False,
             help="JSON schema that the answer fits: a file, or the schema itself.",
         ),
     ] = None  # fmt: skip

@@ -83,7 +83,7 @@ class Repl:
                 lambda text: self._think(False, text), "answer without thinking; with TEXT, ask that", "[TEXT]"
             ),
             "/set": _Command(
-                self._set, "change a setting, as in /set temperature 0.5; also wrap, markdown, quiet", "[NAME] [VALUE]"
+                self._set, "change a setting, as in /set temperature 0.5; also wrap, markdown, quiet", "[NAME VALUE]"
             ),
             "/show": _Command(lambda _: self._show(), "show the current settings"),
             "/system": _Command(
@@ -91,7 +91,7 @@ class Repl:
                 "set the system prompt, or none; clears the conversation",
                 "[TEXT]",
             ),
-            "/read": _Command(self._read_file, "send a text file with the next message; without FILE, none", "[FILE]"),
+            "/read": _Command(self._read_file, "send text files with the next message; without FILE, none", "[FILE]"),
             "/image": _Command(
                 lambda text: self._attach(images=_files(text)), "show an image with the next message", "[FILE]"
             ),
@@ -248,9 +248,9 @@ class Repl:
 
     def _help(self) -> None:
         for name, command in self._commands.items():
-            say(f"{f'{name} {command.takes}':16} {command.help}")
-        say(f"{FENCE:16} starts and ends a message of several lines; Alt-Enter begins a line, too")
-        say(f"{'//':16} begins a message with a slash; a paste is never a command")
+            say(f"{f'{name} {command.takes}':17} {command.help}")
+        say(f"{FENCE:17} starts and ends a message of several lines; Alt-Enter begins a line, too")
+        say(f"{'//':17} begins a message with a slash; a paste is never a command")
 
     def _read_file(self, text: str) -> None:
         """Take the text of files along with the next message; without any, leave those behind that wait."""

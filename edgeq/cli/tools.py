@@ -48,7 +48,10 @@ def read_tools(file: Path) -> list[dict[str, Any]]:
         raise UsageError(f"{file} is not JSON: {one_line(error)}") from None
     tools = given.get("tools") if isinstance(given, dict) and "tools" in given else given
     if not isinstance(tools, list) or not tools:
-        raise UsageError(f"{file}: tools must be a list of functions, got {brief(tools)}")
+        raise UsageError(
+            f"{file}: tools must be a list of functions, got {brief(tools)}",
+            hint='expected [{"type": "function", "function": {"name": "...", "parameters": {...}}}, ...]',
+        )
     return [_tool(tool, f"{file}: tool {n}") for n, tool in enumerate(tools, 1)]
 
 
