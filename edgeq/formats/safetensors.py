@@ -120,7 +120,9 @@ class SafetensorsFile:
             raise self._error(f"the header is not JSON ({error})") from None
         if not isinstance(header, dict):
             raise self._error("the header is not a JSON object")
-        metadata = header.get("__metadata__", {})
+        metadata = (
+            {} if header.get("__metadata__") is None else header["__metadata__"]
+        )  # MLX's is null if there is none
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise self._error("__metadata__ is not an object of strings")
         return header, 8 + length
