@@ -39,7 +39,7 @@ GGUFKind = Literal["model", "mmproj", "adapter", "imatrix", "control vector", "p
 _HEAD = 1 << 12  # bytes that are looked at
 _SHOWN = 12  # names listed before "and N more"
 _UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".download", ".partial", ".!qB", "-partial")
-_PIECE = re.compile(r"\.part\d+of\d+$", re.IGNORECASE)
+_PIECE = re.compile(r"(?P<mark>\.part)\d+of\d+$|(?P<letter>-(?:split|part)-)[a-z]$", re.IGNORECASE)
 _BESIDE = (".aria2", ".part")
 _AGAIN = "start the download again: it goes on where it stopped"
 _OTHERS = "use the Hugging Face checkpoint that it was made from, or a .gguf file"
@@ -121,11 +121,7 @@ def identify(path: Path) -> Source:
 def _file(path: Path) -> Source:
     head = _head(path)
     if piece := _PIECE.search(path.name):
-        whole = path.with_name(path.name[: piece.start()])
-        raise ModelError(
-            f"{path} is a piece of a file, which has been cut for its size",
-            hint=f"join the pieces in their order, as in `cat {whole.name}.part* > {whole.name}`",
-        )
+        raise ModelError(f"{path} is a piece of a file, which has been cut for its size", hint=_join(piece))
     if head.startswith(b"GGUF") and not _is_unfinished(path):
         first = first_part(path) if gguf_kind(peek(path)) == "part" else path  # anything can be called so
         if not is_file(first):
@@ -149,6 +145,12 @@ def _head(path: Path) -> bytes:
             return file.read(_HEAD)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from None
+
+
+def _join(piece: re.Match[str]) -> str:
+    """How to make one file again of the pieces of which this is the name of one."""
+    whole, mark = piece.string[: piece.start()], piece["mark"] or piece["letter"]
+    return f"join the pieces in their order, as in `cat {whole}{mark}* > {whole}`"
 
 
 def _is_unfinished(path: Path) -> bool:
@@ -316,8 +318,20 @@ def _folder(path: Path) -> Source:
             _check_content(path, file)
         return Source("folder", path)
     if any(name.lower().endswith(".gguf") for name in names):
-        return Source("gguf", _only_gguf(path))
+        return Source("gguf", _only_gguf(path, [name for name in names if name.lower().endswith(".gguf")]))
+    if unnamed := [name for name in names if _is_unnamed_gguf(path / name)]:
+        return Source("gguf", _only_gguf(path, unnamed))
     raise _no_model(path, names)
+
+
+def _is_unnamed_gguf(path: Path) -> bool:
+    """Whether a file of a folder is a whole GGUF file by its content, and none of ollama's."""
+    if not is_file(path) or path.name.startswith("sha256-") or _PIECE.search(path.name) or _is_unfinished(path):
+        return False
+    try:
+        return _head(path).startswith(b"GGUF")
+    except ModelError:
+        return False
 
 
 def _weights(path: Path) -> list[Path]:
@@ -403,9 +417,9 @@ def _snapshot(cache: Path) -> Path:
     return snapshots[0]
 
 
-def _only_gguf(path: Path) -> Path:
+def _only_gguf(path: Path, names: list[str]) -> Path:
     """The one model among a folder's GGUF files."""
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf" and is_file(file))
+    files = [path / name for name in names if is_file(path / name)]
     kinds = {file: gguf_kind(peek(file)) for file in files}
     models = [file for file in files if kinds[file] in ("model", "other")]
     models = [file for file in models if kinds[file] == "model"] or models
@@ -417,9 +431,21 @@ def _only_gguf(path: Path) -> Path:
             details=_listed([file.name for file in models]),
             hint=f"name one of the files, as in {models[0]}",
         )
+    if pieces := _in_pieces(path, [entry.name for entry in _entries(path)]):
+        raise pieces
     whats = sorted({_GGUFS[kind][0] for kind in kinds.values() if kind in _GGUFS}) or ["nothing that is a file"]
     raise ModelError(
         f"{path} holds no GGUF model: what is there is {' and '.join(whats)}", hint="download the model's .gguf file"
+    )
+
+
+def _in_pieces(path: Path, names: list[str]) -> ModelError | None:
+    """The error for a folder with a file that has been cut, None if there is none."""
+    piece = next(filter(None, map(_PIECE.search, names)), None)
+    if piece is None:
+        return None
+    return ModelError(
+        f"{path} holds a file in pieces ({piece.string}), which has been cut for its size", hint=_join(piece)
     )
 
 
@@ -448,6 +474,8 @@ def _no_model(path: Path, names: list[str]) -> ModelError | UsageError:
         )
     if unfinished := _unfinished(path):
         return ModelError(f"{path} is an unfinished download ({unfinished})", hint=_AGAIN)
+    if pieces := _in_pieces(path, names):
+        return pieces
     if inner := _models_below(path, names):
         return UsageError(
             f"{path} is no model, but holds {'one' if len(inner) == 1 else len(inner)}:",

@@ -573,7 +573,7 @@ def one_line(error: ModelError) -> str:
 
 
 def test_every_refusal_has_a_row() -> None:
-    assert rows("Adapters that are refused").keys() == REFUSED.keys() | BROKEN.keys()
+    assert rows("Adapters that are refused").keys() == REFUSED.keys() | BROKEN.keys() | {"an embedding resized"}
 
 
 def test_names_as_tools_leave_them(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
@@ -664,10 +664,22 @@ def test_a_chat_template_of_its_own(chat_folder: Path, tmp_path: Path, rng: np.r
     assert model.template.source == chosen.read_text()
 
 
-def test_more_tokens_than_the_base_has(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
-    tensors = up_proj(rng) | {"base_model.model.lm_head.weight": np.zeros((260, 64), np.float32)}
-    with pytest.raises(ModelError, match=r"\[260, 64\], expected \[256, 64\]: a row for every token of another"):
-        merged(base, peft_folder(tmp_path / "a", tensors))
+def test_embeddings_that_were_resized(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    """PEFT stores them whole, and trained ones (`modules_to_save`) twice. The next step is not the base again."""
+    table, stem = np.ones((260, 64), np.float32), "base_model.model.model.embed_tokens"
+    again, other = ({f"{stem}.modules_to_save.weight": x} for x in (table, 2 * table))
+    for i, tensors in enumerate(({f"{stem}.weight": table}, {f"{stem}.weight": table, **again})):
+        with pytest.raises(ModelError) as error:
+            merged(base, peft_folder(tmp_path / str(i), tensors | up_proj(rng)))
+        said = documented("Adapters that are refused", "an embedding resized", tmp_path / str(i), base)
+        name = re.escape(f"{stem}.") + r"(modules_to_save\.)?weight"
+        assert re.sub(name, f"{stem}.weight", one_line(error.value)).startswith(said)
+        assert "resized to 260 tokens" in str(error.value.hint)
+        assert "give that model" not in str(error.value.hint)
+    with pytest.raises(ModelError, match="are the same tensor"):
+        merged(base, peft_folder(tmp_path / "other", {f"{stem}.weight": table, **other}))
+    row = {f"{stem}.weight": table[:256], f"{stem}.modules_to_save.weight": table[:256]}
+    assert (plain(merged(base, peft_folder(tmp_path / "same", row)), "embed_tokens.weight") == 1).all()
 
 
 def test_parts_that_the_base_lacks(base: Path, tmp_path: Path) -> None:

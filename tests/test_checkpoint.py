@@ -117,7 +117,14 @@ LIES: dict[str, tuple[Any, bytes, int | None, str]] = {
     "truncated by one": ({"a": entry(0, 8, [2])}, b"1234567", None, "need 8 bytes, the file holds 7"),
     "more than declared": ({"a": entry(0, 4, [1])}, b"12345", None, "need 4 bytes, the file holds 5"),
     "metadata of numbers": ({"__metadata__": {"a": 1}}, b"", None, "__metadata__"),
+    "metadata in a list": ({"__metadata__": []}, b"", None, "__metadata__"),
 }
+
+
+def test_no_metadata_as_mlx_writes_it(tmp_path: Path) -> None:
+    raw_file(tmp_path / "f.safetensors", {"__metadata__": None, "a": entry(0, 4, [1])}, b"1234", None)
+    file = SafetensorsFile(tmp_path / "f.safetensors")
+    assert (file.metadata, list(file.tensors)) == ({}, ["a"])
 
 
 class TestLies:

@@ -29,7 +29,7 @@ from edgeq.backends.numpy.ops import matrix_rows
 from edgeq.checkpoint import FolderCheckpoint, open_checkpoint
 from edgeq.checkpoint.gguf import GGUFCheckpoint
 from edgeq.checkpoint.gguf_layout import head_order
-from edgeq.config import Yarn, yarn_attention_factor
+from edgeq.config import Linear, Yarn, yarn_attention_factor
 from edgeq.errors import EdgeqError, ModelError, UsageError
 from edgeq.formats.affine import dequantize, pack
 from edgeq.formats.bf16 import Array, Float32
@@ -375,6 +375,9 @@ class TestRopeScaling:
             ({"type": "yarn", "factor": 4.0, "yarn_log_multiplier": 0.1}, "yarn_log_multiplier"),
             ({"type": "yarn", "factor": 4.0, "yarn_ext_factor": 0.5}, "yarn_ext_factor"),
             ({"type": "yarn", "factor": -1.0}, "factor is -1.0"),
+            ({"attn_factor": 1.5}, r"rope.scaling.attn_factor is 1.5"),
+            ({"type": "linear", "factor": 2.0, "yarn_attn_factor": 1.5}, r"rope.scaling.yarn_attn_factor is 1.5"),
+            ({"factor": 2.0, "yarn_ext_factor": 1.0}, r"rope.scaling.yarn_ext_factor is 1,"),
         ],
     )
     def test_what_is_not_implemented_is_refused(self, change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -393,6 +396,27 @@ class TestRopeScaling:
             with_metadata(path, {f"qwen35.rope.scaling.{k}": x for k, x in keys.items()})
         ).config.text
         assert rope.rope.scaling == Yarn(4.0, 1024, yarn_attention_factor(4.0))
+
+    def test_a_factor_without_a_type_is_linear(self, tmp_path: Path) -> None:
+        """As llama.cpp reads it, under the key's old name too; 0 and negative numbers are what is not set."""
+        folder, path = tmp_path / "folder", tmp_path / "out.gguf"
+        write_checkpoint(folder, config_values())
+        export_gguf(open_checkpoint(folder), path, "f16")
+        plain, unset = path.read_bytes(), {"yarn_ext_factor": -1.0, "attn_factor": 1.0}
+        for keys, expected in (
+            ({"scaling.factor": 4.0}, Linear(4.0)),
+            ({"scale_linear": 4.0}, Linear(4.0)),
+            ({"scaling.factor": 2.0, "scale_linear": 4.0}, Linear(2.0)),
+            ({"scaling.factor": 0.0, "scale_linear": 4.0}, None),
+            ({"scaling.type": "none", "scaling.factor": 4.0}, None),
+            (
+                {"scaling.type": "linear", "scale_linear": 4.0, **{f"scaling.{k}": x for k, x in unset.items()}},
+                Linear(4.0),
+            ),
+        ):
+            path.write_bytes(plain)
+            found = open_checkpoint(with_metadata(path, {f"qwen35.rope.{k}": x for k, x in keys.items()}))
+            assert found.config.text.rope.scaling == expected, keys
 
 
 def with_metadata(path: Path, values: dict[str, Any]) -> Path:

@@ -211,6 +211,13 @@ def _one_gguf(path: Path, models: Models) -> Path:
     return path
 
 
+@opened("folder with one GGUF model that is called otherwise, as m.bin")
+def _unnamed_gguf(path: Path, models: Models) -> Path:
+    shutil.copy(models.gguf, path / "m.bin")
+    (path / "README.md").write_text("GGUF")
+    return path
+
+
 @opened("ollama's GGUF blob (blobs/sha256-...)")
 def _blob(path: Path, models: Models) -> Path:
     return write_gguf(models.chat, path / f"sha256-{'a' * 64}")
@@ -462,6 +469,8 @@ file("Git LFS pointer", LFS)
 file("web page saved as a model", b"\xef\xbb\xbf<html><head>", "model.safetensors")
 file("error in words saved as a model", b'{"error":"Invalid credentials"}')
 file("piece of a GGUF file", b"GGUF", "model.gguf.part1of2")
+file("piece of a GGUF file, lettered", b"GGUF", "model.gguf-split-b")
+folder("folder with a GGUF file in pieces", "m.gguf.part1of2", said={"m.gguf.part2of2": "GGUF"})
 file("unfinished download of a file", b"GGUF", "model.gguf.incomplete")
 file("space that was never filled", bytes(5000))
 file("PyTorch weights (zip)", zipped("archive/data.pkl"), "model.dat")

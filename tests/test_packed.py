@@ -297,6 +297,33 @@ class TestWhatFoldersHave:
         ):
             opened(gptq)
 
+    @pytest.mark.parametrize(("kind", "key"), [("gptq", "checkpoint_format"), ("gemm", "version")])
+    def test_null_is_not_set(self, source: Path, tmp_path: Path, kind: str, key: str) -> None:
+        pack_folder(source, tmp_path / "packed", Form(kind))
+        expected = opened(tmp_path / "packed").dense("layers.1.mlp.up_proj.weight")
+        set_config(tmp_path / "packed", lambda values: values["quantization_config"].update({key: None}))
+        assert np.array_equal(opened(tmp_path / "packed").dense("layers.1.mlp.up_proj.weight"), expected)
+
+    @pytest.mark.parametrize("form", ["dense", "pack-quantized"])
+    def test_saved_without_compression(self, source: Path, tmp_path: Path, form: str) -> None:
+        """compressed-tensors leaves the scales beside the weights that it has not packed."""
+        left: Tensors = {
+            f"{UP}.weight_scale": ("BF16", np.ones((128, 2), np.uint16)),
+            f"{UP}.weight_zero_point": ("I8", np.zeros((128, 2), np.int8)),
+        }
+        twin(source, tmp_path / "plain", {})
+        write_tensors(tmp_path / "plain" / "model.safetensors", {**read_tensors(source), **left})
+        block = {"quant_method": "compressed-tensors", "format": form}
+        set_config(tmp_path / "plain", lambda values: values.update(quantization_config=block))
+        if form == "dense":
+            with pytest.warns(UserWarning, match="not quantized, although its configuration says compressed-tensors"):
+                checkpoint = FolderCheckpoint(tmp_path / "plain")
+            name = "layers.1.mlp.up_proj.weight"
+            assert np.array_equal(checkpoint.dense(name), opened(source).dense(name))
+        else:
+            with pytest.raises(ModelError, match="does not hold the tensors"):
+                opened(tmp_path / "plain")
+
     def test_a_broken_leftover_stops_no_plain_model(self, source: Path, tmp_path: Path) -> None:
         twin(source, tmp_path / "plain", {})
         (tmp_path / "plain" / "quantize_config.json").write_text("{")

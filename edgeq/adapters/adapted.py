@@ -303,12 +303,26 @@ def _checked(adapter: Adapter, specs: dict[str, TensorSpec], base: Checkpoint) -
         more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         first = next(iter(adapter.origin.values()))
         trained = f"it was trained on {adapter.base}: give that model" if adapter.base else "give the model it is for"
+        if resized := next(filter(None, (_resized(adapter, name, specs) for name in (_TABLE, _HEAD))), None):
+            trained = (
+                f"merge it where it was trained, into its base resized to {resized:,} tokens (with PEFT: "
+                "resize_token_embeddings, then merge_and_unload), and give the merged folder with its tokenizer"
+            )
         raise ModelError(
             f"{adapter.path} does not fit {base.path} (a name in it: {first}):",
             details=[*problems[:_SHOWN], *more], hint=trained,
         )  # fmt: skip
     _compare_names(adapter, base)
     return adapter
+
+
+def _resized(adapter: Adapter, name: str, specs: dict[str, TensorSpec]) -> int | None:
+    """The rows of an embedding or head that was given others than the base has, None for one that was not."""
+    for change in adapter.changes.get(name, ()):
+        shape = change.values.shape if isinstance(change, Whole) else (len(change.b), change.a.shape[1])
+        if shape[0] != specs[name].shape[0] and shape[1:] == specs[name].shape[1:]:
+            return shape[0]
+    return None
 
 
 def _problem(name: str, change: Change, spec: TensorSpec | None, config: ModelConfig) -> str | None:

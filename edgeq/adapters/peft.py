@@ -105,6 +105,8 @@ class _Reader:
             elif (found := _WHOLE.fullmatch(name)) and "token_adapter" not in name:
                 tensor = neutral(f"{found['module']}.{found['leaf']}")
                 if tensor in whole:
+                    if _same(file, name, whole[tensor]):
+                        continue  # PEFT stores embeddings that were resized and trained twice
                     raise ModelError(f"{file.path}: {name} and {whole[tensor]} are the same tensor", hint=_MERGE)
                 whole[tensor] = name
                 origin.setdefault(tensor, name)
@@ -182,6 +184,11 @@ def _matches(pattern: str, module: str) -> bool:
         return re.match(rf"(.*\.)?({pattern})$", module) is not None
     except re.error:
         return False
+
+
+def _same(file: SafetensorsFile, one: str, other: str) -> bool:
+    a, b = file.tensors[one], file.tensors[other]
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and file.array(one).tobytes() == file.array(other).tobytes()
 
 
 def _module(name: str) -> str:

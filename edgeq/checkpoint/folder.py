@@ -384,14 +384,14 @@ class FolderCheckpoint(Checkpoint):
         return [spec for spec in absent if spec.part in parts]
 
     def _unexpected(self, tensors: Mapping[str, _Tensor]) -> list[str]:
-        known: set[str] = set()
+        known, packing = set[str](), self._packing
         for tensor in tensors.values():
             if tensor.packed is not None:
-                known |= self._packing.parts(tensor.file_name)
+                known |= packing.parts(tensor.file_name)
                 continue
             module = tensor.file_name.removesuffix(".weight")
             parts = tensor.quantization.parts if tensor.quantization else ()
-            known |= {f"{module}.{part}" for part in parts} or {tensor.file_name}
+            known |= {f"{module}.{part}" for part in parts} or {tensor.file_name, *packing.leftovers(tensor.file_name)}
         spare = tuple(_PREFIXES[part] for part in self.left_out)  # of what is left out it has been said
         if self.config.text.tie_word_embeddings:
             spare = (*spare, "lm_head.")  # a stored copy of the tied head

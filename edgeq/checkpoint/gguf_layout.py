@@ -295,18 +295,21 @@ def _rope_sections(file: GGUFFile) -> list[int]:
 
 
 def _rope_scaling(file: GGUFFile) -> dict[str, Any]:
-    """How the file stretches the context, in config.json's terms. What no reader here implements is refused."""
+    """How the file stretches the context, in config.json's terms. What no reader here implements is refused.
+
+    As llama.cpp reads it: a factor without a type is linear, `rope.scale_linear` is the factor's old name, a factor of
+    0 and a negative `yarn_ext_factor` are not set.
+    """
     prefix = f"{ARCH}.rope.scaling"
-    kind = file.get(f"{prefix}.type", str, "none")
+    kind = file.get(f"{prefix}.type", str, "linear")
+    factors = (f"{prefix}.factor", f"{ARCH}.rope.scale_linear")
+    factor = next((shortest(file.get(key, float)) for key in factors if key in file), 0.0) or 1.0
+    if kind == "linear" and factor == 1:
+        kind = "none"
+    _refuse_other_scaling(file, prefix, kind)
     if kind == "none":
         return {"rope_type": "default"}
-    if file.get(f"{prefix}.yarn_log_multiplier", float, 0.0) or file.get(f"{prefix}.yarn_ext_factor", float, 1.0) != 1:
-        raise ModelError(
-            f"{file.path}: {prefix}.yarn_log_multiplier or .yarn_ext_factor changes how YaRN works, which edgeq does "
-            "not implement",
-            hint="convert the original checkpoint again",
-        )
-    values: dict[str, Any] = {"rope_type": kind, "factor": shortest(file.get(f"{prefix}.factor", float, 1.0))}
+    values: dict[str, Any] = {"rope_type": kind, "factor": factor}
     if (original := f"{prefix}.original_context_length") in file:
         values["original_max_position_embeddings"] = file.get(original, int)
     if kind == "yarn":
@@ -319,6 +322,23 @@ def _rope_scaling(file: GGUFFile) -> dict[str, Any]:
         if sharper != 1:  # a further factor beside YaRN's own
             values["attention_factor"] = shortest(sharper) * yarn_attention_factor(max(values["factor"], 1.0))
     return values
+
+
+def _refuse_other_scaling(file: GGUFFile, prefix: str, kind: str) -> None:
+    """ModelError for a key that changes the arithmetic in a way that there is no place for in a configuration."""
+    plain = {"yarn_log_multiplier": 0.0, "yarn_ext_factor": 1.0} if kind == "yarn" else {"yarn_ext_factor": 0.0}
+    if kind == "none":
+        plain = {}
+    if kind != "yarn":
+        plain |= {"attn_factor": 1.0, "yarn_attn_factor": 1.0}
+    for name, value in plain.items():
+        found = file.get(f"{prefix}.{name}", float, value)
+        if found != value and not (name == "yarn_ext_factor" and found < 0):
+            raise ModelError(
+                f"{file.path}: {prefix}.{name} is {shortest(found):g}, which edgeq does not support with "
+                f"{prefix}.type {brief(kind)}",
+                hint="convert the original checkpoint again",
+            )
 
 
 def _scaling_metadata(rope: RopeConfig) -> dict[str, Any]:

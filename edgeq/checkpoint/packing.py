@@ -211,6 +211,13 @@ class Packing:
             names.add(bias)
         return names
 
+    def leftovers(self, file_name: str) -> set[str]:
+        """What quantizing has left beside a weight that was saved as it is, in compressed-tensors' format "dense"."""
+        module, _, part = file_name.rpartition(".")
+        if part != "weight" or self.method != "compressed-tensors" or self.block.get("format") != "dense":
+            return set()
+        return {f"{module}.{part}" for part in (*_PARTS["weight_packed"][1:], *_OF_ACTIVATIONS)}
+
     def _opened(self, m: _Module, part: str) -> tuple[Packed, str]:
         if part == "qweight":
             layout = self._layout(m)
@@ -468,12 +475,17 @@ def _said(config: Mapping[str, Any], files: list[Path]) -> list[tuple[str, Mappi
     text = config.get("text_config")
     sections = (config, text if isinstance(text, Mapping) else {})
     blocks = ((f"config.json's {key}", section.get(key)) for section in sections for key in _KEYS)
-    said = [(where, block) for where, block in blocks if isinstance(block, Mapping) and block][:1]
+    said = [(where, _set(block)) for where, block in blocks if isinstance(block, Mapping) and block][:1]
     for path in files:
         values = read_json(path)
         inner = values.get("quantization")  # of hf_quant_config.json
-        said.append((path.name, inner if isinstance(inner, Mapping) else values))
+        said.append((path.name, _set(inner if isinstance(inner, Mapping) else values)))
     return said
+
+
+def _set(block: Mapping[str, Any]) -> dict[str, Any]:
+    """What has a value: null is for what is not set."""
+    return {key: value for key, value in block.items() if value is not None}
 
 
 def _one_block(path: Path, said: list[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
