@@ -321,7 +321,7 @@ def _resized(adapter: Adapter, name: str, specs: dict[str, TensorSpec]) -> int |
     for change in adapter.changes.get(name, ()):
         shape = change.values.shape if isinstance(change, Whole) else (len(change.b), change.a.shape[1])
         if shape[0] != specs[name].shape[0] and shape[1:] == specs[name].shape[1:]:
-            return shape[0]
+            return int(shape[0])
     return None
 
 

@@ -10,7 +10,7 @@ What is not read is named: see `what_it_is`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -470,7 +470,7 @@ def _columns(width: int, size: int) -> Indices:
     return groups
 
 
-def _said(config: Mapping[str, Any], files: list[Path]) -> list[tuple[str, Mapping[str, Any]]]:
+def _said(config: Mapping[str, Any], files: list[Path]) -> Sequence[tuple[str, Mapping[str, Any]]]:
     """What is said of the quantization, and where: config.json first."""
     text = config.get("text_config")
     sections = (config, text if isinstance(text, Mapping) else {})
