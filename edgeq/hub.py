@@ -23,7 +23,7 @@ from edgeq.formats.gguf import first_part
 from edgeq.identify import identify
 from edgeq.inputs import exists, expand_user, is_file, is_link
 from edgeq.ollama import find_manifest
-from edgeq.printable import one_line
+from edgeq.printable import first_of, one_line
 
 __all__ = ["DEMO", "find_adapter", "find_model"]
 
@@ -151,7 +151,9 @@ def _choose(repo: str, names: list[str], tag: str | None, file: str | None) -> s
     """The model among a repository's GGUF files that is meant: by name, by quantization, or because it is alone."""
     if file is not None:
         if file not in names:
-            raise UsageError(f"{repo} holds no {file}", details=_listed(_models(names)), hint="name one of its files")
+            raise UsageError(
+                f"{repo} holds no {file}", details=first_of(_models(names), _SHOWN), hint="name one of its files"
+            )
         return first_part(Path(file)).as_posix()
     models = _models(names)
     fits = models if tag is None else _tagged(models, tag)
@@ -166,7 +168,7 @@ def _choose(repo: str, names: list[str], tag: str | None, file: str | None) -> s
     example = fits[0] if fits else models[0]
     raise UsageError(
         f"{repo} {problem}:",
-        details=_listed(fits or models),
+        details=first_of(fits or models, _SHOWN),
         hint=f"name one by its quantization, as {repo}:{_quantization(example)}, or by its file, as {repo}/{example}",
     )
 
@@ -212,10 +214,6 @@ def _nothing_for_edgeq(repo: str, names: list[str]) -> ModelError:
     else:
         what = "neither safetensors nor GGUF files"
     return ModelError(f"{repo} holds {what}", hint="choose another repository of the model on huggingface.co")
-
-
-def _listed(names: list[str]) -> list[str]:
-    return [*names[:_SHOWN], *([f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else [])]
 
 
 # --- failures --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from edgeq.errors import ModelError, UsageError
 from edgeq.formats.gguf import GGUFFile, first_part, peek
 from edgeq.formats.names import neutral_name
 from edgeq.inputs import exists, is_file, is_folder, is_link, open_file, read_text
-from edgeq.printable import brief
+from edgeq.printable import brief, first_of
 
 __all__ = [
     "ARCH",
@@ -37,7 +37,6 @@ ARCH, VISION_ARCH = "qwen35", "clip"
 GGUFKind = Literal["model", "mmproj", "adapter", "imatrix", "control vector", "part", "other"]
 
 _HEAD = 1 << 12  # bytes that are looked at
-_SHOWN = 12  # names listed before "and N more"
 _UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".download", ".partial", ".!qB", "-partial")
 _PIECE = re.compile(r"(?P<mark>\.part)\d+of\d+$|(?P<letter>-(?:split|part)-)[a-z]$", re.IGNORECASE)
 _BESIDE = (".aria2", ".part")
@@ -312,9 +311,10 @@ def _folder(path: Path) -> Source:
         return _folder(_snapshot(path))
     if path.name in ("snapshots", "blobs", "refs") and path.parent.name.startswith("models--"):
         return _folder(_snapshot(path.parent))
-    if "config.json" in names and _weights(path):
+    if "config.json" in names and (weights := _weights(path)):
         tokenizer = filter(is_file, [path / "tokenizer.json"])  # without one there are token ids
-        for file in (path / "config.json", *tokenizer, *_text_weights(path)):
+        text = (file for file, parts in weights.items() if not parts or parts - {"visual", "mtp"})
+        for file in (path / "config.json", *tokenizer, *text):  # of other files the reader says what is wrong
             _check_content(path, file)
         return Source("folder", path)
     if any(name.lower().endswith(".gguf") for name in names):
@@ -334,16 +334,13 @@ def _is_unnamed_gguf(path: Path) -> bool:
         return False
 
 
-def _weights(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, whether they are there or not: by its index, or by their names."""
-    single = sorted(path.glob("model*.safetensors"))
-    return single if path / "model.safetensors" in single else sorted(_indexed(path)) or single
-
-
-def _text_weights(path: Path) -> list[Path]:
-    """Those of them without which no text is written: of the others the reader says what is wrong."""
-    parts = _indexed(path)
-    return [file for file in _weights(path) if not parts.get(file) or parts[file] - {"visual", "mtp"}]
+def _weights(path: Path) -> dict[Path, set[str]]:
+    """The safetensors files of a checkpoint, whether they are there or not: by its index, or by their names; and how
+    the neutral names of their tensors begin, where the index says so."""
+    found, indexed = sorted(path.glob("model*.safetensors")), _indexed(path)
+    if not indexed or path / "model.safetensors" in found:
+        return {file: indexed.get(file, set()) for file in found}
+    return dict(sorted(indexed.items()))
 
 
 def _indexed(path: Path) -> dict[Path, set[str]]:
@@ -389,16 +386,16 @@ def _check_content(folder: Path, file: Path) -> None:
 
 def _unfinished(folder: Path) -> str:
     """The name of a file that a download has left in a folder, or in the cache that it is in; "" for none."""
-    places = [folder, folder / ".cache" / "huggingface" / "download", folder.parent.parent / "blobs"]
-    if folder.parent.name != "snapshots":
-        places.pop()
-    files = (file.name for place in places if is_folder(place) for file in sorted(place.iterdir()))
+    places = [folder, folder / ".cache" / "huggingface" / "download"]
+    if folder.parent.name == "snapshots":
+        places.append(folder.parent.parent / "blobs")
+    files = (file.name for place in places for file in _entries(place))
     return next((name for name in files if name.endswith(_UNFINISHED)), "")
 
 
 def _snapshot(cache: Path) -> Path:
     """The snapshot of a model in the hub's cache: of its main branch, or the only one."""
-    snapshots = sorted(path for path in (cache / "snapshots").iterdir() if is_folder(path))
+    snapshots = [path for path in _entries(cache / "snapshots") if is_folder(path)]
     name = cache.name.removeprefix("models--").replace("--", "/")
     try:
         main = cache / "snapshots" / read_text(cache / "refs" / "main", 1 << 10).strip()
@@ -411,7 +408,7 @@ def _snapshot(cache: Path) -> Path:
     if len(snapshots) > 1:
         raise UsageError(
             f"{cache} holds {len(snapshots)} revisions of a model:",
-            details=_listed([path.name for path in snapshots]),
+            details=first_of([path.name for path in snapshots]),
             hint=f"name one: {snapshots[0]}",
         )
     return snapshots[0]
@@ -428,7 +425,7 @@ def _only_gguf(path: Path, names: list[str]) -> Path:
     if models:
         raise UsageError(
             f"{path} holds {len(models)} GGUF models:",
-            details=_listed([file.name for file in models]),
+            details=first_of([file.name for file in models]),
             hint=f"name one of the files, as in {models[0]}",
         )
     if pieces := _in_pieces(path, [entry.name for entry in _entries(path)]):
@@ -447,11 +444,6 @@ def _in_pieces(path: Path, names: list[str]) -> ModelError | None:
     return ModelError(
         f"{path} holds a file in pieces ({piece.string}), which has been cut for its size", hint=_join(piece)
     )
-
-
-def _listed(names: list[str]) -> list[str]:
-    more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
-    return [*names[:_SHOWN], *more]
 
 
 def _no_model(path: Path, names: list[str]) -> ModelError | UsageError:
@@ -479,7 +471,7 @@ def _no_model(path: Path, names: list[str]) -> ModelError | UsageError:
     if inner := _models_below(path, names):
         return UsageError(
             f"{path} is no model, but holds {'one' if len(inner) == 1 else len(inner)}:",
-            details=_listed(inner),
+            details=first_of(inner),
             hint=f"name {'it' if len(inner) == 1 else 'one of them'}: {path / inner[0]}",
         )
     if adapters := sorted(name for name in names if is_adapter(path / name)):
@@ -549,6 +541,7 @@ def _foreign(path: Path, names: list[str]) -> ModelError | None:
 
 
 def _entries(path: Path) -> list[Path]:
+    """What is in a folder, in order; nothing if it is none, or cannot be read."""
     try:
         return sorted(path.iterdir())
     except OSError:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from edgeq.errors import UsageError
 from edgeq.inputs import exists, expand_user, is_file, is_folder
+from edgeq.printable import first_of
 
 __all__ = ["find_manifest"]
 
@@ -27,7 +28,6 @@ _PLACES = (  # where packages for the whole system put them, after the user's ow
     "/var/lib/ollama",
     "/var/snap/ollama/common/models",
 )
-_SHOWN = 12
 
 
 def find_manifest(name: str) -> Path:
@@ -46,10 +46,9 @@ def find_manifest(name: str) -> Path:
                 return found
     known = sorted({known for store in stores for known in _known(store)})
     where = " or ".join(map(str, stores)) or "any of the folders that it uses"
-    more = [f"and {len(known) - _SHOWN} more"] if len(known) > _SHOWN else []
     raise UsageError(
         f"ollama has no model {name} in {where}{', but' if known else ''}{':' if known else ''}",
-        details=[*known[:_SHOWN], *more],
+        details=first_of(known),
         hint=f"run `ollama pull {name}`, or set OLLAMA_MODELS to the folder with its manifests and blobs",
     )
 

@@ -7,9 +7,10 @@ bytes that are no text at all. Shown as it is it could hide an error or pretend 
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from reprlib import Repr
 
-__all__ = ["brief", "one_line", "printable"]
+__all__ = ["brief", "first_of", "one_line", "printable"]
 
 # Control characters, invisible formatting, lone surrogates, separators of lines and paragraphs.
 _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
@@ -41,6 +42,11 @@ def one_line(error: BaseException, longest: int = 300) -> str:
 def brief(value: object) -> str:
     """A value from a file as Python writes it, cut to some sixty characters; safe for values of any size and depth."""
     return _repr.repr(value)
+
+
+def first_of(lines: Sequence[str], most: int = 12) -> list[str]:
+    """The first `most` lines of a list, and how many more there are: for the details of an error."""
+    return [*lines[:most], *([f"and {len(lines) - most} more"] if len(lines) > most else [])]
 
 
 def _escape(char: str) -> str:

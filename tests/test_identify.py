@@ -530,6 +530,16 @@ def test_a_path_that_is_not_there(tmp_path: Path) -> None:
         identify(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("name", ["models--a--b", "models--a--b/blobs"])
+@pytest.mark.parametrize("snapshots", ["missing", "a file"])
+def test_a_cache_without_snapshots(name: str, snapshots: str, tmp_path: Path) -> None:
+    (tmp_path / "models--a--b" / "blobs").mkdir(parents=True)
+    if snapshots == "a file":
+        (tmp_path / "models--a--b" / "snapshots").touch()
+    with pytest.raises(ModelError, match=r"without a model"):
+        identify(tmp_path / name)
+
+
 def test_leftovers_do_not_stop_a_whole_model(tmp_path: Path, models: Models) -> None:
     """Beside whole weights, everything else is only looked at by whoever needs it."""
     folder = models.folder(tmp_path / "x")

@@ -29,6 +29,7 @@ from edgeq.errors import ModelError, UsageError
 from edgeq.formats.bf16 import Array, Float32, all_finite, round_to, to_float32
 from edgeq.formats.safetensors import DTYPES, dtype_name
 from edgeq.inputs import is_folder
+from edgeq.printable import first_of
 from edgeq.weights import Matrix, Part, Role, TensorSpec, all_tensors
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ __all__ = ["AdaptedCheckpoint", "adapted"]
 
 _BLOCK = 1 << 20  # weights that a thread merges at a time
 _THREADS = min(4, cpu_count() or 1)
-_SHOWN = 12  # problems listed before "and N more"
 _HEAD, _TABLE = "lm_head.weight", "embed_tokens.weight"
 _LOW_RANK = (Role.LINEAR, Role.GATE, Role.EMBEDDING)  # what a product can be added to
 _SIZE = re.compile(r"qwen3\.5-(0\.8b|2b|4b)(-base)?", re.IGNORECASE)
@@ -300,7 +300,6 @@ def _checked(adapter: Adapter, specs: dict[str, TensorSpec], base: Checkpoint) -
     if not adapter.changes:
         raise ModelError(f"{adapter.path} holds no tensors", hint="download or save the adapter again")
     if problems:
-        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         first = next(iter(adapter.origin.values()))
         trained = f"it was trained on {adapter.base}: give that model" if adapter.base else "give the model it is for"
         if resized := next(filter(None, (_resized(adapter, name, specs) for name in (_TABLE, _HEAD))), None):
@@ -310,7 +309,7 @@ def _checked(adapter: Adapter, specs: dict[str, TensorSpec], base: Checkpoint) -
             )
         raise ModelError(
             f"{adapter.path} does not fit {base.path} (a name in it: {first}):",
-            details=[*problems[:_SHOWN], *more], hint=trained,
+            details=first_of(problems), hint=trained,
         )  # fmt: skip
     _compare_names(adapter, base)
     return adapter

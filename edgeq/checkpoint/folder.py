@@ -33,7 +33,7 @@ from edgeq.formats.packed import Packed
 from edgeq.formats.qmatrix import MLX_MODES, MODES, Mode
 from edgeq.formats.safetensors import SafetensorsFile, TensorInfo
 from edgeq.inputs import TOKENIZER_LIMIT, exists
-from edgeq.printable import brief
+from edgeq.printable import brief, first_of
 from edgeq.vision.settings import processor_values
 from edgeq.weights import Matrix, Part, QMatrix, Role, TensorSpec, all_tensors, mtp_tensors
 
@@ -45,7 +45,6 @@ __all__ = ["FolderCheckpoint", "Quantization", "part_of", "values_without"]
 
 _FLOATS = ("F32", "F16", "BF16")
 _COMPARED = 1 << 20  # weights at a time
-_SHOWN = 12  # problems listed before "and N more"
 _PREFIXES = {Part.MTP: "mtp.", Part.VISION: "visual."}  # of neutral names
 # What old versions of transformers, and servers with a quantized KV cache, store beside the weights.
 _BUFFERS = (
@@ -367,10 +366,9 @@ class FolderCheckpoint(Checkpoint):
             problems.remove(shown)
             problems.insert(0, shown)  # a name as the file has it, however many are missing
         if problems:
-            more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
             raise ModelError(
                 f"{self.path} does not hold the tensors that its config.json describes:",
-                details=[*problems[:_SHOWN], *more],
+                details=first_of(problems),
                 hint="download config.json and the weights again, from one model",
             )
         for part, some in problems_of.items():

@@ -38,6 +38,7 @@ from edgeq.formats.ggml import Coding, decode, finite
 from edgeq.formats.gguf import GGUFFile, SplitGGUF, TensorInfo, open_gguf
 from edgeq.formats.qmatrix import TwoLevel
 from edgeq.identify import check_model
+from edgeq.printable import first_of
 from edgeq.weights import Matrix, Part, QMatrix, Role, TensorSpec, mtp_tensors, text_tensors, vision_tensors
 
 if TYPE_CHECKING:
@@ -49,7 +50,6 @@ __all__ = ["GGUFCheckpoint"]
 _BLOCK = 1 << 20  # weights whose codes are put in order at a time, by each of a few threads
 _THREADS = min(4, os.cpu_count() or 1)
 _UNIT = 128  # weights that a unit of scales is for where heads move; elsewhere the file's 256
-_SHOWN = 12  # problems listed before "and N more"
 _MATRICES = (Role.LINEAR, Role.EMBEDDING, Role.GATE)
 
 
@@ -287,10 +287,9 @@ class GGUFCheckpoint(Checkpoint):
                 problems_of[Part.MTP if name.startswith(of_head) else Part.TEXT].append(f"unexpected {name}")
         problems = problems_of[Part.TEXT]
         if problems:
-            more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
             raise ModelError(
                 f"{self.path} does not hold the tensors that its metadata describes:",
-                details=[*problems[:_SHOWN], *more],
+                details=first_of(problems),
                 hint="download the file again, or convert the model again with a current llama.cpp",
             )
         if some := problems_of[Part.MTP]:
