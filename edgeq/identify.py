@@ -477,7 +477,7 @@ def _no_model(path: Path, names: list[str]) -> ModelError | UsageError:
     if adapters := sorted(name for name in names if is_adapter(path / name)):
         return UsageError(
             f"{path} is no model, but holds {len(adapters)} adapters:",
-            details=_listed(adapters),
+            details=first_of(adapters),
             hint=f"name both: `edgeq chat MODEL --adapter {path / adapters[-1]}` (adapter= in Python)",
         )
     if foreign := _foreign(path, names):

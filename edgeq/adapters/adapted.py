@@ -10,11 +10,9 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import sha256
 from math import prod
-from os import cpu_count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +25,7 @@ from edgeq.checkpoint.base import PARTS, Checkpoint, Storage, hub_to_neutral, ma
 from edgeq.config import ModelConfig
 from edgeq.errors import ModelError, UsageError
 from edgeq.formats.bf16 import Array, Float32, all_finite, round_to, to_float32
+from edgeq.formats.blocks import each_block
 from edgeq.formats.safetensors import DTYPES, dtype_name
 from edgeq.inputs import is_folder
 from edgeq.printable import first_of
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["AdaptedCheckpoint", "adapted"]
 
-_BLOCK = 1 << 20  # weights that a thread merges at a time
-_THREADS = min(4, cpu_count() or 1)
 _HEAD, _TABLE = "lm_head.weight", "embed_tokens.weight"
 _LOW_RANK = (Role.LINEAR, Role.GATE, Role.EMBEDDING)  # what a product can be added to
 _SIZE = re.compile(r"qwen3\.5-(0\.8b|2b|4b)(-base)?", re.IGNORECASE)
@@ -102,9 +99,7 @@ class AdaptedCheckpoint(Checkpoint):
         def merge(rows: slice) -> None:
             merged[rows] = self._merged(name, matrix_rows(stored, rows), rows, dtype)
 
-        step = max(1, _BLOCK // shape[1])
-        with ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(merge, (slice(row, row + step) for row in range(0, shape[0], step))))
+        each_block(shape, merge)
         self.base.drop_pages()
         return merged
 

@@ -8,9 +8,7 @@ costs over the file is in docs/reference/gguf.md.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,6 +32,7 @@ from edgeq.config import parse_config
 from edgeq.errors import ModelError
 from edgeq.formats.affine import dequantize_unpacked, one_level, pack
 from edgeq.formats.bf16 import Array, Float32, to_float32
+from edgeq.formats.blocks import each_block
 from edgeq.formats.ggml import Coding, decode, finite
 from edgeq.formats.gguf import GGUFFile, SplitGGUF, TensorInfo, open_gguf
 from edgeq.formats.qmatrix import TwoLevel
@@ -47,8 +46,6 @@ if TYPE_CHECKING:
 
 __all__ = ["GGUFCheckpoint"]
 
-_BLOCK = 1 << 20  # weights whose codes are put in order at a time, by each of a few threads
-_THREADS = min(4, os.cpu_count() or 1)
 _UNIT = 128  # weights that a unit of scales is for where heads move; elsewhere the file's 256
 _MATRICES = (Role.LINEAR, Role.EMBEDDING, Role.GATE)
 
@@ -213,7 +210,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def _quantized(self, tensor: _Tensor, coding: Coding) -> QMatrix[Array]:
         """Decode a matrix, some rows at a time, into the layout of `QMatrix`."""
-        out, width = tensor.spec.shape
+        out, _ = tensor.spec.shape
 
         def packed(rows: slice) -> QMatrix[Array]:
             w = self._decode(tensor, coding, rows)
@@ -225,9 +222,7 @@ class GGUFCheckpoint(Checkpoint):
             for target, part in zip(whole.arrays, packed(rows).arrays, strict=True):
                 target[rows] = part
 
-        step = max(1, _BLOCK // width)
-        with ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(convert, (slice(row, row + step) for row in range(0, out, step))))
+        each_block(tensor.spec.shape, convert)
         tensor.file.drop_pages()
         return whole
 

@@ -264,10 +264,8 @@ class Packing:
 
     def _gptq(self, m: _Module, offset: int) -> tuple[Packed, str]:
         rows = m.info("qweight").shape[0] if m.info("qweight").shape else 0
-        possible = (
-            (2, 3, 4, 5, 6, 8) if self.method == "auto-round" else (2, 3, 4, 8)
-        )  # GPTQ has other layouts for 5, 6
-        bits = self._bits(m, "qweight", 32 * rows, m.width, possible)
+        further = (5, 6) if self.method == "auto-round" else ()  # for which GPTQ's own tools have other layouts
+        bits = self._bits(m, "qweight", 32 * rows, m.width, (2, 3, 4, *further, 8))
         codes = m.array("qweight", (m.width * bits // 32, m.out), _WORDS)
         scales = m.array("scales", (None, m.out), _FLOATS)
         zeros = m.array("qzeros", (len(scales), -(-m.out * bits // 32)), _WORDS)
@@ -332,7 +330,7 @@ class Packing:
     def _float8(self, m: _Module) -> tuple[Packed, str]:
         if self.method == "compressed-tensors":
             self._check_compressed()
-        codes = m.array("weight", (m.out, m.width), FLOAT8)
+        codes = m.array("weight", (m.out, m.width), tuple(FLOAT8))
         part = next((part for part in _FLOAT8_SCALES if m.has(part)), None)
         if part is None:
             raise Unfit(f"{m.name}.weight is {m.info('weight').dtype} without {m.name}.weight_scale")

@@ -18,12 +18,9 @@ columns. Microscaling formats have a power of two for every 32 columns, and code
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar
 
 import numpy as np
@@ -31,6 +28,8 @@ from numpy.typing import NDArray
 
 from edgeq.formats.affine import Codes, dequantize, pack, unpack
 from edgeq.formats.bf16 import Array, Float32, round_to, to_float32
+from edgeq.formats.blocks import each_block
+from edgeq.formats.codebooks import E4M3, E5M2, E8M0
 from edgeq.formats.qmatrix import MODES, Matrix, Mode, QMatrix
 
 __all__ = [
@@ -50,11 +49,10 @@ __all__ = [
 Indices = NDArray[np.intp]
 Zeros = NDArray[np.uint8]
 
-FLOAT8 = ("F8_E4M3", "F8_E5M2")
+FLOAT8: Mapping[str, Float32] = {"F8_E4M3": E4M3, "F8_E5M2": E5M2}
+"""What the codes of 8-bit floats stand for, by safetensors' names of them."""
 
 _RUNS = (128, 64, 32, 16)  # sizes of a QMatrix's groups
-_BLOCK = 1 << 20  # weights that are converted at a time, by each of a few threads
-_THREADS = min(4, os.cpu_count() or 1)
 _AWQ_FIELD = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # of the eight rows of a word
 
 
@@ -82,13 +80,6 @@ class Packed(ABC):
     def memory_nbytes(self) -> int:
         """Bytes that `matrix` takes, at most."""
 
-    def _in_blocks(self, convert: Callable[[slice], None]) -> None:
-        """Call `convert` for all rows, some at a time, on a few threads."""
-        out, width = self.shape
-        step = max(32, _BLOCK // width)
-        with ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(convert, (slice(row, row + step) for row in range(0, out, step))))
-
     def _dense(self, dtype: np.dtype[np.generic]) -> Array:
         """The weights rounded once to `dtype`: float32, float16 or uint16 (bfloat16)."""
         whole = np.empty(self.shape, dtype)
@@ -97,7 +88,7 @@ class Packed(ABC):
             with np.errstate(over="ignore"):
                 whole[rows] = round_to(self.rows(rows), dtype)
 
-        self._in_blocks(convert)
+        each_block(self.shape, convert)
         return whole
 
 
@@ -185,7 +176,7 @@ class Grouped(Packed):
         def convert(rows: slice) -> None:
             codes[rows] = words(rows)
 
-        self._in_blocks(convert)
+        each_block(self.shape, convert)
         return codes
 
 
@@ -357,26 +348,11 @@ class Int8(Grouped):
         return self.offsets[rows].view(np.uint8) ^ np.uint8(128)
 
 
-@cache
-def _float8(kind: str) -> Float32:
-    """What the 256 codes of "F8_E4M3" (the finite one of OCP's 8-bit formats: no infinity, NaN is 0x7F) or "F8_E5M2"
-    stand for."""
-    bits, bias = (3, 7) if kind == "F8_E4M3" else (2, 15)
-    code = np.arange(128)
-    exponent, fraction = code >> bits, (code & ((1 << bits) - 1)) / (1 << bits)
-    value = np.where(exponent == 0, fraction * 2.0 ** (1 - bias), (1 + fraction) * 2.0 ** (exponent - bias))
-    if kind == "F8_E4M3":
-        value[127] = np.nan
-    else:
-        value[124], value[125:] = np.inf, np.nan
-    return np.concatenate([value, -value]).astype(np.float32)
-
-
 @dataclass(frozen=True)
 class Float8(Packed):
-    """codes: uint8 [out, in], places in the table of `kind`; stored_scales: [row blocks, column blocks], of `block`
-    rows and columns each, of which the last may be cut short; uint8 ones are E8M0, 2^(byte - 127). weight = value *
-    scale."""
+    """weight = value * scale. codes: uint8 [out, in], places in the table of `kind`, which is one of FLOAT8;
+    stored_scales: [row blocks, column blocks], of `block` rows and columns each, of which the last may be cut short;
+    uint8 ones are E8M0, 2^(byte - 127)."""
 
     codes: NDArray[np.uint8]
     stored_scales: Array
@@ -391,10 +367,8 @@ class Float8(Packed):
     def rows(self, rows: slice | Array) -> Float32:
         out, width = self.shape
         stored = self.stored_scales[_numbers(out, rows) // self.block[0]]
-        scales = (
-            np.ldexp(np.float32(1), stored.astype(np.int32) - 127) if stored.dtype == np.uint8 else to_float32(stored)
-        )
-        weights: Float32 = _float8(self.kind)[self.codes[rows]]
+        scales = E8M0[stored] if stored.dtype == np.uint8 else to_float32(stored)
+        weights: Float32 = FLOAT8[self.kind][self.codes[rows]]
         if scales.shape[1] > 1:
             scales = scales[:, np.arange(width) // self.block[1]]
         weights *= scales
