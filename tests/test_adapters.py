@@ -303,8 +303,9 @@ def test_a_step_of_mlx_lm(base: Path, tmp_path: Path, rng: np.random.Generator) 
 def gguf_adapter(path: Path, checkpoint: Checkpoint, changes: dict[str, tuple[Float32, Float32]], **meta: Any) -> Path:
     """As convert_lora_to_gguf writes it: the model's own names and order of heads, applied to a and b."""
     writer = GGUFWriter(path, meta.get("arch", "qwen35"))
-    writer.add_string("general.type", meta.get("type", "adapter"))
-    writer.add_string("adapter.type", "lora")
+    if meta.get("is_adapter", True):
+        writer.add_string("general.type", "adapter")
+        writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", meta.get("alpha", 6.0))
     for name, (a, b) in changes.items():
         if order := head_order(name, checkpoint.config.text):
@@ -330,7 +331,9 @@ def test_an_adapter_of_llama_cpp(base: Path, tmp_path: Path, rng: np.random.Gene
         w = to_float32(plain(before, name)) + delta
         assert np.allclose(to_float32(plain(ours, name)), w, rtol=2**-8, atol=1e-6)
     with pytest.raises(ModelError, match="is a model, not an adapter"):
-        merged(base, gguf_adapter(tmp_path / "m.gguf", before, changes, type="model"))
+        merged(base, gguf_adapter(tmp_path / "m.gguf", before, changes, is_adapter=False))
+    with pytest.raises(ModelError, match="of the kind mmproj, not an adapter"):
+        merged(base, gguf_adapter(tmp_path / "v.gguf", before, changes, is_adapter=False, arch="clip"))
     with pytest.raises(ModelError, match=r"general\.architecture"):
         merged(base, gguf_adapter(tmp_path / "l.gguf", before, changes, arch="llama"))
 

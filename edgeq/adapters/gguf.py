@@ -13,23 +13,20 @@ from edgeq.config import TextConfig
 from edgeq.errors import ModelError
 from edgeq.formats.bf16 import Array, all_finite
 from edgeq.formats.gguf import GGUFFile
+from edgeq.identify import gguf_kind
 from edgeq.weights import TensorSpec
 
-__all__ = ["is_gguf_adapter", "read_gguf"]
+__all__ = ["read_gguf"]
 
 _PARTS = (".lora_a", ".lora_b")
-
-
-def is_gguf_adapter(file: GGUFFile) -> bool:
-    """Whether a GGUF file is an adapter."""
-    return file.get("general.type", str, "") == "adapter"
 
 
 def read_gguf(path: Path, c: TextConfig, specs: list[TensorSpec]) -> Adapter:
     """An adapter in a GGUF file for a model whose tensors are `specs`; ModelError for what is none or of another."""
     file = GGUFFile(path)
-    if not is_gguf_adapter(file):
-        raise ModelError(f"{path} is a model, not an adapter", hint="give it as the model")
+    if (kind := gguf_kind(file.single_values)) != "adapter":
+        what = "a model" if kind in ("model", "part", "other") else f"a GGUF file of the kind {kind}"
+        raise ModelError(f"{path} is {what}, not an adapter", hint="name the folder of an adapter, or its .gguf file")
     for key, expected in (("general.architecture", ARCH), ("adapter.type", "lora")):
         if (found := file.get(key, str)) != expected:
             raise ModelError(f"{path}: {key} is {found!r}, expected {expected!r}", hint="use an adapter of this model")
@@ -57,7 +54,7 @@ def read_gguf(path: Path, c: TextConfig, specs: list[TensorSpec]) -> Adapter:
     keys = (f"general.base_model.0.{key}" for key in ("repo_url", "name"))
     base = next((value for key in keys if (value := file.get(key, str, ""))), None)
     base = base.removeprefix("https://huggingface.co/") if base else None
-    return Adapter(path, "GGUF LoRA", base, changes, origin, (file,), ties=False)
+    return Adapter(path, "GGUF LoRA", base, changes, origin, (file,))
 
 
 def _array(file: GGUFFile, name: str) -> Array:

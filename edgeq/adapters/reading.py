@@ -27,7 +27,7 @@ from edgeq.weights import TensorSpec
 __all__ = ["CONFIG", "Given", "given_adapters", "read_adapter", "read_folder"]
 
 CONFIG = "adapter_config.json"
-PEFT_WEIGHTS, MLX_WEIGHTS = "adapter_model.safetensors", "adapters.safetensors"
+_PEFT_WEIGHTS, _MLX_WEIGHTS = "adapter_model.safetensors", "adapters.safetensors"
 _LARGEST = 1000.0  # scale
 _PICKLE = "adapter_model.bin"
 
@@ -86,10 +86,7 @@ def read_folder(path: Path) -> Adapter:
         )
     values = read_json(config)
     is_peft = "peft_type" in values
-    if is_file(path):
-        weights = path
-    else:
-        weights = folder / (PEFT_WEIGHTS if is_peft else MLX_WEIGHTS)
+    weights = path if is_file(path) else folder / (_PEFT_WEIGHTS if is_peft else _MLX_WEIGHTS)
     if weights.suffix != ".safetensors" or not exists(weights):
         if exists(folder / _PICKLE):
             raise ModelError(
