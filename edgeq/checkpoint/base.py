@@ -31,8 +31,6 @@ __all__ = ["PARTS", "Checkpoint", "Storage", "hub_to_neutral", "matrix_rows", "w
 PARTS = {Part.TEXT: "language model", Part.MTP: "MTP head", Part.VISION: "vision tower"}
 """What parts are called."""
 _DROPS = {Part.MTP: "`--no-mtp` (mtp=False in Python)", Part.VISION: "`--no-vision` (vision='none' in Python)"}
-
-
 _PAGE, _SAMPLES = 4096, 64  # of a fingerprint
 
 

@@ -159,14 +159,13 @@ class FolderCheckpoint(Checkpoint):
 
     def dense(self, name: str) -> Float32:
         tensor = self.tensors[name]
-        if tensor.quantization is not None:
-            return self.rows(name, slice(None))
-        x = to_float32(self.raw(name)) if tensor.packed is None else self.rows(name, slice(None))
+        stored = tensor.quantization is None and tensor.packed is None
+        x = to_float32(self.raw(name)) if stored else self.rows(name, slice(None))
         if not np.isfinite(x).all():
             raise ModelError(
                 f"{self.path}: {self.file_name(name)} holds NaN or infinity", hint="download or copy the file again"
             )
-        role = self.tensors[name].spec.role
+        role = tensor.spec.role
         if role is Role.PATCH:
             x = self._channels_first(x)
         return x if role is Role.NORM and self.layout == "mlx" else hub_to_neutral(x, role)

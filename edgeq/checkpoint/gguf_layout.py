@@ -203,11 +203,8 @@ def text_values(file: GGUFFile) -> dict[str, Any]:
 
     blocks = get("nextn_predict_layers", 0)  # of the MTP head, counted with the others; not so where it is `mtp.*`
     mtp = blocks or len({name.split(".")[2] for name in file.tensors if name.startswith("mtp.layers.")})
-    layers, heads, value_heads = (
-        get("block_count") - blocks,
-        _of_all(file, "attention.head_count"),
-        get("ssm.time_step_rank"),
-    )
+    layers, heads = get("block_count") - blocks, _of_all(file, "attention.head_count")
+    value_heads = get("ssm.time_step_rank")
     tied = "output.weight" not in file.tensors
     if get("attention.key_length") != get("attention.value_length") or get("ssm.inner_size") % max(value_heads, 1):
         raise ModelError(f"{file.path}: keys and values of different widths are not supported")
