@@ -74,7 +74,7 @@ def quantize(
     threads: int | None = None,
     chat_template: str | Path | None = None,
 ) -> Report:
-    """Quantize `src`, a folder or Hugging Face ID of an unquantized checkpoint, into the new folder `out`.
+    """Quantize `src`, a checkpoint as `edgeq.load` takes it, into the new folder `out`.
 
     `recipe` is q4 (the default), q4+, q5, q6, q8, none or keep; with keep, the default for what is in groups of integer
     codes already (GPTQ, AWQ, AutoRound, compressed-tensors), these are converted without a change in value. `bits` and
@@ -90,14 +90,12 @@ def quantize(
     if out is not None:
         check_output(Path(out))
     start = time.perf_counter()
-    chosen, rules = (
-        replace(choose_recipe(recipe, bits, group_size, vision), mtp=mtp),
-        [TypeRule.parse(t) for t in types],
-    )
-    opened = open_source(find_model(src), given_adapters(adapter), chosen.dropped, chat_template)
-    if opened.in_groups and (recipe, bits, group_size) == (None, None, None):
+    chosen = replace(choose_recipe(recipe, bits, group_size, vision), mtp=mtp)
+    rules = [TypeRule.parse(t) for t in types]
+    source = open_source(find_model(src), given_adapters(adapter), chosen.dropped, chat_template)
+    if source.in_groups and (recipe, bits, group_size) == (None, None, None):
         chosen = replace(choose_recipe("keep", None, None, vision), mtp=mtp)
-    plan = _Plan(opened, chosen, rules)
+    plan = _Plan(source, chosen, rules)
     if vision in (8, 16, "8", "16") and not plan.sees:
         raise UsageError(f"{src} has no vision tower to store in {vision} bits", hint="leave that setting out")
     targets = _Targets(plan, out, report, dry_run, force)
@@ -281,8 +279,7 @@ class _Plan:
         base = self.recipe.base or next(iter(specs.values()), None)
         if base is None:
             return values
-        block: dict[str, Any] = {"group_size": base.group_size, "bits": base.bits}
-        block["mode"] = "affine"
+        block: dict[str, Any] = {"group_size": base.group_size, "bits": base.bits, "mode": "affine"}
         for name, spec in specs.items():
             if spec != base:
                 block[mlx_module(name)] = {"group_size": spec.group_size, "bits": spec.bits}

@@ -51,7 +51,7 @@ class Stored(NamedTuple):
 
 
 class WeightSource(ABC):
-    """An unquantized checkpoint, or one that is dequantized as it is read."""
+    """A checkpoint to be quantized; what is quantized in it is dequantized as it is read, or kept (`groups`)."""
 
     path: Path
     config: ModelConfig
@@ -59,7 +59,6 @@ class WeightSource(ABC):
     tensors: list[tuple[TensorSpec, str]]  # and their names in the output
     scale_type: str  # the 16-bit type of the weights: mlx computes in the widest type of what it multiplies
     warnings: tuple[str, ...] = ()
-
     adapters: Sequence[Mapping[str, Any]] = ()  # what has been merged into it, for the record
     packed: Mapping[str, Packed] = MappingProxyType({})  # what other tools have quantized, by neutral names
 
@@ -74,7 +73,8 @@ class WeightSource(ABC):
         return any(self.groups(spec.name) for spec, _ in self.tensors)
 
     @abstractmethod
-    def stored(self, name: str) -> Stored: ...
+    def stored(self, name: str) -> Stored:
+        """A tensor as the output has it if it is kept."""
 
     @abstractmethod
     def rows(self, name: str, rows: slice) -> Array:
@@ -178,6 +178,7 @@ class _FolderSource(WeightSource):
     def __init__(self, checkpoint: FolderCheckpoint) -> None:
         self._checkpoint = checkpoint
         self.path, self.config = checkpoint.path, checkpoint.config
+        self._is_text_model = self.config.vision is None and "text_config" not in self.config_values()
         self.files = [*checkpoint.config_files, *(file.path for file in checkpoint.files)]
         self.tensors = [
             (t.spec, self._name(t.spec.name, weight_name(t.file_name))) for t in checkpoint.tensors.values()
@@ -198,8 +199,8 @@ class _FolderSource(WeightSource):
         """A tensor's name in the result: the source's, unless it is wrapped in what no other tool knows."""
         if is_usual(file_name) and neutral_name(file_name) == name:
             return file_name
-        alone = self.config.vision is None and "text_config" not in self.config_values()
-        return hub_name(name).replace("model.language_model.", "model.") if alone else hub_name(name)
+        name = hub_name(name)
+        return name.replace("model.language_model.", "model.") if self._is_text_model else name
 
     def stored(self, name: str) -> Stored:
         if packed := self.packed.get(name):
