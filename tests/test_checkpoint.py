@@ -400,6 +400,14 @@ class TestFolder:
         with pytest.raises(ModelError, match=r"norm\.weight holds NaN"):
             file_weights(read(tmp_path))
 
+    def test_nan_in_a_quantized_matrix(self, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path / "model")
+        quantize(tmp_path / "model", tmp_path / "out", bits=8)
+        biases = hub_name("layers.0.mlp.up_proj.biases")  # bfloat16
+        rewrite(tmp_path / "out", lambda tensors: tensors[biases].fill(0x7FC0))
+        with pytest.raises(ModelError, match=r"up_proj\.weight holds NaN"):
+            read(tmp_path / "out").dense("layers.0.mlp.up_proj.weight")
+
     def test_stop_ids_of_generation_config(self, tmp_path: Path) -> None:
         write_checkpoint(tmp_path)
         (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
