@@ -16,7 +16,7 @@ from process import run_python
 from edgeq.formats.affine import dequantize, group_numbers, pack, unpack
 from edgeq.formats.bf16 import from_float32, round_to, to_float32
 from edgeq.formats.codebooks import VALUES
-from edgeq.formats.qmatrix import TwoLevel
+from edgeq.formats.qmatrix import TwoLevel, UpperHalves
 from edgeq.testing import nmse
 from edgeq.weights import QMatrix
 
@@ -149,6 +149,18 @@ def test_tokens_do_not_depend_on_company() -> None:
     few = multiply(x[:6].copy(), w)
     np.testing.assert_array_equal(multiply(x[2:3].copy(), w), few[2:3])
     assert nmse(many[:6], few) < 1e-12
+
+
+def test_scales_and_biases_in_the_same_units() -> None:
+    """Q2_K's two halves of a byte are told apart even where one array has the units of both."""
+    rng = np.random.default_rng(6)
+    w = gguf_matrix(rng, FORMS["Q2_K"], 40, 512)
+    assert isinstance(w.scales, TwoLevel)
+    units = w.scales.units
+    x = rng.normal(size=(40, 512)).astype(np.float32)
+    shared = w.replaced(biases=UpperHalves(units))
+    apart = w.replaced(biases=UpperHalves(units.copy()))
+    np.testing.assert_array_equal(multiply(x, CpuOps().matrix(shared)), multiply(x, CpuOps().matrix(apart)))
 
 
 def test_threads_do_not_change_results() -> None:
@@ -285,6 +297,12 @@ class TestBadInput:
             "mode: expected affine, iq4": {"mode": "nf4"},
             "mxfp4: expected no biases": {"mode": "mxfp4"},
             "biases: expected none beside": {"scales": w.scales.steps.view(np.uint8)},
+            "block_scales: expected none in this mode": {
+                "mode": "mxfp4",
+                "scales": w.scales.steps.view(np.uint8),
+                "biases": None,
+                "block_biases": None,
+            },
         }
         for message, change in wrong.items():
             with pytest.raises((ValueError, TypeError), match=message):

@@ -101,6 +101,7 @@ BoundMatrix quantized(const Codes& codes, const AnyArray& scales, const std::opt
     Matrix m = {codes.data(), scales.data(), nullptr, out, in, bits, group_size, type};
     require(kind == Mode::affine || (zero == 0 && !biases), mode.c_str(), "no biases and no zero");
     require(type != Type::u4 || !biases, "biases", "none beside scales of uint8");
+    require(!block_scales || (type != Type::e8m0 && type != Type::e4m3), "block_scales", "none in this mode");
     m.mode = kind, m.zero = zero + table_zero(kind);
     BoundMatrix bound = {m, {nb::ndarray<nb::ro>(codes)}};
     // Points the matrix to numbers [out, columns] of a type, and keeps them.

@@ -71,6 +71,8 @@ class QMatrix(Generic[A]):
             raise ValueError("scales and biases have to be on one level, or both on two")
         if isinstance(self.biases, int) and not 0 <= self.biases < 1 << 8:
             raise ValueError(f"a zero point of {self.biases} is no code")
+        if two_levels and self.mode in MLX_MODES:
+            raise ValueError(f"scales of {self.mode} are on one level")
         if self.mode != "affine" and ((self.bits, self.group_size), self.biases) != (MODES[self.mode], 0):
             raise ValueError("{} is for {} bits in groups of {}, without biases".format(self.mode, *MODES[self.mode]))
 

@@ -79,8 +79,8 @@ constexpr Order gemv_order(const Matrix& w) {
 }
 
 // An input of `tokens` rows. `values` for matrices that are multiplied in floating point; the rest, quantized for one
-// group size, for the others. Rows of codes are padded with zeros to whole blocks of 128, rows of scales and sums to
-// whole sixteens.
+// group size, for the others. Rows of codes are padded with zeros to whole blocks (128, or 256 in quarters), rows
+// of scales and sums to whole sixteens.
 struct Activations {
     const float* values;    // [tokens, in]
     const int8_t* codes;    // [tokens, stride]

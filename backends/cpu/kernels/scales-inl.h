@@ -16,14 +16,15 @@ EDGEQ_INLINE void widen_sixteen(const void* p, int64_t at, int n, float* out) {
         f_store(out + i, n - i >= lanes ? f_widen(p, type, at + i) : f_widen_some(p, type, at + i, n - i));
 }
 
-// Scales or biases of n groups of a row from group `at` on, counted through all rows. `blocks` are their units.
-inline void numbers(const Matrix& w, const void* p, const uint16_t* blocks, int64_t at, int n, float* out) {
-    if (w.type == Type::bf16) return widen_sixteen<Type::bf16>(p, at, n, out);
-    if (w.type == Type::f16) return widen_sixteen<Type::f16>(p, at, n, out);
-    if (w.type == Type::f32) return widen_sixteen<Type::f32>(p, at, n, out);
-    if (w.type == Type::i8)
+// Scales or biases, of `type`, of n groups of a row from group `at` on, counted through all rows. `blocks` are their
+// units.
+inline void numbers(const Matrix& w, Type type, const void* p, const uint16_t* blocks, int64_t at, int n, float* out) {
+    if (type == Type::bf16) return widen_sixteen<Type::bf16>(p, at, n, out);
+    if (type == Type::f16) return widen_sixteen<Type::f16>(p, at, n, out);
+    if (type == Type::f32) return widen_sixteen<Type::f32>(p, at, n, out);
+    if (type == Type::i8)
         widen_sixteen<Type::i8>(p, at, n, out);
-    else if (blocks == w.block_scales)
+    else if (type == Type::u4)
         widen_sixteen<Type::u4>(p, at, n, out);
     else
         widen_sixteen<Type::u4_high>(p, at, n, out);
@@ -33,12 +34,12 @@ inline void numbers(const Matrix& w, const void* p, const uint16_t* blocks, int6
 
 // Both, of at most sixteen groups, of any matrix but those of fp4.
 inline void scales_and_biases(const Matrix& w, int64_t at, int n, float* scales, float* biases) {
-    numbers(w, w.scales, w.block_scales, at, n, scales);
+    numbers(w, w.type, w.scales, w.block_scales, at, n, scales);
     if (!w.biases) {
         for (int i = 0; i < sixteen; i += lanes) f_store(biases + i, f_mul(f_load(scales + i), f_set(float(-w.zero))));
         return;
     }
-    numbers(w, w.biases, w.block_biases, at, n, biases);
+    numbers(w, w.type == Type::u4 ? Type::u4_high : w.type, w.biases, w.block_biases, at, n, biases);
     if (w.type == Type::u4)
         for (int i = 0; i < sixteen; i += lanes) f_store(biases + i, f_mul(f_load(biases + i), f_set(-1)));
 }
