@@ -677,6 +677,14 @@ class TestRefusals:
         with pytest.raises(ModelError, match=r"has zero points \[128, 3\] and scales \[128, 2\]"):
             opened(tmp_path / "packed")
 
+    @pytest.mark.parametrize("form", [Form("gptq", 4, 16), Form("gemm", group=16), Form("int8", 8, -1, sym=True)])
+    def test_rows_that_are_no_whole_words(self, tmp_path: Path, form: Form) -> None:
+        write_checkpoint(tmp_path / "odd", config_values(intermediate_size=48))
+        pack_folder(tmp_path / "odd", tmp_path / "packed", form)
+        with pytest.raises(ModelError, match="in rows of 48, expected a multiple of 32") as caught:
+            opened(tmp_path / "packed")
+        assert "unexpected" not in caught.value.message  # the parts of what is refused are known
+
     def test_float8_without_scales(self, source: Path, tmp_path: Path) -> None:
         pack_folder(source, tmp_path / "packed", Form("float8"))
         repack(tmp_path / "packed", lambda tensors: tensors.pop(f"{UP}.weight_scale_inv"))

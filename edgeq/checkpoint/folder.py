@@ -383,7 +383,7 @@ class FolderCheckpoint(Checkpoint):
     def _unexpected(self, tensors: Mapping[str, _Tensor]) -> list[str]:
         known, packing = set[str](), self._packing
         for tensor in tensors.values():
-            if tensor.packed is not None:
+            if packing.holds(tensor.file_name):  # whether it can be used or not
                 known |= packing.parts(tensor.file_name)
                 continue
             module = tensor.file_name.removesuffix(".weight")

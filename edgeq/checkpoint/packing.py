@@ -189,14 +189,20 @@ class Packing:
 
     # --- one matrix --------------------------------------------------------------------------------------------------
 
+    def holds(self, file_name: str) -> bool:
+        """Whether a weight that is stored as `file_name` is quantized so, by its name and type."""
+        part = file_name.rpartition(".")[2]
+        return part in _PARTS and (part != "weight" or self._tensors[file_name].dtype in (*FLOAT8, "I8"))
+
     def open(self, spec: TensorSpec, file_name: str) -> Packed | None:
         """The quantized matrix whose weight is stored as `file_name`; None if it is not quantized so. Raises Unfit."""
-        module, _, part = file_name.rpartition(".")
-        info = self._tensors[file_name]
-        if part not in _PARTS or (part == "weight" and info.dtype not in (*FLOAT8, "I8")):
+        if not self.holds(file_name):
             return None
         if len(spec.shape) != 2:
             raise Unfit(f"{file_name} is quantized, which edgeq reads for matrices only")
+        if self._tensors[file_name].dtype not in FLOAT8 and spec.shape[1] % 32:  # 32 codes are whole words at any width
+            raise Unfit(f"{file_name} is quantized in rows of {spec.shape[1]}, expected a multiple of 32")
+        module, _, part = file_name.rpartition(".")
         matrix, label = self._opened(_Module(spec, module, self._tensors, self._array), part)
         self.labels_of[spec.name] = label
         return matrix

@@ -93,7 +93,7 @@ class Packed(ABC):
 
 
 class Grouped(Packed):
-    """Integer codes in groups. `groups` [in] says which one a column belongs to."""
+    """Integer codes in groups, `in` a multiple of 32. `groups` [in] says which one a column belongs to."""
 
     as_stored: ClassVar[bool] = False
     """Whether `words` are the file's own."""
