@@ -488,7 +488,7 @@ def _set(block: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in block.items() if value is not None}
 
 
-def _one_block(path: Path, said: list[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+def _one_block(path: Path, said: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
     """All that is said; ModelError where it contradicts itself in what decides the values."""
     block: dict[str, Any] = {}
     for where, values in reversed(said):
