@@ -319,9 +319,7 @@ def _checked(adapter: Adapter, specs: dict[str, TensorSpec], base: Checkpoint) -
 def _resized(adapter: Adapter, name: str, specs: dict[str, TensorSpec]) -> int | None:
     """The rows of an embedding or head that was given others than the base has, None for one that was not."""
     for change in adapter.changes.get(name, ()):
-        shape: tuple[int, ...] = (
-            change.values.shape if isinstance(change, Whole) else (len(change.b), change.a.shape[1])
-        )
+        shape = change.values.shape if isinstance(change, Whole) else (len(change.b), change.a.shape[1])
         if shape[0] != specs[name].shape[0] and shape[1:] == specs[name].shape[1:]:
             return int(shape[0])
     return None

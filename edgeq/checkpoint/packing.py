@@ -483,7 +483,7 @@ def _said(config: Mapping[str, Any], files: list[Path]) -> Sequence[tuple[str, M
     return said
 
 
-def _set(block: Mapping[str, Any]) -> Mapping[str, Any]:
+def _set(block: Mapping[str, Any]) -> dict[str, Any]:
     """What has a value: null is for what is not set."""
     return {key: value for key, value in block.items() if value is not None}
 
