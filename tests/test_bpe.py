@@ -279,7 +279,6 @@ class TestWhatTheTableHasNoRoomFor:
         [
             _model(ignore_merges=True),
             _model(byte_fallback=True),
-            _added(lstrip=True),
             _added(id=5000),
             lambda spec: spec["model"]["merges"].append(spec["model"]["merges"][0]),
             lambda spec: spec["model"]["vocab"].update({"a": spec["model"]["vocab"]["b"]}),

@@ -215,6 +215,15 @@ def test_leftover_buffers(folder: Path, expected: Float32, names: list[str]) -> 
     assert np.array_equal(model.logits(IDS), expected)
 
 
+@pytest.mark.parametrize("name", ["score.weight", "v_head.summary.bias", "medusa_head.0.0.linear.weight"])
+def test_heads_of_classifiers_and_trainers(folder: Path, expected: Float32, name: str) -> None:
+    rewrite(folder, lambda t: t.update({name: np.ones(4, np.float32)}))
+    with pytest.warns(UserWarning, match=f"{name} is of a head that writes no text, and is not used") as caught:
+        model = edgeq.load(folder, backend="numpy")
+    assert len(caught) == 1
+    assert np.array_equal(model.logits(IDS), expected)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_commands(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -233,8 +233,10 @@ def test_a_model_with_its_adapter_still_on(folder: Path) -> None:
                 tensors[f"base_model.model.{module}.lora_B.default.weight"] = np.zeros((256, 2), np.float32)
 
     rewrite(folder, change)
-    with pytest.raises(ModelError, match=r"unexpected .*q_proj\.lora_A\.default\.weight"):
+    message = r"holds an adapter that is not merged into its weights \(.*q_proj\.lora_A\.default\.weight\)"
+    with pytest.raises(ModelError, match=message) as error:
         open_checkpoint(folder)
+    assert "merge_and_unload" in str(error.value.hint)
 
 
 def test_an_index_of_other_names(folder: Path, expected: Float32) -> None:

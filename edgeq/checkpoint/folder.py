@@ -12,6 +12,7 @@ Three things differ between them, and none is guessed from values:
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
@@ -51,6 +52,8 @@ _BUFFERS = (
     ".inv_freq", ".original_inv_freq", ".cos_cached", ".sin_cached", ".position_ids", ".k_scale", ".v_scale",
     ".q_scale", ".kv_scale", ".prob_scale",
 )  # fmt: skip
+_OTHER_HEADS = ("score.", "classifier.", "v_head.", "value_head.", "medusa_head.")  # of classifiers, and of trainers
+_UNMERGED = re.compile(r"\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)\b")
 
 Layout = Literal["hub", "mlx"]
 
@@ -361,6 +364,11 @@ class FolderCheckpoint(Checkpoint):
                 f"{self.path} holds {fused}: projections that are fused, as some servers keep them",
                 hint="use a checkpoint with the model's own: in_proj_qkv, in_proj_z, in_proj_b, in_proj_a, q_proj",
             )
+        if problems and (unmerged := next(filter(_UNMERGED.search, self._where), None)):
+            raise ModelError(
+                f"{self.path} holds an adapter that is not merged into its weights ({unmerged})",
+                hint="merge it with PEFT's merge_and_unload where it was trained, and save the model again",
+            )
         if shown := next((problem for problem in problems if problem.startswith("unexpected")), None):
             problems.remove(shown)
             problems.insert(0, shown)  # a name as the file has it, however many are missing
@@ -394,10 +402,12 @@ class FolderCheckpoint(Checkpoint):
             spare = (*spare, "lm_head.")  # a stored copy of the tied head
         unexpected = [n for n in self._where if n not in known and not (neutral_name(n) or n).startswith(spare)]
         buffers = [name for name in unexpected if name.endswith(_BUFFERS)]
-        if buffers:
-            more = f" (and {len(buffers) - 1} more)" if len(buffers) > 1 else ""
-            warnings.warn(f"{self.path}: {buffers[0]}{more} is no weight, and is not used", stacklevel=4)
-        return [name for name in unexpected if name not in buffers]
+        heads = [name for name in unexpected if (neutral_name(name) or name).startswith(_OTHER_HEADS)]
+        for names, what in ((buffers, "no weight"), (heads, "of a head that writes no text")):
+            if names:
+                more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+                warnings.warn(f"{self.path}: {names[0]}{more} is {what}, and is not used", stacklevel=4)
+        return [name for name in unexpected if name not in buffers and name not in heads]
 
     def _check_tensor(self, spec: TensorSpec, file_name: str, problems: list[str]) -> _Tensor:
         try:

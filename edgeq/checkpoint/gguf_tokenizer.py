@@ -14,6 +14,7 @@ from typing import Any
 
 from edgeq.errors import ModelError
 from edgeq.formats.gguf import GGUFFile
+from edgeq.printable import brief
 from edgeq.text.components import PATTERNS
 
 __all__ = ["TokenType", "token_ids", "tokenizer_metadata", "tokenizer_spec"]
@@ -133,6 +134,12 @@ def tokenizer_metadata(spec: Mapping[str, Any], config: Mapping[str, Any], rows:
     pre = [name for name, regex in PRE_TOKENIZERS.items() if json.dumps(regex) in json.dumps(spec["pre_tokenizer"])]
     if model.get("type") != "BPE" or not pre:
         raise ModelError("tokenizer.json is not Qwen3.5's byte-level BPE, the only kind that edgeq exports")
+    for added in (*spec["added_tokens"], *config.get("added_tokens_decoder", {}).values()):
+        if flag := next((flag for flag in ("lstrip", "rstrip", "single_word") if added.get(flag)), None):
+            raise ModelError(
+                f"tokenizer.json: token {brief(added['content'])} has {flag}, for which GGUF has no place",
+                hint="quantize to a folder instead, or set it to false in tokenizer.json and tokenizer_config.json",
+            )
     tokens = {i: (token, TokenType.NORMAL) for token, i in model["vocab"].items()}
     for added in spec["added_tokens"]:  # <|fim_prefix|> and its like are not "special" in the file, but control here
         control = added["special"] or (added["content"].startswith("<|") and added["content"].endswith("|>"))

@@ -49,14 +49,16 @@ _NOT_PLAIN = (
 class AddedToken(NamedTuple):
     """An entry of tokenizer.json's `added_tokens`, as the library has it.
 
-    bare: it neither strips nor needs word boundaries. special: it is no text. normalized: it is looked for in text that
-    has been normalized.
+    special: it is no text. normalized: it is looked for in text that has been normalized. single_word: it is found only
+    where it is no part of a word. lstrip, rstrip: it takes the white space before and after it along.
     """
 
     content: str
-    bare: bool = True
     special: bool = True
     normalized: bool = False
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
 
 
 class Bpe(Protocol):
@@ -96,12 +98,7 @@ class LibraryBpe:
         require(_LIBRARY_TAKES * len(description), "the tokenizer")  # where Rust gets no memory, the process is gone
         self._bpe = _library(read_components(description, name), name)
         added = self._bpe.get_added_tokens_decoder()
-        self.added = {
-            i: AddedToken(
-                token.content, not (token.lstrip or token.rstrip or token.single_word), token.special, token.normalized
-            )
-            for i, token in added.items()
-        }
+        self.added = {i: AddedToken(*(getattr(token, key) for key in AddedToken._fields)) for i, token in added.items()}
         self.size: int = self._bpe.get_vocab_size(with_added_tokens=False)
         # The library can treat spelled-out special tokens as text, so all added tokens become special.
         special = [tokenizers.AddedToken(t.content, special=True, normalized=False) for t in added.values()]
@@ -143,8 +140,7 @@ class TableBpe:
         rest = json.loads(file.metadata["rest"])
         self.size = len(self._ends)
         self.added = {
-            entry["id"]: AddedToken(entry["content"], True, entry["special"], entry["normalized"])
-            for entry in rest.pop("added_tokens")
+            entry["id"]: AddedToken(*(entry[key] for key in AddedToken._fields)) for entry in rest.pop("added_tokens")
         }
         library = _library({**rest, "added_tokens": []}, "the tokenizer table")
         self._normalizer, self._splitter = library.normalizer, library.pre_tokenizer
@@ -287,7 +283,7 @@ def write_table(spec: Mapping[str, Any], path: Path, source: str = "") -> bool:
 
 
 def _is_plain(spec: Mapping[str, Any]) -> bool:
-    """Whether merges alone decide, ids count up from 0, and added tokens follow and are only themselves."""
+    """Whether merges alone decide, ids count up from 0, and added tokens follow."""
     model, added, splitter = spec["model"], spec["added_tokens"], spec["pre_tokenizer"]
     vocab = model["vocab"]
     last = splitter["pretokenizers"][-1] if splitter["type"] == "Sequence" else splitter
@@ -299,7 +295,6 @@ def _is_plain(spec: Mapping[str, Any]) -> bool:
         and ids == list(range(len(ids)))
         and BYTE_OF.keys() <= vocab.keys()
         and len(vocab.keys() | {entry["content"] for entry in added}) == len(ids)
-        and not any(entry[key] for entry in added for key in ("lstrip", "rstrip", "single_word"))
     )
 
 

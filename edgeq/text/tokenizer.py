@@ -9,6 +9,7 @@ they are found here, control tokens only when the caller says that the text is t
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from itertools import starmap
@@ -19,7 +20,7 @@ from edgeq.config import read_json
 from edgeq.errors import ModelError
 from edgeq.inputs import exists
 from edgeq.printable import brief
-from edgeq.text.bpe import BYTE_OF, Bpe, bpe_of, load_bpe
+from edgeq.text.bpe import BYTE_OF, AddedToken, Bpe, bpe_of, load_bpe
 from edgeq.text.components import MAX_ADDED, MAX_ADDED_SPELLING, MAX_TOKENS
 from edgeq.text.pieces import check_length
 
@@ -66,11 +67,12 @@ class Tokenizer:
         control = [text for text, token in added.items() if token.control]
         words = [text for text, token in added.items() if not token.control]
         as_written = [text for text in words if not added[text].normalized]
-        self._trusted = _pattern([*control, *as_written])
+        self._hidden = _Hidden(control)
+        one = lambda text: re.escape(text) if added[text].control else self._hidden.pattern(text)  # noqa: E731
+        self._trusted = _pattern([*control, *as_written], one)
         self._words = _pattern(as_written) if as_written else None
         self._normalized = {self._bpe.normalize(text): text for text in words if added[text].normalized}
         self._normalized_words = _pattern(self._normalized) if self._normalized else None
-        self._hidden = _Hidden(control)
         self.control_ids = frozenset(added[text].id for text in control)
 
     @classmethod
@@ -96,7 +98,8 @@ class Tokenizer:
         check_length(text)
         if not control:
             return self._encode_words(text)
-        return _split(text, self._trusted, self._added, lambda part: self._encode_words(self._hidden.shown(part)))
+        shown = self._hidden.shown(text)
+        return _split(shown, self._trusted.finditer(text), self._tokens, self._encode_normalized_words)
 
     def protect(self, text: str) -> str:
         """Rewrite untrusted text, character by character, so that `encode(..., control=True)` sees no control
@@ -138,15 +141,15 @@ class Tokenizer:
     def _encode_words(self, text: str) -> list[int]:
         """Token ids of text in which added words are words."""
         if self._words is not None:
-            return _split(text, self._words, self._added, self._encode_normalized_words)
+            return _split(text, self._words.finditer(text), self._tokens, self._encode_normalized_words)
         return self._encode_normalized_words(text)
 
     def _encode_normalized_words(self, text: str) -> list[int]:
         if self._normalized_words is None:
             return self._encode_plain(text)
-        ids = {written: self._added[text] for written, text in self._normalized.items()}
+        tokens = {written: self._tokens[text] for written, text in self._normalized.items()}
         text = self._bpe.normalize(_SURROGATE.sub("\ufffd", text))
-        return _split(text, self._normalized_words, ids, self._encode_plain)
+        return _split(text, self._normalized_words.finditer(text), tokens, self._encode_plain)
 
     def _encode_plain(self, text: str) -> list[int]:
         if not text:
@@ -211,11 +214,42 @@ def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 class _Added(NamedTuple):
-    """An added token. control: only trusted text means it; normalized: it is found in normalized text."""
+    """An added token. control: only trusted text means it; the others are those of `AddedToken`."""
 
     id: int
     control: bool
     normalized: bool
+    single_word: bool
+    lstrip: bool
+    rstrip: bool
+
+    def place(self, text: str, match: re.Match[str], start: int) -> tuple[int, int] | None:
+        """From where to where a token in `text` goes that is spelled at `match`; None if it is part of a word.
+
+        Text before `start` belongs to the token before.
+        """
+        begin, end = match.span()
+        if self.single_word and (_is_word(text[begin - 1 : begin]) or _is_word(text[end : end + 1])):
+            return None
+        while self.lstrip and begin > start and text[begin - 1] in _SPACE:
+            begin -= 1
+        while self.rstrip and end < len(text) and text[end] in _SPACE:
+            end += 1
+        return begin, end
+
+
+# What Unicode calls white space, and what the regular expressions of Hugging Face's library (UTS 18) call a part of a
+# word. Python's own notions are a little others.
+_SPACE = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B))))
+_IN_WORDS = ("Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc")
+_LETTERS = re.compile("[\u200c\u200d\u24b6-\u24e9\U0001f130-\U0001f149\U0001f150-\U0001f169\U0001f170-\U0001f189]")
+
+
+def _is_word(character: str) -> bool:
+    """Whether a character, or none, is part of a word."""
+    return bool(character) and (
+        unicodedata.category(character) in _IN_WORDS or _LETTERS.match(character) is not None  # in circles and squares
+    )
 
 
 def _added_tokens(bpe: Bpe, config: Mapping[str, Any]) -> dict[str, _Added]:
@@ -225,11 +259,10 @@ def _added_tokens(bpe: Bpe, config: Mapping[str, Any]) -> dict[str, _Added]:
     control = _FAMILY | _FAMILY_SPECIAL | ({eos} if isinstance(eos, str) else set())
     found: dict[str, _Added] = {}
     for token_id, token in bpe.added.items():
-        if not token.bare:
-            raise ModelError(f"tokenizer.json: token {token.content!r} strips or needs word boundaries: not supported")
-        found[token.content] = _Added(token_id, token.special or token.content in control, token.normalized)
-    for text, token_id, special, normalized in _config_tokens(config):
-        if found.setdefault(text, _Added(token_id, special or text in control, normalized)).id != token_id:
+        found[token.content] = _Added(token_id, token.special or token.content in control, *token[2:])
+    for token_id, token in _config_tokens(config):
+        text = token.content
+        if found.setdefault(text, _Added(token_id, token.special or text in control, *token[2:])).id != token_id:
             raise ModelError(
                 f"tokenizer_config.json: token {text!r} has id {token_id}, tokenizer.json gives it {found[text].id}"
             )
@@ -241,16 +274,16 @@ def _added_tokens(bpe: Bpe, config: Mapping[str, Any]) -> dict[str, _Added]:
     return found
 
 
-def _config_tokens(config: Mapping[str, Any]) -> list[tuple[str, int, bool, bool]]:
-    """(spelling, id, special, normalized) of the `added_tokens_decoder` of a tokenizer_config.json. What it does not
-    say is as in Hugging Face's: not special, and normalized unless special."""
+def _config_tokens(config: Mapping[str, Any]) -> list[tuple[int, AddedToken]]:
+    """The ids and tokens of the `added_tokens_decoder` of a tokenizer_config.json. What it does not say is as in
+    Hugging Face's: not special, normalized unless special, and nothing else."""
     table = config.get("added_tokens_decoder", {})
     if not isinstance(table, Mapping) or len(table) > MAX_ADDED or not all(starmap(_is_token, table.items())):
         raise ModelError('tokenizer_config.json: added_tokens_decoder is not a table of {"id": {"content": text}}')
     return [
-        (entry["content"], int(key), special, bool(entry.get("normalized", not special)))
+        (int(key), AddedToken(entry["content"], special, bool(entry.get("normalized", not special)), *others))
         for key, entry in table.items()
-        for special in [bool(entry.get("special", False))]
+        for special, *others in [[bool(entry.get(flag)) for flag in ("special", "single_word", "lstrip", "rstrip")]]
     ]
 
 
@@ -260,20 +293,26 @@ def _is_token(key: object, entry: object) -> bool:
     return number and isinstance(text, str) and 0 < len(text) <= MAX_ADDED_SPELLING and not _SURROGATE.search(text)
 
 
-def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Finds added tokens, the longest where several begin at the same place; an empty table matches nothing."""
+def _pattern(tokens: Iterable[str], one: Callable[[str], str] = re.escape) -> re.Pattern[str]:
+    """Finds added tokens, the longest where several begin at the same place; an empty table matches nothing. `one` is
+    the pattern of one token."""
     longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    return re.compile("|".join(map(one, longest_first)) or "(?!)")
 
 
-def _split(text: str, tokens: re.Pattern[str], ids: Mapping[str, int], encode: Callable[[str], list[int]]) -> list[int]:
-    """Ids of the tokens found in `text`, and of what is between them as `encode` has it."""
+def _split(
+    text: str, spelled: Iterable[re.Match[str]], tokens: Mapping[str, _Added], encode: Callable[[str], list[int]]
+) -> list[int]:
+    """Ids of the tokens that are spelled in `text`, and of what is between them as `encode` has it."""
     found: list[int] = []
     start = 0
-    for match in tokens.finditer(text):
-        found += encode(text[start : match.start()])
-        found.append(ids[match[0]])
-        start = match.end()
+    for match in spelled:
+        token = tokens[text[match.start() : match.end()]]
+        if (place := token.place(text, match, start)) is not None:
+            begin, end = place
+            found += encode(text[start:begin])
+            found.append(token.id)
+            start = end
     return found + encode(text[start:])
 
 
@@ -293,6 +332,10 @@ class _Hidden:
         self._first = {edge: chr(_HIDDEN + n) for n, edge in enumerate(characters)}
         self._show = {_HIDDEN + n: edge for n, edge in enumerate(characters)}
         self._bare = _pattern(bare) if bare else None
+
+    def pattern(self, word: str) -> str:
+        """What finds a token that is a word, hidden or not."""
+        return "".join(f"[{re.escape(c)}{self._first[c]}]" if c in self._first else re.escape(c) for c in word)
 
     def hidden(self, text: str) -> str:
         if self._bare is not None:
