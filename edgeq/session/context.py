@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ class Context:
     ) -> None:  # fmt: skip
         self.engine = engine
         self._sight, self._speculation, self._prefixes = sight, speculation, prefixes
-        self._ids = list[int]()  # what was run from an empty state on, and perhaps more that was not finished
+        self._ids = array("i")  # for `prefixes`: what was run from an empty state on, perhaps more than was finished
         self._places: Sequence[Place] = ()
         if state is None:
             state = engine.state(draft=speculation is not None and speculation.with_head)
@@ -64,7 +65,7 @@ class Context:
         tokens are run a chunk at a time, so that an interruption loses one chunk at most.
         """
         tokens = self.engine.checked_ids(ids, self.state)
-        self._ids[self.state.length :], self._places = tokens.tolist(), places
+        self._note(tokens, places)
         if self._speculation is not None:
             self._speculation.observe(self.state.length, tokens)
         total, start, logits = len(tokens), self.state.length, list[Float32]()
@@ -81,6 +82,11 @@ class Context:
         if self._on_prefill and len(pieces) > 1:
             self._on_prefill(total, total)
         return logits[0] if len(logits) == 1 else np.concatenate(logits or [output.logits])
+
+    def _note(self, tokens: Ids, places: Sequence[Place]) -> None:
+        """Take down what is about to be run, where prefixes of it are kept."""
+        if self._prefixes is not None:
+            self._ids[self.position :], self._places = array("i", tokens.tobytes()), places
 
     def _look(self, places: Sequence[Place]) -> dict[Place, Any]:
         """The features of some places."""
@@ -112,7 +118,7 @@ class Context:
         if found is None:
             empty = self.engine.state(draft=self.state.draft is not None)
             found = Prefix(tokens[:0], (), empty)
-        self.state, self._ids = found.state, found.ids.tolist()
+        self.state, self._ids = found.state, array("i", found.ids.tobytes())
         if self._speculation is not None:
             self._speculation.observe(0, found.ids)
         return found
@@ -156,7 +162,7 @@ class Context:
         if self._speculation is None or len(ids) > 1 or not self.position:
             logits: Float32 = self.feed(ids, places=places)[-1]
             return logits
-        self._ids[self.position :] = ids
+        self._note(np.array(ids, np.int32), self._places)
         logits, self.state = self._speculation.advance(self.state, ids[0], decoding.remaining, decoding.tally)
         return logits
 
