@@ -179,7 +179,7 @@ def test_pictures(name: str, shown: Path) -> None:
 
 
 # Sees a picture of 1,024 tokens and runs a prompt with it; prints the peak.
-SEE = """
+FORWARD = """
 import sys
 import numpy as np
 from edgeq.api import load
@@ -196,7 +196,7 @@ print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if 
 @pytest.mark.parametrize(("name", "budget"), [("q4_0.8b", 0.75), ("q4_2b", 1.45), ("q4_4b", 2.9)])
 def test_real_shapes_that_see(name: str, budget: float) -> None:
     """The tower's pages are let go before the prompt: a picture of 1,024 tokens takes little more than its text."""
-    done = run_python(SEE, str(reference(name)), timeout=1200)
+    done = run_python(FORWARD, str(reference(name)), timeout=1200)
     assert done.returncode == 0, done.stderr[-2000:]
     peak = int(done.stdout)
     assert peak <= budget * 1e9, f"{peak / MB:.0f} MB"
