@@ -90,7 +90,7 @@ def _beside(path: Path) -> list[Path]:
         return sum(1 for _ in alike)
 
     folders = [path.parent, *(top for top in path.parents if top.parent.name == "snapshots")]
-    files = {file for folder in folders for file in folder.glob("*.gguf") if file != path}
+    files = {file for folder in folders for file in folder.glob("*.[gG][gG][uU][fF]") if file != path}
     towers = [file for file in files if "mmproj" in file.name.lower() or gguf_kind(peek(file)) == "mmproj"]
     return sorted(towers, key=lambda other: (-shared(other), other.name))
 

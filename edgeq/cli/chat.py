@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from edgeq.cli.answers import warn_of_a_cut
 from edgeq.cli.boxes import check_drawing
@@ -27,6 +27,10 @@ from edgeq.cli.pictures import announce, by_kind, check_one, draw_boxes_of
 from edgeq.cli.reply import check_forms, hear, print_json, show_reply
 from edgeq.cli.tools import follow, show_calls
 from edgeq.session.reply import Reply
+
+if TYPE_CHECKING:
+    from edgeq.cli.tools import ToolRunner
+    from edgeq.session.chat import Chat
 
 __all__ = ["chat"]
 
@@ -104,21 +108,31 @@ def chat(
             reply = talk.send(text, assistant_prefix=prefix, **by_kind(opened))
         else:
             reply = talk.answer(assistant_prefix=prefix)
-        thinking = not display.hide_thinking
-
-        def show(reply: Reply) -> bool:
-            if as_json:
-                return hear(reply, stream=stream, thinking=thinking)
-            return show_reply(reply, loaded.engine.ops, display, before=reply.prefix)
-
-        reply, whole = follow(talk, reply, show, runner)
-        if as_json:
-            ran = {"tool_runs": runner.runs} if runner else {}
-            print_json(reply, loaded.tokenizer, stream=stream, thinking=thinking, **ran)
-        else:
-            show_calls(reply)
+        reply, whole = _shown(talk, reply, display, runner, as_json=as_json, stream=stream)
         warn_of_a_cut(reply, options)
         if not whole:
             raise KeyboardInterrupt
         if draw_boxes is not None:
             draw_boxes_of(reply.text, images[0], draw_boxes)
+
+
+def _shown(
+    talk: Chat, reply: Reply, display: ChatDisplayOptions, runner: ToolRunner | None, *, as_json: bool, stream: bool
+) -> tuple[Reply, bool]:
+    """Show a single reply, and those after the tools that it calls; the last of them, and whether it was not
+    interrupted.
+    """
+    model, thinking = talk.model, not display.hide_thinking
+
+    def show(reply: Reply) -> bool:
+        if as_json:
+            return hear(reply, stream=stream, thinking=thinking)
+        return show_reply(reply, model.engine.ops, display, before=reply.prefix)
+
+    reply, whole = follow(talk, reply, show, runner)
+    if as_json:
+        ran = {"tool_runs": runner.runs} if runner else {}
+        print_json(reply, model.language.tokenizer, stream=stream, thinking=thinking, **ran)
+    else:
+        show_calls(reply)
+    return reply, whole

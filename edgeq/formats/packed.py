@@ -264,43 +264,11 @@ class AWQ(Grouped):
         return fields(words, 4, row // 8 * 8 + _AWQ_FIELD[row % 8])
 
 
-@dataclass(frozen=True)
-class AWQRows(Grouped):
-    """AWQ's "gemv" layout. codes: uint32 [out, in / 8]; packed_zeros: uint32 [out, at least groups / 8]; stored_scales:
-    [out, at least groups]. 4 bits."""
+class _ByRows(Grouped):
+    """Codes and scales that lie row after row, as the matrix does."""
 
-    as_stored = True
-    codes: Codes
-    packed_zeros: Codes
+    codes: Array
     stored_scales: Array
-    groups: Indices
-    bits: int = 4
-
-    @property
-    def shape(self) -> tuple[int, int]:  # type: ignore[override]
-        return len(self.codes), len(self.groups)
-
-    def words(self, rows: slice | Array) -> Codes:
-        return self.codes[rows]
-
-    def scales(self, rows: slice | Array) -> Array:
-        return self.stored_scales[rows, : self.groups[-1] + 1]
-
-    def zeros(self, rows: slice | Array) -> Zeros:
-        return fields(self.packed_zeros[rows], 4, np.arange(self.groups[-1] + 1))
-
-
-@dataclass(frozen=True)
-class CompressedTensors(Grouped):
-    """What is called "pack-quantized". codes: uint32 [out, in * bits / 32]; stored_zeros: uint32 [out * bits / 32,
-    groups] packed, or int8 [out, groups], or None for symmetric ones; stored_scales: [out, groups]."""
-
-    as_stored = True
-    codes: Codes
-    stored_zeros: Array | None
-    stored_scales: Array
-    bits: int
-    groups: Indices
 
     @property
     def shape(self) -> tuple[int, int]:  # type: ignore[override]
@@ -311,6 +279,38 @@ class CompressedTensors(Grouped):
 
     def scales(self, rows: slice | Array) -> Array:
         return self.stored_scales[rows]
+
+
+@dataclass(frozen=True)
+class AWQRows(_ByRows):
+    """AWQ's "gemv" layout. codes: uint32 [out, in / 8]; packed_zeros: uint32 [out, at least groups / 8]; stored_scales:
+    [out, at least groups]. 4 bits."""
+
+    as_stored = True
+    codes: Codes
+    packed_zeros: Codes
+    stored_scales: Array
+    groups: Indices
+    bits: int = 4
+
+    def scales(self, rows: slice | Array) -> Array:
+        return self.stored_scales[rows, : self.groups[-1] + 1]
+
+    def zeros(self, rows: slice | Array) -> Zeros:
+        return fields(self.packed_zeros[rows], 4, np.arange(self.groups[-1] + 1))
+
+
+@dataclass(frozen=True)
+class CompressedTensors(_ByRows):
+    """What is called "pack-quantized". codes: uint32 [out, in * bits / 32]; stored_zeros: uint32 [out * bits / 32,
+    groups] packed, or int8 [out, groups], or None for symmetric ones; stored_scales: [out, groups]."""
+
+    as_stored = True
+    codes: Codes
+    stored_zeros: Array | None
+    stored_scales: Array
+    bits: int
+    groups: Indices
 
     def zeros(self, rows: slice | Array) -> Zeros:
         middle = 1 << (self.bits - 1)
@@ -322,25 +322,18 @@ class CompressedTensors(Grouped):
 
 
 @dataclass(frozen=True)
-class Int8(Grouped):
-    """What compressed-tensors calls "int-quantized". values: int8 [out, in]; offsets: int8 [out, groups], or None;
+class Int8(_ByRows):
+    """What compressed-tensors calls "int-quantized". codes: int8 [out, in]; offsets: int8 [out, groups], or None;
     stored_scales: [out, groups]."""
 
-    values: NDArray[np.int8]
+    codes: NDArray[np.int8]
     offsets: NDArray[np.int8] | None
     stored_scales: Array
     groups: Indices
     bits: int = 8
 
-    @property
-    def shape(self) -> tuple[int, int]:  # type: ignore[override]
-        return len(self.values), len(self.groups)
-
     def words(self, rows: slice | Array) -> Codes:
-        return np.ascontiguousarray(self.values[rows].view(np.uint8) ^ np.uint8(128)).view(np.uint32)
-
-    def scales(self, rows: slice | Array) -> Array:
-        return self.stored_scales[rows]
+        return np.ascontiguousarray(self.codes[rows].view(np.uint8) ^ np.uint8(128)).view(np.uint32)
 
     def zeros(self, rows: slice | Array) -> Zeros:
         if self.offsets is None:
