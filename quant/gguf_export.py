@@ -38,6 +38,7 @@ from edgeq.formats.ggml import TYPES, GGMLType
 from edgeq.formats.mapped import reading_on
 from edgeq.inputs import check_output
 from edgeq.printable import printable
+from edgeq.quant.kquants import KQUANTS, encode
 from edgeq.quant.target import FileTarget, files_of
 from edgeq.session.language import Language
 from edgeq.text.template_files import DEFAULT
@@ -54,10 +55,18 @@ EXPORT_TYPES: Mapping[str, LlamaFileType] = {
     "q5_0": LlamaFileType.MOSTLY_Q5_0,
     "q4_1": LlamaFileType.MOSTLY_Q4_1,
     "q4_0": LlamaFileType.MOSTLY_Q4_0,
+    "q6_k": LlamaFileType.MOSTLY_Q6_K,
+    "q5_k_m": LlamaFileType.MOSTLY_Q5_K_M,
+    "q4_k_m": LlamaFileType.MOSTLY_Q4_K_M,
 }
 """What `export_gguf` can write, and what a file says it is mostly made of."""
 
 _BY_NAME = {t.name: t for t in TYPES.values()}
+_MIXES = {"q4_k_m": ("Q4_K", "Q5_K"), "q5_k_m": ("Q5_K", "Q6_K"), "q6_k": ("Q6_K", "Q6_K")}
+"""K-quants: the type of most matrices, and that of those that matter more than others (`_LIFTED`)."""
+_LIFTED = re.compile(r"\.(out_proj|v_proj|down_proj)\.weight$")
+_INSTEAD = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+"""What rows that are no multiple of 256 are stored as, as llama.cpp's own tool does."""
 _ALIGNMENT = 32
 _TINY = 1e-30  # no type but F32 and BF16 can tell less from 0, and the reciprocal of a scale would overflow
 _DROP_EVERY = 1 << 25  # weights after which the source's pages are let go
@@ -112,8 +121,9 @@ def export_gguf(
     """Write the language model and, if `mtp`, its MTP head, with tokenizer and chat template.
 
     `kind` is one of EXPORT_TYPES and holds for the matrices; vectors are float32. With fewer than 8 bits, the
-    embedding (which is also the head) and DeltaNet's small a and b projections stay at Q8_0. A matrix whose rows are
-    no multiple of the type's block becomes F16; such exceptions are in the report's notes.
+    embedding (which is also the head) and DeltaNet's small a and b projections stay at Q8_0; in the mixtures of
+    K-quants the embedding is Q6_K. A matrix whose rows are no multiple of the type's block becomes another that fits
+    them; such exceptions are in the report's notes.
     """
     check_output(out)
     c = checkpoint.config.text
@@ -124,7 +134,7 @@ def export_gguf(
     tensors, notes = [], []
     for spec in specs:
         wanted = _wanted_type(spec, kind)
-        stored = wanted if file_shape(spec)[-1] % wanted.block == 0 else _BY_NAME["F16"]
+        stored = _fitting(wanted, file_shape(spec)[-1])
         (name,) = file_names(spec.name, len(c.layer_types))
         if stored != wanted:
             notes.append(f"{name} is {stored.name}: rows of {spec.shape[-1]} do not fit {wanted.name}")
@@ -172,9 +182,21 @@ def export_mmproj(
 def _wanted_type(spec: TensorSpec, kind: str) -> GGMLType:
     if spec.role not in _MATRICES:
         return _BY_NAME["F32"]
+    if kind in _MIXES:
+        most, lifted = _MIXES[kind]
+        if spec.role is not Role.LINEAR:
+            return _BY_NAME["Q8_0" if spec.role is Role.GATE else "Q6_K"]
+        return _BY_NAME[lifted if _LIFTED.search(spec.name) else most]
     if kind.startswith(("q4", "q5")) and spec.role in (Role.EMBEDDING, Role.GATE):
         return _BY_NAME["Q8_0"]
     return _BY_NAME[kind.upper()]
+
+
+def _fitting(wanted: GGMLType, width: int) -> GGMLType:
+    """The type that rows of `width` weights are stored as."""
+    if width % wanted.block == 0:
+        return wanted
+    return _fitting(_BY_NAME[_INSTEAD.get(wanted.name, "F16")], width)
 
 
 def _vision_type(spec: TensorSpec, kind: str) -> GGMLType:
@@ -274,6 +296,8 @@ def _encode(x: Float32, tensor: _Tensor) -> Array:
     if tensor.type.name in ("F32", "BF16"):
         return from_float32(x) if tensor.type.name == "BF16" else np.ascontiguousarray(x)
     x = np.ascontiguousarray(np.where(np.abs(x) < _TINY, np.float32(0), x))
+    if tensor.type.name in KQUANTS:
+        return encode(x, tensor.type)
     return np.asarray(quants.quantize(x, GGMLQuantizationType[tensor.type.name]))
 
 
