@@ -168,6 +168,20 @@ class Ops(ABC, Generic[A, M]):
         """A cache that holds `keys` and `values`, each [length, Hkv, D]; length may be 0."""
 
     @abstractmethod
+    def stored_cache(
+        self, blocks: Sequence[Array], length: int, heads: int, dim: int, base: KVCache[A] | None = None
+    ) -> KVCache[A]:
+        """The cache of `length` tokens whose `KVCache.block`s these are, bit for bit; of one of the same `kv_dtype`.
+
+        base: has the first blocks, whole ones, in place of which `blocks` has none. Blocks that lie in a mapped file
+        are used where they are, if the backend can.
+        """
+
+    @abstractmethod
+    def block_like(self, heads: int, dim: int) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """Shape and dtype of a block of such a cache."""
+
+    @abstractmethod
     def concat(self, xs: Sequence[A], axis: int = 0) -> A:
         """Join along an axis."""
 

@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 
 A = TypeVar("A")
 
-__all__ = ["DeltaState", "DraftState", "KVCache", "LayerState", "Rows", "State", "held_nbytes", "joined"]
+__all__ = ["BLOCK", "DeltaState", "DraftState", "KVCache", "LayerState", "Rows", "State", "held_nbytes", "joined"]
+
+BLOCK = 256
+"""Tokens whose keys and values are stored together."""
 
 
 class DeltaState(NamedTuple, Generic[A]):
@@ -50,6 +53,20 @@ class KVCache(ABC, Generic[A]):
     @abstractmethod
     def arrays(self) -> tuple[A, A]:
         """Keys and values, each [length, KV heads, head dim]."""
+
+    @abstractmethod
+    def block(self, i: int) -> NDArray[Any]:
+        """The keys and values of tokens `BLOCK * i` and up to `BLOCK - 1` more, exactly as they are held: an array of
+        the same shape for every block, zero behind the last token. `Ops.stored_cache` makes a cache of them again."""
+
+    @abstractmethod
+    def mark(self, i: int) -> object:
+        """What stands for block `i`: the same object is the same content, as far as both have tokens there."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that hold its tokens."""
+        return -(-self.length // BLOCK)
 
     @abstractmethod
     def memory(self) -> Iterator[tuple[int, int]]:

@@ -194,10 +194,23 @@ void bind_pages(nb::module_& m) {
             [](Page* self, const char* dtype, Index heads, Index dim) { new (self) Page(kv_type(dtype), heads, dim); },
             "dtype"_a, "heads"_a, "dim"_a)
         .def(
-            "copy", [](const Page& page) { return new Page(page); }, "Another page of the same content.")
+            "__init__",
+            [](Page* self, const char* dtype, Index heads, Index dim, Bytes memory) {
+                new (self) Page(kv_type(dtype), heads, dim, std::move(memory));
+            },
+            "dtype"_a, "heads"_a, "dim"_a, "memory"_a)
+        .def("copy", &Page::copy, "tokens"_a = kv_page,
+             "A page of its own with the first tokens of this one, and zeros.")
+        .def_prop_ro(
+            "data",
+            [](nb::handle_t<Page> self) {
+                const Page& page = nb::cast<const Page&>(self);
+                return nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>(page.data(), {size_t(page.size)}, self);
+            },
+            "Its bytes, not to be written to.")
         .def("read", &read_page_, "keys"_a.noconvert(), "values"_a.noconvert(),
              "The first tokens' keys and values, each float32 [tokens, heads, dim].")
-        .def_ro("nbytes", &Page::nbytes)
+        .def_ro("nbytes", &Page::nbytes, "Bytes of its own memory.")
         .def_rw("written", &Page::written, "Tokens that are in use by somebody.");
     m.def("append", &append_, "k"_a.noconvert(), "v"_a.noconvert(), "past"_a, "pages"_a,
           "Write keys and values float32 [T, heads, dim] to the pages of a sequence, after `past` tokens.");

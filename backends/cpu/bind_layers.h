@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -108,25 +109,53 @@ inline KvType kv_type(const char* name) {
     throw nb::value_error("dtype: expected f16, bf16, f32, int8 or int4");
 }
 
-// Room for kv_page tokens of a layer. How many of them are in use by somebody is Python's to say.
+// Somebody else's bytes, of a mapped file for example.
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// Room for kv_page tokens of a layer, or such a page in memory of somebody else's, which is only read. How many tokens
+// are in use by somebody is Python's to say.
 class Page {
 public:
     const KvType type;
-    const Index heads, D, nbytes;
+    const Index heads, D, size, nbytes;  // bytes, and those of its own memory
     Index written = 0;
     static inline std::atomic<size_t> held_nbytes{0};  // by all pages
 
     Page(KvType type, Index heads, Index D)
-        : type(type), heads(checked(heads)), D(checked(D)), nbytes(kv_page_nbytes(type, heads, D)), memory_(nbytes) {
+        : type(type), heads(checked(heads)), D(checked(D)), size(kv_page_nbytes(type, heads, D)), nbytes(size) {
+        owned_.emplace(nbytes);
+        data_ = reinterpret_cast<uint8_t*>(owned_->block.data);
         held_nbytes += nbytes;
     }
+    Page(KvType type, Index heads, Index D, Bytes memory)
+        : type(type), heads(checked(heads)), D(checked(D)), size(kv_page_nbytes(type, heads, D)), nbytes(0),
+          others_(std::move(memory)), data_(const_cast<uint8_t*>(others_.data())) {
+        require(Index(others_.shape(0)) == size, "memory", "the bytes of a page", others_.shape(0));
+        written = kv_page;
+    }
     ~Page() { held_nbytes -= nbytes; }
-    Page(const Page& other) : Page(other.type, other.heads, other.D) { std::memcpy(data(), other.data(), nbytes); }
+    Page(const Page&) = delete;
 
-    uint8_t* data() const { return reinterpret_cast<uint8_t*>(memory_.block.data); }
+    // Of the first tokens; the rest is zero.
+    Page* copy(Index tokens) const {
+        require(0 <= tokens && tokens <= kv_page, "tokens", "at most a page's", tokens);
+        auto page = std::make_unique<Page>(type, heads, D);
+        if (tokens == kv_page) {
+            std::memcpy(page->data_, data_, size);
+        } else {
+            std::memset(page->data_, 0, size);
+            copy_tokens(data_, page->data_, type, heads, D, tokens);
+        }
+        return page.release();
+    }
+
+    uint8_t* data() const { return data_; }
+    bool writable() const { return owned_.has_value(); }
 
 private:
-    Owned memory_;
+    std::optional<Owned> owned_;
+    Bytes others_;
+    uint8_t* data_;
 
     static Index checked(Index n) {
         require(0 < n && n < 1 << 20, "heads, dim", "1 to a million", n);
@@ -145,6 +174,8 @@ inline KvSequence kv_sequence(Index tokens, Index past, const nb::tuple& pages, 
         if (s.pages.empty()) type = page->type;
         require(page->type == type && page->heads == heads && page->D == D, "pages",
                 "one type, the heads and the width");
+        require(page->writable() || Index(s.pages.size() + 1) * kv_page <= past, "pages",
+                "memory of their own where tokens are written");
         s.pages.push_back(page->data());
     }
     require(Index(s.pages.size()) * kv_page >= past + tokens, "pages", "room for all tokens");

@@ -20,7 +20,8 @@ class NativeKV(KVCache[Array]):
     """The KV cache of one layer and sequence, as a value. `dtype` is "f16", "bf16", "f32", "int8" or "int4".
 
     Caches that grew out of each other share pages. Room is made behind the last token that any of them wrote; where
-    another cache has been there first (the state was branched or rolled back), only the last page is copied.
+    another cache has been there first (the state was branched or rolled back), only the last page is copied. So is one
+    in a mapped file, of which nothing can be written.
     """
 
     __slots__ = ("dim", "dtype", "heads", "length", "pages")
@@ -41,7 +42,7 @@ class NativeKV(KVCache[Array]):
             return self._with(self.pages, end)
         pages = list(self.pages)
         if offset and tokens and pages[-1].written > offset:
-            pages[-1] = pages[-1].copy()
+            pages[-1] = pages[-1].copy(offset)
         while len(pages) * PAGE < end:
             pages.append(_native.Page(self.dtype, self.heads, self.dim))
         for i in range(whole, len(pages)):
@@ -66,6 +67,13 @@ class NativeKV(KVCache[Array]):
             page, end = self.pages[whole], min(PAGE, later.length - whole * PAGE)
             if later.pages[whole] is page and page.written == end:  # else another has written there
                 page.written = offset
+
+    def block(self, i: int) -> Array:
+        used, page = min(PAGE, self.length - i * PAGE), self.pages[i]
+        return np.asarray(page.data if used == PAGE else page.copy(used).data)
+
+    def mark(self, i: int) -> object:
+        return self.pages[i]
 
     def arrays(self) -> tuple[Array, Array]:
         keys = np.empty((self.length, self.heads, self.dim), np.float32)

@@ -20,6 +20,7 @@ from edgeq.backends.ops import Angles
 from edgeq.config import RopeConfig, TextConfig, VisionConfig
 from edgeq.errors import UsageError
 from edgeq.formats.bf16 import Array, Float32
+from edgeq.formats.mapped import is_mapped
 from edgeq.formats.qmatrix import TwoLevel, UpperHalves
 from edgeq.model import rotary
 from edgeq.model.layers import kept_caches
@@ -157,6 +158,19 @@ class CpuOps(ArrayOps[_native.Matrix]):
 
     def kv_cache(self, keys: Float32, values: Float32) -> NativeKV:
         return NativeKV(keys.shape[1], keys.shape[2], self.kv_dtype).appended(keys, values)
+
+    def stored_cache(
+        self, blocks: Sequence[Array], length: int, heads: int, dim: int, base: KVCache[Array] | None = None
+    ) -> NativeKV:
+        pages = list(base.pages[: -(-length // PAGE) - len(blocks)]) if isinstance(base, NativeKV) else []
+        for block in blocks:
+            page = _native.Page(self.kv_dtype, heads, dim, block)
+            pages.append(page if is_mapped(block) else page.copy())
+            pages[-1].written = PAGE if is_mapped(block) else min(PAGE, length - (len(pages) - 1) * PAGE)
+        return NativeKV(heads, dim, self.kv_dtype, tuple(pages), length)
+
+    def block_like(self, heads: int, dim: int) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        return _native.Page(self.kv_dtype, heads, dim).data.shape, np.dtype(np.uint8)
 
     # --- matrices ----------------------------------------------------------------------------------------------------
 

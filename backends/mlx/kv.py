@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from weakref import WeakSet
 
 import mlx.core as mx
+import numpy as np
 
-from edgeq.state import KVCache
+from edgeq.formats.bf16 import Array
+from edgeq.state import BLOCK, KVCache
 
 __all__ = ["Buffer", "BufferedKV", "StepKV", "capacity_for"]
 
@@ -32,6 +34,8 @@ class Buffer:
     def __init__(self, keys: mx.array, values: mx.array) -> None:
         self.keys, self.values = keys, values
         self.caches: WeakSet[BufferedKV] = WeakSet()  # those that live in it
+        self.marks = list[object]()  # of the blocks that have been written to
+        self.written = 0  # tokens, by the longest that ever lived in it
 
     @property
     def capacity(self) -> int:
@@ -40,7 +44,16 @@ class Buffer:
     def copy(self, length: int, capacity: int) -> Buffer:
         """A buffer of its own with the first `length` tokens of this one."""
         spare = [(0, 0), (0, capacity - length), (0, 0)]
-        return Buffer(mx.pad(self.keys[:, :length], spare), mx.pad(self.values[:, :length], spare))
+        other = Buffer(mx.pad(self.keys[:, :length], spare), mx.pad(self.values[:, :length], spare))
+        other.marks, other.written = self.marks[: length // BLOCK], length
+        return other
+
+    def write(self, start: int, end: int) -> None:
+        """Tokens from `start` to `end` are about to be written: blocks of which something is written over, and those
+        that are new, are marked anew."""
+        del self.marks[start // BLOCK if start < self.written else -(-start // BLOCK) :]
+        self.marks += (object() for _ in range(-(-end // BLOCK) - len(self.marks)))
+        self.written = end
 
 
 class BufferedKV(KVCache[mx.array]):
@@ -60,6 +73,7 @@ class BufferedKV(KVCache[mx.array]):
         end, buffer = self.length + tokens, self.buffer
         if buffer.capacity < end or any(cache.length > self.length for cache in buffer.caches):
             buffer = buffer.copy(self.length, capacity_for(end))
+        buffer.write(self.length, end)
         return BufferedKV(buffer, end)
 
     def appended(self, keys: mx.array, values: mx.array) -> BufferedKV:
@@ -71,6 +85,16 @@ class BufferedKV(KVCache[mx.array]):
 
     def truncated(self, length: int) -> BufferedKV:
         return self if length == self.length else BufferedKV(self.buffer, length)
+
+    def block(self, i: int) -> Array:
+        """[2, Hkv, BLOCK, D], bfloat16 as uint16."""
+        rows = slice(i * BLOCK, min(self.length, (i + 1) * BLOCK))
+        used = mx.stack([self.buffer.keys[:, rows], self.buffer.values[:, rows]])
+        whole = mx.pad(used, [(0, 0), (0, 0), (0, BLOCK - used.shape[2]), (0, 0)])
+        return np.array(whole.view(mx.uint16) if whole.dtype == mx.bfloat16 else whole)
+
+    def mark(self, i: int) -> object:
+        return self.buffer.marks[i]
 
     def arrays(self) -> tuple[mx.array, mx.array]:
         keys, values = (x[:, : self.length].swapaxes(0, 1) for x in (self.buffer.keys, self.buffer.values))
@@ -99,6 +123,12 @@ class StepKV(KVCache[mx.array]):
 
     def truncated(self, length: int) -> StepKV:  # noqa: ARG002
         raise AssertionError("only whole steps are rolled back")
+
+    def block(self, i: int) -> Array:  # noqa: ARG002
+        raise AssertionError("only whole steps are stored")
+
+    def mark(self, i: int) -> object:  # noqa: ARG002
+        raise AssertionError("only whole steps are stored")
 
     def arrays(self) -> tuple[mx.array, mx.array]:
         raise AssertionError("the length is not known while tracing")

@@ -31,7 +31,7 @@ from edgeq.errors import UsageError
 from edgeq.formats.affine import mlx_layout
 from edgeq.formats.bf16 import Array, Float32
 from edgeq.model import layers, rotary, vision
-from edgeq.state import DeltaState, KVCache, State
+from edgeq.state import BLOCK, DeltaState, KVCache, State
 from edgeq.weights import AttentionWeights, DeltaNetWeights, Matrix, MLPWeights, QMatrix, VisionBlockWeights
 
 __all__ = ["Dtype", "MlxOps", "MlxQMatrix"]
@@ -145,6 +145,32 @@ class MlxOps(BaseOps[mx.array, MlxMatrix]):
         cache = BufferedKV(buffer, 0).appended(mx.array(keys), mx.array(values))
         mx.eval(cache.buffer.keys, cache.buffer.values)
         return cache
+
+    def stored_cache(
+        self, blocks: Sequence[Array], length: int, heads: int, dim: int, base: KVCache[mx.array] | None = None
+    ) -> BufferedKV:
+        before = [base.buffer.keys, base.buffer.values] if isinstance(base, BufferedKV) else None
+        held, capacity = (-(-length // BLOCK) - len(blocks)) * BLOCK, capacity_for(length)
+        sides = list[mx.array]()
+        for i in range(2):
+            side = mx.zeros((heads, capacity, dim), self.dtype)
+            if before and held:
+                side[:, :held] = before[i][:, :held]
+            for n, block in enumerate(blocks):
+                start, stop = held + n * BLOCK, min(length, held + (n + 1) * BLOCK)
+                rows = mx.array(np.ascontiguousarray(block[i, :, : stop - start]))
+                side[:, start:stop] = rows.view(self.dtype) if rows.dtype == mx.uint16 else rows
+            mx.eval(side)
+            sides.append(side)
+        buffer = Buffer(*sides)
+        if isinstance(base, BufferedKV):
+            buffer.marks = base.buffer.marks[: held // BLOCK]
+        buffer.write(held, length)
+        return BufferedKV(buffer, length)
+
+    def block_like(self, heads: int, dim: int) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        kept = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}[self.kv_dtype]
+        return (2, heads, BLOCK, dim), np.dtype(kept)
 
     def concat(self, xs: Sequence[mx.array], axis: int = 0) -> mx.array:
         return xs[0] if len(xs) == 1 else mx.concatenate(list(xs), axis=axis)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar, Self
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Self
 from weakref import WeakSet
 
 import numpy as np
 
 from edgeq.backends.numpy.kv_types import KEPT
-from edgeq.formats.bf16 import Array, Float32
-from edgeq.state import KVCache
+from edgeq.formats.bf16 import Array, Float32, round_to, to_float32
+from edgeq.state import BLOCK, KVCache
 
 __all__ = ["PAGE", "Page", "PagedKV"]
 
-PAGE = 256  # tokens
+PAGE = BLOCK  # tokens
+STORED: dict[str, np.dtype[Any]] = {
+    "f16": np.dtype(np.float16), "bf16": np.dtype(np.uint16),
+    **dict.fromkeys(("f32", "int8", "int4"), np.dtype(np.float32)),
+}  # fmt: skip
+"""By the name of a cache's type: what holds all that it keeps."""
 
 
 class Page:
@@ -92,7 +97,27 @@ class PagedKV(KVCache[Array]):
             if later.pages[whole] is page and page.written == end:  # else another has written there
                 page.written = offset
 
-    def blocks(self) -> Iterator[tuple[Float32, Float32]]:
+    def block(self, i: int) -> Array:
+        """[2, Hkv, PAGE, D], in the type that has all that its type keeps."""
+        used, page = min(PAGE, self.length - i * PAGE), self.pages[i]
+        block = np.zeros((2, *page.keys.shape), np.float32)
+        block[0, :, :used], block[1, :, :used] = page.keys[:, :used], page.values[:, :used]
+        return round_to(block, STORED[self.dtype])
+
+    def mark(self, i: int) -> object:
+        return self.pages[i]
+
+    def of_blocks(self, blocks: Sequence[Array], length: int) -> Self:
+        """This cache's first pages, whole ones, and then the `block`s of another: `length` tokens."""
+        pages = list(self.pages[: -(-length // PAGE) - len(blocks)])
+        for block in blocks:
+            page = Page(self.heads, self.dim)
+            page.keys[:], page.values[:] = to_float32(block)
+            page.written = min(PAGE, length - len(pages) * PAGE)
+            pages.append(page)
+        return self._with(tuple(pages), length)
+
+    def parts(self) -> Iterator[tuple[Float32, Float32]]:
         """Keys and values page by page, each float32 [Hkv, tokens, D]."""
         for i, page in enumerate(self.pages):
             used = min(PAGE, self.length - i * PAGE)
@@ -100,7 +125,7 @@ class PagedKV(KVCache[Array]):
 
     def arrays(self) -> tuple[Array, Array]:
         empty = np.zeros((self.heads, 0, self.dim), np.float32)
-        blocks = [(empty, empty), *self.blocks()]
+        blocks = [(empty, empty), *self.parts()]
         keys, values = (np.concatenate(side, axis=1).swapaxes(0, 1) for side in zip(*blocks, strict=True))
         return keys, values
 

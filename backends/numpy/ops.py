@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import finalize
 
 import numpy as np
 
 from edgeq.backends.base import BaseOps
 from edgeq.backends.numpy.delta import delta_chunk, delta_step
-from edgeq.backends.numpy.kv import Page, PagedKV
+from edgeq.backends.numpy.kv import PAGE, STORED, Page, PagedKV
 from edgeq.backends.numpy.kv_types import check_kv_dtype
 from edgeq.backends.ops import Angles
 from edgeq.config import RopeConfig, TextConfig, VisionConfig
@@ -127,6 +127,15 @@ class ArrayOps(BaseOps[Array, M]):
     def kv_cache(self, keys: Float32, values: Float32) -> KVCache[Array]:
         return PagedKV(keys.shape[1], keys.shape[2], self.kv_dtype).appended(keys, values)
 
+    def stored_cache(
+        self, blocks: Sequence[Array], length: int, heads: int, dim: int, base: KVCache[Array] | None = None
+    ) -> KVCache[Array]:
+        before = base if isinstance(base, PagedKV) else PagedKV(heads, dim, self.kv_dtype)
+        return before.of_blocks(blocks, length)
+
+    def block_like(self, heads: int, dim: int) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        return (2, heads, PAGE, dim), STORED[self.kv_dtype]
+
     def concat(self, xs: Sequence[Array], axis: int = 0) -> Array:
         return xs[0] if len(xs) == 1 else np.concatenate(xs, axis=axis)
 
@@ -188,7 +197,7 @@ class ArrayOps(BaseOps[Array, M]):
         start, longer = cache.length, cache.appended(k, v)
         T, heads, dim = q.shape
         groups = q.reshape(T, longer.heads, -1, dim).transpose(1, 2, 0, 3)  # [Hkv, Hq / Hkv, T, D]
-        blocks = list(longer.blocks())
+        blocks = list(longer.parts())
         scores = np.concatenate([groups @ keys[:, None].mT for keys, _ in blocks], axis=-1) * np.float32(dim**-0.5)
         visible = np.arange(longer.length) <= np.arange(start, longer.length)[:, None]  # [T, length]
         scores = np.where(visible, scores, np.float32(-np.inf))

@@ -350,4 +350,19 @@ void read_page(const uint8_t* page, KvType type, Index heads, Index D, Index tok
         }
 }
 
+void copy_tokens(const uint8_t* from, uint8_t* to, KvType type, Index heads, Index D, Index tokens) {
+    const Index size = kv_size(type), row = kv_row(type, kv_width(type, D)) * size, whole = tokens / kv_tile * kv_tile;
+    const auto copy = [&](Index at, Index nbytes) { std::memcpy(to + at, from + at, nbytes); };
+    for (Index head = 0; head < heads; head++) {
+        const Index keys = head * kv_page * row, values = (heads + head) * kv_page * row;
+        copy(keys, whole * row);
+        for (Index at = keys + whole * row; at < keys + (whole + kv_tile) * row && whole < tokens; at += kv_tile * size)
+            copy(at, (tokens - whole) * size);
+        copy(values, tokens * row);
+    }
+    const Index scale = type == KvType::int8 ? sizeof(float) : sizeof(uint16_t);
+    const Index all = kv_page_nbytes(type, heads, D);
+    for (Index at = kv_entries_nbytes(type, heads, D); at < all; at += kv_page * scale) copy(at, tokens * scale);
+}
+
 }  // namespace edgeq

@@ -278,4 +278,7 @@ void rope_angles(const int32_t* positions, Index axis_stride, Index stride, Inde
 // The first `tokens` tokens of a page as float32 keys and values, each [tokens, heads, D].
 void read_page(const uint8_t* page, KvType type, Index heads, Index D, Index tokens, float* keys, float* values);
 
+// Copy the first `tokens` tokens of a page into another.
+void copy_tokens(const uint8_t* from, uint8_t* to, KvType type, Index heads, Index D, Index tokens);
+
 }  // namespace edgeq
