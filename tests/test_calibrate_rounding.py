@@ -15,7 +15,6 @@ from edgeq.quant.calibrate.rounding import (
     EFFORTS,
     AffineGrid,
     Effort,
-    Rows,
     corrected,
     improve,
     round_rows,
@@ -53,11 +52,6 @@ def objective(error: Float32, h: Float32) -> Float32:
     e = error.astype(np.float64)
     each: Float32 = np.einsum("ij,ij->i", e @ h.astype(np.float64), e)
     return each
-
-
-def dequantized(rows: Rows, group_size: int) -> Float32:
-    s, b = (np.repeat(x, group_size, 1) for x in (rows.scales, rows.biases))
-    return np.asarray(rows.codes * s + b, np.float32)
 
 
 def gptq(w: Float32, h: Float32, scales: Float32, biases: Float32, group_size: int, levels: int) -> Array:
@@ -100,9 +94,9 @@ def test_every_step_lowers_the_error_of_the_output(
     gram = h.damped()
     grid = AffineGrid(spec, dtype, 5)
     rounded = round_rows(w, h.factor, grid)
-    errors = [objective(dequantized(rounded, group_size) - w, gram)]
+    errors = [objective(rounded.weights() - w, gram)]
     for sweeps in (1, 3):
-        errors.append(objective(dequantized(improve(w, gram, rounded, grid, sweeps), group_size) - w, gram))
+        errors.append(objective(improve(w, gram, rounded, grid, sweeps).weights() - w, gram))
         assert (errors[-1] <= errors[-2] * (1 + 1e-4)).all()  # sums in float32
     q = quantize_rows(w, bits, group_size, dtype)
     nearest = dequantize(QMatrix(q.codes, q.scales, q.biases, bits, group_size))

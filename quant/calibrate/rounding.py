@@ -44,6 +44,7 @@ __all__ = [
     "corrected",
     "improve",
     "round_rows",
+    "sample_rows",
     "solve_matrix",
 ]
 
@@ -81,10 +82,7 @@ class AffineMatrix(NamedTuple):
 
     def weights(self) -> Float32:
         """float32 [out, in]."""
-        groups = self.codes.reshape(*self.scales.shape, self.group_size).astype(np.float32)
-        groups *= to_float32(self.scales)[..., None]
-        groups += to_float32(self.biases)[..., None]
-        return groups.reshape(self.codes.shape)
+        return Rows(self.codes, to_float32(self.scales), to_float32(self.biases)).weights()
 
     def packed(self) -> tuple[Codes, Array, Array]:
         """Words, scales and biases as they are written."""
@@ -138,12 +136,25 @@ def corrected(w: Float32, h: Hessian, share: float) -> Float32:
     return change
 
 
+def sample_rows(w: Float32, rows: int) -> Float32:
+    """At most `rows` rows of `w`, evenly spread."""
+    chosen = np.linspace(0, len(w) - 1, min(rows, len(w))).astype(int)
+    return np.ascontiguousarray(w[chosen])
+
+
 class Rows(NamedTuple):
     """Some rows of a matrix: codes uint8 [rows, columns], scales and biases float32 [rows, groups], as stored."""
 
     codes: NDArray[np.uint8]
     scales: Float32
     biases: Float32
+
+    def weights(self) -> Float32:
+        """float32 [rows, columns]."""
+        groups = self.codes.reshape(*self.scales.shape, -1).astype(np.float32)
+        groups *= self.scales[..., None]
+        groups += self.biases[..., None]
+        return groups.reshape(self.codes.shape)
 
 
 # --- rounding column by column ---------------------------------------------------------------------------------------
@@ -174,7 +185,7 @@ def round_rows(w: Float32, factor: Float32, grid: Grid) -> Rows:
     for start in range(0, len(wt), grid.columns):
         columns = slice(start, start + grid.columns)
         repair = factor[: columns.stop, columns] / diagonal[columns]  # of column j's error by column k: V_jk / V_kk
-        wanted: Float32 = wt[columns] + repair[:start].T @ error[:start]
+        wanted: Float32 = np.asarray(wt[columns] + repair[:start].T @ error[:start], np.float32)
         scales, biases = grid.fit(wanted, importance[columns])
         fits.append((scales, biases))
         for j in range(grid.columns):
