@@ -152,19 +152,24 @@ def test_matrices_without_variety_are_met(value: float) -> None:
     np.testing.assert_allclose(round_to(solved.weights(), BF16), stored, rtol=0.01)
 
 
-def test_pieces_add_up_and_come_back() -> None:
+def test_pieces_add_up_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeq.quant.calibrate.hessian._STRIP", 12)
+    monkeypatch.setattr("edgeq.quant.calibrate.hessian._CORNER", 12)
     rng = np.random.default_rng(5)
     x, x_float = inputs(rng, 100, 32), inputs(rng, 100, 32)
     whole, pieces = hessian(x, x_float), Hessian(32)
     for part in np.split(np.arange(100), 4):
-        pieces.add(x[part], x_float[part])
+        pieces.add(x[part], x_float[part], threads=3)
     assert pieces.tokens == 100
     for one, other in zip(pieces.arrays().values(), whole.arrays().values(), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-2)
+    np.testing.assert_array_equal(pieces.gram, pieces.gram.T)
     again = Hessian.of(whole.arrays())
     np.testing.assert_array_equal(again.factor, whole.factor)
     assert again.tokens == 100
     np.testing.assert_allclose(whole.factor @ whole.factor.T, whole.damped(), rtol=1e-3, atol=1e-2)
+    b = rng.standard_normal((32, 5)).astype(np.float32)
+    np.testing.assert_allclose(whole.solve(b), np.linalg.solve(whole.damped().astype(float), b), rtol=2e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])

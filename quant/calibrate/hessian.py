@@ -8,20 +8,26 @@ weights are corrected for what the inputs have lost already (`rounding.corrected
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 
 from edgeq.errors import ModelError
 from edgeq.formats.bf16 import Array, Float32
 
-__all__ = ["Hessian"]
+__all__ = ["Hessian", "in_threads"]
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to the diagonal (GPTQ's `percdamp`)."""
 
-_STRIP = 1024  # columns of a product at a time, so that no sum depends on how BLAS cuts up a larger one
+_STRIP = 1024  # columns of a product that a thread computes at a time
+_CORNER = 256
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 class Hessian:
@@ -46,29 +52,40 @@ class Hessian:
         drift = {} if self.drift is None else {"drift": self.drift}
         return {"gram": self.gram, "tokens": np.array(self.tokens, np.int64), **drift}
 
-    def add(self, x: Float32, x_float: Float32 | None = None) -> None:
+    def add(self, x: Float32, x_float: Float32 | None = None, *, threads: int = 1) -> None:
         """Add tokens: x float32 [tokens, columns] of the model as it is so far, and of the float model.
 
         ModelError where they, or their squares, are not finite.
         """
-        self._add(self.gram, x, x)
-        if self.drift is not None and x_float is not None:
-            self._add(self.drift, x_float - x, x)
+        with np.errstate(over="ignore", invalid="ignore"):  # told below
+            self._add_gram(x, threads)
+            if self.drift is not None and x_float is not None:
+                self._add_drift(x_float - x, x, threads)
         self.tokens += len(x)
-        self.__dict__.pop("factor", None)
-        self.__dict__.pop("correction", None)
+        for name in ("factor", "corners"):
+            self.__dict__.pop(name, None)
         if not np.isfinite(np.diagonal(self.gram)).all() or (x_float is not None and not np.isfinite(x_float).all()):
             raise ModelError(
                 "activations that are NaN, infinite or beyond 1e19 on the calibration text",
                 hint="check the source with edgeq eval: it may be damaged",
             )
 
-    @staticmethod
-    def _add(total: Float32, left: Float32, right: Float32) -> None:
-        with np.errstate(over="ignore", invalid="ignore"):  # told by `add`
-            for start in range(0, len(total), _STRIP):
-                strip = slice(start, start + _STRIP)
-                total[strip] += left[:, strip].T @ right
+    def _add_gram(self, x: Float32, threads: int) -> None:
+        def add(start: int) -> None:
+            stop = start + _STRIP
+            strip = self.gram[start:stop]
+            strip[:, start:] += x[:, start:stop].T @ x[:, start:]
+            self.gram[stop:, start:stop] = strip[:, stop:].T
+
+        in_threads(add, range(0, self.columns, _STRIP), threads)
+
+    def _add_drift(self, difference: Float32, x: Float32, threads: int) -> None:
+        def add(start: int) -> None:
+            assert self.drift is not None
+            strip = slice(start, start + _STRIP)
+            self.drift[strip] += difference[:, strip].T @ x
+
+        in_threads(add, range(0, self.columns, _STRIP), threads)
 
     @property
     def damping(self) -> float:
@@ -96,10 +113,30 @@ class Hessian:
             raise ModelError("activations of which no Hessian can be made", hint="give a longer calibration text")
         return np.ascontiguousarray(lower[::-1, ::-1], np.float32)
 
+    def solve(self, b: Float32) -> Float32:
+        """x float32 [columns, k] for which the damped Hessian times x is b: V y = b backward, V^T x = y forward."""
+        v, x = self.factor, b.copy()
+        for i in reversed(range(len(self.corners))):
+            start, stop = i * _CORNER, (i + 1) * _CORNER
+            x[start:stop] = self.corners[i] @ (x[start:stop] - v[start:stop, stop:] @ x[stop:])
+        for i, corner in enumerate(self.corners):
+            start, stop = i * _CORNER, (i + 1) * _CORNER
+            x[start:stop] = corner.T @ (x[start:stop] - v[:start, start:stop].T @ x[:start])
+        return x
+
     @cached_property
-    def correction(self) -> Float32 | None:
-        """P, float32 [columns, columns], for which W + W P fits the float model's output best; None: nothing to
-        correct."""
-        if self.drift is None or not self.drift.any():
-            return None
-        return np.ascontiguousarray(np.linalg.solve(self.damped(), self.drift.T).T)
+    def corners(self) -> list[Float32]:
+        """Inverses of the factor's blocks on the diagonal."""
+        return [
+            np.linalg.inv(self.factor[i : i + _CORNER, i : i + _CORNER].astype(np.float64)).astype(np.float32)
+            for i in range(0, self.columns, _CORNER)
+        ]
+
+
+def in_threads(job: Callable[[A], B], items: Sequence[A], threads: int) -> list[B]:
+    """Results of `job` for every item. BLAS is meant to have one thread (`edgeq.shortage` sees to it), so that what
+    a job computes depends on the item alone."""
+    if threads == 1 or len(items) <= 1:
+        return [job(item) for item in items]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(job, items))

@@ -20,8 +20,7 @@ Arrays are [columns, rows] inside, so that one column of a block of rows is cont
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -31,7 +30,7 @@ from numpy.typing import NDArray
 from edgeq.errors import ModelError
 from edgeq.formats.affine import Codes, pack
 from edgeq.formats.bf16 import Array, Float32, round_to, to_float32
-from edgeq.quant.calibrate.hessian import Hessian
+from edgeq.quant.calibrate.hessian import Hessian, in_threads
 from edgeq.quant.recipe import QuantSpec
 
 __all__ = [
@@ -102,38 +101,28 @@ def solve_matrix(
     bfloat16. The result is the same for any number of `threads`. ModelError where weights are not finite."""
     if not np.isfinite(w).all() or np.abs(w).max(initial=0) > _LARGEST:
         raise ModelError(f"weights that are NaN or beyond {_LARGEST:g}", hint="download or copy the file again")
-    target = corrected(w, h, effort.share)
-    factor, gram = h.factor, h.damped()
-    grid = AffineGrid(spec, dtype, effort.starts)
+    gram, grid = h.damped(), AffineGrid(spec, dtype, effort.starts)
+    _ = h.factor, h.corners  # once, before the threads
 
-    def solve(start: int) -> Rows:
-        rows = round_rows(target[start : start + ROWS], factor, grid)
-        return improve(target[start : start + ROWS], gram, rows, grid, effort.sweeps)
+    def solve(start: int) -> tuple[Rows, float]:
+        block = w[start : start + ROWS]
+        target = corrected(block, h, effort.share)
+        rows = improve(target, gram, round_rows(target, h.factor, grid), grid, effort.sweeps)
+        error = rows.weights() - block
+        return rows, float(np.einsum("ij,ij->", error @ h.gram, error))
 
-    parts = _map(solve, range(0, len(w), ROWS), threads)
+    parts, errors = zip(*in_threads(solve, range(0, len(w), ROWS), threads), strict=True)
     codes, scales, biases = (np.concatenate(x) for x in zip(*parts, strict=True))
     solved = AffineMatrix(codes, round_to(scales, dtype), round_to(biases, dtype), spec.bits, spec.group_size, 0.0)
-    error = solved.weights()
-    error -= w
-    return solved._replace(error=float(np.einsum("ij,ij->", error @ h.gram, error) / max(h.tokens, 1)))
-
-
-def _map(job: Callable[[int], Any], items: range, threads: int) -> list[Any]:
-    if threads == 1 or len(items) == 1:
-        return [job(i) for i in items]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(job, items))
+    return solved._replace(error=sum(errors) / max(h.tokens, 1))
 
 
 def corrected(w: Float32, h: Hessian, share: float) -> Float32:
     """Weights float32 [out, in] whose product with the inputs as they are is nearer to that of `w` with the float
     model's: `w` plus `share` of the least-squares correction."""
-    if share == 0 or h.correction is None:
+    if share == 0 or h.drift is None or not h.drift.any():
         return w
-    change = w @ h.correction
-    change *= np.float32(share)
-    change += w
-    return change
+    return np.ascontiguousarray(w + np.float32(share) * h.solve((w @ h.drift).T).T)
 
 
 def sample_rows(w: Float32, rows: int) -> Float32:
