@@ -8,26 +8,22 @@ weights are corrected for what the inputs have lost already (`rounding.corrected
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 
 from edgeq.errors import ModelError
 from edgeq.formats.bf16 import Array, Float32
+from edgeq.quant.calibrate.blas import in_threads, one_blas_thread
 
-__all__ = ["Hessian", "in_threads"]
+__all__ = ["Hessian"]
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to the diagonal (GPTQ's `percdamp`)."""
 
 _STRIP = 1024  # columns of a product that a thread computes at a time
 _CORNER = 256
-
-A = TypeVar("A")
-B = TypeVar("B")
 
 
 class Hessian:
@@ -57,7 +53,7 @@ class Hessian:
 
         ModelError where they, or their squares, are not finite.
         """
-        with np.errstate(over="ignore", invalid="ignore"):  # told below
+        with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):  # told below
             self._add_gram(x, threads)
             if self.drift is not None and x_float is not None:
                 self._add_drift(x_float - x, x, threads)
@@ -131,12 +127,3 @@ class Hessian:
             np.linalg.inv(self.factor[i : i + _CORNER, i : i + _CORNER].astype(np.float64)).astype(np.float32)
             for i in range(0, self.columns, _CORNER)
         ]
-
-
-def in_threads(job: Callable[[A], B], items: Sequence[A], threads: int) -> list[B]:
-    """Results of `job` for every item. BLAS is meant to have one thread (`edgeq.shortage` sees to it), so that what
-    a job computes depends on the item alone."""
-    if threads == 1 or len(items) <= 1:
-        return [job(item) for item in items]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(job, items))

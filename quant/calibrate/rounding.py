@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 from edgeq.errors import ModelError
 from edgeq.formats.affine import Codes, pack
 from edgeq.formats.bf16 import Array, Float32, round_to, to_float32
-from edgeq.quant.calibrate.hessian import Hessian, in_threads
+from edgeq.quant.calibrate.blas import in_threads, one_blas_thread
+from edgeq.quant.calibrate.hessian import Hessian
 from edgeq.quant.recipe import QuantSpec
 
 __all__ = [
@@ -102,7 +103,6 @@ def solve_matrix(
     if not np.isfinite(w).all() or np.abs(w).max(initial=0) > _LARGEST:
         raise ModelError(f"weights that are NaN or beyond {_LARGEST:g}", hint="download or copy the file again")
     gram, grid = h.damped(), AffineGrid(spec, dtype, effort.starts)
-    _ = h.factor, h.corners  # once, before the threads
 
     def solve(start: int) -> tuple[Rows, float]:
         block = w[start : start + ROWS]
@@ -111,7 +111,9 @@ def solve_matrix(
         error = rows.weights() - block
         return rows, float(np.einsum("ij,ij->", error @ h.gram, error))
 
-    parts, errors = zip(*in_threads(solve, range(0, len(w), ROWS), threads), strict=True)
+    with one_blas_thread():
+        _ = h.factor, h.corners  # once, before the threads
+        parts, errors = zip(*in_threads(solve, range(0, len(w), ROWS), threads), strict=True)
     codes, scales, biases = (np.concatenate(x) for x in zip(*parts, strict=True))
     solved = AffineMatrix(codes, round_to(scales, dtype), round_to(biases, dtype), spec.bits, spec.group_size, 0.0)
     return solved._replace(error=sum(errors) / max(h.tokens, 1))
