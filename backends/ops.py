@@ -85,6 +85,13 @@ class Ops(ABC, Generic[A, M]):
     maps_files: ClassVar[bool] = True
     """Whether matrices are used where the file is mapped; else they are copied when they are loaded."""
 
+    few: ClassVar[int | None] = 1
+    """Most tokens of a sequence that may share a call and each have the bits of a call of its own; None where that is
+    not promised for any number."""
+    grain: ClassVar[int | None] = None
+    """A prompt may be cut after any multiple of so many tokens, counted from where its call began, without changing a
+    bit, if more than `few` are left; None where only multiples of the chunk will do."""
+
     @property
     def threads(self) -> int | None:
         """How many threads share its work; None where it has none of its own."""

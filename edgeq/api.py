@@ -26,6 +26,7 @@ from edgeq.hub import find_model
 from edgeq.printable import brief
 from edgeq.session.context import Context, Progress
 from edgeq.session.language import Language
+from edgeq.session.prefixes import PrefixStore
 from edgeq.session.prompt import Prompt
 from edgeq.session.reply import PlainText, Reply
 from edgeq.session.sight import Sight
@@ -87,6 +88,7 @@ class Model:
         self.engine = Engine(checkpoint, ops, context=context)
         self.checkpoint, self.ops, self.config = checkpoint, ops, checkpoint.config
         self.sight = Sight(self.engine)
+        self.prefixes = PrefixStore(self.engine, text=self.language.spelled)
         if tokenizer := self.language.tokenizer:
             self.engine.ledger.open("tokenizer tables", lambda: tokenizer.nbytes, mapped=True)
 
@@ -226,14 +228,18 @@ class Model:
             raise UsageError(f"ignore_eos cannot be combined with a {chosen.shape[0]}, which says where the text ends")
         context = Context(
             self.engine, sight=self.sight, speculation=self.language.speculation(self.engine, draft),
-            on_prefill=on_prefill, on_look=on_look,
+            prefixes=self.prefixes, messages=self.language.messages, on_prefill=on_prefill, on_look=on_look,
         )  # fmt: skip
         decoding = Decoding(
             ids, self.language.sampler(chosen), room=context.room, eos_ids=() if ignore_eos else self.eos_ids,
             constraint=self.language.constraint(chosen),
         )  # fmt: skip
-        tokens = context.tokens(decoding, places)
-        return Reply(decoding, PlainText(self.tokenizer), tokens, chosen.stop, cached=0, prompt=len(ids))
+        found = context.resume(self.engine.checked_ids(ids, context.state), places)
+        tokens = context.tokens(decoding, places, start=0, logits=found.logits)
+        return Reply(
+            decoding, PlainText(self.tokenizer), tokens, chosen.stop,
+            cached=len(found.ids), prompt=len(ids), miss=context.miss,
+        )  # fmt: skip
 
     def chat(
         self, *, messages: Sequence[Message] = (), thinking: bool | None = None, system: str | None = None,

@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 
 A = TypeVar("A")
 
-__all__ = ["BLOCK", "DeltaState", "DraftState", "KVCache", "LayerState", "Rows", "State", "held_nbytes", "joined"]
+__all__ = [
+    "BLOCK", "DeltaState", "DraftState", "KVCache", "LayerState", "Piece", "Rows", "State", "held_nbytes", "joined",
+    "pieces",
+]  # fmt: skip
 
 BLOCK = 256
 """Tokens whose keys and values are stored together."""
@@ -148,14 +151,30 @@ class State(NamedTuple, Generic[A]):
     draft: DraftState[A] | None = None
 
 
+class Piece(NamedTuple):
+    """A piece of memory that a state holds: what it is for, what tells it from others while it lives, its bytes."""
+
+    what: str
+    key: int
+    nbytes: int
+
+
+def pieces(state: State[Any]) -> Iterator[Piece]:
+    """The memory that a state holds: "KV cache", "DeltaNet states", and "draft" for what an MTP head has yet to read.
+    States that grew out of each other have pieces in common."""
+    caches = [layer for layer in state.layers if isinstance(layer, KVCache)]
+    if state.draft is not None:
+        caches.append(state.draft.cache)
+        yield from (Piece("draft", id(x), x.nbytes) for rows in state.draft.unread for x in rows)
+    for cache in caches:
+        yield from (Piece("KV cache", *piece) for piece in cache.memory())
+    for layer in state.layers:
+        if not isinstance(layer, KVCache):
+            for part in layer:
+                memory = part.memory() if hasattr(part, "memory") else [(id(part), part.nbytes)]
+                yield from (Piece("DeltaNet states", *piece) for piece in memory)
+
+
 def held_nbytes(states: Iterable[State[Any]]) -> int:
     """Bytes that some states hold together, each piece of memory once however many of them share it."""
-    pieces: dict[int, int] = {}
-    for state in states:
-        for layer in state.layers:
-            for part in [layer] if isinstance(layer, KVCache) else layer:
-                pieces.update(part.memory() if hasattr(part, "memory") else {id(part): part.nbytes})
-        if state.draft is not None:
-            pieces.update(state.draft.cache.memory())
-            pieces.update((id(x), x.nbytes) for rows in state.draft.unread for x in rows)
-    return sum(pieces.values())
+    return sum({piece.key: piece.nbytes for state in states for piece in pieces(state)}.values())

@@ -28,7 +28,6 @@ from edgeq.api import Model
 from edgeq.errors import EdgeqError, MemoryBudgetError, ModelError, UsageError
 from edgeq.generate import StopReason
 from edgeq.hub import DEMO
-from edgeq.session import prefixes
 from edgeq.session.chat import Chat
 from edgeq.session.reply import Reply
 from edgeq.testing import nmse
@@ -155,6 +154,7 @@ def test_histories_render_as_in_transformers(kits: Any, case: dict[str, Any]) ->
 def test_a_chat_of_a_history() -> None:
     """Its ids are the template's; what is said next and generated comes behind, and only that is run."""
     demo = edgeq.load("demo", backend="numpy")
+    demo.prefixes.limit = 0  # of other cases nothing is at hand
     for case in CASES:
         if case["large"] or case["tools"] or case["thinking"] is not None or not case["text"]:
             continue
@@ -190,7 +190,7 @@ def test_a_longer_history_runs_only_what_is_new(model: Model) -> None:
     reply = done(chat.answer([*history[:-1], {"role": "assistant", "content": "something else"}, QUESTION]))
     assert [turn.role for turn in chat.turns] == ["user"] * 4
     assert chat.messages[-3]["content"] == "something else"
-    assert reply.usage.cached_tokens == before - 1  # all before the turn whose reply differs
+    assert reply.usage.cached_tokens >= before - 1  # all before the turn whose reply differs
     done(chat.answer([{"role": "system", "content": "other"}, QUESTION]))
     assert chat.messages[0] == {"role": "system", "content": "other"}
     assert [turn.role for turn in chat.turns] == ["user"]
@@ -517,19 +517,23 @@ def test_undo_and_edit(model: Model) -> None:
     assert chat.context.cached == 0
 
 
-def test_what_is_kept_of_states_is_bounded(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefixes, "KEPT", 3 * model.ops.state_nbytes(model.config.text))
-    chat = model.chat(temperature=0, max_tokens=3)
+def test_what_is_kept_of_states_is_bounded(folder: Path) -> None:
+    model = edgeq.load(folder, backend="numpy")
+    one = model.ops.state_nbytes(model.config.text)
+    page = model.ops.kv_nbytes(model.config.text, 1)
+    store, store.limit = model.prefixes, 6 * (one + page)
+    chat = model.chat(temperature=0, max_tokens=3, draft="off")
     for n in range(6):
         done(chat.send(f"number {n} " + "and more of it " * 20 * (n % 2)))
-        kept = chat._context._prefixes._kept  # type: ignore[union-attr]
-        assert len(kept) <= 3
-        assert sum(prefix.logits is not None for prefix in kept) == (n % 2)
+        assert 0 < store.nbytes <= store.limit
     again = done(chat.edit("instead"))
     assert again.usage.cached_tokens >= again.usage.prompt_tokens - 45  # the message and what is around it
     for _ in range(2):
         chat.undo()
         assert chat.context.cached >= len(chat.ids) - 1
+    assert store.give_way(page) >= one
+    store.limit = 0
+    assert (store.nbytes, len(store)) == (0, 0)
 
 
 def test_a_transcript(model: Model) -> None:

@@ -84,6 +84,7 @@ class CpuOps(ArrayOps[_native.Matrix]):
     """
 
     name = "cpu"
+    few, grain = 16, 32
 
     def __init__(self, threads: int | None = None, kv_dtype: str = "f16") -> None:
         super().__init__(kv_dtype)

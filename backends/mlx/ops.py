@@ -78,6 +78,7 @@ class MlxOps(BaseOps[mx.array, MlxMatrix]):
     """
 
     name = "mlx"
+    few = None
     maps_files = False
 
     def __init__(self, dtype: Dtype | None = None, compiled: bool | None = None, kv_dtype: str | None = None) -> None:

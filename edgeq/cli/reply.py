@@ -154,7 +154,12 @@ def reply_object(reply: Reply, tokenizer: Tokenizer | None) -> dict[str, object]
         "ids": reply.ids,
         "finish_reason": finish.reason.value,
         "thinking_cut": finish.thinking_cut.value if finish.thinking_cut else None,
-        "usage": {**usage._asdict(), "acceptance": usage.acceptance, "tokens_per_pass": usage.tokens_per_pass},
+        "usage": {
+            **usage._asdict(),
+            "miss": usage.miss and usage.miss._asdict(),
+            "acceptance": usage.acceptance,
+            "tokens_per_pass": usage.tokens_per_pass,
+        },
     }
 
 

@@ -25,7 +25,7 @@ from edgeq.session.context import Context, Progress
 from edgeq.session.language import Language
 from edgeq.session.parts import text_of
 from edgeq.session.places import Place, rope_delta
-from edgeq.session.prefixes import Prefix, Prefixes
+from edgeq.session.prefixes import Prefix, PrefixStore
 from edgeq.session.reply import Reply
 from edgeq.session.sight import Sight
 from edgeq.session.turns import ContextUse, Said, Turn
@@ -47,7 +47,7 @@ _WHOLE = (StopReason.STOP_TOKEN, StopReason.STOP_STRING, StopReason.COMPLETE)
 
 
 class Speaker(Protocol):
-    """Who a conversation is with: an `edgeq.Model`, or whatever else has these three."""
+    """Who a conversation is with: an `edgeq.Model`, or whatever else has these four."""
 
     @property
     def engine(self) -> Engine[Any, Any]: ...
@@ -55,6 +55,8 @@ class Speaker(Protocol):
     def language(self) -> Language: ...
     @property
     def sight(self) -> Sight: ...
+    @property
+    def prefixes(self) -> PrefixStore: ...
 
 
 class _Saved(NamedTuple):
@@ -113,7 +115,7 @@ class Chat:
         engine = model.engine
         self._context = Context(
             engine, sight=model.sight, speculation=model.language.speculation(engine, draft),
-            prefixes=Prefixes.of(engine), on_prefill=on_prefill, on_look=on_look,
+            prefixes=model.prefixes, messages=model.language.messages, on_prefill=on_prefill, on_look=on_look,
         )  # fmt: skip
         self._conversation = Conversation(
             tokenizer, template, tools=tools, enable_thinking=self.thinking, spelling=model.language.spelling,
@@ -420,7 +422,7 @@ class Chat:
 
     def _rewind_state(self) -> None:
         """Let go of states that are not the conversation's."""
-        self._context.resume(self._conversation.ids, self._places)
+        self._context.resume(self._conversation.ids, self._places, self._conversation.spoken)
 
     # --- replies -----------------------------------------------------------------------------------------------------
 
@@ -471,9 +473,7 @@ class Chat:
             starts_in_thinking=think is not None and ends_in_thinking(prompt, language.need_tokenizer()),
             constraint=language.constraint(settings, text_of((turn.base or {}).get("content") or "")),
         )  # fmt: skip
-        found = self._context.resume(ids, self._places)
-        if not begun and found.logits is None and len(found.ids) <= self._conversation.settled:
-            self._context.keep()  # where the turn begins
+        found = self._context.resume(ids, self._places, self._conversation.spoken)
 
         def record(reply: Reply) -> None:
             self._record(reply, decoding, sampler.drawn, saved)
@@ -485,8 +485,8 @@ class Chat:
             calls.push(message["content"])  # a call may have been left in its middle
         self._reply = Reply(
             decoding, parser, self._tokens(decoding, found), settings.stop,
-            cached=len(found.ids), prompt=len(ids), on_end=record, calls=calls, prefix=message["content"],
-            forgotten=forgotten,
+            cached=len(found.ids), prompt=len(ids), miss=self._context.miss, on_end=record, calls=calls,
+            prefix=message["content"], forgotten=forgotten,
         )  # fmt: skip
         return self._reply
 
@@ -521,7 +521,10 @@ class Chat:
             assert self._reply is not None, "the reply that is driven"
             self._reply.forgotten += forgotten
             decoding.move(self._prompt)
-            logits = self._context.resume([*self._prompt, *said], self._places).logits
+            prompt = self._prompt
+            spoken = [span for span in self._conversation.spoken if span[0] < len(prompt)]
+            spoken.append((len(prompt), len(prompt) + len(said)))
+            logits = self._context.resume([*prompt, *said], self._places, spoken).logits
 
     def _forget(self, wanted: int, most: int) -> int:
         """Forget the oldest turns until at most `wanted` tokens are left, or else as many as can be; how many.

@@ -11,16 +11,14 @@ import numpy as np
 from edgeq.engine import Engine, Feed, Ids
 from edgeq.formats.bf16 import Float32
 from edgeq.generate import Decoding, Token
+from edgeq.session.cuts import WORTH, Cut, Cuts, Messages, Span, no_messages
 from edgeq.session.places import Place, positions
-from edgeq.session.prefixes import Prefix, Prefixes
+from edgeq.session.prefixes import Miss, Prefix, PrefixStore, shown
 from edgeq.session.sight import Looking, Sight
 from edgeq.session.speculation import Speculation
 from edgeq.state import State
 
 __all__ = ["Context", "Progress"]
-
-LONG = 64
-"""Tokens of a prompt that a state is kept for, so that another reply to it need not run them again."""
 
 Progress = Callable[[int, int], None]
 """Called with the tokens done and all tokens, as a prompt of more than one chunk goes through the model."""
@@ -31,22 +29,29 @@ class Context:
 
     state: where it goes on from, one that the engine has made or checked; None begins.
     sight: for a sequence with pictures. speculation: drafts for its replies; None generates a token at a time.
-    prefixes: keeps the states from which replies began, for `resume`.
+    prefixes: keeps states of the sequence, for `resume`. messages: how those show among its ids.
     """
 
     def __init__(
         self, engine: Engine[Any, Any], state: State[Any] | None = None, *, sight: Sight | None = None,
-        speculation: Speculation | None = None, prefixes: Prefixes | None = None, on_prefill: Progress | None = None,
-        on_look: Looking | None = None,
+        speculation: Speculation | None = None, prefixes: PrefixStore | None = None, messages: Messages = no_messages,
+        on_prefill: Progress | None = None, on_look: Looking | None = None,
     ) -> None:  # fmt: skip
         self.engine = engine
         self._sight, self._speculation, self._prefixes = sight, speculation, prefixes
+        self._messages = messages
         self._ids = array("i")  # for `prefixes`: what was run from an empty state on, perhaps more than was finished
         self._places: Sequence[Place] = ()
+        self._cuts: Cuts | None = None  # of the sequence last resumed
+        self.miss: Miss | None = None  # why no more of it was at hand
+        self._spoke = False  # something was said in what it went on from
+        self._end: Prefix | None = None  # of the last prompt that was replied to
         if state is None:
             state = engine.state(draft=speculation is not None and speculation.with_head)
         self.state = state
         self._on_prefill, self._on_look = on_prefill, on_look
+        if prefixes is not None:
+            prefixes.attach(self)
 
     @property
     def position(self) -> int:
@@ -62,7 +67,7 @@ class Context:
         """Append `ids`; return the logits after the last `rows` of them, float32 [rows, vocabulary].
 
         places: the pictures of the sequence, those before and after `ids` included. They are looked at first; then the
-        tokens are run a chunk at a time, so that an interruption loses one chunk at most.
+        tokens are run a piece at a time, so that an interruption loses one piece at most.
         """
         tokens = self.engine.checked_ids(ids, self.state)
         self._note(tokens, places)
@@ -70,18 +75,27 @@ class Context:
             self._speculation.observe(self.state.length, tokens)
         total, start, logits = len(tokens), self.state.length, list[Float32]()
         pictures = self._look(_between(places, start, start + total))
-        pieces = list(self.engine.cut(start, total))
-        for piece in pieces:
-            if self._on_prefill and piece is not pieces[-1]:
+        calls = self._calls(start, total)
+        for call in calls:
+            piece = slice(self.state.length - start, call.stop - start)
+            if self._on_prefill and call is not calls[-1]:
                 self._on_prefill(piece.start, total)
             wanted = max(0, piece.stop - max(piece.start, total - rows))
             (output,) = self.engine.run([self._piece(tokens[piece], wanted, pictures)], checked=True)
             self.state = output.state
             if wanted:
                 logits.append(output.logits)
-        if self._on_prefill and len(pieces) > 1:
+            if call.why:
+                self.keep(call.why)
+        if self._on_prefill and len(calls) > 1:
             self._on_prefill(total, total)
         return logits[0] if len(logits) == 1 else np.concatenate(logits or [output.logits])
+
+    def _calls(self, start: int, total: int) -> list[Cut]:
+        """The calls that append `total` tokens."""
+        if self._cuts is not None:
+            return list(self._cuts.calls(start, start + total))
+        return [Cut(start + piece.stop) for piece in self.engine.cut(start, total)]
 
     def _note(self, tokens: Ids, places: Sequence[Place]) -> None:
         """Take down what is about to be run, where prefixes of it are kept."""
@@ -108,28 +122,58 @@ class Context:
         where = positions(here, start, len(tokens), self.state.next_position)
         return Feed(self.state, tokens, inserts, where, rows=rows)
 
-    def resume(self, ids: Sequence[int], places: Sequence[Place] = ()) -> Prefix:
-        """Go on from the longest prefix of a sequence that is at hand, whatever was run before; the prefix."""
+    def resume(self, ids: Sequence[int] | Ids, places: Sequence[Place] = (), spoken: Sequence[Span] = ()) -> Prefix:
+        """Go on from the longest prefix of a sequence that is at hand, whatever was run before; the prefix.
+
+        spoken: the spans of generated replies; the last may be going on.
+        """
         assert self._prefixes is not None, "a context that keeps no prefixes has none to go on from"
         tokens, here = np.array(ids, np.int32), self._prefix()
-        found = self._prefixes.longest(tokens, places)
-        if here.begins(tokens, places) and (found is None or len(here.ids) > len(found.ids)):
+        self._cuts = cuts = Cuts(self.engine, tokens, places, spoken, self._messages)
+
+        def takes(place: int, spoken: bool) -> bool:  # what was given may have been said by somebody
+            return cuts.allows(place) or (spoken and cuts.given)
+
+        found, n = self._prefixes.longest(tokens, places, takes, WORTH), len(here.ids)
+        known = 0 if found is None else len(found.ids)
+        begins = n < len(tokens) and np.array_equal(here.ids, tokens[:n]) and shown(here.places, n) == shown(places, n)
+        if begins and n > known and (takes(n, here.spoken) or n > known + WORTH):
             found = here
         if found is None:
-            empty = self.engine.state(draft=self.state.draft is not None)
-            found = Prefix(tokens[:0], (), empty)
-        self.state, self._ids = found.state, array("i", found.ids.tobytes())
+            found = Prefix(tokens[:0], (), self.engine.state())
+        self.miss = self._prefixes.miss(tokens, places, len(found.ids))
+        self.state, self._ids, self._places = self._with_head(found.state), array("i", found.ids.tobytes()), places
+        self._spoke = found.spoken
         if self._speculation is not None:
             self._speculation.observe(0, found.ids)
         return found
 
-    def keep(self, logits: Float32 | None = None) -> None:
+    def _with_head(self, state: State[Any]) -> State[Any]:
+        """The state with the MTP head's part if this sequence is drafted by it, and without it if not. A head that
+        joins late knows only what comes."""
+        drafts = self._speculation is not None and self._speculation.with_head
+        if drafts == (state.draft is not None):
+            return state
+        return state._replace(draft=self.engine.need_head().state() if drafts else None)
+
+    def keep(self, why: str = "", logits: Float32 | None = None) -> None:
         """Keep the state for `resume`; logits: those after its last token, if known."""
         if self._prefixes is not None and self.position:
-            self._prefixes.keep(self._prefix(logits))
+            self._prefixes.keep(self._prefix(logits), why)
 
     def _prefix(self, logits: Float32 | None = None) -> Prefix:
-        return Prefix(np.array(self._ids[: self.position], np.int32), tuple(self._places), self.state, logits)
+        n = self.position
+        spoken = self._spoke or (self._cuts is not None and self._cuts.speaks(n))
+        return Prefix(np.array(self._ids[:n], np.int32), tuple(self._places), self.state, logits, spoken)
+
+    def _keep_end(self, logits: Float32) -> None:
+        """Keep the state at a prompt's end, so that another reply to it need not run it again, in place of the one of
+        the prompt before."""
+        if self._prefixes is not None:
+            if self._end is not None:
+                self._prefixes.forget(self._end)
+            self._end = self._prefix(logits)
+            self._prefixes.keep(self._end, "prompt")
 
     def tokens(
         self, decoding: Decoding, places: Sequence[Place] = (), *, start: int | None = None,
@@ -140,7 +184,7 @@ class Context:
         places: the pictures of the sequence. start: where in it the prompt begins; None is here. logits: those after
         the prompt, where all of it was run and they are known.
         """
-        start, known, first = self.position if start is None else start, logits, True
+        start, known, first, began = self.position if start is None else start, logits, True, self.position
         try:
             while not decoding.finished:
                 token = decoding.forced()
@@ -148,14 +192,16 @@ class Context:
                     unseen = decoding.unseen(self.position - start)
                     if known is None or unseen:
                         known = self._logits_after(unseen, decoding, places)
-                        if first and len(unseen) >= LONG:
-                            self.keep(known)
+                        if first and len(unseen) >= WORTH:
+                            self._keep_end(known)
                     token, known, first = decoding.take(known), None, False
                 if token is not None:
                     yield token
         finally:
             if self._speculation is not None:
                 self._speculation.settle()
+            if self.position > began:
+                self.keep("reply")
 
     def _logits_after(self, ids: Sequence[int], decoding: Decoding, places: Sequence[Place]) -> Float32:
         """Append `ids`; return the logits after them, float32 [vocabulary], which drafts may have brought already."""

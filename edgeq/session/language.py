@@ -11,6 +11,7 @@ from edgeq.checkpoint import Checkpoint
 from edgeq.engine import Engine
 from edgeq.errors import ModelError
 from edgeq.generate import THINKING_CUT, GenerationSettings, Sampler, ThinkTokens, check_draft, preset
+from edgeq.session.cuts import Messages, no_messages
 from edgeq.session.speculation import Speculation
 from edgeq.text.messages import protected_kwargs
 from edgeq.text.template_files import ANOTHER_TEMPLATE, DEFAULT
@@ -71,6 +72,16 @@ class Language:
         c = self.checkpoint.config
         ids = (c.image_token_id, c.video_token_id, c.vision_start_token_id, c.vision_end_token_id)
         return Spelling.of(self.tokenizer, ids) if self.tokenizer else None
+
+    def spelled(self, token: int) -> str:
+        """The text of a token; empty without a tokenizer."""
+        return self.tokenizer.token_bytes(token).decode(errors="replace") if self.tokenizer else ""
+
+    @cached_property
+    def messages(self) -> Messages:
+        """How messages show among ids, as the family's templates write them."""
+        begin = self.tokenizer.token_id("<|im_start|>") if self.tokenizer else None
+        return no_messages if begin is None else Messages(begin, tuple(self.need_tokenizer().encode("user")))
 
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer, or a ModelError that says what is missing."""

@@ -1,71 +1,386 @@
-"""States of a sequence that are kept, so that another with the same beginning goes on from there.
+"""States that are kept, so that any sequence with the same beginning goes on from there.
 
-A recurrent state cannot be cut back: undoing a turn, answering it again or forgetting a stop string needs a state from
-before. Whoever begins a reply asks for the longest prefix of its ids that is at hand.
+A recurrent state cannot be cut back: undoing a turn, answering it again, or reading a document's second question needs
+a state from before. A store keeps them for a model, in a tree over token ids (and what pictures show): whoever begins a
+prompt asks for the longest prefix of it that is at hand, and is told where it parts from what was read before.
+
+A state's keys and values are pages that it shares with those before and after it; its DeltaNet states are its own. What
+is kept is bounded in bytes. Where there is more, that state goes first which was used longest ago and costs least to
+make again for its size: GreedyDual-Size (Cao & Irani, "Cost-Aware WWW Proxy Caching Algorithms", USENIX 1997), with the
+tokens to be read again as the cost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakSet
 
 import numpy as np
 
 from edgeq.engine import Engine, Ids
 from edgeq.formats.bf16 import Float32
 from edgeq.session.places import Place
-from edgeq.state import State
+from edgeq.state import Piece, State, pieces
 
-__all__ = ["Prefix", "Prefixes"]
+__all__ = ["Miss", "Prefix", "PrefixStore", "Shown", "shown"]
 
-MOST = 16
-KEPT = 1 << 25  # bytes of DeltaNet states that are kept beside a sequence's own, or two states
+SHARE = 32  # of the machine's memory
+MOST = 512 << 20  # bytes, whatever the machine has
+GHOSTS = 256  # prefixes whose ids are remembered when their states have gone
+
+Shown = tuple[int, int, int, int, str, int]
+"""What tells apart what stands in a picture's place: its first token, that one's position, rows, columns, digest,
+frame."""
 
 
 class Prefix(NamedTuple):
     """What was read and the state after it.
 
     ids: int32 [tokens]; places: of the pictures among them. logits: those after the last, float32 [vocabulary], where
-    they are known.
+    they are known. spoken: some of the tokens were generated rather than read, and so have other bits.
     """
 
     ids: Ids
     places: tuple[Place, ...]
     state: State[Any]
     logits: Float32 | None = None
-
-    def begins(self, ids: Ids, places: Sequence[Place]) -> bool:
-        """Whether a sequence begins like this, and something is known, or left to be run, of what follows."""
-        n = len(self.ids)
-        if n > len(ids) - (self.logits is None) or not np.array_equal(self.ids, ids[:n]):
-            return False
-        return _shown(self.places, n) == _shown(places, n)
+    spoken: bool = False
 
 
-class Prefixes:
-    """The prefixes of one sequence: `most` of them, the latest."""
+class Miss(NamedTuple):
+    """Why no more of a prompt was at hand.
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._kept = list[Prefix]()
+    reason: "empty", nothing like it was kept; "differs", what was kept goes on with another token; "picture", with
+    another picture; "evicted", it was the same, but its state had to go.
+    at: tokens that were the same. kept, given: the next token as it was kept, and as the prompt has it; None where
+    there is none. kept_text, given_text: their texts.
+    """
 
-    @classmethod
-    def of(cls, engine: Engine[Any, Any]) -> Self:
-        """For a sequence on an engine: as many as `KEPT` bytes hold, but two at least, to undo and to answer again."""
-        return cls(max(2, min(MOST, KEPT // max(1, engine.ops.state_nbytes(engine.config)))))
-
-    def keep(self, prefix: Prefix) -> None:
-        """Remember one, in place of the one with logits, which is the end of a prompt that was replied to."""
-        n = len(prefix.ids)
-        others = [kept for kept in self._kept if len(kept.ids) != n and kept.logits is None]
-        self._kept = [*others, prefix][-self._most :]
-
-    def longest(self, ids: Ids, places: Sequence[Place]) -> Prefix | None:
-        """The longest that a sequence begins with; those that it does not begin with are forgotten."""
-        self._kept = [kept for kept in self._kept if kept.begins(ids, places)]
-        return max(self._kept, key=lambda kept: len(kept.ids), default=None)
+    reason: str
+    at: int
+    kept: int | None = None
+    given: int | None = None
+    kept_text: str = ""
+    given_text: str = ""
 
 
-def _shown(places: Sequence[Place], stop: int) -> list[tuple[int, int, bytes, int]]:
-    """What tells apart what stands in the places before token `stop`."""
-    return [(p.start, p.position, p.visual.digest, p.frame) for p in places if p.start < stop]
+class Holder(Protocol):
+    """Whoever goes on with a state of its own."""
+
+    state: State[Any]
+
+
+def shown(places: Sequence[Place], stop: int) -> tuple[Shown, ...]:
+    """What the places before token `stop` show."""
+    return tuple(
+        (p.start, p.position, p.height, p.width, p.visual.digest.hex(), p.frame) for p in places if p.start < stop
+    )
+
+
+class _Kept(NamedTuple):
+    """What is in memory of a prefix."""
+
+    state: State[Any]
+    logits: Float32 | None
+    spoken: bool
+
+
+class _Node:
+    """A place in the tree: the keys from its parent's place to its own (see `_keys`), and what is kept there."""
+
+    def __init__(self, parent: _Node | None, keys: Ids) -> None:
+        self.parent, self.keys = parent, keys
+        self.stop: int = len(keys) + (parent.stop if parent else 0)
+        self.children: dict[int, _Node] = {}
+        self.kept: _Kept | None = None
+        self.shown: tuple[Shown, ...] = ()
+        self.used = 0.0  # the store's clock when it was used last
+        self.ghost = False  # a state was kept here
+
+    @property
+    def bare(self) -> bool:
+        """Whether nothing would be lost with it but a place to branch."""
+        return self.kept is None and not self.ghost
+
+    def ancestors(self) -> Iterator[_Node]:
+        node = self.parent
+        while node is not None:
+            yield node
+            node = node.parent
+
+
+class PrefixStore:
+    """The prefixes kept for a model, `limit` bytes of them at most: what is kept beside the states of those who go on
+    with them now (`attach`). It is the ledger's account "prefix checkpoints".
+
+    text: of a token, to say where a prompt parts from what was read before.
+    """
+
+    def __init__(
+        self, engine: Engine[Any, Any], limit: int | None = None, *, text: Callable[[int], str] = lambda _: ""
+    ) -> None:
+        self._engine, self._text = engine, text
+        self._root = _Node(None, np.empty(0, np.int32))
+        self._nodes: dict[_Node, None] = {}  # that have a state in memory, the latest last
+        self._ghosts = deque[_Node]()
+        self._clock = 0.0
+        self._holders: WeakSet[Any] = WeakSet()
+        self._limit = default_limit(engine) if limit is None else limit
+        self._open_accounts()
+
+    # --- how much ----------------------------------------------------------------------------------------------------
+
+    @property
+    def limit(self) -> int:
+        """Bytes that may be kept; 0 keeps nothing."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, nbytes: int) -> None:
+        self._limit = nbytes
+        self._shrink(nbytes)
+        if not nbytes:  # those that others hold as well
+            for node in list(self._nodes):
+                self._drop(node)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that would be free without it."""
+        return sum(self._own().values())
+
+    def __len__(self) -> int:
+        """States in memory."""
+        return len(self._nodes)
+
+    def give_way(self, nbytes: int) -> int:
+        """Let go of about so many bytes, the least useful first; the bytes that were freed."""
+        before = self.nbytes
+        self._shrink(max(0, before - nbytes))
+        return before - self.nbytes
+
+    def attach(self, holder: Holder) -> None:
+        """`holder.state` is in use as long as `holder` lives: what it shares with kept states is not the store's."""
+        self._holders.add(holder)
+
+    # --- what is kept ------------------------------------------------------------------------------------------------
+
+    def keep(self, prefix: Prefix, why: str = "") -> None:  # noqa: ARG002
+        """Remember a prefix. why: what it was kept for, as `edgeq.session.cuts` has it."""
+        if not self._limit or not len(prefix.ids):
+            return
+        node = self._insert(_keys(prefix.ids, prefix.places))
+        logits = prefix.logits if prefix.logits is not None or node.kept is None else node.kept.logits
+        node.kept, node.shown = _Kept(prefix.state, logits, prefix.spoken), shown(prefix.places, node.stop)
+        self._touch(node)
+        self._shrink(self._limit)
+
+    def along(self, ids: Ids, places: Sequence[Place] = ()) -> list[Prefix]:
+        """The prefixes of a sequence that are at hand, the longest last."""
+        path, _ = self._walk(_keys(ids, places))
+        kept = [(node, node.kept) for node in path if node.kept and node.shown == shown(places, node.stop)]
+        return [Prefix(ids[: node.stop], tuple(places), *found) for node, found in kept]
+
+    def forget(self, prefix: Prefix) -> None:
+        """Let go of a prefix's state, if it is in memory."""
+        path, matched = self._walk(_keys(prefix.ids, prefix.places))
+        if path[-1].stop == matched == len(prefix.ids) and path[-1].kept is not None:
+            self._drop(path[-1])
+
+    def longest(
+        self, ids: Ids, places: Sequence[Place] = (), takes: Callable[[int, bool], bool] = lambda *_: True,
+        near: int = 0,
+    ) -> Prefix | None:  # fmt: skip
+        """The longest prefix of a sequence that is at hand, if something is known, or left to be run, of what follows.
+
+        takes: whether to go on from a place, and what was spoken before it; another one is taken only where it saves
+        more than `near` tokens.
+        """
+        path, _ = self._walk(_keys(ids, places))
+        usable = [node for node in reversed(path) if self._usable(node, ids, places)]
+        good = next((node for node in usable if node.kept and takes(node.stop, node.kept.spoken)), None)
+        best = next((node for node in usable if node.stop > near + (good.stop if good else 0)), good)
+        if best is None or best.kept is None:
+            return None
+        self._touch(best)
+        return Prefix(ids[: best.stop], tuple(places), *best.kept)
+
+    def miss(self, ids: Ids, places: Sequence[Place], cached: int) -> Miss | None:
+        """Why no more than the first `cached` tokens of a sequence are at hand; None where all that was kept of it is
+        used, and nothing that was kept goes on otherwise."""
+        if not self._root.children:
+            return Miss("empty", 0) if len(ids) > cached else None
+        path, matched = self._walk(keys := _keys(ids, places))
+        gone = any(node.ghost and node.kept is None and cached < node.stop < len(ids) for node in path)
+        other = self._continuation(path[-1], keys, matched)
+        if other is None or matched == len(keys):
+            return Miss("evicted", matched) if gone else None
+        given = int(keys[matched])
+        if other < 0 and given < 0:
+            return Miss("picture", matched)
+        tokens = [None if token < 0 else token for token in (other, given)]
+        texts = ["" if token is None else self._text(token) for token in tokens]
+        return Miss("evicted" if gone else "differs", matched, tokens[0], tokens[1], *texts)
+
+    # --- the tree ----------------------------------------------------------------------------------------------------
+
+    def _walk(self, keys: Ids) -> tuple[list[_Node], int]:
+        """The nodes on the way of some keys, and how many keys agree, which may be within the next edge."""
+        path, at = [self._root], 0
+        while at < len(keys) and (child := path[-1].children.get(int(keys[at]))) is not None:
+            same = _agreeing(child.keys, keys[at:])
+            at += same
+            if same < len(child.keys):
+                break
+            path.append(child)
+        return path, at
+
+    def _insert(self, keys: Ids) -> _Node:
+        """The node at the end of some keys."""
+        path, matched = self._walk(keys)
+        node = path[-1]
+        if matched > node.stop:  # within an edge
+            node = self._split(node.children[int(keys[node.stop])], matched - node.stop)
+        if matched < len(keys):
+            node.children[int(keys[matched])] = node = _Node(node, keys[matched:].copy())
+        return node
+
+    def _split(self, child: _Node, length: int) -> _Node:
+        """A new node after the first keys of an edge."""
+        assert child.parent is not None
+        middle = _Node(child.parent, child.keys[:length].copy())
+        child.parent.children[int(child.keys[0])] = middle
+        child.parent, child.keys = middle, child.keys[length:].copy()
+        middle.children[int(child.keys[0])] = child
+        return middle
+
+    def _continuation(self, node: _Node, keys: Ids, matched: int) -> int | None:
+        """The key behind the first `matched`, as it was kept last; None where nothing goes on there."""
+        if matched > node.stop:
+            child = node.children[int(keys[node.stop])]
+            return int(child.keys[matched - node.stop])
+        return next(reversed(node.children), None)
+
+    def _prune(self, node: _Node) -> None:
+        """Take a node out of the tree that is good for nothing, and what is good for nothing without it."""
+        while node.parent is not None and node.bare:
+            parent = node.parent
+            if len(node.children) > 1:
+                return
+            first = int(node.keys[0])
+            if node.children:
+                (child,) = node.children.values()
+                child.keys, child.parent = np.concatenate([node.keys, child.keys]), parent
+                parent.children[first] = child
+                return
+            del parent.children[first]
+            node = parent
+
+    # --- what goes ---------------------------------------------------------------------------------------------------
+
+    def _usable(self, node: _Node, ids: Ids, places: Sequence[Place]) -> bool:
+        return (
+            node.kept is not None and node.stop <= len(ids) - (node.kept.logits is None)
+            and node.shown == shown(places, node.stop)
+        )  # fmt: skip
+
+    def _touch(self, node: _Node) -> None:
+        node.used = self._clock
+        self._nodes.pop(node, None)
+        self._nodes[node] = None
+
+    def _drop(self, node: _Node) -> None:
+        """Let go of a node's state; its ids are remembered for a while."""
+        node.kept = None
+        del self._nodes[node]
+        if not node.ghost:
+            node.ghost = True
+            self._ghosts.append(node)
+        while len(self._ghosts) > GHOSTS:
+            gone = self._ghosts.popleft()
+            gone.ghost = False
+            self._prune(gone)
+
+    def _shrink(self, nbytes: int) -> None:
+        """Let go of states until the rest has at most so many bytes."""
+        while self._nodes and self.nbytes > nbytes:
+            sizes = self._sizes()
+            worths = {node: self._worth(node, sizes[node]) for node in self._nodes if sizes[node]}
+            if not worths:
+                return
+            victim = min(worths, key=lambda node: worths[node])
+            self._clock = max(self._clock, worths[victim])
+            self._drop(victim)
+
+    def _worth(self, node: _Node, size: int) -> float:
+        """When its time is up, by the store's clock: later, the more tokens for its size would have to be read."""
+        before = next((above.stop for above in node.ancestors() if above.kept is not None), 0)
+        return node.used + (node.stop - before) * self._engine.ops.state_nbytes(self._engine.config) / size
+
+    def _sizes(self) -> dict[_Node, int]:
+        """The bytes that each state would leave free."""
+        held, mine = self._in_use(), dict[_Node, list[Piece]]()
+        count = dict[int, int]()
+        for node in self._nodes:
+            mine[node] = self._pieces(node)
+            for piece in mine[node]:
+                count[piece.key] = count.get(piece.key, 0) + 1
+        return {
+            node: sum(piece.nbytes for piece in found if count[piece.key] == 1 and piece.key not in held)
+            for node, found in mine.items()
+        }
+
+    def _own(self) -> dict[str, int]:
+        """The bytes that would be free without the store, by what they are for."""
+        held = self._in_use()
+        found = {piece.key: piece for node in self._nodes for piece in self._pieces(node) if piece.key not in held}
+        own = dict[str, int]()
+        for piece in found.values():
+            own[piece.what] = own.get(piece.what, 0) + piece.nbytes
+        return own
+
+    def _pieces(self, node: _Node) -> list[Piece]:
+        assert node.kept is not None
+        state, logits, _ = node.kept
+        return [*pieces(state), *([] if logits is None else [Piece("logits", id(logits), logits.nbytes)])]
+
+    def _in_use(self) -> set[int]:
+        return {piece.key for holder in self._holders for piece in pieces(holder.state)}
+
+    def _open_accounts(self) -> None:
+        """The account of what is kept, and without it those of which it would be a part."""
+        ledger, ops = self._engine.ledger, self._engine.ops
+        ledger.open("prefix checkpoints", lambda: self.nbytes)
+        for owner in ("KV cache", "DeltaNet states"):
+            if owner in ops.held():
+                ledger.open(owner, lambda owner=owner: ops.held()[owner] - self._own().get(owner, 0))  # type: ignore[misc]
+
+
+def default_limit(engine: Engine[Any, Any]) -> int:
+    """Bytes that are kept where nobody says how many: a share of the machine's memory, but two states at least, to undo
+    a turn and to answer another way."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # a system that does not say
+        memory = 0
+    return max(min(memory // SHARE, MOST), 2 * engine.ops.state_nbytes(engine.config))
+
+
+def _keys(ids: Ids, places: Sequence[Place]) -> Ids:
+    """What a sequence is found by: its ids, and in a picture's place negative numbers that tell what it shows."""
+    if not any(place.start < len(ids) for place in places):
+        return ids
+    keys = ids.copy()
+    for place in places:
+        digest = int.from_bytes(place.visual.digest[:8], "little") + place.frame
+        keys[place.start : place.stop] = -1 - digest % (1 << 31)
+    return keys
+
+
+def _agreeing(a: Ids, b: Ids) -> int:
+    """How many elements two arrays begin with that are the same."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n

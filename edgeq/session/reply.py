@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from edgeq.generate import Decoding, Finish, Logprobs, StopReason, StopStrings, Tally, Token
+from edgeq.session.prefixes import Miss
 from edgeq.text.channels import ChannelPiece
 from edgeq.text.detokenizer import StreamingDetokenizer
 from edgeq.text.tokenizer import Tokenizer
@@ -71,11 +72,12 @@ class PlainText:
 
 
 class Usage(NamedTuple):
-    """What a reply took. Tokens of the prompt that the state already held count as cached.
+    """What a reply took. Tokens of the prompt that a state was at hand of count as cached.
 
     passes: calls of the model after the prompt, with the drafts (`drafted_tokens`) that they verified; those accepted
     (`accepted_tokens`) came in addition to one token a pass. All three are 0 where drafting is off.
     forced_tokens: those of the answer that were the only ones that its schema, regex or grammar allowed.
+    miss: why no more tokens were cached, where what was read before went on otherwise or is gone; else None.
     """
 
     prompt_tokens: int
@@ -88,6 +90,7 @@ class Usage(NamedTuple):
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     forced_tokens: int = 0
+    miss: Miss | None = None
 
     @property
     def generated_tokens(self) -> int:
@@ -131,9 +134,10 @@ class Reply:
 
     def __init__(
         self, decoding: Decoding, transcript: Transcript, tokens: Iterator[Token], stop: tuple[str, ...], *,
-        cached: int, prompt: int, on_end: Callable[[Reply], None] | None = None, calls: ToolCallParser | None = None,
-        prefix: str = "", forgotten: int = 0,
+        cached: int, prompt: int, miss: Miss | None = None, on_end: Callable[[Reply], None] | None = None,
+        calls: ToolCallParser | None = None, prefix: str = "", forgotten: int = 0,
     ) -> None:  # fmt: skip
+        self._miss = miss
         self.text = ""
         self.thinking = ""
         self.logprobs: list[tuple[int, Logprobs]] = []
@@ -190,7 +194,7 @@ class Reply:
         return Usage(
             self._prompt, self._cached, finish.thinking_tokens, finish.answer_tokens,
             self._prompt_seconds, self._generate_seconds, tally.passes, tally.drafted, tally.accepted,
-            self._decoding.constrained,
+            self._decoding.constrained, self._miss,
         )  # fmt: skip
 
     def start(self) -> None:

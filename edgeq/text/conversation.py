@@ -201,6 +201,17 @@ class Conversation:
         return last.ids if isinstance(last, _Generated) else None
 
     @property
+    def spoken(self) -> list[tuple[int, int]]:
+        """The spans of the generated replies among the ids, in order."""
+        spans, end = list[tuple[int, int]](), 0
+        for entry in self._entries:
+            if isinstance(entry, _Generated):
+                start = end + len(entry.prompt)
+                end = start + len(entry.ids)
+                spans.append((start, end))
+        return spans
+
+    @property
     def entries(self) -> tuple[Entry, ...]:
         """What it is made of, for `restore`; their number is a place to which it can be rewound."""
         return tuple(self._entries)
