@@ -148,8 +148,9 @@ class PrefixStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that would be free without it."""
-        return sum(self._own().values())
+        """Bytes that would be free without it; what became too much when others let go of it has gone."""
+        self._shrink(self._limit)
+        return self._total
 
     def __len__(self) -> int:
         """States in memory."""
@@ -157,9 +158,9 @@ class PrefixStore:
 
     def give_way(self, nbytes: int) -> int:
         """Let go of about so many bytes, the least useful first; the bytes that were freed."""
-        before = self.nbytes
+        before = self._total
         self._shrink(max(0, before - nbytes))
-        return before - self.nbytes
+        return before - self._total
 
     def attach(self, holder: Holder) -> None:
         """`holder.state` is in use as long as `holder` lives: what it shares with kept states is not the store's."""
@@ -303,9 +304,13 @@ class PrefixStore:
             gone.ghost = False
             self._prune(gone)
 
+    @property
+    def _total(self) -> int:
+        return sum(self._own().values())
+
     def _shrink(self, nbytes: int) -> None:
         """Let go of states until the rest has at most so many bytes."""
-        while self._nodes and self.nbytes > nbytes:
+        while self._nodes and self._total > nbytes:
             sizes = self._sizes()
             worths = {node: self._worth(node, sizes[node]) for node in self._nodes if sizes[node]}
             if not worths:
