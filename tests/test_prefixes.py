@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from edgeq.backends import available
 from edgeq.generate import StopReason
 from edgeq.hub import DEMO
 from edgeq.session.chat import Chat
-from edgeq.session.cuts import Cuts, Messages
 from edgeq.session.reply import Reply
 from edgeq.state import State
 from edgeq.state_io import state_arrays
@@ -198,10 +196,10 @@ class Conversations(RuleBasedStateMachine):
 
 
 @pytest.fixture(scope="module")
-def models(folder: Path, how: dict[str, Any]) -> Iterator[tuple[Model, Model]]:
+def models(folder: Path, how: dict[str, Any]) -> tuple[Model, Model]:
     warm, cold = loaded(folder, **how), loaded(folder, **how)
     cold.prefixes.limit = 0
-    yield warm, cold
+    return warm, cold
 
 
 @pytest.mark.parametrize("examples", [12, pytest.param(400, marks=pytest.mark.slow)])
@@ -209,4 +207,5 @@ def test_conversations_have_the_bits_that_they_have_alone(models: tuple[Model, M
     class Case(Conversations):
         warm, cold = models
 
-    run_state_machine_as_test(Case, settings=settings(max_examples=examples, stateful_step_count=10, deadline=None, phases=[Phase.generate]))
+    steps = settings(max_examples=examples, stateful_step_count=10, deadline=None, phases=[Phase.generate])
+    run_state_machine_as_test(Case, settings=steps)

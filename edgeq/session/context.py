@@ -11,7 +11,7 @@ import numpy as np
 from edgeq.engine import Engine, Feed, Ids
 from edgeq.formats.bf16 import Float32
 from edgeq.generate import Decoding, Token
-from edgeq.session.cuts import WORTH, Cut, Cuts, Messages, Span, no_messages
+from edgeq.session.cuts import WORTH, Cut, Cuts, Messages, Said, Span, no_messages
 from edgeq.session.places import Place, positions
 from edgeq.session.prefixes import Miss, Prefix, PrefixStore, shown
 from edgeq.session.sight import Looking, Sight
@@ -44,7 +44,7 @@ class Context:
         self._places: Sequence[Place] = ()
         self._cuts: Cuts | None = None  # of the sequence last resumed
         self.miss: Miss | None = None  # why no more of it was at hand
-        self._spoke = False  # something was said in what it went on from
+        self._begun: tuple[int, Said] = 0, ()  # how long what it went on from was, and what was said in it
         self._end: Prefix | None = None  # of the last prompt that was replied to
         if state is None:
             state = engine.state(draft=speculation is not None and speculation.with_head)
@@ -131,8 +131,8 @@ class Context:
         tokens, here = np.array(ids, np.int32), self._prefix()
         self._cuts = cuts = Cuts(self.engine, tokens, places, spoken, self._messages)
 
-        def takes(place: int, spoken: bool) -> bool:  # what was given may have been said by somebody
-            return cuts.allows(place) or (spoken and cuts.given)
+        def takes(place: int, said: Said) -> bool:  # a history that was given may have been said by somebody
+            return (cuts.allows(place) and said == cuts.said(place)) or (bool(said) and not spoken)
 
         found, n = self._prefixes.longest(tokens, places, takes, WORTH), len(here.ids)
         known = 0 if found is None else len(found.ids)
@@ -143,7 +143,7 @@ class Context:
             found = Prefix(tokens[:0], (), self.engine.state())
         self.miss = self._prefixes.miss(tokens, places, len(found.ids))
         self.state, self._ids, self._places = self._with_head(found.state), array("i", found.ids.tobytes()), places
-        self._spoke = found.spoken
+        self._begun = len(found.ids), found.spoken
         if self._speculation is not None:
             self._speculation.observe(0, found.ids)
         return found
@@ -163,8 +163,19 @@ class Context:
 
     def _prefix(self, logits: Float32 | None = None) -> Prefix:
         n = self.position
-        spoken = self._spoke or (self._cuts is not None and self._cuts.speaks(n))
-        return Prefix(np.array(self._ids[:n], np.int32), tuple(self._places), self.state, logits, spoken)
+        return Prefix(np.array(self._ids[:n], np.int32), tuple(self._places), self.state, logits, self._said(n))
+
+    def _said(self, stop: int) -> Said:
+        """What was said of the first `stop` tokens. What it went on from may have been run another way."""
+        start, said = self._begun
+        own = () if self._cuts is None else self._cuts.said(stop)
+        found = [*said]
+        for a, b in own:
+            if found and a < start == found[-1][1] < b:
+                found[-1] = found[-1][0], b
+            elif a >= start or b > start:
+                found.append((max(a, start), b))
+        return tuple(found)
 
     def _keep_end(self, logits: Float32) -> None:
         """Keep the state at a prompt's end, so that another reply to it need not run it again, in place of the one of

@@ -20,10 +20,14 @@ import numpy as np
 from edgeq.engine import Engine, Ids
 from edgeq.session.places import Place
 
-__all__ = ["Cut", "Cuts", "Messages", "Span", "no_messages"]
+__all__ = ["Cut", "Cuts", "Messages", "Said", "Span", "no_messages"]
 
 Span = tuple[int, int]
 """Tokens of a sequence, from the first to the one after the last."""
+
+Said = tuple[Span, ...]
+"""How a beginning of a sequence was run: the spans that were generated, also those of none, where what is read begins
+anew."""
 
 LADDER = (64, 128, 256)  # tokens, after which a prompt without messages is cut
 WORTH = 64  # tokens that are read at once, from which on a state before their end is kept
@@ -79,14 +83,13 @@ class Cuts:
                 return said or self._splits(place, start, stop)
         return True
 
-    def speaks(self, stop: int) -> bool:
-        """Whether some of the first `stop` tokens were said."""
-        return stop > self._total or any(said and start < stop for start, end, said in self._runs if start < end)
-
-    @property
-    def given(self) -> bool:
-        """Whether all of it is read."""
-        return not self.speaks(self._total)
+    def said(self, stop: int) -> Said:
+        """What was said of the first `stop` tokens: those behind all that is known are."""
+        found = [(start, min(end, stop)) for start, end, said in self._runs if said and start < stop]
+        if stop > self._total:
+            start = found.pop()[0] if found and found[-1][1] == self._total else self._total
+            found.append((start, stop))
+        return tuple(found)
 
     def calls(self, start: int, stop: int) -> Iterator[Cut]:
         """The calls that run tokens `start`..`stop`; those behind all that is known are said."""

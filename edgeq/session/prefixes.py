@@ -22,6 +22,7 @@ import numpy as np
 
 from edgeq.engine import Engine, Ids
 from edgeq.formats.bf16 import Float32
+from edgeq.session.cuts import Said
 from edgeq.session.places import Place
 from edgeq.state import Piece, State, pieces
 
@@ -40,14 +41,14 @@ class Prefix(NamedTuple):
     """What was read and the state after it.
 
     ids: int32 [tokens]; places: of the pictures among them. logits: those after the last, float32 [vocabulary], where
-    they are known. spoken: some of the tokens were generated rather than read, and so have other bits.
+    they are known. spoken: which tokens were generated rather than read, and so have other bits.
     """
 
     ids: Ids
     places: tuple[Place, ...]
     state: State[Any]
     logits: Float32 | None = None
-    spoken: bool = False
+    spoken: Said = ()
 
 
 class Miss(NamedTuple):
@@ -85,7 +86,7 @@ class _Kept(NamedTuple):
 
     state: State[Any]
     logits: Float32 | None
-    spoken: bool
+    spoken: Said
 
 
 class _Node:
@@ -191,7 +192,7 @@ class PrefixStore:
             self._drop(path[-1])
 
     def longest(
-        self, ids: Ids, places: Sequence[Place] = (), takes: Callable[[int, bool], bool] = lambda *_: True,
+        self, ids: Ids, places: Sequence[Place] = (), takes: Callable[[int, Said], bool] = lambda *_: True,
         near: int = 0,
     ) -> Prefix | None:  # fmt: skip
         """The longest prefix of a sequence that is at hand, if something is known, or left to be run, of what follows.
