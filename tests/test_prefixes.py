@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from edgeq.backends import available
 from edgeq.generate import StopReason
 from edgeq.hub import DEMO
 from edgeq.session.chat import Chat
+from edgeq.session.prefix_files import PrefixFolder
+from edgeq.session.prefixes import PrefixStore
 from edgeq.session.reply import Reply
 from edgeq.state import State
 from edgeq.state_io import state_arrays
@@ -108,16 +111,25 @@ class Conversations(RuleBasedStateMachine):
     @initialize(
         system=st.sampled_from([None, "Be brief.", LONG]), given=st.booleans(), tools=st.booleans(),
         draft=st.sampled_from(["off", "auto"]), states=st.sampled_from([0, 3, 1000]),
+        disk=st.sampled_from([None, 2 << 20, 1 << 30]),
     )  # fmt: skip
-    def begin(self, system: str | None, given: bool, tools: bool, draft: str, states: int) -> None:
+    def begin(self, system: str | None, given: bool, tools: bool, draft: str, states: int, disk: int | None) -> None:
         self.options: dict[str, Any] = {
             "system": system, "messages": GIVEN if given else (), "tools": [TOOL] if tools else None,
             "draft": draft if self.warm.engine.ops.few != 1 else "off", "max_total_tokens": 6, "temperature": 0,
             "loop_guard": False,
         }  # fmt: skip
         ops, c = self.warm.engine.ops, self.warm.config.text
-        self.warm.prefixes.limit = states * (ops.state_nbytes(c) + ops.kv_nbytes(c, 1))
+        self.limit, self.disk = states * (ops.state_nbytes(c) + ops.kv_nbytes(c, 1)), disk
+        self.made = TemporaryDirectory()
+        self.start()
         self.chats = [self.warm.chat(**self.options)]
+
+    def start(self) -> None:
+        """Begin with what is on disk, as another process would."""
+        engine, disk = self.warm.engine, self.disk
+        folder = None if disk is None else PrefixFolder(Path(self.made.name), engine, disk)
+        self.warm.prefixes = PrefixStore(engine, self.limit, folder)
 
     @property
     def chat(self) -> Chat:
@@ -173,6 +185,31 @@ class Conversations(RuleBasedStateMachine):
         self.chats.append(other)
 
     @rule()
+    def restart(self) -> None:
+        """All conversations as in another process, with what is on disk."""
+        self.start()
+        before, self.chats = self.chats, []
+        for chat in before:
+            chat._settle()
+            self.chats.append(self.warm.chat(**self.options))
+            self.chat._restore(chat._save())
+            self.chat.thinking = chat.thinking
+
+    @rule(data=st.data())
+    def damage(self, data: Any) -> None:
+        """A file loses its end, or a byte changes, or it is gone."""
+        files = sorted(Path(self.made.name).iterdir())
+        if files:
+            file = data.draw(st.sampled_from(files))
+            how, at = data.draw(st.sampled_from(["cut", "byte", "gone"])), data.draw(st.floats(0, 1, exclude_max=True))
+            content = bytearray(file.read_bytes())
+            file.unlink()  # what was mapped stays as it was
+            if how != "gone":
+                place = int(len(content) * at)
+                content[place] ^= 16
+                file.write_bytes(content[:place] if how == "cut" else content)
+
+    @rule()
     def switch(self) -> None:
         self.chats.insert(0, self.chats.pop())
 
@@ -182,8 +219,10 @@ class Conversations(RuleBasedStateMachine):
         store.give_way(store.nbytes // share)
 
     def teardown(self) -> None:
-        for chat in getattr(self, "chats", []):
-            assert self.warm.prefixes.nbytes <= self.warm.prefixes.limit
+        if not hasattr(self, "chats"):
+            return
+        for chat in self.chats:
+            assert self.warm.prefixes.nbytes <= self.limit
             if not any(turn.tokens for turn in chat.turns):
                 continue
             cold = replayed(chat, self.cold)
@@ -193,6 +232,9 @@ class Conversations(RuleBasedStateMachine):
                 done(one.send("the end"))
             assert list(chat.ids) == list(cold.ids)
             assert bits(self.warm, chat._context.state) == bits(self.cold, cold._context.state)
+        if self.disk is not None:
+            assert sum(file.stat().st_size for file in Path(self.made.name).iterdir()) <= self.disk
+        self.made.cleanup()
 
 
 @pytest.fixture(scope="module")

@@ -172,12 +172,15 @@ class SafetensorsWriter:
             file.write("a", block)  # as many blocks as it takes, in order
 
     The data starts at a multiple of 64 bytes and entries should come widest dtype first, so that every tensor is
-    aligned. Leaving the context without error makes the bytes durable (fsync). It can be mapped with large pages.
+    aligned. Leaving the context without error makes the bytes durable (fsync) unless they need not be. It can be mapped
+    with large pages.
     """
 
     def __init__(
-        self, path: Path, entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
-    ) -> None:
+        self, path: Path, entries: Mapping[str, tuple[str, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None, *, durable: bool = True,
+    ) -> None:  # fmt: skip
+        self._durable = durable
         self._ends: dict[str, int] = {}
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         end = 0
@@ -211,7 +214,7 @@ class SafetensorsWriter:
             return
         try:
             assert self._written == max(self._ends.values(), default=0), "less data than declared"
-            self._file.sync()
+            (self._file.sync if self._durable else self._file.flush)()
         finally:
             self._abandon()
 

@@ -13,6 +13,7 @@ from edgeq.formats.bf16 import Float32
 from edgeq.generate import Decoding, Token
 from edgeq.session.cuts import WORTH, Cut, Cuts, Messages, Said, Span, no_messages
 from edgeq.session.places import Place, positions
+from edgeq.session.prefix_files import Line
 from edgeq.session.prefixes import Miss, Prefix, PrefixStore, shown
 from edgeq.session.sight import Looking, Sight
 from edgeq.session.speculation import Speculation
@@ -44,6 +45,7 @@ class Context:
         self._places: Sequence[Place] = ()
         self._cuts: Cuts | None = None  # of the sequence last resumed
         self.miss: Miss | None = None  # why no more of it was at hand
+        self._line: Line = ()  # the files that have its keys and values, as far as they are known
         self._begun: tuple[int, Said] = 0, ()  # how long what it went on from was, and what was said in it
         self._end: Prefix | None = None  # of the last prompt that was replied to
         if state is None:
@@ -143,7 +145,7 @@ class Context:
             found = Prefix(tokens[:0], (), self.engine.state())
         self.miss = self._prefixes.miss(tokens, places, len(found.ids))
         self.state, self._ids, self._places = self._with_head(found.state), array("i", found.ids.tobytes()), places
-        self._begun = len(found.ids), found.spoken
+        self._begun, self._line = (len(found.ids), found.spoken), found.line
         if self._speculation is not None:
             self._speculation.observe(0, found.ids)
         return found
@@ -159,11 +161,13 @@ class Context:
     def keep(self, why: str = "", logits: Float32 | None = None) -> None:
         """Keep the state for `resume`; logits: those after its last token, if known."""
         if self._prefixes is not None and self.position:
-            self._prefixes.keep(self._prefix(logits), why)
+            self._line = self._prefixes.keep(self._prefix(logits), why)
 
     def _prefix(self, logits: Float32 | None = None) -> Prefix:
         n = self.position
-        return Prefix(np.array(self._ids[:n], np.int32), tuple(self._places), self.state, logits, self._said(n))
+        return Prefix(
+            np.array(self._ids[:n], np.int32), tuple(self._places), self.state, logits, self._said(n), self._line
+        )
 
     def _said(self, stop: int) -> Said:
         """What was said of the first `stop` tokens. What it went on from may have been run another way."""

@@ -24,24 +24,23 @@ from edgeq.engine import Engine, Ids
 from edgeq.formats.bf16 import Float32
 from edgeq.session.cuts import Said
 from edgeq.session.places import Place
+from edgeq.session.prefix_files import Filed, Line, PrefixFolder, Shown
 from edgeq.state import Piece, State, pieces
 
-__all__ = ["Miss", "Prefix", "PrefixStore", "Shown", "shown"]
+__all__ = ["Miss", "Prefix", "PrefixStore", "shown"]
 
 SHARE = 32  # of the machine's memory
 MOST = 512 << 20  # bytes, whatever the machine has
+STRIDE = 8  # chunks of a long text from one state on disk to the next
 GHOSTS = 256  # prefixes whose ids are remembered when their states have gone
-
-Shown = tuple[int, int, int, int, str, int]
-"""What tells apart what stands in a picture's place: its first token, that one's position, rows, columns, digest,
-frame."""
 
 
 class Prefix(NamedTuple):
     """What was read and the state after it.
 
     ids: int32 [tokens]; places: of the pictures among them. logits: those after the last, float32 [vocabulary], where
-    they are known. spoken: which tokens were generated rather than read, and so have other bits.
+    they are known. spoken: which tokens were generated rather than read, and so have other bits. line: the files that
+    have its keys and values, as far as they are known.
     """
 
     ids: Ids
@@ -49,6 +48,7 @@ class Prefix(NamedTuple):
     state: State[Any]
     logits: Float32 | None = None
     spoken: Said = ()
+    line: Line = ()
 
 
 class Miss(NamedTuple):
@@ -87,6 +87,7 @@ class _Kept(NamedTuple):
     state: State[Any]
     logits: Float32 | None
     spoken: Said
+    line: Line
 
 
 class _Node:
@@ -97,14 +98,15 @@ class _Node:
         self.stop: int = len(keys) + (parent.stop if parent else 0)
         self.children: dict[int, _Node] = {}
         self.kept: _Kept | None = None
-        self.shown: tuple[Shown, ...] = ()
+        self.shown: tuple[Shown, ...] = ()  # of the state in memory
+        self.filed: dict[str, Filed] = {}  # states on disk, by name
         self.used = 0.0  # the store's clock when it was used last
         self.ghost = False  # a state was kept here
 
     @property
     def bare(self) -> bool:
         """Whether nothing would be lost with it but a place to branch."""
-        return self.kept is None and not self.ghost
+        return self.kept is None and not self.ghost and not self.filed
 
     def ancestors(self) -> Iterator[_Node]:
         node = self.parent
@@ -117,13 +119,16 @@ class PrefixStore:
     """The prefixes kept for a model, `limit` bytes of them at most: what is kept beside the states of those who go on
     with them now (`attach`). It is the ledger's account "prefix checkpoints".
 
-    text: of a token, to say where a prompt parts from what was read before.
+    folder: keeps them on disk as well, for later. text: of a token, to say where a prompt parts from what was read
+    before.
     """
 
     def __init__(
-        self, engine: Engine[Any, Any], limit: int | None = None, *, text: Callable[[int], str] = lambda _: ""
-    ) -> None:
-        self._engine, self._text = engine, text
+        self, engine: Engine[Any, Any], limit: int | None = None, folder: PrefixFolder | None = None, *,
+        text: Callable[[int], str] = lambda _: "",
+    ) -> None:  # fmt: skip
+        self._engine, self.folder, self._text = engine, folder, text
+        self._filed: dict[str, _Node] = {}  # where the prefixes on disk are
         self._root = _Node(None, np.empty(0, np.int32))
         self._nodes: dict[_Node, None] = {}  # that have a state in memory, the latest last
         self._ghosts = deque[_Node]()
@@ -169,18 +174,34 @@ class PrefixStore:
 
     # --- what is kept ------------------------------------------------------------------------------------------------
 
-    def keep(self, prefix: Prefix, why: str = "") -> None:  # noqa: ARG002
-        """Remember a prefix. why: what it was kept for, as `edgeq.session.cuts` has it."""
-        if not self._limit or not len(prefix.ids):
-            return
-        node = self._insert(_keys(prefix.ids, prefix.places))
-        logits = prefix.logits if prefix.logits is not None or node.kept is None else node.kept.logits
-        node.kept, node.shown = _Kept(prefix.state, logits, prefix.spoken), shown(prefix.places, node.stop)
-        self._touch(node)
-        self._shrink(self._limit)
+    def keep(self, prefix: Prefix, why: str = "", *, named: str = "") -> Line:
+        """Remember a prefix; the files that have its keys and values.
+
+        why: what it is kept for, as `edgeq.session.cuts` has it, which decides whether it goes to disk. named: what
+        people call it.
+        """
+        if not len(prefix.ids) or not (self._limit or self.folder):
+            return prefix.line
+        keys, what, line = _keys(prefix.ids, prefix.places), shown(prefix.places, len(prefix.ids)), prefix.line
+        if self.folder is not None and self._goes_to_disk(len(keys), why):
+            self._look()
+            line = self.folder.write(keys, prefix.state, what, prefix.spoken, line, named=named) or line
+            self._look()
+        if self._limit:
+            node = self._insert(keys)
+            logits = prefix.logits
+            if logits is None and node.kept is not None and (node.shown, node.kept.spoken) == (what, prefix.spoken):
+                logits = node.kept.logits
+            node.kept, node.shown = _Kept(prefix.state, logits, prefix.spoken, line), what
+            self._touch(node)
+            self._shrink(self._limit)
+        return line
+
+    def _goes_to_disk(self, tokens: int, why: str) -> bool:
+        return why not in ("", "prompt") and (why != "chunk" or tokens % (STRIDE * self._engine.chunk) == 0)
 
     def along(self, ids: Ids, places: Sequence[Place] = ()) -> list[Prefix]:
-        """The prefixes of a sequence that are at hand, the longest last."""
+        """The prefixes of a sequence that are at hand in memory, the longest last."""
         path, _ = self._walk(_keys(ids, places))
         kept = [(node, node.kept) for node in path if node.kept and node.shown == shown(places, node.stop)]
         return [Prefix(ids[: node.stop], tuple(places), *found) for node, found in kept]
@@ -200,18 +221,55 @@ class PrefixStore:
         takes: whether to go on from a place, and what was spoken before it; another one is taken only where it saves
         more than `near` tokens.
         """
-        path, _ = self._walk(_keys(ids, places))
-        usable = [node for node in reversed(path) if self._usable(node, ids, places)]
-        good = next((node for node in usable if node.kept and takes(node.stop, node.kept.spoken)), None)
-        best = next((node for node in usable if node.stop > near + (good.stop if good else 0)), good)
-        if best is None or best.kept is None:
+        self._look()
+        while True:
+            path, _ = self._walk(_keys(ids, places))
+            usable = [each for node in reversed(path) for each in self._usable(node, ids, places)]
+            good = next((each for each in usable if takes(each[0].stop, each[1].spoken)), None)
+            least = near + (good[0].stop if good else 0)
+            best = next((each for each in usable if each[0].stop > least), good)
+            if best is None:
+                return None
+            node, what = best
+            if isinstance(what, Filed):
+                if (read := self._read(node, what)) is None:
+                    continue
+                what = read
+            if node.kept is what:
+                self._touch(node)
+            return Prefix(ids[: node.stop], tuple(places), *what)
+
+    def _usable(self, node: _Node, ids: Ids, places: Sequence[Place]) -> Iterator[tuple[_Node, _Kept | Filed]]:
+        """What is kept at a node that a sequence can go on from."""
+        left = len(ids) - node.stop
+        if left < 0 or not (node.kept or node.filed):
+            return
+        seen = shown(places, node.stop)
+        if node.kept is not None and node.shown == seen and (left or node.kept.logits is not None):
+            yield node, node.kept
+        for filed in node.filed.values():
+            if filed.has_state and filed.shown == seen and left:
+                yield node, filed
+
+    def _read(self, node: _Node, filed: Filed) -> _Kept | None:
+        """A state from the disk, which stays in memory if there is room; None where it is gone."""
+        assert self.folder is not None
+        state = self.folder.read(filed)
+        if state is None:
+            node.filed.pop(filed.name, None)
+            self._filed.pop(filed.name, None)
             return None
-        self._touch(best)
-        return Prefix(ids[: best.stop], tuple(places), *best.kept)
+        kept = _Kept(state, None, filed.spoken, filed.line)
+        if self._limit:
+            node.kept, node.shown = kept, filed.shown
+            self._touch(node)
+            self._shrink(self._limit)
+        return kept
 
     def miss(self, ids: Ids, places: Sequence[Place], cached: int) -> Miss | None:
         """Why no more than the first `cached` tokens of a sequence are at hand; None where all that was kept of it is
         used, and nothing that was kept goes on otherwise."""
+        self._look()
         if not self._root.children:
             return Miss("empty", 0) if len(ids) > cached else None
         path, matched = self._walk(keys := _keys(ids, places))
@@ -225,6 +283,22 @@ class PrefixStore:
         tokens = [None if token < 0 else token for token in (other, given)]
         texts = ["" if token is None else self._text(token) for token in tokens]
         return Miss("evicted" if gone else "differs", matched, tokens[0], tokens[1], *texts)
+
+    def _look(self) -> None:
+        """Find what is new on disk, and what is gone."""
+        if self.folder is None or (found := self.folder.look()) is None:
+            return
+        for name in self._filed.keys() - found.keys():
+            node = self._filed.pop(name)
+            node.filed.pop(name, None)
+            self._prune(node)
+        whole = dict[str, Ids]()
+        for name, filed in found.items():
+            above = whole[filed.line[-2][1]] if len(filed.line) > 1 else filed.keys[:0]
+            whole[name] = np.concatenate([above, filed.keys]) if len(above) else filed.keys
+            if name not in self._filed:
+                self._filed[name] = self._insert(whole[name])
+            self._filed[name].filed[name] = filed
 
     # --- the tree ----------------------------------------------------------------------------------------------------
 
@@ -281,12 +355,6 @@ class PrefixStore:
             node = parent
 
     # --- what goes ---------------------------------------------------------------------------------------------------
-
-    def _usable(self, node: _Node, ids: Ids, places: Sequence[Place]) -> bool:
-        return (
-            node.kept is not None and node.stop <= len(ids) - (node.kept.logits is None)
-            and node.shown == shown(places, node.stop)
-        )  # fmt: skip
 
     def _touch(self, node: _Node) -> None:
         node.used = self._clock
@@ -349,7 +417,7 @@ class PrefixStore:
 
     def _pieces(self, node: _Node) -> list[Piece]:
         assert node.kept is not None
-        state, logits, _ = node.kept
+        state, logits = node.kept[:2]
         return [*pieces(state), *([] if logits is None else [Piece("logits", id(logits), logits.nbytes)])]
 
     def _in_use(self) -> set[int]:
