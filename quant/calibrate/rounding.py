@@ -48,7 +48,7 @@ __all__ = [
     "solve_matrix",
 ]
 
-ROWS = 1024
+ROWS = 512
 """Rows that a thread works on at a time: fixed, so that no result depends on the number of threads."""
 
 
