@@ -22,7 +22,7 @@ import numpy as np
 from edgeq.formats.bf16 import Array, Float32
 from edgeq.formats.ggml import TYPES, GGMLType
 
-__all__ = ["KQUANTS", "Levels", "codes_of", "encode", "fit", "pack"]
+__all__ = ["KQUANTS", "KGrid", "Levels", "codes_of", "encode", "fit", "pack"]
 
 KQUANTS = {t.name: t for t in TYPES.values() if t.name in ("Q4_K", "Q5_K", "Q6_K")}
 """The types that are written here."""
@@ -81,16 +81,17 @@ def _spread(importance: Float32) -> Float32:
     return importance + np.float32(0.01) * mean if mean > 0 else np.ones_like(importance)
 
 
-def fit(blocks: Float32, kind: GGMLType, importance: Float32 | None = None) -> Levels:
+def fit(blocks: Float32, kind: GGMLType, importance: Float32 | None = None, *, by_size: bool = True) -> Levels:
     """Units and levels for blocks float32 [n, 256], finite; importance [n, 256], positive, or None.
 
-    Weights count by their importance and, a little, by their size: w = importance * sqrt(sigma^2 + x^2) with sigma^2
-    twice the block's mean square, as in ggml, where it has been found to be better than importance alone.
+    Weights count by their importance and, if `by_size`, a little by their size: w = importance * sqrt(sigma^2 + x^2)
+    with sigma^2 twice the block's mean square, as in ggml, where it has been found to be better than importance alone.
     """
     assert kind.coding is not None
     with np.errstate(all="ignore"):  # a candidate out of range has an undefined error and loses by itself
-        size = np.sqrt(2 * np.square(blocks).mean(1, keepdims=True) + np.square(blocks))
-        w = size if importance is None else size * importance
+        w = np.ones_like(blocks) if importance is None else importance
+        if by_size:
+            w = w * np.sqrt(2 * np.square(blocks).mean(1, keepdims=True) + np.square(blocks))
         group, n = kind.coding.group_size, len(blocks)
         x, w = (np.ascontiguousarray(v.reshape(-1, group).T) for v in (blocks, w))
         levels, zero = (1 << kind.coding.bits) - 1, kind.coding.zero
@@ -130,6 +131,39 @@ def pack(codes: Array, kind: GGMLType, levels: Levels) -> Array:
             bits = (codes >> 4).reshape(-1, 8, 32) << np.arange(8, dtype=np.uint8)[:, None]
             out["qh"] = np.bitwise_or.reduce(bits, axis=1)
     return out.view(np.uint8).reshape(len(codes), kind.nbytes)
+
+
+class KGrid:
+    """The grids of K-quants for `edgeq.quant.calibrate.rounding`, which rounds a matrix with them block by block.
+
+    `found` has the levels of every block of columns, in order, each of all rows.
+    """
+
+    columns = _BLOCK
+
+    def __init__(self, kind: GGMLType) -> None:
+        assert kind.coding is not None
+        self.kind, self.coding, self.found = kind, kind.coding, list[Levels]()
+        self.group_size, self.levels = kind.coding.group_size, np.float32((1 << kind.coding.bits) - 1)
+
+    def fit(self, x: Float32, importance: Float32) -> tuple[Float32, Float32]:
+        """Scales and biases float32 [256 / group_size, rows] for x [256, rows]."""
+        blocks = np.ascontiguousarray(x.T)
+        levels = fit(blocks, self.kind, np.broadcast_to(importance, blocks.shape), by_size=False)
+        self.found.append(levels)
+        return levels.scales().T, levels.biases(self.coding.zero).T
+
+    def refit(
+        self, _q: Float32, _block: Float32, _pull: Float32, scale: Float32, bias: Float32, /
+    ) -> tuple[Float32, Float32]:
+        """They stay: a group's scale is tied to those of its block."""
+        return scale, bias
+
+    def pack(self, codes: Array) -> Array:
+        """The rows as stored, for codes uint8 [rows, n] of the blocks that were fitted: uint8 [rows, bytes]."""
+        starts = range(0, codes.shape[1], _BLOCK)
+        parts = (pack(codes[:, i : i + _BLOCK], self.kind, at) for i, at in zip(starts, self.found, strict=True))
+        return np.concatenate(list(parts), axis=1)
 
 
 class _Affine:

@@ -165,6 +165,13 @@ class Grid(Protocol):
         of whose errors count by `importance` [columns]."""
         ...
 
+    def refit(
+        self, q: Float32, block: Float32, pull: Float32, scale: Float32, bias: Float32, /
+    ) -> tuple[Float32, Float32]:
+        """A better scale and bias [rows] of one group, as stored, if there are any, all else fixed: q [group, rows] are
+        its codes, block [group, group] its part of the Hessian, and pull [group, rows] half the gradient."""
+        ...
+
 
 def round_rows(w: Float32, factor: Float32, grid: Grid) -> Rows:
     """Step 1 for w float32 [rows, columns], `factor` being `Hessian.factor`."""
@@ -242,6 +249,32 @@ class AffineGrid:
                 best.consider(scale * i, bias * j)
         return best.scale[None], best.bias[None]
 
+    def refit(
+        self, q: Float32, block: Float32, pull: Float32, scale: Float32, bias: Float32, /
+    ) -> tuple[Float32, Float32]:
+        """As `Grid.refit`: the best of those near the least-squares ones.
+
+        The objective changes by a ds^2 + 2 b ds db + c db^2 + 2 (g ds + h db).
+        """
+        hq = block @ q
+        a, b, c = np.einsum("ij,ij->j", q, hq), hq.sum(0), block.sum()
+        g, h = np.einsum("ij,ij->j", q, pull), pull.sum(0)
+        determinant = a * c - b * b
+        solvable = determinant > 1e-6 * a * c
+        safe = np.where(solvable, determinant, 1)
+        ds = np.where(solvable, (b * h - c * g) / safe, 0)
+        best, best_scale, best_bias = np.zeros_like(scale), scale, bias
+        for factor in (1 - self.nudge, np.float32(1), 1 + self.nudge):
+            s = self.stored((scale + ds) * factor)
+            # with this scale, the bias that fits it
+            t = self.stored(bias - (h + b * (s - scale)) / c) if c > 0 else bias
+            es, et = s - scale, t - bias
+            change = a * es * es + 2 * b * es * et + c * et * et + 2 * (g * es + h * et)
+            better = change < best
+            best = np.where(better, change, best)
+            best_scale, best_bias = np.where(better, s, best_scale), np.where(better, t, best_bias)
+        return best_scale, best_bias
+
 
 class _Best:
     """The best scale and bias so far of groups x [group, rows]."""
@@ -285,7 +318,7 @@ class _Best:
 # --- descent ---------------------------------------------------------------------------------------------------------
 
 
-def improve(w: Float32, gram: Float32, rows: Rows, grid: AffineGrid, sweeps: int) -> Rows:
+def improve(w: Float32, gram: Float32, rows: Rows, grid: Grid, sweeps: int) -> Rows:
     """Step 2 for w float32 [rows, columns] under `gram`, the damped Hessian: `sweeps` over all groups."""
     if sweeps == 0:
         return rows
@@ -302,7 +335,7 @@ def improve(w: Float32, gram: Float32, rows: Rows, grid: AffineGrid, sweeps: int
             columns = slice(start, start + size)
             block, own = gram[columns, columns], q[columns]
             before = error[columns].copy()
-            scales[group], biases[group] = _refit(own, block, pull[columns], scales[group], biases[group], grid)
+            scales[group], biases[group] = grid.refit(own, block, pull[columns], scales[group], biases[group])
             now = own * scales[group] + biases[group] - wt[columns]
             _descend(own, block, pull[columns] + block @ (now - before), scales[group], grid.levels)
             error[columns] = own * scales[group] + biases[group] - wt[columns]
@@ -311,33 +344,6 @@ def improve(w: Float32, gram: Float32, rows: Rows, grid: AffineGrid, sweeps: int
     return Rows(
         np.ascontiguousarray(q.T.astype(np.uint8)), np.ascontiguousarray(scales.T), np.ascontiguousarray(biases.T)
     )
-
-
-def _refit(
-    q: Float32, block: Float32, pull: Float32, scale: Float32, bias: Float32, grid: AffineGrid
-) -> tuple[Float32, Float32]:
-    """The best stored scale and bias of one group, codes and all other groups fixed.
-
-    The objective changes by a ds^2 + 2 b ds db + c db^2 + 2 (g ds + h db).
-    """
-    hq = block @ q
-    a, b, c = np.einsum("ij,ij->j", q, hq), hq.sum(0), block.sum()
-    g, h = np.einsum("ij,ij->j", q, pull), pull.sum(0)
-    determinant = a * c - b * b
-    solvable = determinant > 1e-6 * a * c
-    safe = np.where(solvable, determinant, 1)
-    ds = np.where(solvable, (b * h - c * g) / safe, 0)
-    best, best_scale, best_bias = np.zeros_like(scale), scale, bias
-    for factor in (1 - grid.nudge, np.float32(1), 1 + grid.nudge):
-        s = grid.stored((scale + ds) * factor)
-        # with this scale, the bias that fits it
-        t = grid.stored(bias - (h + b * (s - scale)) / c) if c > 0 else bias
-        es, et = s - scale, t - bias
-        change = a * es * es + 2 * b * es * et + c * et * et + 2 * (g * es + h * et)
-        better = change < best
-        best = np.where(better, change, best)
-        best_scale, best_bias = np.where(better, s, best_scale), np.where(better, t, best_bias)
-    return best_scale, best_bias
 
 
 def _descend(q: Float32, block: Float32, pull: Float32, scale: Float32, levels: np.float32) -> None:
