@@ -138,6 +138,13 @@ class Ops(ABC, Generic[A, M]):
         each piece of memory once, however many states share it."""
         return {}
 
+    def idle_nbytes(self, c: TextConfig) -> int:  # noqa: ARG002
+        """Bytes that it has ready for the DeltaNet states of the next call, and counts as nobody's."""
+        return 0
+
+    def release_scratch(self) -> None:
+        """Give back to the system what is kept to work in and nobody uses now."""
+
     def peak_memory(self) -> int | None:
         """Most bytes that a backend's own allocator has held in this process; None where all memory is the process's.
         A GPU's may be missing in the resident set."""

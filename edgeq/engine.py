@@ -24,8 +24,9 @@ from edgeq.draft_head import MANY, PIECES, DraftHead, DraftVocabulary, draft_pre
 from edgeq.errors import MemoryBudgetError, ModelError, UsageError
 from edgeq.formats.bf16 import Float32
 from edgeq.loading import LoadedWeights
+from edgeq.memory.budget import Budget
 from edgeq.memory.ledger import Ledger
-from edgeq.memory.plan import prefill_chunk
+from edgeq.memory.plan import SMALLEST_CHUNK, part_nbytes, prefill_chunk
 from edgeq.model import text, vision
 from edgeq.model.layers import spans
 from edgeq.numbers import Range
@@ -82,7 +83,7 @@ class Engine(Generic[A, M]):
 
     chunk: prompts are cut at multiples of it, counted from the beginning of the sequence.
     context_limit: most tokens of a sequence.
-    ledger: what the weights and the backend hold now.
+    ledger: what the weights and the backend hold now. budget: the ceiling that it must stay under, if there is one.
     head: the MTP head; None for a checkpoint without one.
     pace: what is known of how fast passes with drafts are, and how often those are right.
     """
@@ -91,15 +92,17 @@ class Engine(Generic[A, M]):
         self.checkpoint, self.ops = checkpoint, ops
         self.config: TextConfig = checkpoint.config.text
         self.context_limit = _context_limit(context, self.config.longest_context)
-        self.chunk = prefill_chunk(self.config, ops)
+        self.chunk = self._largest_chunk = prefill_chunk(self.config, ops)
         self.fingerprint = f"{checkpoint.fingerprint()} {ops.name} {ops.kv_dtype}"
         ops.limit_memory()
         self.weights = LoadedWeights(checkpoint, ops)
         self._text = self.weights.text
         self.ledger = Ledger()
+        self.budget = Budget(self.ledger)
         for owner, parts in (("weights", (Part.TEXT, Part.MTP)), ("vision tower", (Part.VISION,))):
             self._open_account(owner, *parts)
         self.ledger.open_all(ops.held)
+        self.ledger.open("scratch", lambda: ops.held().get("scratch", 0), give_way=self._release_scratch)
         self.head = DraftHead(ops, self.config, self.weights) if Part.MTP in self.weights.parts else None
         if self.head is not None and ops.maps_files:
             self.ledger.open("draft vocabulary", lambda: sum(v.nbytes for v in DraftVocabulary.alive))
@@ -116,7 +119,19 @@ class Engine(Generic[A, M]):
         if not self.weights.parts.isdisjoint(parts):
             self.ledger.open(f"{owner}, mapped", lambda: self.weights.nbytes(*parts, mapped=True), mapped=True)
             if self.ops.maps_files:
-                self.ledger.open(owner, lambda: self.weights.nbytes(*parts, mapped=False))
+                give_way = self._release_tower if Part.VISION in parts else None
+                self.ledger.open(owner, lambda: self.weights.nbytes(*parts, mapped=False), give_way=give_way)
+
+    def _release_tower(self, _: int) -> int:
+        """Let go of the tower's copies, which the next picture makes again; the bytes."""
+        held = self.weights.nbytes(Part.VISION, mapped=False)
+        self.weights.release(Part.VISION)
+        return held
+
+    def _release_scratch(self, _: int) -> int:
+        before = self.ops.held().get("scratch", 0)
+        self.ops.release_scratch()
+        return max(0, before - self.ops.held().get("scratch", 0))
 
     def state(self, *, draft: bool = False) -> State[A]:
         """The state of an empty sequence; `draft`: with the MTP head's part, which all that follow from it then have.
@@ -138,20 +153,55 @@ class Engine(Generic[A, M]):
     def cut(self, start: int, tokens: int) -> Iterator[slice]:
         """Pieces of `tokens` tokens that follow `start` others, cut at absolute multiples of the chunk.
 
-        So going on from a state at such a place runs the very calls that a run from the beginning would.
+        So going on from a state at such a place runs the very calls that a run from the beginning would. Where memory
+        is short, chunks are halved from there on, down to SMALLEST_CHUNK.
         """
         done = 0
+        self.chunk = self._largest_chunk
         while done < tokens:
+            while self.chunk > SMALLEST_CHUNK and not self._works(start + done, min(tokens - done, self.chunk)):
+                self.chunk //= 2
             piece = min(tokens - done, self.chunk - (start + done) % self.chunk)
             yield slice(done, done + piece)
             done += piece
+
+    def _works(self, length: int, tokens: int) -> bool:
+        """Whether `tokens` tokens after `length` others can be run in one call, as far as memory goes."""
+        try:
+            self.claim([(length, tokens, 1)])
+        except MemoryBudgetError:
+            return False
+        return True
+
+    def claim(self, feeds: Sequence[tuple[int, int, int]]) -> None:
+        """Make room for a call: for each feed the tokens before it, its own, and the rows of logits. Whatever gives way
+        does; MemoryBudgetError if that is not enough."""
+        if self.budget.ceiling is None:
+            return
+        c, ops = self.config, self.ops
+        tokens = sum(more for _, more, _ in feeds)
+        keys = sum(self._kv_nbytes(length + more) - self._kv_nbytes(length) for length, more, _ in feeds)
+        states = len(feeds) * ops.state_nbytes(c) - ops.idle_nbytes(c)
+        work = ops.scratch_nbytes(c, min(tokens, self._largest_chunk)) - ops.held().get("scratch", 0)
+        logits = 2 * 4 * c.vocab_size * max(1, sum(rows for _, _, rows in feeds))
+        self.budget.claim(
+            keys + max(0, states) + max(0, work) + logits,
+            f"{sum(length + more for length, more, _ in feeds):,} tokens",
+            hint="start a new conversation, let go of others, or allow more with --memory (memory=)",
+        )
+
+    def _kv_nbytes(self, tokens: int) -> int:
+        return self.ops.kv_nbytes(self.config, tokens) if tokens else 0
 
     def run(self, feeds: Sequence[Feed[A]], *, checked: bool = False) -> list[Output[A]]:
         """Run all feeds in one call of the model.
 
         States that were given stay valid. Raises UsageError for a state that this engine did not make (`checked`: the
-        caller knows that it did), ModelError where the logits are not numbers.
+        caller knows that it did), MemoryBudgetError where the ceiling leaves no room, ModelError where the logits are
+        not numbers.
         """
+        if self.budget.ceiling is not None:
+            self.claim([(feed.state.length, len(feed.ids), feed.rows) for feed in feeds])
         for feed in feeds:
             if not checked:
                 self.check_state(feed.state)
@@ -270,6 +320,7 @@ class Engine(Generic[A, M]):
         _check_patches(pixels, grid, c)
         self.checkpoint.drop_pages()
         try:
+            self._claim_sight(grid, c)
             weights = self.weights.vision
             assert weights is not None
             with np.errstate(all="ignore"):  # as in `run`
@@ -285,6 +336,16 @@ class Engine(Generic[A, M]):
                 hint="download the checkpoint, or quantize it, again",
             )
         return features
+
+    def _claim_sight(self, grid: Grid, c: VisionConfig) -> None:
+        """Make room for the tower and a picture; the language model's pages have been let go."""
+        patches = math.prod(grid)
+        work = self.ops.vision_scratch_nbytes(c, patches) + 4 * patches * (c.patch_values + c.out_hidden_size)
+        tower = part_nbytes(self.checkpoint, Part.VISION) - self.weights.nbytes(Part.VISION, mapped=False)
+        self.budget.claim(
+            tower + work, f"the vision tower and a picture of {patches // c.spatial_merge_size**2:,} tokens",
+            weights=False, hint="make pictures smaller with --image-tokens, or allow more with --memory (memory=)",
+        )  # fmt: skip
 
     def checked_ids(self, ids: Sequence[int] | NDArray[Any], state: State[A]) -> Ids:
         """`ids` as an array, if the vocabulary has them and the context has room for them after `state`."""

@@ -117,6 +117,14 @@ class CpuOps(ArrayOps[_native.Matrix]):
     def held(self) -> Mapping[str, int]:
         return dict(zip(("KV cache", "DeltaNet states", "scratch"), _native.memory_held(), strict=True))
 
+    def idle_nbytes(self, c: TextConfig) -> int:
+        matrix = 4 * c.linear_num_value_heads * c.linear_value_head_dim * c.linear_key_head_dim
+        ready: int = _native.idle_blocks(matrix)
+        return matrix * min(ready, c.layer_types.count("linear_attention"))
+
+    def release_scratch(self) -> None:
+        _native.release_scratch()
+
     @property
     def threads(self) -> int:
         count: int = _native.thread_count()
