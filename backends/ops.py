@@ -92,6 +92,9 @@ class Ops(ABC, Generic[A, M]):
     """A prompt may be cut after any multiple of so many tokens, counted from where its call began, without changing a
     bit, if more than `few` are left; None where only multiples of the chunk will do."""
 
+    keeps_ceiling: ClassVar[bool] = True
+    """Whether the resident set is what was claimed: false where a library allocates as it likes."""
+
     @property
     def threads(self) -> int | None:
         """How many threads share its work; None where it has none of its own."""

@@ -25,6 +25,7 @@ from edgeq.errors import MemoryBudgetError, ModelError, UsageError
 from edgeq.formats.bf16 import Float32
 from edgeq.loading import LoadedWeights
 from edgeq.memory.budget import Budget
+from edgeq.memory.choice import Choice
 from edgeq.memory.ledger import Ledger
 from edgeq.memory.plan import SMALLEST_CHUNK, part_nbytes, prefill_chunk
 from edgeq.model import text, vision
@@ -84,21 +85,24 @@ class Engine(Generic[A, M]):
     chunk: prompts are cut at multiples of it, counted from the beginning of the sequence.
     context_limit: most tokens of a sequence.
     ledger: what the weights and the backend hold now. budget: the ceiling that it must stay under, if there is one.
+    choice: what it runs with under that ceiling.
     head: the MTP head; None for a checkpoint without one.
     pace: what is known of how fast passes with drafts are, and how often those are right.
     """
 
-    def __init__(self, checkpoint: Checkpoint, ops: Ops[A, M], *, context: int | None = None) -> None:
-        self.checkpoint, self.ops = checkpoint, ops
+    def __init__(
+        self, checkpoint: Checkpoint, ops: Ops[A, M], *, context: int | None = None, choice: Choice | None = None
+    ) -> None:
+        self.checkpoint, self.ops, self.choice = checkpoint, ops, choice
         self.config: TextConfig = checkpoint.config.text
         self.context_limit = _context_limit(context, self.config.longest_context)
-        self.chunk = self._largest_chunk = prefill_chunk(self.config, ops)
+        self.chunk = self._largest_chunk = prefill_chunk(self.config, ops) if choice is None else choice.chunk
         self.fingerprint = f"{checkpoint.fingerprint()} {ops.name} {ops.kv_dtype}"
         ops.limit_memory()
-        self.weights = LoadedWeights(checkpoint, ops)
-        self._text = self.weights.text
+        self.weights = LoadedWeights(checkpoint, ops, choice.resident if choice is not None else None)
         self.ledger = Ledger()
-        self.budget = Budget(self.ledger)
+        self.budget = Budget(self.ledger, self._resident_weights, choice.ceiling if choice is not None else None)
+        self._text = self.weights.text
         for owner, parts in (("weights", (Part.TEXT, Part.MTP)), ("vision tower", (Part.VISION,))):
             self._open_account(owner, *parts)
         self.ledger.open_all(ops.held)
@@ -121,6 +125,12 @@ class Engine(Generic[A, M]):
             if self.ops.maps_files:
                 give_way = self._release_tower if Part.VISION in parts else None
                 self.ledger.open(owner, lambda: self.weights.nbytes(*parts, mapped=False), give_way=give_way)
+
+    def _resident_weights(self) -> int:
+        """Bytes of mapped weights, the tower's left out, that are in memory when all that is to stay has been read."""
+        if self.choice is not None and self.choice.streamed:
+            return self.choice.resident_at_a_time
+        return self.weights.nbytes(Part.TEXT, Part.MTP, mapped=True)
 
     def _release_tower(self, _: int) -> int:
         """Let go of the tower's copies, which the next picture makes again; the bytes."""
@@ -148,7 +158,17 @@ class Engine(Generic[A, M]):
                 f"{self.checkpoint.path} has no MTP head to draft with",
                 hint='use draft="ngram" (--draft ngram), which needs none, or a checkpoint that has kept its head',
             )
+        if not self.drafts:
+            raise MemoryBudgetError(
+                f"{self.budget.origin} leaves no room for the MTP head of {self.checkpoint.path}",
+                hint='use draft="ngram" (--draft ngram), a shorter context, or allow more with --memory (memory=)',
+            )
         return self.head
+
+    @property
+    def drafts(self) -> bool:
+        """Whether there is an MTP head, and room for it."""
+        return self.head is not None and (self.choice is None or self.choice.drafts)
 
     def cut(self, start: int, tokens: int) -> Iterator[slice]:
         """Pieces of `tokens` tokens that follow `start` others, cut at absolute multiples of the chunk.
@@ -427,7 +447,7 @@ class Engine(Generic[A, M]):
 
     def _embed(self, feeds: Sequence[Feed[A]]) -> A:
         each = [feed.ids for feed in feeds]
-        x = text.embed(self.ops, self._text, each[0] if len(each) == 1 else np.concatenate(each))
+        x = self.weights.embed(each[0] if len(each) == 1 else np.concatenate(each))
         starts = (rows.start for rows in spans(list(map(len, each))))
         inserts = [(start + row, x) for start, feed in zip(starts, feeds, strict=True) for row, x in feed.inserts]
         return self._replaced(x, inserts) if inserts else x
@@ -460,7 +480,7 @@ class Engine(Generic[A, M]):
         return out
 
     def _logits(self, hidden: A) -> Float32:
-        logits, finite = self.ops.read_out(hidden, self._text.lm_head)
+        logits, finite = self.weights.read_out(hidden)
         if not finite:
             culprit = self.checkpoint.find_non_finite()
             raise ModelError(

@@ -35,6 +35,7 @@ from edgeq.weights import (
     Matrix,
     MLPWeights,
     QMatrix,
+    StreamedLayers,
     TextWeights,
     VisionBlockWeights,
 )
@@ -155,11 +156,13 @@ class CpuOps(ArrayOps[_native.Matrix]):
         return plain(x)
 
     def ready(self, w: TextWeights[Array, _native.Matrix], c: TextConfig) -> TextWeights[Array, _native.Matrix]:
-        layers, rope = ReadyLayers(w.layers), c.rope
+        layers, rope = ReadyLayers(w.layers[:]), c.rope
         layers.native = _native.Layers(
-            w.layers, c.linear_num_key_heads, c.rms_norm_eps, w.norm, rotary.frequencies(rope), rope.attention_factor,
+            layers, c.linear_num_key_heads, c.rms_norm_eps, w.norm, rotary.frequencies(rope), rope.attention_factor,
             rope.sections,
         )  # fmt: skip
+        if isinstance(w.layers, StreamedLayers):
+            layers.native.call_after_each(w.layers.turns.done)
         return w._replace(layers=layers)
 
     def numpy(self, x: Array) -> Float32:

@@ -8,11 +8,12 @@ give way in the ledger's written order, and then the claim is refused with nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 from weakref import WeakSet
 
 from edgeq.errors import MemoryBudgetError
+from edgeq.memory.ceiling import Ceiling
 from edgeq.memory.ledger import GIVING_WAY, GiveWay, Ledger
 from edgeq.memory.resident import release_unused, resident
 
@@ -25,28 +26,37 @@ SPARE = 6 << 20
 class Budget:
     """A model's part in the ceiling of its process.
 
-    ceiling: bytes of the resident set; None is no bound. origin: where it comes from ("--memory 1.5G").
     ledger: who gives way. Every model of the process is asked, whoever claims.
+    weights: bytes of mapped weights that are to be resident.
+    ceiling: bytes of the resident set; None is no bound. origin: where it comes from ("--memory 1.5G").
     """
 
     _all: ClassVar[WeakSet[Budget]] = WeakSet()
-    _code: ClassVar[int | None] = None  # pages of files that are no weights, before the first model
+    _code: ClassVar[int | None] = None  # pages of files before the first model: those of libraries
 
-    def __init__(self, ledger: Ledger, ceiling: int | None = None, origin: str = "") -> None:
-        self.ledger, self.ceiling, self.origin = ledger, ceiling, origin
-        self.weights = 0
-        """Bytes of mapped weights that are to be resident."""
-        if Budget._code is None and (now := resident()) is not None:
-            Budget._code = now.files
+    def __init__(self, ledger: Ledger, weights: Callable[[], int], ceiling: Ceiling | None = None) -> None:
+        self.ledger, self.weights = ledger, weights
+        self.ceiling, self.origin = (None, "") if ceiling is None else ceiling
         Budget._all.add(self)
 
-    def used(self, *, weights: bool = True) -> int:
-        """The resident set, with all weights that are planned to be resident; `weights`: this model's own, too."""
-        now, code = resident(), Budget._code or 0
+    @classmethod
+    def process(cls) -> int:
+        """What the process takes, with all weights of its models that are planned to be resident; called first before
+        there is one."""
+        now = resident()
+        if cls._code is None:
+            cls._code = now.files if now else 0
         if now is None:
-            return sum(ledger.nbytes() for ledger in self._ledgers())
-        planned = sum(budget.weights for budget in Budget._all if weights or budget is not self)
-        return now.private + max(now.files, code + planned)
+            return sum(budget.ledger.nbytes() for budget in cls._all)
+        return now.private + max(now.files, cls._code + sum(budget.weights() for budget in cls._all))
+
+    def used(self, *, weights: bool = True) -> int:
+        """The same; `weights`: with those of this model, which otherwise have been let go."""
+        now = resident()
+        if weights or now is None:
+            return self.process()
+        others = sum(budget.weights() for budget in Budget._all if budget is not self)
+        return now.private + max(now.files, (Budget._code or 0) + others)
 
     def room(self, *, weights: bool = True) -> int | None:
         """Bytes that can be claimed with nobody giving way; None without a ceiling, negative above it. weights: as of
