@@ -71,8 +71,7 @@ def load(
     """
     bound = ceiling(memory)
     Budget.process()  # before anything is mapped
-    if kv_bits not in (None, *KV_DTYPES):
-        raise UsageError(f"keys and values cannot be kept in {kv_bits} bits", hint="choose 16, 8 or 4 bits")
+    check_kv_bits(kv_bits)
     checkpoint = open_checkpoint(find_model(model), None if mmproj is None else Path(mmproj))
     if adapter is not None:
         from edgeq.adapters import adapted, given_adapters  # and with them all of GGUF: for who needs it
@@ -92,7 +91,7 @@ def load(
         if memory is not None:
             raise UsageError(
                 f"the {ops.name} backend cannot be held to a ceiling: its library allocates as it likes",
-                hint="leave out --memory (memory=), or use the cpu backend",
+                hint="leave out --memory (memory= in Python), or use the cpu backend",
             )
         bound = None
     if bound is None:
@@ -100,9 +99,15 @@ def load(
         return Model(checkpoint, ops, context=context)
     language, asked = Language(checkpoint), Asked(context, kv_bits)
     choice = choose_settings(checkpoint, make_ops, bound, asked, Budget.process() + IMPORTED_LATER)
-    model = Model(checkpoint, choice.ops, context=choice.context, choice=choice, language=language)
-    tell(choice, asked, model.engine.weights.medium)
-    return model
+    loaded = Model(checkpoint, choice.ops, context=choice.context, choice=choice, language=language)
+    tell(choice, asked, loaded.engine.weights.medium)
+    return loaded
+
+
+def check_kv_bits(bits: int | None) -> None:
+    """UsageError for bits that keys and values cannot be kept in."""
+    if bits not in (None, *KV_DTYPES):
+        raise UsageError(f"keys and values cannot be kept in {bits} bits", hint="choose 16, 8 or 4 bits")
 
 
 class Model:

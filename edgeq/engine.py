@@ -161,7 +161,7 @@ class Engine(Generic[A, M]):
         if not self.drafts:
             raise MemoryBudgetError(
                 f"{self.budget.origin} leaves no room for the MTP head of {self.checkpoint.path}",
-                hint='use draft="ngram" (--draft ngram), a shorter context, or allow more with --memory (memory=)',
+                hint='use draft="ngram" (--draft ngram), a shorter context, or allow more with --memory (memory= in Python)',
             )
         return self.head
 
@@ -207,7 +207,7 @@ class Engine(Generic[A, M]):
         self.budget.claim(
             keys + max(0, states) + max(0, work) + logits,
             f"{sum(length + more for length, more, _ in feeds):,} tokens",
-            hint="start a new conversation, let go of others, or allow more with --memory (memory=)",
+            hint="start a new conversation, let go of others, or allow more with --memory (memory= in Python)",
         )
 
     def _kv_nbytes(self, tokens: int) -> int:
@@ -364,7 +364,7 @@ class Engine(Generic[A, M]):
         tower = part_nbytes(self.checkpoint, Part.VISION) - self.weights.nbytes(Part.VISION, mapped=False)
         self.budget.claim(
             tower + work, f"the vision tower and a picture of {patches // c.spatial_merge_size**2:,} tokens",
-            weights=False, hint="make pictures smaller with --image-tokens, or allow more with --memory (memory=)",
+            weights=False, hint="make pictures smaller with --image-tokens, or allow more with --memory (memory= in Python)",
         )  # fmt: skip
 
     def checked_ids(self, ids: Sequence[int] | NDArray[Any], state: State[A]) -> Ids:

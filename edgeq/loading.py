@@ -69,7 +69,9 @@ class LoadedWeights(Generic[A, M]):
     def text(self) -> TextWeights[A, M]:
         """The language model."""
         c = self.checkpoint.config.text
-        tree: TextWeights[A, M] = self._tree(Part.TEXT, lambda: declare_text(c), lambda w: self.ops.ready(self._streamed(w), c))
+        tree: TextWeights[A, M] = self._tree(
+            Part.TEXT, lambda: declare_text(c), lambda w: self.ops.ready(self._streamed(w), c)
+        )
         return tree
 
     @property
@@ -118,7 +120,9 @@ class LoadedWeights(Generic[A, M]):
         pieces = [slice(start, stop) for start, stop in zip(starts, [*starts[1:], c.vocab_size], strict=True)]
         self._head = [(rows, self.ops.rows(w.lm_head, rows)) for rows in pieces]
         self._head_turns = Turns([None if rows.stop <= kept else Pages([x[rows] for x in head]) for rows in pieces])
-        self._embedding = Pages([x[kept if c.tie_word_embeddings else 0 :] for x in self._arrays["embed_tokens.weight"]])
+        self._embedding = Pages(
+            [x[kept if c.tie_word_embeddings else 0 :] for x in self._arrays["embed_tokens.weight"]]
+        )
         self.medium = next((pages for pages in layers if pages), None) or self._embedding
         self._arrays.clear()
         return w._replace(layers=StreamedLayers.of(w.layers, Turns(layers)))

@@ -146,8 +146,8 @@ class Pages:
         self._advise("MADV_WILLNEED", _READ_AHEAD)
 
     def come(self) -> None:
-        """Make all of them this process's memory at once, which takes a quarter of the time that page faults take; those
-        that cannot be read are left to these."""
+        """Make all of them this process's memory at once, in a quarter of the time that page faults take; those that
+        cannot be read are left to these."""
         with suppress(OSError):  # a system before Linux 5.14
             self._advise("MADV_POPULATE_READ", default=_POPULATE_READ)
 

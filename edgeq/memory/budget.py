@@ -36,7 +36,8 @@ class Budget:
 
     def __init__(self, ledger: Ledger, weights: Callable[[], int], ceiling: Ceiling | None = None) -> None:
         self.ledger, self.weights = ledger, weights
-        self.ceiling, self.origin = (None, "") if ceiling is None else ceiling
+        self.ceiling: int | None = ceiling.nbytes if ceiling else None
+        self.origin = ceiling.origin if ceiling else ""
         Budget._all.add(self)
 
     @classmethod
@@ -88,7 +89,7 @@ class Budget:
             raise MemoryBudgetError(
                 f"{what} do not fit: {megabytes(nbytes)} more would make {megabytes(used + nbytes + SPARE)}, "
                 f"and {self.origin or 'the ceiling'} allows {megabytes(self.ceiling)}",
-                hint=hint or "let go of other conversations or states, or allow more with --memory (memory=)",
+                hint=hint or "let go of other conversations or states, or allow more with --memory (memory= in Python)",
             )
 
     def _ledgers(self) -> Iterable[Ledger]:

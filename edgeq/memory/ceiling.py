@@ -25,6 +25,7 @@ _LEAST = 1 << 20
 _NO_CEILING = ("none", "off", "unlimited")
 _KERNEL = 0.01  # of a control group's limit, for page tables and what else the kernel has of its own
 
+_SYSTEM: str = sys.platform
 _MEMINFO = Path("/proc/meminfo")
 _GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -82,7 +83,7 @@ def machine_memory() -> int | None:
 
 def available_memory() -> int | None:
     """Bytes that the system could give now without swapping, as far as it tells."""
-    if sys.platform != "linux":
+    if _SYSTEM != "linux":
         return None
     try:
         lines = _MEMINFO.read_text().splitlines()
@@ -96,7 +97,7 @@ def available_memory() -> int | None:
 
 def _group_limit() -> Ceiling | None:
     """What the control group leaves to this process: its limit, less what its other processes and the kernel hold."""
-    if sys.platform != "linux":
+    if _SYSTEM != "linux":
         return None
     try:
         groups = [line.split(":", 2) for line in _OWN_GROUPS.read_text().splitlines()]

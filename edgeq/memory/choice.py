@@ -2,7 +2,8 @@
 
 What was asked for is kept, or refused with what would fit instead. What was not is chosen, in this order:
 
-* keys and values as the backend has them where GOOD_CONTEXT tokens (or those asked for) fit, else in 8 bits, never fewer;
+* keys and values as the backend has them where GOOD_CONTEXT tokens (or those asked for) fit, else in 8 bits, and never
+  in fewer;
 * all weights resident, and the most tokens of context that then fit;
 * where not LEAST_CONTEXT tokens (or not those asked for) do, prompts in smaller chunks;
 * where that is not enough, part of the weights resident and the rest read anew in every pass (`edgeq.streaming`).
@@ -120,7 +121,7 @@ def _variants(c: TextConfig, make_ops: MakeOps, asked: Asked) -> Iterator[tuple[
     if asked.kv_bits is None and own.kv_dtype not in ("int8", "int4"):
         try:
             fewer = make_ops(8)
-        except Exception:  # noqa: BLE001  a backend without them
+        except Exception:
             return
         if fewer.kv_nbytes(c, PAGE) < own.kv_nbytes(c, PAGE):
             yield 8, fewer
@@ -150,9 +151,7 @@ def _streaming(
         if window <= resident < mapped:
             plan, stays = plan._replace(weights=plan.weights - mapped + resident), resident - window
             pictures = _picture_tokens(model, ops, plan, room)
-            yield Choice(
-                ceiling, ops, bits, tokens, chunk, plan, False, pictures, mapped - stays, stays, resident
-            )
+            yield Choice(ceiling, ops, bits, tokens, chunk, plan, False, pictures, mapped - stays, stays, resident)
 
 
 def _largest_layer(model: Planned) -> int:
@@ -186,8 +185,8 @@ def _picture_tokens(model: Planned, ops: Ops[Any, Any], plan: Plan, room: int) -
 
 
 def tell(choice: Choice, asked: Asked, medium: Pages | None) -> None:
-    """Warn of what is not as somebody would expect it: fewer KV bits, and weights that are read anew, with how long that
-    takes now. medium: pages of some of these.
+    """Warn of what somebody would not expect: fewer KV bits, and weights that are read anew, with how long that takes
+    now. medium: pages of some of these.
     """
     limit = choice.ceiling.origin
     if choice.kv_bits is not None and asked.kv_bits is None:
@@ -199,8 +198,8 @@ def tell(choice: Choice, asked: Asked, medium: Pages | None) -> None:
         seconds = (perf_counter() - started) * choice.streamed / max(1, medium.nbytes)
         whole = choice.plan.weights - choice.resident_at_a_time + choice.streamed + (choice.resident or 0)
         warn(
-            f"{limit}: the weights take {megabytes(whole)}, of which {megabytes(choice.streamed)} are read anew for every "
-            f"token, and every {choice.chunk} tokens of a prompt: {seconds:.2g} s more each time, as measured now",
+            f"{limit}: the weights take {megabytes(whole)}, of which {megabytes(choice.streamed)} are read anew for "
+            f"each token, and for {choice.chunk} tokens of a prompt: {seconds:.2g} s more each time, as measured now",
             stacklevel=3,
         )
 
@@ -212,8 +211,8 @@ def warn_of_swapping(model: Planned, ops: Ops[Any, Any], context: int | None, us
     total = plan_memory(model, ops, tokens).total
     if free is not None and total - used > free:
         warn(
-            f"the model takes {megabytes(total)} with {tokens:,} tokens of context, and {megabytes(free)} are free: the "
-            f"system would swap, or read weights again and again; --memory (memory=) plans for less",
+            f"the model takes {megabytes(total)} with {tokens:,} tokens of context, and {megabytes(free)} are free: "
+            f"the system would swap, or read weights again and again; --memory (memory= in Python) plans for less",
             stacklevel=3,
         )
 
@@ -242,15 +241,17 @@ def _refusal(model: Planned, make_ops: MakeOps, ceiling: Ceiling, asked: Asked, 
     need = least_ceiling(model, make_ops, asked, used)
     if need is not None:
         remedies.append(f"--memory {-(-need // 10**6)}M")
-    ops = make_ops(asked.kv_bits)
-    plan = plan_memory(model, ops, asked.context or min(LEAST_CONTEXT, c.longest_context), SMALLEST_CHUNK)
-    runtime = max(plan.runtime, used)
+    tokens = asked.context or min(LEAST_CONTEXT, c.longest_context)
+    plan = plan_memory(model, make_ops(asked.kv_bits), tokens, SMALLEST_CHUNK)
+    plan = plan._replace(runtime=max(plan.runtime, used) + SPARE)
     return MemoryBudgetError(
-        f"the model does not fit: {megabytes(plan.total - plan.runtime + runtime + SPARE)} with a context of "
-        f"{asked.context or min(LEAST_CONTEXT, c.longest_context):,} tokens (weights {megabytes(plan.weights)}, keys and "
-        f"values {megabytes(plan.kv)}, states {megabytes(plan.states)}, work {megabytes(plan.scratch)}, the process "
-        f"{megabytes(runtime)}), and {ceiling.origin} allows {megabytes(ceiling.nbytes)}",
-        hint=f"what would fit: {', or '.join(remedies)}" if remedies else "use a smaller model",
+        f"the model does not fit: {megabytes(plan.total)} with a context of {tokens:,} tokens (weights "
+        f"{megabytes(plan.weights)}, keys and values {megabytes(plan.kv)}, states {megabytes(plan.states)}, work "
+        f"{megabytes(plan.scratch)}, the process {megabytes(plan.runtime)}), and {ceiling.origin} allows "
+        f"{megabytes(ceiling.nbytes)}",
+        hint=f"what would fit: {', or '.join(remedies)} (kv_bits=, context=, memory= in Python)"
+        if remedies
+        else "use a smaller model",
     )
 
 
@@ -278,7 +279,7 @@ def _most(most: int, holds: Callable[[int], bool]) -> int:
 def _has_bits(make_ops: MakeOps, bits: int) -> bool:
     try:
         make_ops(bits)
-    except Exception:  # noqa: BLE001  a backend without them
+    except Exception:
         return False
     return True
 
@@ -286,7 +287,7 @@ def _has_bits(make_ops: MakeOps, bits: int) -> bool:
 class _FourBits:
     """The same model with its matrices quantized to 4 bits in groups of 64."""
 
-    BITS = 4.5
+    BITS = 4.7  # with what recipes keep in more
 
     def __init__(self, model: Planned) -> None:
         self.config, self.storage, self.is_mapped, self._model = model.config, model.storage, model.is_mapped, model

@@ -30,7 +30,7 @@ class Holding(NamedTuple):
 
 
 class _Account(NamedTuple):
-    count: Callable[[], int]
+    held: Callable[[], int]
     mapped: bool
     give_way: GiveWay | None
 
@@ -55,7 +55,7 @@ class Ledger:
 
     def holdings(self) -> list[Holding]:
         """What everybody holds, in the order in which the accounts were opened."""
-        return [Holding(owner, account.count(), account.mapped) for owner, account in self._accounts.items()]
+        return [Holding(owner, account.held(), account.mapped) for owner, account in self._accounts.items()]
 
     def nbytes(self, *, mapped: bool | None = None) -> int:
         """Bytes held in all, or only those that are mapped, or only those that are not."""

@@ -19,7 +19,16 @@ from edgeq.model.vision import largest_band
 from edgeq.vision.visual import Grid
 from edgeq.weights import Part, TensorSpec
 
-__all__ = ["PAGE", "Plan", "Planned", "conversation_checkpoints", "largest_context", "part_nbytes", "plan_memory", "prefill_chunk"]
+__all__ = [
+    "PAGE",
+    "Plan",
+    "Planned",
+    "conversation_checkpoints",
+    "largest_context",
+    "part_nbytes",
+    "plan_memory",
+    "prefill_chunk",
+]
 
 LARGEST_CHUNK = 512  # tokens; more are no faster
 SMALLEST_CHUNK = 64

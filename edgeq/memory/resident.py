@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 __all__ = ["Resident", "peak_resident", "release_unused", "resident"]
 
+_SYSTEM: str = sys.platform
 _STATUS = Path("/proc/self/status")
 
 
@@ -32,22 +33,23 @@ class Resident(NamedTuple):
 
 def resident() -> Resident | None:
     """The resident set now; None where the system does not tell."""
-    if sys.platform == "linux":
+    if _SYSTEM == "linux":
         found = _status(b"RssAnon:", b"RssFile:", b"RssShmem:")
         return None if found is None else Resident(found[0] + found[2], found[1])
-    return _footprint() if sys.platform == "darwin" else None
+    return _footprint() if _SYSTEM == "darwin" else None
 
 
 def peak_resident() -> int | None:
     """Most bytes that the resident set has ever had; None where the system does not tell."""
-    if sys.platform == "linux":
+    if _SYSTEM == "linux":
         found = _status(b"VmHWM:")
         return None if found is None else found[0]
     try:
         import resource
     except ImportError:  # Windows
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if _SYSTEM == "darwin" else peak << 10  # kilobytes elsewhere
 
 
 def _status(*keys: bytes) -> list[int] | None:
@@ -64,7 +66,7 @@ def _footprint() -> Resident | None:  # pragma: no cover  (macOS)
     """By `proc_pid_rusage` of libSystem (xnu, bsd/sys/resource.h: rusage_info_v0)."""
 
     class Usage(ctypes.Structure):
-        _fields_ = [("uuid", ctypes.c_uint8 * 16)] + [  # noqa: RUF012  as ctypes has it
+        _fields_ = [("uuid", ctypes.c_uint8 * 16)] + [
             (name, ctypes.c_uint64)
             for name in (
                 "user_time", "system_time", "pkg_idle_wkups", "interrupt_wkups", "pageins", "wired_size",
@@ -86,14 +88,14 @@ def _footprint() -> Resident | None:  # pragma: no cover  (macOS)
 @cache
 def _trim() -> Callable[[int], int] | None:
     """glibc's malloc_trim; None for another C library, which gives back by itself."""
-    if sys.platform != "linux":
+    if _SYSTEM != "linux":
         return None
     try:
         trim = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError):
         return None
     trim.argtypes, trim.restype = [ctypes.c_size_t], ctypes.c_int
-    return trim  # type: ignore[no-any-return]
+    return trim
 
 
 def release_unused() -> None:

@@ -1,4 +1,4 @@
-"""Weights of which only some stay in memory: the pages of the others are let go when they have been used, and come again."""
+"""Weights of which only some stay in memory: pages of the others are let go after each use, and come again."""
 
 from __future__ import annotations
 
