@@ -145,8 +145,11 @@ class Ops(ABC, Generic[A, M]):
         """Bytes that it has ready for the DeltaNet states of the next call, and counts as nobody's."""
         return 0
 
+    def release_idle(self) -> None:
+        """Give back to the system what was freed and is kept for the next state."""
+
     def release_scratch(self) -> None:
-        """Give back to the system what is kept to work in and nobody uses now."""
+        """Give back to the system what is kept to work in."""
 
     def peak_memory(self) -> int | None:
         """Most bytes that a backend's own allocator has held in this process; None where all memory is the process's.

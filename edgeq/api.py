@@ -18,7 +18,7 @@ from edgeq.backends import select
 from edgeq.backends.ops import Ops
 from edgeq.checkpoint import Checkpoint, open_checkpoint
 from edgeq.config import stretched
-from edgeq.engine import Engine
+from edgeq.engine import Engine, checked_context
 from edgeq.errors import UsageError
 from edgeq.formats.bf16 import Float32
 from edgeq.generate import Decoding, GenerationSettings
@@ -87,6 +87,7 @@ def load(
         return select(None if backend == "auto" else backend, threads=threads, kv_dtype=kv_dtype)
 
     ops = make_ops(kv_bits)
+    checked_context(context, checkpoint.config.text.longest_context)
     if bound is not None and not ops.keeps_ceiling:
         if memory is not None:
             raise UsageError(

@@ -124,8 +124,8 @@ def measure(model: Model, tests: Sequence[Test], *, repetitions: int) -> Iterato
 
 
 def run_test(model: Model, test: Test, state: State[Any], *, repetitions: int) -> Result:
-    """One test from `state`, which holds `test.depth` tokens. The memory is probed right before and after, but not under
-    a ceiling: the probe takes more memory than a small model does."""
+    """One test from `state`, which holds `test.depth` tokens. The memory is probed right before and after, but not
+    under a ceiling: the probe takes more memory than a small model does."""
     threads = model.ops.threads
     ids = _random_ids(model, test.tokens)
     _seconds(model, ids[: test.prompt + 1], min(1, test.generate), state)  # not counted

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -37,7 +37,7 @@ from edgeq.state import DeltaState, DraftState, KVCache, Rows, State, joined
 from edgeq.vision.visual import Grid, Pixels
 from edgeq.weights import Part
 
-__all__ = ["Engine", "Feed", "Ids", "Output"]
+__all__ = ["Engine", "Feed", "Ids", "Output", "checked_context"]
 
 A = TypeVar("A", bound=ArrayLike)
 M = TypeVar("M")
@@ -65,6 +65,23 @@ class Feed(Generic[A]):
     positions: NDArray[np.int32] | None = None
     keep: int = 0
     rows: int = 1
+
+    def cut(self, place: int) -> tuple[Feed[A], Feed[A]]:
+        """Its first `place` tokens, and the others, whose state is not right yet; it keeps no states."""
+        assert not self.keep
+        first, second = list[tuple[int, A]](), list[tuple[int, A]]()
+        for row, x in self.inserts:
+            n = x.shape[0]
+            if row < place:
+                first.append((row, x if row + n <= place else x[: place - row]))
+            if row + n > place:
+                second.append((max(0, row - place), x if row >= place else x[place - row :]))
+        positions, rest = self.positions, len(self.ids) - place
+        before, after = (None, None) if positions is None else (positions[:, :place], positions[:, place:])
+        return (
+            replace(self, ids=self.ids[:place], inserts=first, positions=before, rows=max(0, self.rows - rest)),
+            replace(self, ids=self.ids[place:], inserts=second, positions=after, rows=min(self.rows, rest)),
+        )
 
 
 class Output(NamedTuple, Generic[A]):
@@ -95,13 +112,13 @@ class Engine(Generic[A, M]):
     ) -> None:
         self.checkpoint, self.ops, self.choice = checkpoint, ops, choice
         self.config: TextConfig = checkpoint.config.text
-        self.context_limit = _context_limit(context, self.config.longest_context)
-        self.chunk = self._largest_chunk = prefill_chunk(self.config, ops) if choice is None else choice.chunk
+        self.context_limit = checked_context(context, self.config.longest_context)
+        self.chunk = prefill_chunk(self.config, ops) if choice is None else choice.chunk
         self.fingerprint = f"{checkpoint.fingerprint()} {ops.name} {ops.kv_dtype}"
         ops.limit_memory()
         self.weights = LoadedWeights(checkpoint, ops, choice.resident if choice is not None else None)
         self.ledger = Ledger()
-        self.budget = Budget(self.ledger, self._resident_weights, choice.ceiling if choice is not None else None)
+        self.budget = Budget(self.ledger, self._resident_weights, ops.release_idle, choice.ceiling if choice else None)
         self._text = self.weights.text
         for owner, parts in (("weights", (Part.TEXT, Part.MTP)), ("vision tower", (Part.VISION,))):
             self._open_account(owner, *parts)
@@ -161,7 +178,7 @@ class Engine(Generic[A, M]):
         if not self.drafts:
             raise MemoryBudgetError(
                 f"{self.budget.origin} leaves no room for the MTP head of {self.checkpoint.path}",
-                hint='use draft="ngram" (--draft ngram), a shorter context, or allow more with --memory (memory= in Python)',
+                hint='use draft="ngram" (--draft ngram), or allow more with --memory (memory= in Python)',
             )
         return self.head
 
@@ -173,25 +190,13 @@ class Engine(Generic[A, M]):
     def cut(self, start: int, tokens: int) -> Iterator[slice]:
         """Pieces of `tokens` tokens that follow `start` others, cut at absolute multiples of the chunk.
 
-        So going on from a state at such a place runs the very calls that a run from the beginning would. Where memory
-        is short, chunks are halved from there on, down to SMALLEST_CHUNK.
+        So going on from a state at such a place runs the very calls that a run from the beginning would.
         """
         done = 0
-        self.chunk = self._largest_chunk
         while done < tokens:
-            while self.chunk > SMALLEST_CHUNK and not self._works(start + done, min(tokens - done, self.chunk)):
-                self.chunk //= 2
             piece = min(tokens - done, self.chunk - (start + done) % self.chunk)
             yield slice(done, done + piece)
             done += piece
-
-    def _works(self, length: int, tokens: int) -> bool:
-        """Whether `tokens` tokens after `length` others can be run in one call, as far as memory goes."""
-        try:
-            self.claim([(length, tokens, 1)])
-        except MemoryBudgetError:
-            return False
-        return True
 
     def claim(self, feeds: Sequence[tuple[int, int, int]]) -> None:
         """Make room for a call: for each feed the tokens before it, its own, and the rows of logits. Whatever gives way
@@ -202,7 +207,7 @@ class Engine(Generic[A, M]):
         tokens = sum(more for _, more, _ in feeds)
         keys = sum(self._kv_nbytes(length + more) - self._kv_nbytes(length) for length, more, _ in feeds)
         states = len(feeds) * ops.state_nbytes(c) - ops.idle_nbytes(c)
-        work = ops.scratch_nbytes(c, min(tokens, self._largest_chunk)) - ops.held().get("scratch", 0)
+        work = ops.scratch_nbytes(c, min(tokens, self.chunk)) - ops.held().get("scratch", 0)
         logits = 2 * 4 * c.vocab_size * max(1, sum(rows for _, _, rows in feeds))
         self.budget.claim(
             keys + max(0, states) + max(0, work) + logits,
@@ -221,7 +226,12 @@ class Engine(Generic[A, M]):
         not numbers.
         """
         if self.budget.ceiling is not None:
-            self.claim([(feed.state.length, len(feed.ids), feed.rows) for feed in feeds])
+            try:
+                self.claim([(feed.state.length, len(feed.ids), feed.rows) for feed in feeds])
+            except MemoryBudgetError:
+                if len(feeds) > 1 or (place := self._half(feeds[0])) is None:
+                    raise
+                return [self._run_in_two(feeds[0], place)]
         for feed in feeds:
             if not checked:
                 self.check_state(feed.state)
@@ -232,6 +242,20 @@ class Engine(Generic[A, M]):
             logits = self._read_out(hidden, [(end, feed.rows) for end, feed in zip(ends, feeds, strict=True)])
             states = [self._caught_up(hidden, kept) for kept in states]
         return [Output(*both) for both in zip(logits, states, strict=True)]
+
+    def _half(self, feed: Feed[A]) -> int | None:
+        """Where a prompt is cut that is too much for one call; None where it is as short as it can be."""
+        tokens, step = len(feed.ids), self.ops.grain or SMALLEST_CHUNK
+        place = max(SMALLEST_CHUNK, tokens // 2 // step * step)
+        return place if not feed.keep and tokens - place > (self.ops.few or 0) else None
+
+    def _run_in_two(self, feed: Feed[A], place: int) -> Output[A]:
+        """What a call with `feed` gives, by two or more of fewer tokens."""
+        first, second = feed.cut(place)
+        (before,) = self.run([first], checked=True)
+        (after,) = self.run([replace(second, state=before.state)], checked=True)
+        logits = [output.logits for output in (before, after) if len(output.logits)]
+        return Output(np.concatenate(logits) if logits else after.logits, after.states)
 
     def draft_vocabulary(self, tokens: int, always: Collection[int] = ()) -> DraftVocabulary[A, M]:
         """The tokens that a sequence's drafts are chosen among: see `DraftVocabulary`."""
@@ -364,7 +388,7 @@ class Engine(Generic[A, M]):
         tower = part_nbytes(self.checkpoint, Part.VISION) - self.weights.nbytes(Part.VISION, mapped=False)
         self.budget.claim(
             tower + work, f"the vision tower and a picture of {patches // c.spatial_merge_size**2:,} tokens",
-            weights=False, hint="make pictures smaller with --image-tokens, or allow more with --memory (memory= in Python)",
+            weights=False, hint="use --image-tokens, or more --memory (visual_settings=, memory= in Python)",
         )  # fmt: skip
 
     def checked_ids(self, ids: Sequence[int] | NDArray[Any], state: State[A]) -> Ids:
@@ -518,7 +542,8 @@ def _positions(feeds: Sequence[Feed[A]]) -> NDArray[np.int32]:
     return each[0] if len(each) == 1 else np.concatenate(each, axis=1)
 
 
-def _context_limit(asked: int | None, most: int) -> int:
+def checked_context(asked: int | None, most: int) -> int:
+    """The most tokens of a sequence, as asked for or `most`; UsageError for what is no such number."""
     if asked is None:
         return most
     if not Range(1, most, whole=True).holds(asked):

@@ -186,11 +186,9 @@ nb::tuple memory_held() {
     return nb::make_tuple(pages, blocks > pages ? blocks - pages : 0, scratch_nbytes.load());
 }
 
-// What is kept to work in, and blocks that nobody uses.
 void release_scratch() {
     release_workspace();
     release_linear_scratch();
-    trim_blocks();
 }
 
 void bind_pages(nb::module_& m) {
@@ -199,7 +197,8 @@ void bind_pages(nb::module_& m) {
     m.def("idle_blocks", &idle_blocks, "nbytes"_a,
           "Blocks of a size that nobody uses, and that are still this process's memory.");
     m.def("release_scratch", &release_scratch,
-          "Give back to the system what the calling thread has kept to work in, and blocks that nobody uses.");
+          "Give back to the system what the calling thread has kept to work in.");
+    m.def("release_idle_blocks", &trim_blocks, "Give back to the system the pages of blocks that nobody uses.");
     nb::class_<Page>(m, "Page",
                      "Room for KV_PAGE tokens' keys and values of a layer, laid out as layers/layers.h says.")
         .def(

@@ -123,6 +123,9 @@ class CpuOps(ArrayOps[_native.Matrix]):
         ready: int = _native.idle_blocks(matrix)
         return matrix * min(ready, c.layer_types.count("linear_attention"))
 
+    def release_idle(self) -> None:
+        _native.release_idle_blocks()
+
     def release_scratch(self) -> None:
         _native.release_scratch()
 

@@ -18,6 +18,7 @@ from edgeq.cli.facts import description, lines, versions
 from edgeq.cli.memory import choice_facts, plan_facts
 from edgeq.cli.options import BackendOption, ContextOption, KvBitsOption, MemoryOption, OptionalModelArgument, option
 from edgeq.config import TextConfig
+from edgeq.engine import checked_context
 from edgeq.errors import ModelError, UsageError
 from edgeq.hub import find_model
 from edgeq.identify import is_adapter
@@ -137,6 +138,7 @@ def _plan(checkpoint: Checkpoint, backend: str, memory: str | None, asked: Asked
         return select(None if backend == "auto" else backend, kv_dtype=None if bits is None else KV_DTYPES[bits])
 
     check_kv_bits(asked.kv_bits)
+    checked_context(asked.context, checkpoint.config.text.longest_context)
     if (bound := ceiling(memory)) is not None:
         used = Budget.process() + IMPORTED_LATER
         return {"path": str(checkpoint.path), **choice_facts(choose_settings(checkpoint, make_ops, bound, asked, used))}

@@ -98,7 +98,7 @@ ContextOption = Annotated[
     int | None,
     option(
         "--context", "-c", "--ctx-size", "--ctx", "--num-ctx", metavar="N",
-        default="the model's maximum, or what fits --memory", help="Context window, in tokens.",
+        default="the model's maximum", help="Context window, in tokens.",
     ),
 ]  # fmt: skip
 KvBitsOption = Annotated[

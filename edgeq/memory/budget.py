@@ -27,15 +27,17 @@ class Budget:
     """A model's part in the ceiling of its process.
 
     ledger: who gives way. Every model of the process is asked, whoever claims.
-    weights: bytes of mapped weights that are to be resident.
+    weights: bytes of mapped weights that are to be resident. release: gives back what a backend keeps and nobody uses.
     ceiling: bytes of the resident set; None is no bound. origin: where it comes from ("--memory 1.5G").
     """
 
     _all: ClassVar[WeakSet[Budget]] = WeakSet()
     _code: ClassVar[int | None] = None  # pages of files before the first model: those of libraries
 
-    def __init__(self, ledger: Ledger, weights: Callable[[], int], ceiling: Ceiling | None = None) -> None:
-        self.ledger, self.weights = ledger, weights
+    def __init__(
+        self, ledger: Ledger, weights: Callable[[], int], release: Callable[[], None], ceiling: Ceiling | None = None
+    ) -> None:
+        self.ledger, self.weights, self.release = ledger, weights, release
         self.ceiling: int | None = ceiling.nbytes if ceiling else None
         self.origin = ceiling.origin if ceiling else ""
         Budget._all.add(self)
@@ -78,12 +80,12 @@ class Budget:
         """
         if self.ceiling is None or self.fits(nbytes, weights=weights):
             return
-        release_unused()
+        self._release()
         for give_way in self._yielding():
             if (lacking := nbytes - (self.room(weights=weights) or 0)) <= 0:
                 return
-            give_way(lacking)
-            release_unused()
+            if give_way(lacking):
+                self._release()
         if not self.fits(nbytes, weights=weights):
             used = self.used(weights=weights)
             raise MemoryBudgetError(
@@ -91,6 +93,11 @@ class Budget:
                 f"and {self.origin or 'the ceiling'} allows {megabytes(self.ceiling)}",
                 hint=hint or "let go of other conversations or states, or allow more with --memory (memory= in Python)",
             )
+
+    def _release(self) -> None:
+        for budget in Budget._all:
+            budget.release()
+        release_unused()
 
     def _ledgers(self) -> Iterable[Ledger]:
         return [self.ledger, *(budget.ledger for budget in Budget._all if budget is not self)]
