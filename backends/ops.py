@@ -92,6 +92,9 @@ class Ops(ABC, Generic[A, M]):
     """A prompt may be cut after any multiple of so many tokens, counted from where its call began, without changing a
     bit, if more than `few` are left; None where only multiples of the chunk will do."""
 
+    keeps_ceiling: ClassVar[bool] = True
+    """Whether the resident set is what was claimed: false where a library allocates as it likes."""
+
     @property
     def threads(self) -> int | None:
         """How many threads share its work; None where it has none of its own."""
@@ -137,6 +140,16 @@ class Ops(ABC, Generic[A, M]):
         """Bytes that it holds now beside the weights, by what they are for ("KV cache", "DeltaNet states", "scratch"):
         each piece of memory once, however many states share it."""
         return {}
+
+    def idle_nbytes(self, c: TextConfig) -> int:  # noqa: ARG002
+        """Bytes that it has ready for the DeltaNet states of the next call, and counts as nobody's."""
+        return 0
+
+    def release_idle(self) -> None:
+        """Give back to the system what was freed and is kept for the next state."""
+
+    def release_scratch(self) -> None:
+        """Give back to the system what is kept to work in."""
 
     def peak_memory(self) -> int | None:
         """Most bytes that a backend's own allocator has held in this process; None where all memory is the process's.

@@ -18,11 +18,14 @@ from edgeq.backends import select
 from edgeq.backends.ops import Ops
 from edgeq.checkpoint import Checkpoint, open_checkpoint
 from edgeq.config import stretched
-from edgeq.engine import Engine
+from edgeq.engine import Engine, checked_context
 from edgeq.errors import UsageError
 from edgeq.formats.bf16 import Float32
 from edgeq.generate import Decoding, GenerationSettings
 from edgeq.hub import find_model
+from edgeq.memory.budget import Budget
+from edgeq.memory.ceiling import Size, ceiling
+from edgeq.memory.choice import IMPORTED_LATER, Asked, Choice, choose_settings, tell, warn_of_swapping
 from edgeq.printable import brief
 from edgeq.session.context import Context, Progress
 from edgeq.session.language import Language
@@ -47,6 +50,7 @@ def load(
     model: str | Path, *, backend: str = "auto", threads: int | None = None, context: int | None = None,
     kv_bits: int | None = None, rope_scaling: str | None = None, mmproj: str | Path | None = None,
     adapter: str | Path | Sequence[str | Path] | None = None, chat_template: str | Path | None = None,
+    memory: Size | None = None,
 ) -> Model:  # fmt: skip
     """Load a model.
 
@@ -61,9 +65,13 @@ def load(
     adapter: a LoRA adapter of PEFT, mlx-lm or llama.cpp, or several: paths or Hugging Face IDs, each with `:SCALE`
     behind it or not ("my-lora:0.5"). See docs/guides/adapters.md.
     chat_template: a file, the name of one of the checkpoint's templates, or a template's text; None is its default.
+    memory: most that the whole process may take, "1.5G", "1500M", "1.5GiB", "50%" or bytes; None is EDGEQ_MEMORY or the
+    limit of the control group, and "none" no ceiling. What is not asked for is chosen to fit: context, KV bits (8 at
+    least), chunks, sizes of pictures (docs/concepts/memory.md). MemoryBudgetError where the model cannot be held to it.
     """
-    if kv_bits not in (None, *KV_DTYPES):
-        raise UsageError(f"keys and values cannot be kept in {kv_bits} bits", hint="choose 16, 8 or 4 bits")
+    bound = ceiling(memory)
+    Budget.process()  # before anything is mapped
+    check_kv_bits(kv_bits)
     checkpoint = open_checkpoint(find_model(model), None if mmproj is None else Path(mmproj))
     if adapter is not None:
         from edgeq.adapters import adapted, given_adapters  # and with them all of GGUF: for who needs it
@@ -73,9 +81,34 @@ def load(
         checkpoint.config = stretched(checkpoint.config, rope_scaling)
     if chat_template is not None:
         checkpoint.templates = checkpoint.templates.choose(chat_template)
-    kv_dtype = None if kv_bits is None else KV_DTYPES[kv_bits]
-    ops = select(None if backend == "auto" else backend, threads=threads, kv_dtype=kv_dtype)
-    return Model(checkpoint, ops, context=context)
+
+    def make_ops(bits: int | None) -> Ops[Any, Any]:
+        kv_dtype = None if bits is None else KV_DTYPES[bits]
+        return select(None if backend == "auto" else backend, threads=threads, kv_dtype=kv_dtype)
+
+    ops = make_ops(kv_bits)
+    checked_context(context, checkpoint.config.text.longest_context)
+    if bound is not None and not ops.keeps_ceiling:
+        if memory is not None:
+            raise UsageError(
+                f"the {ops.name} backend cannot be held to a ceiling: its library allocates as it likes",
+                hint="leave out --memory (memory= in Python), or use the cpu backend",
+            )
+        bound = None
+    if bound is None:
+        warn_of_swapping(checkpoint, ops, context, Budget.process())
+        return Model(checkpoint, ops, context=context)
+    language, asked = Language(checkpoint), Asked(context, kv_bits)
+    choice = choose_settings(checkpoint, make_ops, bound, asked, Budget.process() + IMPORTED_LATER)
+    loaded = Model(checkpoint, choice.ops, context=choice.context, choice=choice, language=language)
+    tell(choice, asked, loaded.engine.weights.medium)
+    return loaded
+
+
+def check_kv_bits(bits: int | None) -> None:
+    """UsageError for bits that keys and values cannot be kept in."""
+    if bits not in (None, *KV_DTYPES):
+        raise UsageError(f"keys and values cannot be kept in {bits} bits", hint="choose 16, 8 or 4 bits")
 
 
 class Model:
@@ -83,9 +116,12 @@ class Model:
     that you keep.
     """
 
-    def __init__(self, checkpoint: Checkpoint, ops: Ops[Any, Any], *, context: int | None = None) -> None:
-        self.language = Language(checkpoint)
-        self.engine = Engine(checkpoint, ops, context=context)
+    def __init__(
+        self, checkpoint: Checkpoint, ops: Ops[Any, Any], *, context: int | None = None, choice: Choice | None = None,
+        language: Language | None = None,
+    ) -> None:  # fmt: skip
+        self.language = language or Language(checkpoint)
+        self.engine = Engine(checkpoint, ops, context=context, choice=choice)
         self.checkpoint, self.ops, self.config = checkpoint, ops, checkpoint.config
         self.sight = Sight(self.engine)
         self.prefixes = PrefixStore(self.engine, text=self.language.spelled)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -24,8 +24,10 @@ from edgeq.draft_head import MANY, PIECES, DraftHead, DraftVocabulary, draft_pre
 from edgeq.errors import MemoryBudgetError, ModelError, UsageError
 from edgeq.formats.bf16 import Float32
 from edgeq.loading import LoadedWeights
+from edgeq.memory.budget import Budget
+from edgeq.memory.choice import Choice
 from edgeq.memory.ledger import Ledger
-from edgeq.memory.plan import prefill_chunk
+from edgeq.memory.plan import SMALLEST_CHUNK, part_nbytes, prefill_chunk
 from edgeq.model import text, vision
 from edgeq.model.layers import spans
 from edgeq.numbers import Range
@@ -35,7 +37,7 @@ from edgeq.state import DeltaState, DraftState, KVCache, Rows, State, joined
 from edgeq.vision.visual import Grid, Pixels
 from edgeq.weights import Part
 
-__all__ = ["Engine", "Feed", "Ids", "Output"]
+__all__ = ["Engine", "Feed", "Ids", "Output", "checked_context"]
 
 A = TypeVar("A", bound=ArrayLike)
 M = TypeVar("M")
@@ -64,6 +66,23 @@ class Feed(Generic[A]):
     keep: int = 0
     rows: int = 1
 
+    def cut(self, place: int) -> tuple[Feed[A], Feed[A]]:
+        """Its first `place` tokens, and the others, whose state is not right yet; it keeps no states."""
+        assert not self.keep
+        first, second = list[tuple[int, A]](), list[tuple[int, A]]()
+        for row, x in self.inserts:
+            n = x.shape[0]
+            if row < place:
+                first.append((row, x if row + n <= place else x[: place - row]))
+            if row + n > place:
+                second.append((max(0, row - place), x if row >= place else x[place - row :]))
+        positions, rest = self.positions, len(self.ids) - place
+        before, after = (None, None) if positions is None else (positions[:, :place], positions[:, place:])
+        return (
+            replace(self, ids=self.ids[:place], inserts=first, positions=before, rows=max(0, self.rows - rest)),
+            replace(self, ids=self.ids[place:], inserts=second, positions=after, rows=min(self.rows, rest)),
+        )
+
 
 class Output(NamedTuple, Generic[A]):
     """What a feed gave: logits float32 [rows, vocabulary], and keep + 1 states, the last after all of its tokens."""
@@ -82,24 +101,29 @@ class Engine(Generic[A, M]):
 
     chunk: prompts are cut at multiples of it, counted from the beginning of the sequence.
     context_limit: most tokens of a sequence.
-    ledger: what the weights and the backend hold now.
+    ledger: what the weights and the backend hold now. budget: the ceiling that it must stay under, if there is one.
+    choice: what it runs with under that ceiling.
     head: the MTP head; None for a checkpoint without one.
     pace: what is known of how fast passes with drafts are, and how often those are right.
     """
 
-    def __init__(self, checkpoint: Checkpoint, ops: Ops[A, M], *, context: int | None = None) -> None:
-        self.checkpoint, self.ops = checkpoint, ops
+    def __init__(
+        self, checkpoint: Checkpoint, ops: Ops[A, M], *, context: int | None = None, choice: Choice | None = None
+    ) -> None:
+        self.checkpoint, self.ops, self.choice = checkpoint, ops, choice
         self.config: TextConfig = checkpoint.config.text
-        self.context_limit = _context_limit(context, self.config.longest_context)
-        self.chunk = prefill_chunk(self.config, ops)
+        self.context_limit = checked_context(context, self.config.longest_context)
+        self.chunk = prefill_chunk(self.config, ops) if choice is None else choice.chunk
         self.fingerprint = f"{checkpoint.fingerprint()} {ops.name} {ops.kv_dtype}"
         ops.limit_memory()
-        self.weights = LoadedWeights(checkpoint, ops)
-        self._text = self.weights.text
+        self.weights = LoadedWeights(checkpoint, ops, choice.resident if choice is not None else None)
         self.ledger = Ledger()
+        self.budget = Budget(self.ledger, self._resident_weights, ops.release_idle, choice.ceiling if choice else None)
+        self._text = self.weights.text
         for owner, parts in (("weights", (Part.TEXT, Part.MTP)), ("vision tower", (Part.VISION,))):
             self._open_account(owner, *parts)
         self.ledger.open_all(ops.held)
+        self.ledger.open("scratch", lambda: ops.held().get("scratch", 0), give_way=self._release_scratch)
         self.head = DraftHead(ops, self.config, self.weights) if Part.MTP in self.weights.parts else None
         if self.head is not None and ops.maps_files:
             self.ledger.open("draft vocabulary", lambda: sum(v.nbytes for v in DraftVocabulary.alive))
@@ -116,7 +140,25 @@ class Engine(Generic[A, M]):
         if not self.weights.parts.isdisjoint(parts):
             self.ledger.open(f"{owner}, mapped", lambda: self.weights.nbytes(*parts, mapped=True), mapped=True)
             if self.ops.maps_files:
-                self.ledger.open(owner, lambda: self.weights.nbytes(*parts, mapped=False))
+                give_way = self._release_tower if Part.VISION in parts else None
+                self.ledger.open(owner, lambda: self.weights.nbytes(*parts, mapped=False), give_way=give_way)
+
+    def _resident_weights(self) -> int:
+        """Bytes of mapped weights, the tower's left out, that are in memory when all that is to stay has been read."""
+        if self.choice is not None and self.choice.streamed:
+            return self.choice.resident_at_a_time
+        return self.weights.nbytes(Part.TEXT, Part.MTP, mapped=True)
+
+    def _release_tower(self, _: int) -> int:
+        """Let go of the tower's copies, which the next picture makes again; the bytes."""
+        held = self.weights.nbytes(Part.VISION, mapped=False)
+        self.weights.release(Part.VISION)
+        return held
+
+    def _release_scratch(self, _: int) -> int:
+        before = self.ops.held().get("scratch", 0)
+        self.ops.release_scratch()
+        return max(0, before - self.ops.held().get("scratch", 0))
 
     def state(self, *, draft: bool = False) -> State[A]:
         """The state of an empty sequence; `draft`: with the MTP head's part, which all that follow from it then have.
@@ -133,7 +175,17 @@ class Engine(Generic[A, M]):
                 f"{self.checkpoint.path} has no MTP head to draft with",
                 hint='use draft="ngram" (--draft ngram), which needs none, or a checkpoint that has kept its head',
             )
+        if not self.drafts:
+            raise MemoryBudgetError(
+                f"{self.budget.origin} leaves no room for the MTP head of {self.checkpoint.path}",
+                hint='use draft="ngram" (--draft ngram), or allow more with --memory (memory= in Python)',
+            )
         return self.head
+
+    @property
+    def drafts(self) -> bool:
+        """Whether there is an MTP head, and room for it."""
+        return self.head is not None and (self.choice is None or self.choice.drafts)
 
     def cut(self, start: int, tokens: int) -> Iterator[slice]:
         """Pieces of `tokens` tokens that follow `start` others, cut at absolute multiples of the chunk.
@@ -146,12 +198,40 @@ class Engine(Generic[A, M]):
             yield slice(done, done + piece)
             done += piece
 
+    def claim(self, feeds: Sequence[tuple[int, int, int]]) -> None:
+        """Make room for a call: for each feed the tokens before it, its own, and the rows of logits. Whatever gives way
+        does; MemoryBudgetError if that is not enough."""
+        if self.budget.ceiling is None:
+            return
+        c, ops = self.config, self.ops
+        tokens = sum(more for _, more, _ in feeds)
+        keys = sum(self._kv_nbytes(length + more) - self._kv_nbytes(length) for length, more, _ in feeds)
+        states = len(feeds) * ops.state_nbytes(c) - ops.idle_nbytes(c)
+        work = ops.scratch_nbytes(c, min(tokens, self.chunk)) - ops.held().get("scratch", 0)
+        logits = 2 * 4 * c.vocab_size * max(1, sum(rows for _, _, rows in feeds))
+        self.budget.claim(
+            keys + max(0, states) + max(0, work) + logits,
+            f"{sum(length + more for length, more, _ in feeds):,} tokens",
+            hint="start a new conversation, let go of others, or allow more with --memory (memory= in Python)",
+        )
+
+    def _kv_nbytes(self, tokens: int) -> int:
+        return self.ops.kv_nbytes(self.config, tokens) if tokens else 0
+
     def run(self, feeds: Sequence[Feed[A]], *, checked: bool = False) -> list[Output[A]]:
         """Run all feeds in one call of the model.
 
         States that were given stay valid. Raises UsageError for a state that this engine did not make (`checked`: the
-        caller knows that it did), ModelError where the logits are not numbers.
+        caller knows that it did), MemoryBudgetError where the ceiling leaves no room, ModelError where the logits are
+        not numbers.
         """
+        if self.budget.ceiling is not None:
+            try:
+                self.claim([(feed.state.length, len(feed.ids), feed.rows) for feed in feeds])
+            except MemoryBudgetError:
+                if len(feeds) > 1 or (place := self._half(feeds[0])) is None:
+                    raise
+                return [self._run_in_two(feeds[0], place)]
         for feed in feeds:
             if not checked:
                 self.check_state(feed.state)
@@ -162,6 +242,20 @@ class Engine(Generic[A, M]):
             logits = self._read_out(hidden, [(end, feed.rows) for end, feed in zip(ends, feeds, strict=True)])
             states = [self._caught_up(hidden, kept) for kept in states]
         return [Output(*both) for both in zip(logits, states, strict=True)]
+
+    def _half(self, feed: Feed[A]) -> int | None:
+        """Where a prompt is cut that is too much for one call; None where it is as short as it can be."""
+        tokens, step = len(feed.ids), self.ops.grain or SMALLEST_CHUNK
+        place = max(SMALLEST_CHUNK, tokens // 2 // step * step)
+        return place if not feed.keep and tokens - place > (self.ops.few or 0) else None
+
+    def _run_in_two(self, feed: Feed[A], place: int) -> Output[A]:
+        """What a call with `feed` gives, by two or more of fewer tokens."""
+        first, second = feed.cut(place)
+        (before,) = self.run([first], checked=True)
+        (after,) = self.run([replace(second, state=before.state)], checked=True)
+        logits = [output.logits for output in (before, after) if len(output.logits)]
+        return Output(np.concatenate(logits) if logits else after.logits, after.states)
 
     def draft_vocabulary(self, tokens: int, always: Collection[int] = ()) -> DraftVocabulary[A, M]:
         """The tokens that a sequence's drafts are chosen among: see `DraftVocabulary`."""
@@ -270,6 +364,7 @@ class Engine(Generic[A, M]):
         _check_patches(pixels, grid, c)
         self.checkpoint.drop_pages()
         try:
+            self._claim_sight(grid, c)
             weights = self.weights.vision
             assert weights is not None
             with np.errstate(all="ignore"):  # as in `run`
@@ -285,6 +380,16 @@ class Engine(Generic[A, M]):
                 hint="download the checkpoint, or quantize it, again",
             )
         return features
+
+    def _claim_sight(self, grid: Grid, c: VisionConfig) -> None:
+        """Make room for the tower and a picture; the language model's pages have been let go."""
+        patches = math.prod(grid)
+        work = self.ops.vision_scratch_nbytes(c, patches) + 4 * patches * (c.patch_values + c.out_hidden_size)
+        tower = part_nbytes(self.checkpoint, Part.VISION) - self.weights.nbytes(Part.VISION, mapped=False)
+        self.budget.claim(
+            tower + work, f"the vision tower and a picture of {patches // c.spatial_merge_size**2:,} tokens",
+            weights=False, hint="use --image-tokens, or more --memory (visual_settings=, memory= in Python)",
+        )  # fmt: skip
 
     def checked_ids(self, ids: Sequence[int] | NDArray[Any], state: State[A]) -> Ids:
         """`ids` as an array, if the vocabulary has them and the context has room for them after `state`."""
@@ -366,7 +471,7 @@ class Engine(Generic[A, M]):
 
     def _embed(self, feeds: Sequence[Feed[A]]) -> A:
         each = [feed.ids for feed in feeds]
-        x = text.embed(self.ops, self._text, each[0] if len(each) == 1 else np.concatenate(each))
+        x = self.weights.embed(each[0] if len(each) == 1 else np.concatenate(each))
         starts = (rows.start for rows in spans(list(map(len, each))))
         inserts = [(start + row, x) for start, feed in zip(starts, feeds, strict=True) for row, x in feed.inserts]
         return self._replaced(x, inserts) if inserts else x
@@ -399,7 +504,7 @@ class Engine(Generic[A, M]):
         return out
 
     def _logits(self, hidden: A) -> Float32:
-        logits, finite = self.ops.read_out(hidden, self._text.lm_head)
+        logits, finite = self.weights.read_out(hidden)
         if not finite:
             culprit = self.checkpoint.find_non_finite()
             raise ModelError(
@@ -437,7 +542,8 @@ def _positions(feeds: Sequence[Feed[A]]) -> NDArray[np.int32]:
     return each[0] if len(each) == 1 else np.concatenate(each, axis=1)
 
 
-def _context_limit(asked: int | None, most: int) -> int:
+def checked_context(asked: int | None, most: int) -> int:
+    """The most tokens of a sequence, as asked for or `most`; UsageError for what is no such number."""
     if asked is None:
         return most
     if not Range(1, most, whole=True).holds(asked):

@@ -87,11 +87,11 @@ def test_states_and_pages(folders: dict[str, Path], backend: str, tokens: int, k
     context = Context(model.engine)
     context.feed([5] * tokens)
     after = held(model)
-    assert after["KV cache"] - before["KV cache"] == plan.kv_cache
+    assert after["KV cache"] - before["KV cache"] == plan.kv
     assert after["DeltaNet states"] - before["DeltaNet states"] == plan.states // 2  # the old ones are gone
     branch = model.advance([6], context.state)
     more = held(model)
-    page = plan.kv_cache // -(-tokens // 256)  # of all layers
+    page = plan.kv // -(-tokens // 256)  # of all layers
     assert more["KV cache"] - after["KV cache"] == (0 if tokens % 256 else page)  # the others are shared
     assert more["DeltaNet states"] - after["DeltaNet states"] == plan.states // 2
     del branch, context
@@ -134,8 +134,8 @@ class TestPlan:
     def test_more_context_costs_its_pages(self, folders: dict[str, Path], backend: str) -> None:
         model = edgeq.load(folders["q4"], backend=backend)
         short, long = (plan_memory(model.checkpoint, model.ops, n) for n in (4096, 8192))
-        assert long._replace(kv_cache=short.kv_cache) == short
-        assert long.kv_cache == 2 * short.kv_cache
+        assert long._replace(kv=short.kv) == short
+        assert long.kv == 2 * short.kv
         assert short.total == sum(short)
 
     def test_the_chunk_is_what_the_scratch_memory_allows(self, folders: dict[str, Path], backend: str) -> None:

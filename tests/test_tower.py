@@ -214,9 +214,9 @@ def test_the_tower_and_the_text_are_planned_one_after_the_other() -> None:
     text_only = plan_memory(checkpoint, ops, 256)
     one, two = (plan_memory(checkpoint, ops, 256, grids=[(1, 6, 6)] * n) for n in (1, 2))
     assert text_only.total < one.total < two.total
-    assert two.pictures - one.pictures == 4 * 36 * (1536 + 256 // 4)  # pixels and features
+    assert two.vision - one.vision == 4 * 36 * (1536 + 256 // 4)  # pixels and features
     everything = sum(storage.nbytes for _, storage in checkpoint.storage())
-    assert one.pictures < everything + ops.vision_scratch_nbytes(checkpoint.config.vision or config(), 36)
+    assert one.vision < everything + ops.vision_scratch_nbytes(checkpoint.config.vision or config(), 36)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ Arrays are float32 where nothing else is said, inputs with a contiguous last axi
 caller. What each function does is in its docstring and beside its kernel.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, final, overload
 
 import numpy as np
@@ -152,6 +152,7 @@ class Layers:
         factor: float,
         sections: tuple[int, int, int],
     ) -> None: ...
+    def call_after_each(self, call: Callable[[int], object]) -> None: ...
 
 def decoder(
     x: Float32,
@@ -199,6 +200,9 @@ def vision_nbytes(tokens: int, hidden: int, heads: int, intermediate: int) -> in
 
 def empty(nbytes: int) -> NDArray[np.uint8]: ...
 def memory_held() -> tuple[int, int, int]: ...
+def release_scratch() -> None: ...
+def release_idle_blocks() -> None: ...
+def idle_blocks(nbytes: int) -> int: ...
 
 # --- the quantizer ----------------------------------------------------------------------------------------------------
 

@@ -118,6 +118,7 @@ struct Layers {
     float factor = 1.0f;
     int sections[3] = {};
     Held held;
+    nb::object after_layer;  // called with the number of each layer that has run
 
     Layers(nb::handle weights, Index key_heads, float eps) : eps(eps) {
         const nb::tuple ws = held.items(weights, "layers", "a sequence of LayerWeights");
@@ -310,13 +311,21 @@ nb::list decoder(const In& x, const Layers& ready, const Positions& positions, n
     float *cos = angles.data(), *sin = cos + T * ready.pairs;
     give_angles(stack, cos, sin, ready.pairs);
     Interruptions interruptions(T > few_tokens);
+    Index done = 0;
+    auto go_on = [&] {
+        if (ready.after_layer.is_valid()) {
+            nb::gil_scoped_acquire acquire;
+            ready.after_layer(done++);
+        }
+        return interruptions.go_on();
+    };
     bool finished;
     {
         nb::gil_scoped_release release;
         rope_angles(positions.data(), positions.stride(0), positions.stride(1), T, ready.frequencies, ready.factor,
                     ready.sections, ready.pairs, cos, sin);
         std::memcpy(out.data(), x.data(), T * hidden * sizeof(float));
-        finished = run_layers(stack, T, hidden, ready.eps, out.data(), [&] { return interruptions.go_on(); });
+        finished = run_layers(stack, T, hidden, ready.eps, out.data(), go_on);
         float* y = out.data();
         if (finished)
             each_row(T, hidden, [&](Index t) {
@@ -340,7 +349,10 @@ void bind_mixers(nb::module_& m) {
           "Gated attention: w AttentionWeights, caches (past, pages) with room for each sequence's tokens.");
     nb::class_<Layers>(m, "Layers", "The layers of a whole decoder, made ready once.")
         .def(nb::init<nb::handle, Index, float, nb::handle, nb::handle, float, const std::tuple<int, int, int>&>(),
-             "layers"_a, "key_heads"_a, "eps"_a, "norm"_a, "frequencies"_a, "factor"_a, "sections"_a);
+             "layers"_a, "key_heads"_a, "eps"_a, "norm"_a, "frequencies"_a, "factor"_a, "sections"_a)
+        .def(
+            "call_after_each", [](Layers& layers, nb::callable call) { layers.after_layer = call; }, "call"_a,
+            "From now on the decoder calls it with the number of each layer that has run; it must not hold the layers.");
     m.def("decoder", &decoder, "x"_a.noconvert(), "layers"_a, "positions"_a.noconvert(), "states"_a, "lengths"_a,
           "keep"_a, "kind"_a, "out"_a.noconvert(),
           "Rotary angles for positions int32 [3, T], the layers, and the final norm; states and result as below.");

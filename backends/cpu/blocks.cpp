@@ -3,6 +3,7 @@
 #include "kernels/scratch.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -25,6 +26,7 @@ struct Region {
     char *mapping, *first;
     const std::size_t mapped, block_nbytes, count;
     std::vector<char*> free;
+    std::size_t idle = 0;  // so many of `free`, the last ones, have been used
 
     Region(std::size_t block_nbytes, std::size_t count)
         : mapped(count * block_nbytes + alignment(count * block_nbytes)), block_nbytes(block_nbytes), count(count) {
@@ -59,6 +61,8 @@ Regions& regions() {
     return *all;
 }
 
+std::size_t block_size(std::size_t nbytes) { return std::max(line, (nbytes + line - 1) / line * line); }
+
 bool has_room(const std::unique_ptr<Region>& r) { return !r->free.empty(); }
 
 // Where there is no room for a whole region, one of a single block.
@@ -80,9 +84,34 @@ std::size_t blocks_nbytes() {
     return total;
 }
 
+std::size_t idle_blocks(std::size_t nbytes) {
+    std::lock_guard lock(regions().mutex);
+    const auto some = regions().of_size.find(block_size(nbytes));
+    std::size_t count = 0;
+    if (some != regions().of_size.end())
+        for (const auto& region : some->second) count += region->idle;
+    return count;
+}
+
+void trim_blocks() {
+#ifdef MADV_DONTNEED
+    const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+    std::lock_guard lock(regions().mutex);
+    for (const auto& [size, some] : regions().of_size)
+        for (const auto& region : some) {
+            for (char* block : region->free) {
+                const uintptr_t begin = (reinterpret_cast<uintptr_t>(block) + page - 1) / page * page;
+                const uintptr_t end = reinterpret_cast<uintptr_t>(block + size) / page * page;
+                if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+            }
+            region->idle = 0;
+        }
+#endif
+}
+
 Block take_block(std::size_t nbytes) {
     if (nbytes > most_nbytes) throw std::bad_alloc();
-    const std::size_t size = std::max(line, (nbytes + line - 1) / line * line);
+    const std::size_t size = block_size(nbytes);
     std::lock_guard lock(regions().mutex);
     auto& some = regions().of_size[size];
     auto found = std::find_if(some.begin(), some.end(), has_room);
@@ -90,6 +119,7 @@ Block take_block(std::size_t nbytes) {
     Region* region = found->get();
     char* data = region->free.back();
     region->free.pop_back();
+    if (region->idle) region->idle--;
     return {data, region};
 }
 
@@ -97,6 +127,7 @@ void give_back(Block block) {
     std::lock_guard lock(regions().mutex);
     Region* region = block.region;
     region->free.push_back(block.data);
+    region->idle++;
     if (!region->unused()) return;
     auto& some = regions().of_size[region->block_nbytes];
     if (std::count_if(some.begin(), some.end(), has_room) < 2) return;

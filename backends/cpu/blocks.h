@@ -23,4 +23,11 @@ void give_back(Block block);
 // Bytes of the blocks that are in use.
 std::size_t blocks_nbytes();
 
+// Blocks of a size that nobody uses and that have been used since the system last had their pages: taking one of these
+// takes no more memory.
+std::size_t idle_blocks(std::size_t nbytes);
+
+// Lets the system have the pages of blocks that are not in use; they are found again, cleared, when they are taken.
+void trim_blocks();
+
 }  // namespace edgeq

@@ -35,6 +35,7 @@ from edgeq.weights import (
     Matrix,
     MLPWeights,
     QMatrix,
+    StreamedLayers,
     TextWeights,
     VisionBlockWeights,
 )
@@ -117,6 +118,17 @@ class CpuOps(ArrayOps[_native.Matrix]):
     def held(self) -> Mapping[str, int]:
         return dict(zip(("KV cache", "DeltaNet states", "scratch"), _native.memory_held(), strict=True))
 
+    def idle_nbytes(self, c: TextConfig) -> int:
+        matrix = 4 * c.linear_num_value_heads * c.linear_value_head_dim * c.linear_key_head_dim
+        ready: int = _native.idle_blocks(matrix)
+        return matrix * min(ready, c.layer_types.count("linear_attention"))
+
+    def release_idle(self) -> None:
+        _native.release_idle_blocks()
+
+    def release_scratch(self) -> None:
+        _native.release_scratch()
+
     @property
     def threads(self) -> int:
         count: int = _native.thread_count()
@@ -147,11 +159,13 @@ class CpuOps(ArrayOps[_native.Matrix]):
         return plain(x)
 
     def ready(self, w: TextWeights[Array, _native.Matrix], c: TextConfig) -> TextWeights[Array, _native.Matrix]:
-        layers, rope = ReadyLayers(w.layers), c.rope
+        layers, rope = ReadyLayers(w.layers[:]), c.rope
         layers.native = _native.Layers(
-            w.layers, c.linear_num_key_heads, c.rms_norm_eps, w.norm, rotary.frequencies(rope), rope.attention_factor,
+            layers, c.linear_num_key_heads, c.rms_norm_eps, w.norm, rotary.frequencies(rope), rope.attention_factor,
             rope.sections,
         )  # fmt: skip
+        if isinstance(w.layers, StreamedLayers):
+            layers.native.call_after_each(w.layers.turns.done)
         return w._replace(layers=layers)
 
     def numpy(self, x: Array) -> Float32:

@@ -80,6 +80,7 @@ class MlxOps(BaseOps[mx.array, MlxMatrix]):
     name = "mlx"
     few = None
     maps_files = False
+    keeps_ceiling = False  # its limit is a guideline
 
     def __init__(self, dtype: Dtype | None = None, compiled: bool | None = None, kv_dtype: str | None = None) -> None:
         if kv_dtype not in (None, "f16"):

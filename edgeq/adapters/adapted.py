@@ -154,6 +154,12 @@ class AdaptedCheckpoint(Checkpoint):
         source = self.source(spec.name)
         return self.base.memory_nbytes(spec if source == spec.name else replace(spec, name=source))
 
+    def is_mapped(self, spec: TensorSpec) -> bool:
+        source = self.source(spec.name)
+        return spec.name not in self._changes and self.base.is_mapped(
+            spec if source == spec.name else replace(spec, name=source)
+        )
+
     def changed(self, name: str) -> np.dtype[Any] | None:
         """The type in which a changed tensor is kept; None for one that is the base's."""
         return self._dtype(name) if name in self._changes else None

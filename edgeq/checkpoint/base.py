@@ -78,6 +78,10 @@ class Checkpoint(ABC):
     def memory_nbytes(self, spec: TensorSpec) -> int:
         """Bytes that a tensor takes in memory as `matrix` gives it, mapped or not."""
 
+    def is_mapped(self, spec: TensorSpec) -> bool:  # noqa: ARG002
+        """Whether `matrix` gives the mapped file's own memory, whose pages can be let go and come again."""
+        return False
+
     @abstractmethod
     def tokenizer(self) -> Tokenizer | None:
         """The checkpoint's tokenizer; None if it has none."""

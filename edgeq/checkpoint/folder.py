@@ -206,6 +206,9 @@ class FolderCheckpoint(Checkpoint):
         tensor = self.tensors[spec.name]
         return self._stored(tensor).nbytes if tensor.packed is None else tensor.packed.memory_nbytes
 
+    def is_mapped(self, spec: TensorSpec) -> bool:
+        return self.tensors[spec.name].packed is None and spec.role is not Role.PATCH
+
     def tokenizer(self) -> Tokenizer | None:
         from edgeq.text.tokenizer import Tokenizer
 

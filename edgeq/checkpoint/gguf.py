@@ -135,6 +135,10 @@ class GGUFCheckpoint(Checkpoint):
         infos = self.tensors[spec.name].infos
         return sum(info.nbytes // info.type.nbytes * info.type.memory_nbytes for info in infos)
 
+    def is_mapped(self, spec: TensorSpec) -> bool:
+        tensor = self.tensors[spec.name]
+        return len(tensor.infos) == 1 and tensor.infos[0].type.coding is None and self._order(spec.name) is None
+
     def tokenizer(self) -> Tokenizer | None:
         from edgeq.text.tokenizer import Tokenizer
 

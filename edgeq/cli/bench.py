@@ -12,7 +12,7 @@ import edgeq
 from edgeq.api import Model, load
 from edgeq.bench import Result, Test, measure, model_size
 from edgeq.cli.console import new_bar, peak_memory, show, show_json
-from edgeq.cli.options import AdapterOption, BackendOption, ModelArgument, option
+from edgeq.cli.options import AdapterOption, BackendOption, MemoryOption, ModelArgument, option
 from edgeq.errors import UsageError
 from edgeq.generate import check_draft
 
@@ -72,6 +72,7 @@ def bench(
     ] = "off",
     adapter: AdapterOption = None,
     backend: BackendOption = "auto",
+    memory: MemoryOption = None,
 ) -> None:
     """Benchmark prefill and decode, as llama-bench does.
 
@@ -89,7 +90,7 @@ def bench(
     tests = [test._replace(draft=way) for test in plain for way in (ways if test.generate else ["off"])]
     counts = [None] if threads is None else _numbers("--threads", threads, least=1)
     kv = [None] if kv_bits is None else _numbers("--kv-bits", kv_bits)
-    rows = _measure_all(model, adapter, backend, tests, list(product(counts, kv)), repetitions)
+    rows = _measure_all(model, adapter, backend, memory, tests, list(product(counts, kv)), repetitions)
     if output == "md":
         _print_table(rows, drafts=ways != ["off"])
     else:
@@ -123,22 +124,26 @@ def _measure_all(
     name: str,
     adapter: list[str] | None,
     backend: str,
+    memory: str | None,
     tests: list[Test],
     settings: list[tuple[int | None, int | None]],
     repetitions: int,
-) -> Iterator[tuple[Model, Result]]:
-    """Every test with every setting of threads and KV bits; what goes on shows on stderr."""
+) -> Iterator[tuple[dict[str, Any], Result]]:
+    """Every test with every setting of threads and KV bits, as records and results, one model after another; what goes
+    on shows on stderr."""
     bar = new_bar("{task.description}")
     task = bar.add_task("loading") if bar else None
     try:
         for count, kv_bits in settings:
-            model = load(name, backend=backend, threads=count, kv_bits=kv_bits, adapter=adapter)
+            model = load(name, backend=backend, threads=count, kv_bits=kv_bits, adapter=adapter, memory=memory)
             results = measure(model, tests, repetitions=repetitions)
             for i, test in enumerate(tests):
                 if bar and task is not None:
                     shared = f"{model.ops.threads} threads" if model.ops.threads else model.ops.name
                     bar.update(task, description=f"{test.name}, {shared} ({i + 1} of {len(tests)})")
-                yield model, next(results)
+                result = next(results)
+                yield _record(model, result), result
+            del model, results  # the next is to have their memory
     finally:
         if bar:
             bar.stop()
@@ -147,13 +152,13 @@ def _measure_all(
 # --- output ----------------------------------------------------------------------------------------------------------
 
 
-def _print_table(rows: Iterator[tuple[Model, Result]], *, drafts: bool) -> None:
+def _print_table(rows: Iterator[tuple[dict[str, Any], Result]], *, drafts: bool) -> None:
     """llama-bench's Markdown table, and three columns more; five with drafts."""
     widths = (18, 11, 9, 7, 7, 4, 16, 16, 6, 9) + (8, 11) * drafts
     show(_table_row(_COLUMNS + _DRAFT_COLUMNS * drafts, widths))
     show(_table_row([":" + "-" * (w - 1) if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)], widths))
-    for model, result in rows:
-        weights, nbytes = model_size(model)
+    for record, result in rows:
+        weights, nbytes = record["model_n_params"], record["model_size"]
         speed = f"{result.tok_per_s:.2f} ± {result.deviation:.2f}"
         rate = f"{result.gb_per_s:.1f}" if result.gb_per_s else ""
         share = f"{result.share:.0%}" if result.share else ""
@@ -161,8 +166,8 @@ def _print_table(rows: Iterator[tuple[Model, Result]], *, drafts: bool) -> None:
         accepted = f"{tally.accepted / tally.drafted:.0%}" if tally and tally.drafted else ""
         gain = (accepted, f"{tally.tokens_per_pass:.2f}" if tally else "") if drafts else ()
         cells = (
-            _describe(model), f"{nbytes / 2**20:.2f} MiB", f"{weights / 1e6:.2f} M", model.ops.name,
-            result.threads or "", model.ops.kv_dtype, result.test.name, speed, rate, share, *gain,
+            record["model_type"], f"{nbytes / 2**20:.2f} MiB", f"{weights / 1e6:.2f} M", record["backends"],
+            result.threads or "", record["type_k"], result.test.name, speed, rate, share, *gain,
         )  # fmt: skip
         show(_table_row(cells, widths))
 
@@ -172,14 +177,14 @@ def _table_row(cells: Any, widths: tuple[int, ...]) -> str:
     return f"| {first.strip():<{widths[0]}} | {' | '.join(others)} |"
 
 
-def _print_json(rows: Iterator[tuple[Model, Result]]) -> None:
-    show_json([_record(model, result) for model, result in rows], indent=2)
+def _print_json(rows: Iterator[tuple[dict[str, Any], Result]]) -> None:
+    show_json([record for record, _ in rows], indent=2)
 
 
-def _print_csv(rows: Iterator[tuple[Model, Result]]) -> None:
+def _print_csv(rows: Iterator[tuple[dict[str, Any], Result]]) -> None:
     header = True
-    for model, result in rows:
-        record = {key: value for key, value in _record(model, result).items() if not isinstance(value, list)}
+    for whole, _ in rows:
+        record = {key: value for key, value in whole.items() if not isinstance(value, list)}
         writer = csv.DictWriter(lines := StringIO(), record, lineterminator="\n")
         if header:
             writer.writeheader()

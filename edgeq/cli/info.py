@@ -9,16 +9,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgeq.backends import available, choose
+from edgeq.api import KV_DTYPES, check_kv_bits
+from edgeq.backends import available, choose, select
+from edgeq.backends.ops import Ops
 from edgeq.checkpoint import Checkpoint, Storage, open_checkpoint
 from edgeq.cli.console import show, show_json
 from edgeq.cli.facts import description, lines, versions
-from edgeq.cli.options import OptionalModelArgument, option
+from edgeq.cli.memory import choice_facts, plan_facts
+from edgeq.cli.options import BackendOption, ContextOption, KvBitsOption, MemoryOption, OptionalModelArgument, option
 from edgeq.config import TextConfig
+from edgeq.engine import checked_context
 from edgeq.errors import ModelError, UsageError
 from edgeq.hub import find_model
 from edgeq.identify import is_adapter
 from edgeq.inputs import expand_user
+from edgeq.memory.budget import Budget
+from edgeq.memory.ceiling import ceiling
+from edgeq.memory.choice import IMPORTED_LATER, Asked, choose_settings
+from edgeq.memory.plan import conversation_checkpoints, plan_memory
 from edgeq.printable import printable
 from edgeq.text.template_files import DEFAULT
 from edgeq.weights import Part, TensorSpec
@@ -38,6 +46,13 @@ def info(
     config: Annotated[
         bool, option("--config", env=False, help="Show the value of every option and where it comes from.")
     ] = False,
+    plan: Annotated[
+        bool, option("--plan", env=False, help="Show what a model will take in memory, and what it would run with.")
+    ] = False,
+    context: ContextOption = None,
+    kv_bits: KvBitsOption = None,
+    memory: MemoryOption = None,
+    backend: BackendOption = "auto",
     as_json: Annotated[bool, option("--json", env=False, help="Print one JSON object.")] = False,
 ) -> None:
     """Show what is in a model, or what is installed.
@@ -46,9 +61,12 @@ def info(
     edgeq info
     edgeq info demo
     edgeq info q2b --verify
+    edgeq info q2b --plan --memory 1.5G
 
     With MODEL: shapes, types, chat template and provenance. Without: this installation and its backends.
     """
+    if plan and (model is None or config):
+        raise UsageError("--plan needs a model", hint="try `edgeq info FOLDER --plan --memory 1.5G`")
     if config:
         facts = _options(ctx)
     elif model is None:
@@ -61,7 +79,10 @@ def info(
             facts = _adapter(path)
         else:
             path = find_model(model)
-            facts = _model(open_checkpoint(path))
+            if plan:
+                facts = _plan(open_checkpoint(path), backend, memory, Asked(context, kv_bits))
+            else:
+                facts = _model(open_checkpoint(path))
         if verify:
             from edgeq.quant import verify as verify_files
 
@@ -107,6 +128,28 @@ def _model(checkpoint: Checkpoint) -> dict[str, Any]:
         "tokenizer": "yes" if tokenizer else "none: token ids only",
         **_templates(checkpoint, tokenizer),
         "tensors": _by_type(stored),
+    }
+
+
+def _plan(checkpoint: Checkpoint, backend: str, memory: str | None, asked: Asked) -> dict[str, Any]:
+    """What a model takes, and under a ceiling what it would run with, or a MemoryBudgetError."""
+
+    def make_ops(bits: int | None) -> Ops[Any, Any]:
+        return select(None if backend == "auto" else backend, kv_dtype=None if bits is None else KV_DTYPES[bits])
+
+    check_kv_bits(asked.kv_bits)
+    checked_context(asked.context, checkpoint.config.text.longest_context)
+    if (bound := ceiling(memory)) is not None:
+        used = Budget.process() + IMPORTED_LATER
+        return {"path": str(checkpoint.path), **choice_facts(choose_settings(checkpoint, make_ops, bound, asked, used))}
+    ops = make_ops(asked.kv_bits)
+    tokens = asked.context or checkpoint.config.text.longest_context
+    kept = conversation_checkpoints(checkpoint.config.text, ops)
+    return {
+        "path": str(checkpoint.path),
+        "context": f"{tokens:,} tokens",
+        "keys and values": ops.kv_dtype,
+        "plan": plan_facts(plan_memory(checkpoint, ops, tokens, checkpoints=kept, drafts=True)),
     }
 
 

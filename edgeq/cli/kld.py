@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgeq.cli.console import new_bar, say, show, show_json
-from edgeq.cli.options import MODEL_HELP, AdapterOption, BackendOption, ThreadsOption, option
+from edgeq.cli.options import MODEL_HELP, AdapterOption, BackendOption, MemoryOption, ThreadsOption, option
 from edgeq.cli.prompt import file_text, piped_text
 from edgeq.errors import UsageError
 
@@ -67,6 +67,7 @@ def kld(
             help="KV cache precision of MODEL in bits: 16, 8 or 4.",
         ),
     ] = None,
+    memory: MemoryOption = None,
 ) -> None:  # fmt: skip
     """Measure what quantization does to predictions.
 
@@ -84,10 +85,14 @@ def kld(
     if max_kl is not None and not max_kl >= 0:
         raise UsageError(f"--max-kl must be a number of at least 0, got {max_kl:g}")
     given = None if text is None else _text(text)  # before a model is loaded for nothing
-    expected = load(reference, backend=reference_backend or backend, threads=threads, adapter=reference_adapter)
+    expected = load(
+        reference, backend=reference_backend or backend, threads=threads, adapter=reference_adapter, memory=memory
+    )
     ids = _random_ids(expected, context * chunks) if given is None else expected.need_tokenizer().encode(given)
     pieces = cut(ids, context, chunks)
-    found = [load(name, backend=backend, threads=threads, kv_bits=kv_bits, adapter=adapter) for name in models]
+    found = [
+        load(name, backend=backend, threads=threads, kv_bits=kv_bits, adapter=adapter, memory=memory) for name in models
+    ]
     with _progress_bar() as progress:
         results = compare(expected.engine, [model.engine for model in found], pieces, progress)
     scored = (

@@ -39,9 +39,12 @@ __all__ = [
     "AnswerOptions",
     "BackendOption",
     "ChatDisplayOptions",
+    "ContextOption",
     "ConversationOptions",
     "DisplayOptions",
     "DraftOption",
+    "KvBitsOption",
+    "MemoryOption",
     "ModelArgument",
     "ModelOptions",
     "OptionalModelArgument",
@@ -91,6 +94,29 @@ ThreadsOption = Annotated[
 ]
 
 
+ContextOption = Annotated[
+    int | None,
+    option(
+        "--context", "-c", "--ctx-size", "--ctx", "--num-ctx", metavar="N",
+        default="the model's maximum", help="Context window, in tokens.",
+    ),
+]  # fmt: skip
+KvBitsOption = Annotated[
+    int | None,
+    option(
+        "--kv-bits", metavar="N", default="chosen by the backend (cpu: 16)",
+        help="KV cache precision in bits: 16, 8 or 4.",
+    ),
+]  # fmt: skip
+MemoryOption = Annotated[
+    str | None,
+    option(
+        "--memory", metavar="SIZE", default="the control group's limit, or none",
+        help="Maximum memory of the whole process: 1.5G, 1500M, 1.5GiB, 50% or none.",
+    ),
+]  # fmt: skip
+
+
 DraftOption = Annotated[
     str,
     option(
@@ -132,20 +158,8 @@ class ModelOptions:
     ] = None  # fmt: skip
     backend: BackendOption = "auto"
     threads: ThreadsOption = None
-    context: Annotated[
-        int | None,
-        option(
-            "--context", "-c", "--ctx-size", "--ctx", "--num-ctx", metavar="N", default="the model's maximum",
-            help="Context window, in tokens.",
-        ),
-    ] = None  # fmt: skip
-    kv_bits: Annotated[
-        int | None,
-        option(
-            "--kv-bits", metavar="N", default="chosen by the backend (cpu: 16)",
-            help="KV cache precision in bits: 16, 8 or 4.",
-        ),
-    ] = None  # fmt: skip
+    context: ContextOption = None
+    kv_bits: KvBitsOption = None
 
     rope_scaling: Annotated[
         str | None,
@@ -164,6 +178,7 @@ class ModelOptions:
     ] = None  # fmt: skip
     adapter: AdapterOption = None
     draft: DraftOption = "auto"
+    memory: MemoryOption = None
 
     @property
     def name(self) -> str:
@@ -185,7 +200,7 @@ class ModelOptions:
         return load(
             self.name, backend=self.backend, threads=self.threads, context=self.context, kv_bits=self.kv_bits,
             rope_scaling=self.rope_scaling,
-            mmproj=self.mmproj, adapter=self.adapter, chat_template=chat_template,
+            mmproj=self.mmproj, adapter=self.adapter, chat_template=chat_template, memory=self.memory,
         )  # fmt: skip
 
 

@@ -19,7 +19,9 @@ from typing import NamedTuple
 
 from edgeq.cli.clipboard import copy
 from edgeq.cli.console import error_line, say, warn
+from edgeq.cli.facts import lines
 from edgeq.cli.keyboard import FENCE, Keyboard, Line
+from edgeq.cli.memory import choice_facts, ledger_facts
 from edgeq.cli.messages import save
 from edgeq.cli.options import ChatDisplayOptions
 from edgeq.cli.pictures import announce, by_kind, dropped, named
@@ -102,6 +104,7 @@ class Repl:
             "/copy": _Command(lambda _: self._copy(), "copy the last answer to the clipboard"),
             "/ctx": _Command(lambda _: self._context(), "how much of the context window is used (also /context)"),
             "/stats": _Command(lambda _: self._stats(), "statistics of the last reply"),
+            "/memory": _Command(lambda _: self._memory(), "what the model takes: the plan, and what is held now"),
         }
         self._synonyms = {
             "/bye": "/exit", "/quit": "/exit", "/reset": "/clear", "/?": "/help", "/no_think": "/nothink",
@@ -357,6 +360,11 @@ class Repl:
         context, turns = self._chat.context, len(self._chat.turns)
         said = f"{turns} turn{'' if turns == 1 else 's'}"
         say(f"{self._used()}, {context.free:,} free; {said}, overflow: {self._chat.overflow}")
+
+    def _memory(self) -> None:
+        engine = self._chat.model.engine
+        planned = choice_facts(engine.choice) if engine.choice is not None else {}
+        say("\n".join(lines({**planned, **ledger_facts(engine)})))
 
     def _stats(self) -> None:
         if self._last is None:

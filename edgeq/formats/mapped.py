@@ -10,20 +10,23 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from edgeq.errors import MemoryBudgetError, ModelError
 from edgeq.inputs import open_file
 from edgeq.printable import printable
 from edgeq.shortage import limits
 
-__all__ = ["Guard", "check_whole", "guard_when_mapped", "is_mapped", "map_file", "reading_on", "set_guard"]
+__all__ = ["Guard", "Pages", "check_whole", "guard_when_mapped", "is_mapped", "map_file", "reading_on", "set_guard"]
 
 
+_READ_AHEAD = 1 << 20  # bytes; the system reads no more ahead for one call
+_POPULATE_READ = 22 if sys.platform == "linux" else None  # Python 3.13 has its name
 _LARGE = 64 << 20  # bytes of a file from which on page tables cost time
 
 
@@ -121,6 +124,55 @@ def is_mapped(x: object) -> bool:
     while (base := getattr(x, "base", None)) is not None:
         x = base
     return isinstance(x, mmap.mmap) or (isinstance(x, memoryview) and isinstance(x.obj, mmap.mmap))
+
+
+class Pages:
+    """The pages of mapped files that some NumPy arrays lie in; of those that lie elsewhere nothing."""
+
+    def __init__(self, arrays: Iterable[Any]) -> None:
+        self._parts = [part for x in arrays if x.nbytes and (part := _place(x)) is not None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays, parts of pages rounded up."""
+        return sum(nbytes for _, _, nbytes in self._parts)
+
+    def let_go(self) -> None:
+        """They are no longer this process's memory; they come again, from the page cache or the disk, when read."""
+        self._advise("MADV_DONTNEED")
+
+    def read_ahead(self) -> None:
+        """Begin to read what of them is not in the page cache, without waiting."""
+        self._advise("MADV_WILLNEED", _READ_AHEAD)
+
+    def come(self) -> None:
+        """Make all of them this process's memory at once, in a quarter of the time that page faults take; those that
+        cannot be read are left to these."""
+        with suppress(OSError):  # a system before Linux 5.14
+            self._advise("MADV_POPULATE_READ", default=_POPULATE_READ)
+
+    def _advise(self, name: str, most: int | None = None, *, default: int | None = None) -> None:
+        if (advice := getattr(mmap, name, default)) is None:  # Windows
+            return
+        for mapping, start, nbytes in self._parts:
+            for at in range(start, start + nbytes, most or nbytes):
+                mapping.madvise(advice, at, min(most or nbytes, start + nbytes - at))
+
+
+def _place(x: Any) -> tuple[mmap.mmap, int, int] | None:
+    """Where an array lies: the mapped file, and the first byte and the bytes in it, whole pages."""
+    base = x
+    while (below := getattr(base, "base", None)) is not None:
+        base = below
+    mapping = base.obj if isinstance(base, memoryview) else base
+    if not isinstance(mapping, mmap.mmap):
+        return None
+    import numpy as np  # nothing else here needs it
+
+    begin = x.__array_interface__["data"][0] - np.frombuffer(mapping, np.uint8, 1).__array_interface__["data"][0]
+    start = begin // mmap.PAGESIZE * mmap.PAGESIZE
+    end = min(-(-(begin + x.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE, len(mapping))
+    return mapping, start, end - start
 
 
 def check_whole(mapping: mmap.mmap, path: Path) -> None:

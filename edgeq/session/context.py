@@ -76,6 +76,7 @@ class Context:
         if self._speculation is not None:
             self._speculation.observe(self.state.length, tokens)
         total, start, logits = len(tokens), self.state.length, list[Float32]()
+        self.engine.claim([(start, total, rows)])  # all of it, before any of the work
         pictures = self._look(_between(places, start, start + total))
         calls = self._calls(start, total)
         for call in calls:

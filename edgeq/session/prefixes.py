@@ -426,7 +426,7 @@ class PrefixStore:
     def _open_accounts(self) -> None:
         """The account of what is kept, and without it those of which it would be a part."""
         ledger, ops = self._engine.ledger, self._engine.ops
-        ledger.open("prefix checkpoints", lambda: self.nbytes)
+        ledger.open("prefix checkpoints", lambda: self.nbytes, give_way=self.give_way)
         for owner in ("KV cache", "DeltaNet states"):
             if owner in ops.held():
                 ledger.open(owner, lambda owner=owner: ops.held()[owner] - self._own().get(owner, 0))  # type: ignore[misc]

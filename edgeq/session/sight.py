@@ -40,7 +40,7 @@ class Sight:
         self._kept: OrderedDict[tuple[bytes, int], Any] = OrderedDict()
         self.encoded = 0
         if engine.sees:
-            engine.ledger.open("features of pictures", lambda: self.nbytes)
+            engine.ledger.open("features of pictures", lambda: self.nbytes, give_way=self._give_way)
 
     @property
     def nbytes(self) -> int:
@@ -144,6 +144,13 @@ class Sight:
         """Let go of what is too much, the longest unused first."""
         while len(self._kept) > 1 and self.nbytes > KEPT:
             self._kept.popitem(last=False)
+
+    def _give_way(self, nbytes: int) -> int:
+        """Let go of so many bytes of features, if there are, the longest unused first; how many."""
+        before = self.nbytes
+        while self._kept and before - self.nbytes < nbytes:
+            self._kept.popitem(last=False)
+        return before - self.nbytes
 
 
 def _is_frames(video: object) -> bool:

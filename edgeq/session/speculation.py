@@ -49,7 +49,7 @@ class Speculation:
         self, engine: Engine[Any, Any], draft: str | int, *, tokens: int, always: Collection[int] = ()
     ) -> None:
         self.engine = engine
-        self.with_head = draft != "ngram" and (draft == "mtp" or engine.head is not None)
+        self.with_head = draft != "ngram" and (draft == "mtp" or engine.drafts)
         if self.with_head:
             engine.need_head()
         self._fixed = draft if isinstance(draft, int) else None

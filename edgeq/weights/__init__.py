@@ -1,6 +1,7 @@
 """What a model is made of: the declaration of its tensors, and the trees of weights that it runs on."""
 
 from edgeq.formats.qmatrix import Matrix, QMatrix
+from edgeq.weights.streamed import StreamedLayers, Turns
 from edgeq.weights.table import (
     Part,
     Role,
@@ -40,8 +41,10 @@ __all__ = [
     "Part",
     "QMatrix",
     "Role",
+    "StreamedLayers",
     "TensorSpec",
     "TextWeights",
+    "Turns",
     "VisionBlockWeights",
     "VisionWeights",
     "all_tensors",

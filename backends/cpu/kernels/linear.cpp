@@ -104,6 +104,8 @@ int64_t gemv_piece_nbytes(const Matrix* ws, int count) {
 
 }  // namespace
 
+void release_linear_scratch() { std::vector<Quantized>().swap(scratch); }
+
 size_t type_size(Type type) { return type == Type::f32 ? 4 : type == Type::f16 || type == Type::bf16 ? 2 : 1; }
 
 size_t row_nbytes(const Matrix& w) { return w.bits ? size_t(w.in) * w.bits / 8 : size_t(w.in) * type_size(w.type); }

@@ -28,6 +28,9 @@ bool read_out(const float* x, int64_t tokens, const Matrix& w, float* y);
 // y [count, in]: rows `ids` of the matrix as float32 (see dequantize_group). Every id is below table.out.
 void embed(const Matrix& table, const int32_t* ids, int64_t count, float* y);
 
+// Frees the calling thread's scratch memory.
+void release_linear_scratch();
+
 // The active instruction set's table.
 const LinearKernels& linear_kernels();
 

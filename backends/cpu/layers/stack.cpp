@@ -13,8 +13,9 @@ namespace {
 // --- memory ----------------------------------------------------------------------------------------------------------
 
 // Memory of the calling thread, kept from call to call.
+thread_local Floats memory;
+
 float* workspace(Index floats) {
-    thread_local Floats memory;
     make_room(memory, floats);
     return memory.data();
 }
@@ -84,6 +85,8 @@ Index workspace_size(const std::vector<DecoderLayer>& layers, Index T) {
 }
 
 }  // namespace
+
+void release_workspace() { Floats().swap(memory); }
 
 void run_mlp(const FeedForward& mlp, const float* x, Index T, float* y) { run_alone(mlp, x, T, y); }
 void run_mixer(const DeltaNetMixer& mixer, const float* x, Index T, float* y) { run_alone(mixer, x, T, y); }

@@ -41,6 +41,9 @@ void run_mlp(const FeedForward& mlp, const float* x, Index T, float* y);
 void run_mixer(const DeltaNetMixer& mixer, const float* x, Index T, float* y);
 void run_mixer(const AttentionMixer& mixer, const float* x, Index T, float* y);
 
+// Frees what of it the calling thread has kept.
+void release_workspace();
+
 // x [T, hidden] through the layers, in place: x += mixer(norm(x)), x += mlp(norm(x)). After every layer `go_on` may
 // stop it; then the result is false and x worth nothing.
 bool run_layers(const std::vector<DecoderLayer>& layers, Index T, Index hidden, float eps, float* x,

@@ -1,0 +1,113 @@
+"""One ceiling over the process's resident set, kept: whatever grows asks first.
+
+What counts is what the system counts: the resident set, Python, libraries and mapped weights included. It is measured,
+and what is known to come is added: pages of weights that are planned to be resident and have not been read yet, and
+the claim. Where that is more than the ceiling, memory that was freed and kept goes back to the system, then accounts
+give way in the ledger's written order, and then the claim is refused with nothing changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import ClassVar
+from weakref import WeakSet
+
+from edgeq.errors import MemoryBudgetError
+from edgeq.memory.ceiling import Ceiling
+from edgeq.memory.ledger import GIVING_WAY, GiveWay, Ledger
+from edgeq.memory.resident import release_unused, resident
+
+__all__ = ["SPARE", "Budget", "megabytes"]
+
+SPARE = 6 << 20
+"""Bytes that are always left for what is too small to ask: objects of Python, stacks, pages of code."""
+
+
+class Budget:
+    """A model's part in the ceiling of its process.
+
+    ledger: who gives way. Every model of the process is asked, whoever claims.
+    weights: bytes of mapped weights that are to be resident. release: gives back what a backend keeps and nobody uses.
+    ceiling: bytes of the resident set; None is no bound. origin: where it comes from ("--memory 1.5G").
+    """
+
+    _all: ClassVar[WeakSet[Budget]] = WeakSet()
+    _code: ClassVar[int | None] = None  # pages of files before the first model: those of libraries
+
+    def __init__(
+        self, ledger: Ledger, weights: Callable[[], int], release: Callable[[], None], ceiling: Ceiling | None = None
+    ) -> None:
+        self.ledger, self.weights, self.release = ledger, weights, release
+        self.ceiling: int | None = ceiling.nbytes if ceiling else None
+        self.origin = ceiling.origin if ceiling else ""
+        Budget._all.add(self)
+
+    @classmethod
+    def process(cls) -> int:
+        """What the process takes, with all weights of its models that are planned to be resident; called first before
+        there is one."""
+        now = resident()
+        if cls._code is None:
+            cls._code = now.files if now else 0
+        if now is None:
+            return sum(budget.ledger.nbytes() for budget in cls._all)
+        return now.private + max(now.files, cls._code + sum(budget.weights() for budget in cls._all))
+
+    def used(self, *, weights: bool = True) -> int:
+        """The same; `weights`: with those of this model, which otherwise have been let go."""
+        now = resident()
+        if weights or now is None:
+            return self.process()
+        others = sum(budget.weights() for budget in Budget._all if budget is not self)
+        return now.private + max(now.files, (Budget._code or 0) + others)
+
+    def room(self, *, weights: bool = True) -> int | None:
+        """Bytes that can be claimed with nobody giving way; None without a ceiling, negative above it. weights: as of
+        `claim`."""
+        return None if self.ceiling is None else self.ceiling - SPARE - self.used(weights=weights)
+
+    def fits(self, nbytes: int, *, weights: bool = True) -> bool:
+        """Whether so much can be claimed with nobody giving way."""
+        room = self.room(weights=weights)
+        return room is None or nbytes <= room
+
+    def claim(self, nbytes: int, what: str, *, weights: bool = True, hint: str | None = None) -> None:
+        """Make room for `nbytes` more, for a purpose `what` ("keys and values of 4,096 tokens").
+
+        weights: whether this model's planned weights are resident meanwhile; if not, their pages have been let go
+        before. Raises MemoryBudgetError, by which nothing
+        has changed but that some have given way.
+        """
+        if self.ceiling is None or self.fits(nbytes, weights=weights):
+            return
+        self._release()
+        for give_way in self._yielding():
+            if (lacking := nbytes - (self.room(weights=weights) or 0)) <= 0:
+                return
+            if give_way(lacking):
+                self._release()
+        if not self.fits(nbytes, weights=weights):
+            used = self.used(weights=weights)
+            raise MemoryBudgetError(
+                f"{what} do not fit: {megabytes(nbytes)} more would make {megabytes(used + nbytes + SPARE)}, "
+                f"and {self.origin or 'the ceiling'} allows {megabytes(self.ceiling)}",
+                hint=hint or "let go of other conversations or states, or allow more with --memory (memory= in Python)",
+            )
+
+    def _release(self) -> None:
+        for budget in Budget._all:
+            budget.release()
+        release_unused()
+
+    def _ledgers(self) -> Iterable[Ledger]:
+        return [self.ledger, *(budget.ledger for budget in Budget._all if budget is not self)]
+
+    def _yielding(self) -> Iterable[GiveWay]:
+        """Everybody who can give way: in the written order, and of each kind this model's own first."""
+        found = [each for ledger in self._ledgers() for each in ledger.yielding()]
+        return [give_way for _, give_way in sorted(found, key=lambda each: GIVING_WAY.index(each[0]))]
+
+
+def megabytes(nbytes: int) -> str:
+    """Bytes for a message: "1,234 MB"."""
+    return f"{nbytes / 1e6:,.0f} MB"
