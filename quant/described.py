@@ -52,3 +52,7 @@ class DescribedModel:
         if quantized is not None:
             return spec.size * quantized.bits // 8 + 4 * spec.size // quantized.group_size
         return spec.size * (4 if spec.role in (Role.DECAY, Role.GATED_NORM) else 2)
+
+    def is_mapped(self, spec: TensorSpec) -> bool:  # noqa: ARG002
+        """Whether a matrix is used where the file is mapped, as those of edgeq's own files are."""
+        return True

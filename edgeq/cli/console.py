@@ -26,6 +26,7 @@ __all__ = [
     "error_line",
     "for_terminal",
     "is_dumb",
+    "measuring_bar",
     "new_bar",
     "peak_memory",
     "peak_memory_text",
@@ -239,3 +240,30 @@ def prefill_bar(what: str = "prefill", patience: float = 1) -> Iterator[PrefillB
         yield bar
     finally:
         bar.close()
+
+
+class _MeasuringBar:
+    """Shows what is measured of the machine, step by step; nothing off a terminal."""
+
+    def __init__(self, bar: Progress | None) -> None:
+        self._bar = bar
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        if self._bar is None:
+            return
+        if not self._bar.task_ids:
+            self._bar.add_task("")
+        self._bar.update(self._bar.task_ids[0], completed=done, total=total, description=what)
+
+
+@contextmanager
+def measuring_bar() -> Iterator[_MeasuringBar]:
+    """A bar for `edgeq.machine.measure` that is gone afterwards."""
+    from rich.progress import BarColumn, TextColumn
+
+    bar = new_bar(TextColumn("measuring this machine"), BarColumn(), TextColumn("{task.description}"))
+    try:
+        yield _MeasuringBar(bar)
+    finally:
+        if bar is not None:
+            bar.stop()

@@ -40,6 +40,7 @@ KV_DTYPES = ("f16", "int8", "int4")
 _POOL = 128 << 20  # bytes of weights that are read: several times a laptop's last cache
 _COLUMNS = 2048
 _ROWS = 4096  # of a matrix that many tokens go through
+_LARGEST = 2 * _ROWS * _COLUMNS  # bytes of the largest of them
 _TOKENS = 256
 _PAST = 4096  # tokens before those whose attention is measured
 _HEADS, _KV_HEADS, _DIM = 8, 2, 256
@@ -47,12 +48,12 @@ _CLEARLY = 1.05  # times as fast: the number of threads is another than the back
 _SCALE = 0x3C00  # bfloat16: 0.0078
 
 
-def measure_machine(progress: Progress | None = None, *, seconds: float = 0.15) -> Facts:
+def measure_machine(progress: Progress | None = None, *, seconds: float = 0.15, nbytes: int | None = None) -> Facts:
     """Measure this machine for about `seconds` per rate, a few seconds in all; the numbers of threads that were in
-    force are again in the end."""
+    force are again in the end. nbytes: of the weights that are read; None is what caches do not hold."""
     before = _native.thread_count()
     try:
-        return _Probe(progress or (lambda *_: None), seconds).facts()
+        return _Probe(progress or (lambda *_: None), seconds, nbytes or _pool_nbytes()).facts()
     finally:
         _native.set_thread_count(before)
 
@@ -72,10 +73,10 @@ def _pool_nbytes() -> int:
 
 
 class _Probe:
-    def __init__(self, progress: Progress, seconds: float) -> None:
-        self._progress, self._seconds = progress, seconds
+    def __init__(self, progress: Progress, seconds: float, nbytes: int) -> None:
+        self._progress, self._seconds, self._read_nbytes = progress, seconds, nbytes
         self._rng = np.random.default_rng(0)
-        self._pool = self._rng.integers(0, 1 << 32, _pool_nbytes() // 4, dtype=np.uint32)
+        self._pool = self._rng.integers(0, 1 << 32, max(nbytes, _LARGEST) // 4, dtype=np.uint32)
         self._default, self._counts = _native.thread_count(), _candidates()
         self._done, self._steps = 0, 3 * len(self._counts) + 2 * len(BITS) + 2 * len(KV_DTYPES) + 3
 
@@ -86,27 +87,25 @@ class _Probe:
             stream[str(n)] = 1e9 * self._step(f"reading memory, {_threads(n)}", lambda: self._read(n))  # noqa: B023
             one[n] = self._step(f"one token, {_threads(n)}", lambda: self._weights_rate(4))
             many[n] = self._step(f"many tokens, {_threads(n)}", lambda: self._products_rate(4))
-        facts = Facts(
-            isa=_native.isa(), measured=datetime.now().astimezone().isoformat(timespec="seconds"),
-            prompt_threads=_best_count(many, self._default),
-            generation_threads=_best_count(one, self._default), stream=stream, weights={}, products={}, attention={}, prompt_attention={}, delta=1, prompt_delta=1, values=1,
-        )  # fmt: skip
-        self._use(facts.generation_threads)
+        prompt_threads, generation_threads = (_best_count(rates, self._default) for rates in (many, one))
+        self._use(generation_threads)
         weights = {str(bits): self._step(f"{bits}-bit weights, one token", partial(self._weights_rate, bits))
                    for bits in BITS}  # fmt: skip
         attention = {kv: self._step(f"attention to {kv}, one token", partial(self._attention_rate, kv, 1))
                      for kv in KV_DTYPES}  # fmt: skip
         delta = self._step("DeltaNet, one token", lambda: self._delta_rate(1))
-        self._use(facts.prompt_threads)
+        self._use(prompt_threads)
         products = {str(bits): self._step(f"{bits}-bit weights, many tokens", partial(self._products_rate, bits))
                     for bits in BITS}  # fmt: skip
         prompt_attention = {kv: self._step(f"attention to {kv}, many tokens", partial(self._attention_rate, kv, 256))
                             for kv in KV_DTYPES}  # fmt: skip
         prompt_delta = self._step("DeltaNet, many tokens", lambda: self._delta_rate(_TOKENS))
         values = self._step("a layer", lambda: self._values_rate(products["4"], prompt_delta))
-        return replace(
-            facts, weights=weights, products=products, attention=attention, prompt_attention=prompt_attention,
-            delta=delta, prompt_delta=prompt_delta, values=values,
+        return Facts(
+            isa=_native.isa(), measured=datetime.now().astimezone().isoformat(timespec="seconds"),
+            prompt_threads=prompt_threads, generation_threads=generation_threads, stream=stream, weights=weights,
+            products=products, attention=attention, prompt_attention=prompt_attention, delta=delta,
+            prompt_delta=prompt_delta, values=values,
         )  # fmt: skip
 
     def _use(self, threads: int) -> None:
@@ -129,7 +128,7 @@ class _Probe:
         return best
 
     def _read(self, threads: int) -> float:
-        return read_rate(threads, nbytes=2 * self._pool.nbytes)
+        return read_rate(threads, nbytes=2 * self._read_nbytes)
 
     # --- products ----------------------------------------------------------------------------------------------------
 
@@ -144,7 +143,7 @@ class _Probe:
         return _native.Matrix(codes, scales, scales.copy(), bits, 64)
 
     def _weights_rate(self, bits: int) -> float:
-        w = self._matrix(bits, self._pool.nbytes // (_COLUMNS * bits // 8) // 64 * 64, _COLUMNS)
+        w = self._matrix(bits, max(64, self._read_nbytes // (_COLUMNS * bits // 8) // 64 * 64), _COLUMNS)
         return w.nbytes / self._product_seconds(w, 1)
 
     def _products_rate(self, bits: int) -> float:
@@ -170,7 +169,8 @@ class _Probe:
 
     def _delta_rate(self, tokens: int) -> float:
         heads, width = 16, 128
-        q, v = self._normal(tokens, heads, width) / 11, self._normal(tokens, heads, width)
+        q, v = self._normal(tokens, heads, width), self._normal(tokens, heads, width)
+        q *= np.float32(width**-0.5)
         g, beta = np.full((tokens, heads), -0.01, np.float32), np.full((tokens, heads), 0.5, np.float32)
         state, out = np.zeros((heads, width, width), np.float32), np.empty_like(v)
         after = [np.empty_like(state)]
