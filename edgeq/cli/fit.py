@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from edgeq.cli.console import measuring_bar, say, show, show_json
-from edgeq.cli.options import BackendOption, ModelArgument, option
+from edgeq.cli.options import BackendOption, KvBitsOption, MemoryOption, ModelArgument, option
 from edgeq.errors import MemoryBudgetError, UsageError
 from edgeq.memory.budget import SPARE
 from edgeq.memory.ceiling import available_memory, ceiling
@@ -30,16 +30,7 @@ _SHOWN = 4096  # tokens of context where none are given
 
 def fit(
     model: ModelArgument,
-    memory: Annotated[
-        str | None,
-        option(
-            "--memory",
-            metavar="SIZE",
-            default="the control group's limit, or what is free",
-            help="Memory that the process may take, as in 1.5G.",
-            env=False,
-        ),
-    ] = None,
+    memory: MemoryOption = None,
     context: Annotated[
         int | None,
         option(
@@ -62,15 +53,7 @@ def fit(
             help="Bits of the weights as `edgeq quantize` makes them: 2, 3, 4, 5, 6, 8; 16 is bfloat16.",
         ),
     ] = None,
-    kv_bits: Annotated[
-        int | None,
-        option(
-            "--kv-bits",
-            metavar="N",
-            default="chosen by the backend (cpu: 16)",
-            help="KV cache precision in bits: 16, 8 or 4.",
-        ),
-    ] = None,
+    kv_bits: KvBitsOption = None,
     image: Annotated[
         list[str] | None,
         option("--image", metavar="WxH", default="none", env=False, help="An image of W x H pixels; repeatable."),
@@ -110,12 +93,11 @@ def fit(
 
     Exit code 3 if the context does not fit --memory, EDGEQ_MEMORY or the control group's limit.
     """
-    from edgeq.api import KV_DTYPES
+    from edgeq.api import KV_DTYPES, check_kv_bits
     from edgeq.backends import select
     from edgeq.fit import Wanted, find_target, picture_grids, table
 
-    if kv_bits not in (None, *KV_DTYPES):
-        raise UsageError(f"keys and values cannot be kept in {kv_bits} bits", hint="choose 16, 8 or 4 bits")
+    check_kv_bits(kv_bits)
     sizes, seconds = [_size(text) for text in image or ()], [_seconds(n) for n in video or ()]
     bound = ceiling(memory)
     target = find_target(model, bits)

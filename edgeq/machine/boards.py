@@ -47,7 +47,8 @@ def board_facts(name: str) -> Facts:
     floats = 1e9 * board.floats
     one = floats * board.generation_threads / _CORES
     return Facts(
-        isa="computed", measured="computed", prompt_threads=_CORES, generation_threads=board.generation_threads,
+        isa="computed", measured="computed",
+        load=0.0, prompt_threads=_CORES, generation_threads=board.generation_threads,
         stream={threads: 1e9 * rate for threads, rate in board.stream.items()},
         weights=dict.fromkeys(("4", "6", "8", "16"), 1e9 * board.weights),
         products={**dict.fromkeys(("4", "6", "8"), 1e9 * board.integers), "16": floats},

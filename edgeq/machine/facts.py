@@ -33,7 +33,7 @@ _FASTEST = 1e18  # of any rate; more is a damaged file
 class Facts:
     """Rates are per second, with as many threads as `prompt_threads` or `generation_threads` say.
 
-    isa: the kernels that were measured.
+    isa: the kernels that were measured. load: programs that ran beside, on average, when it began.
     stream: bytes that a plain read of memory gets, by the number of threads.
     weights: bytes of weights that one token's products read, by the bits of their codes (16: bfloat16).
     products: multiply-adds of the same kernels with many tokens: the integer rate, but for 16 bits.
@@ -44,6 +44,7 @@ class Facts:
 
     isa: str
     measured: str  # date and time, ISO 8601
+    load: float
     prompt_threads: int
     generation_threads: int
     stream: Mapping[str, float]
@@ -129,6 +130,8 @@ def _parsed(values: Any, isa: str) -> Facts:
     facts = Facts(**given)
     counts = (facts.prompt_threads, facts.generation_threads)
     if facts.isa != isa or not all(type(n) is int and 1 <= n <= _MAX_THREADS for n in counts):
+        raise ValueError
+    if not (isinstance(facts.load, int | float) and facts.load >= 0):
         raise ValueError
     rates = [facts.delta, facts.prompt_delta, facts.values]
     for table in (facts.stream, facts.weights, facts.products, facts.attention, facts.prompt_attention):

@@ -74,6 +74,7 @@ def _pool_nbytes() -> int:
 
 class _Probe:
     def __init__(self, progress: Progress, seconds: float, nbytes: int) -> None:
+        self._load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0
         self._progress, self._seconds, self._read_nbytes = progress, seconds, nbytes
         self._rng = np.random.default_rng(0)
         self._pool = self._rng.integers(0, 1 << 32, max(nbytes, _LARGEST) // 4, dtype=np.uint32)
@@ -102,7 +103,7 @@ class _Probe:
         prompt_delta = self._step("DeltaNet, many tokens", lambda: self._delta_rate(_TOKENS))
         values = self._step("a layer", lambda: self._values_rate(products["4"], prompt_delta))
         return Facts(
-            isa=_native.isa(), measured=datetime.now().astimezone().isoformat(timespec="seconds"),
+            isa=_native.isa(), measured=datetime.now().astimezone().isoformat(timespec="seconds"), load=self._load,
             prompt_threads=prompt_threads, generation_threads=generation_threads, stream=stream, weights=weights,
             products=products, attention=attention, prompt_attention=prompt_attention, delta=delta,
             prompt_delta=prompt_delta, values=values,
