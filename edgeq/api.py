@@ -113,8 +113,8 @@ def _settled(model: Model, lock: bool, on_read: Progress | None, *, streamed: in
     if streamed:
         if lock:
             raise MemoryBudgetError(
-                f"--lock keeps all weights in memory, and {streamed / 1e6:,.0f} MB of them do not fit the ceiling",
-                hint="leave out --lock (lock=), or allow more memory",
+                f"{streamed / 1e6:,.0f} MB of the weights do not fit the ceiling, and all of them are to be locked in memory",
+                hint="leave out --lock (lock= in Python), or allow more memory",
             )
         return model
     weights = weights_in_order(model.engine.weights.text)

@@ -109,8 +109,8 @@ def find_target(name: str, bits: int | None = None) -> Target:
             return Target(name, [own], path)
         if own.bits_per_weight < 16:
             raise UsageError(
-                f"{name} has {own.bits:g} bits per weight already, and --bits is {bits}",
-                hint="leave out --bits, or name the checkpoint that it was made from",
+                f"{name} has {own.bits:g} bits per weight already, and {bits} bits were asked for",
+                hint="leave out the bits, or name the checkpoint that it was made from",
             )
         return Target(name, list(_recipes(checkpoint.config, bits)), path)
     values = hub_config(name)
@@ -141,7 +141,7 @@ def _of_hub(name: str, values: Mapping[str, Any], bits: int | None) -> Iterator[
             hint="download it first, or name the model that it was made from, as in `edgeq fit qwen3.5:4b --bits 4`",
         )
     if bits is not None:
-        raise UsageError(f"{name} is quantized already, and --bits is {bits}", hint="leave out --bits")
+        raise UsageError(f"{name} is quantized already, and {bits} bits were asked for", hint="leave out the bits")
     own = Variant(DescribedModel.of_config(config, values), 0)
     yield own._replace(bits=round(own.bits_per_weight, 2))
 
@@ -207,7 +207,7 @@ def picture_grids(
     that they are. UsageError for a model that does not see."""
     if config.vision is None:
         if images or videos:
-            raise UsageError("the model does not see: it has no vision tower", hint="leave out --image and --video")
+            raise UsageError("the model does not see: it has no vision tower", hint="leave out images and videos")
         return [], 0
     c, own, grids = processor_of(config), CHAT_VISUALS, list[Grid]()
     for width, height in images:

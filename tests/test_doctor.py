@@ -18,7 +18,7 @@ from edgeq.cli import main
 from edgeq.formats.mapped import map_file
 from edgeq.machine import measure, system
 from edgeq.machine.boards import board_facts
-from edgeq.machine.facts import kept_facts
+from edgeq.machine.facts import Facts, kept_facts
 from edgeq.memory import pages
 
 
@@ -59,8 +59,13 @@ class TestCommand:
             "edgeq.backends.cpu", reason="the native backend is not built", exc_type=ImportError
         )
         facts = replace(board_facts("pi5"), isa=native._native.isa(), load=3.0, measured="then")
-        calls = []
-        monkeypatch.setattr(measure, "measure_machine", lambda _: calls.append(1) or facts)
+        calls = list[object]()
+
+        def measured(progress: object) -> Facts:
+            calls.append(progress)
+            return facts
+
+        monkeypatch.setattr(measure, "measure_machine", measured)
         for again, count in (([], 1), ([], 1), (["--measure"], 2), (["--no-measure"], 2)):
             code, out, _ = run(capsys, *again)
             assert (code, len(calls)) == (0, count)

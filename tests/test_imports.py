@@ -51,6 +51,7 @@ ORDER = [
     "edgeq.quality",
     "edgeq.quant",
     "edgeq.bench",
+    "edgeq.fit",
     "edgeq.testing",
     "edgeq",
     "edgeq.cli",

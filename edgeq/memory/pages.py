@@ -78,7 +78,7 @@ def lock_pages(arrays: Sequence[Array]) -> int:
     """
     libc, total = _libc(), sum(x.nbytes for x in arrays)
     if libc is None or not hasattr(libc, "mlock"):
-        raise EdgeqError("this system cannot lock memory", hint="leave out --lock (lock=)")
+        raise EdgeqError("this system cannot lock memory", hint="leave out --lock (lock= in Python)")
     for begin, end in _ranges(arrays):
         if libc.mlock(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin)) != 0:
             libc.munlockall()
@@ -99,7 +99,7 @@ def _not_locked(total: int, number: int) -> MemoryBudgetError:
         hint = "set LimitMEMLOCK=infinity in the systemd unit, or memlock in /etc/security/limits.conf"
     return MemoryBudgetError(
         f"locking the weights takes {total / 1e6:,.1f} MB of memory{allowed}: {os.strerror(number)}",
-        hint=f"{hint}, or leave out --lock (lock=)",
+        hint=f"{hint}, or leave out --lock (lock= in Python)",
     )
 
 
