@@ -113,7 +113,7 @@ def _settled(model: Model, lock: bool, on_read: Progress | None, *, streamed: in
     if streamed:
         if lock:
             raise MemoryBudgetError(
-                f"{streamed / 1e6:,.0f} MB of the weights do not fit the ceiling, and all of them are to be locked in memory",
+                f"{streamed / 1e6:,.0f} MB of the weights to be locked in memory do not fit the ceiling",
                 hint="leave out --lock (lock= in Python), or allow more memory",
             )
         return model
