@@ -19,13 +19,14 @@ from edgeq.backends.ops import Ops
 from edgeq.checkpoint import Checkpoint, open_checkpoint
 from edgeq.config import stretched
 from edgeq.engine import Engine, checked_context
-from edgeq.errors import UsageError
+from edgeq.errors import MemoryBudgetError, UsageError
 from edgeq.formats.bf16 import Float32
 from edgeq.generate import Decoding, GenerationSettings
 from edgeq.hub import find_model
 from edgeq.memory.budget import Budget
 from edgeq.memory.ceiling import Size, ceiling
 from edgeq.memory.choice import IMPORTED_LATER, Asked, Choice, choose_settings, tell, warn_of_swapping
+from edgeq.memory.pages import lock_pages, read_ahead, weights_in_order
 from edgeq.printable import brief
 from edgeq.session.context import Context, Progress
 from edgeq.session.language import Language
@@ -50,9 +51,9 @@ def load(
     model: str | Path, *, backend: str = "auto", threads: int | None = None, context: int | None = None,
     kv_bits: int | None = None, rope_scaling: str | None = None, mmproj: str | Path | None = None,
     adapter: str | Path | Sequence[str | Path] | None = None, chat_template: str | Path | None = None,
-    memory: Size | None = None,
+    memory: Size | None = None, lock: bool = False, on_read: Progress | None = None,
 ) -> Model:  # fmt: skip
-    """Load a model.
+    """Load a model. Weights that are not in memory are read ahead, in the order of their use.
 
     model: a checkpoint folder, a .gguf file, a Hugging Face ID ("Qwen/Qwen3.5-2B", "OWNER/NAME:Q4_K_M"), a short name
     ("qwen3.5:2b"), a model of ollama's ("ollama:qwen3.5:2b") or "demo" (docs/reference/formats.md).
@@ -68,6 +69,8 @@ def load(
     memory: most that the whole process may take, "1.5G", "1500M", "1.5GiB", "50%" or bytes; None is EDGEQ_MEMORY or the
     limit of the control group, and "none" no ceiling. What is not asked for is chosen to fit: context, KV bits (8 at
     least), chunks, sizes of pictures (docs/concepts/memory.md). MemoryBudgetError where the model cannot be held to it.
+    lock: lock the language model's weights in memory (mlock); MemoryBudgetError where the system does not allow it.
+    on_read (done, total): called while weights are read ahead, with bytes.
     """
     bound = ceiling(memory)
     Budget.process()  # before anything is mapped
@@ -97,12 +100,28 @@ def load(
         bound = None
     if bound is None:
         warn_of_swapping(checkpoint, ops, context, Budget.process())
-        return Model(checkpoint, ops, context=context)
+        return _settled(Model(checkpoint, ops, context=context), lock, on_read)
     language, asked = Language(checkpoint), Asked(context, kv_bits)
     choice = choose_settings(checkpoint, make_ops, bound, asked, Budget.process() + IMPORTED_LATER)
     loaded = Model(checkpoint, choice.ops, context=choice.context, choice=choice, language=language)
     tell(choice, asked, loaded.engine.weights.medium)
-    return loaded
+    return _settled(loaded, lock, on_read, streamed=choice.streamed)
+
+
+def _settled(model: Model, lock: bool, on_read: Progress | None, *, streamed: int = 0) -> Model:
+    """The model, its weights read ahead and perhaps locked, unless some of them are to be read anew in every pass."""
+    if streamed:
+        if lock:
+            raise MemoryBudgetError(
+                f"{streamed / 1e6:,.0f} MB of the weights to be locked in memory do not fit the ceiling",
+                hint="leave out --lock (lock= in Python), or allow more memory",
+            )
+        return model
+    weights = weights_in_order(model.engine.weights.text)
+    read_ahead(weights, on_read)
+    if lock:
+        lock_pages(weights)
+    return model
 
 
 def check_kv_bits(bits: int | None) -> None:

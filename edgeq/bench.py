@@ -11,22 +11,19 @@ read, and `read_rate` measures what the machine can; their quotient says how muc
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
-from functools import cache
 from statistics import fmean, stdev
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgeq.api import Model
 from edgeq.errors import UsageError
 from edgeq.generate import Decoding, GenerationSettings, Tally
+from edgeq.machine.stream import read_rate
 from edgeq.session.context import Context
 from edgeq.state import State
 from edgeq.weights import Part, Role
@@ -47,10 +44,6 @@ def total(crates):
 
 """
 """What a model goes on from where its tokens are drafted: prose and code."""
-
-PROBE_NBYTES = 256 << 20  # read for the memory's rate: many times what caches hold
-PROBE_PASSES = 5
-PIECES = 8  # per thread: large, because handing one out takes tens of microseconds
 
 
 class Test(NamedTuple):
@@ -215,30 +208,3 @@ def token_nbytes(model: Model, position: float) -> float:
     c, many = model.config.text, 4096  # tokens, because caches come in pages
     states = 2 * model.ops.state_nbytes(c)
     return weights + states + position * model.ops.kv_nbytes(c, many) / many
-
-
-# --- what the memory gives -------------------------------------------------------------------------------------------
-
-
-def read_rate(threads: int | None = None) -> float:
-    """Rate at which `threads` threads (None: as many as there are cores) read memory, GB/s: the best of a few passes.
-
-    A thread has several pieces on average and takes one at a time, so that one that the system puts aside for another
-    program does not hold up the others: the figure is what this machine gives now.
-    """
-    threads = threads or os.cpu_count() or 1
-    pieces = np.array_split(_memory(), PIECES * threads)
-    with ThreadPoolExecutor(threads) as pool:
-        return max(_read_once(pool, pieces) for _ in range(PROBE_PASSES))
-
-
-def _read_once(pool: ThreadPoolExecutor, pieces: list[NDArray[np.uint64]]) -> float:
-    started = perf_counter()
-    deque(pool.map(np.bitwise_xor.reduce, pieces), maxlen=0)  # NumPy computes without the GIL
-    return sum(piece.nbytes for piece in pieces) / 1e9 / (perf_counter() - started)
-
-
-@cache
-def _memory() -> NDArray[np.uint64]:
-    """Memory to read: written once, so that it is there."""
-    return np.ones(PROBE_NBYTES // 8, np.uint64)

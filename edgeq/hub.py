@@ -16,7 +16,9 @@ import errno
 import re
 from glob import escape
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from edgeq.config import read_json
 from edgeq.errors import EdgeqError, MemoryBudgetError, ModelError, NetworkError, UsageError
 from edgeq.foreign import translated
 from edgeq.formats.gguf import first_part
@@ -25,7 +27,7 @@ from edgeq.inputs import exists, expand_user, is_file, is_link
 from edgeq.ollama import find_manifest
 from edgeq.printable import first_of, one_line
 
-__all__ = ["DEMO", "find_adapter", "find_model"]
+__all__ = ["DEMO", "find_adapter", "find_here", "find_model", "hub_config"]
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -55,6 +57,50 @@ def find_model(model: str | Path) -> Path:
     Raises UsageError for a name that can be nothing, or several things; NetworkError if a download is needed and fails;
     ModelError for something that edgeq does not open (see `edgeq.identify`).
     """
+    found = _local_or_hub(model)
+    return found if isinstance(found, Path) else _from_hub(*found)
+
+
+def find_here(model: str | Path) -> Path | None:
+    """The folder or file that `model` stands for, if it is on this machine; nothing is downloaded. Raises as
+    `find_model` does, but for the network."""
+    found = _local_or_hub(model)
+    return found if isinstance(found, Path) else _cached(found)
+
+
+def hub_config(model: str | Path) -> dict[str, Any] | None:
+    """The config.json of a model on the hub, which is all that is downloaded of it; None for a GGUF file, which has
+    none. Raises UsageError and NetworkError as `find_model` does."""
+    found = _local_or_hub(model)
+    if isinstance(found, Path) or found.tag or found.file:
+        return None
+    with translated(lambda error: _failure(found.repo, found.revision, error)):
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        from edgeq.hub_guard import guard_client
+
+        guard_client()
+        try:
+            path = hf_hub_download(found.repo, "config.json", revision=found.revision)
+        except EntryNotFoundError as error:
+            if isinstance(error, FileNotFoundError):  # neither in the cache nor to be had: the network's fault
+                raise
+            return None
+    return read_json(Path(path))
+
+
+class _HubName(NamedTuple):
+    """A model on the hub: a repository, and perhaps a revision, a quantization or a file of it."""
+
+    repo: str
+    revision: str | None
+    tag: str | None
+    file: str | None
+
+
+def _local_or_hub(model: str | Path) -> Path | _HubName:
+    """What a name stands for: a path that is here, or a place on the hub."""
     name = str(model)
     path = expand_user(Path(name))
     if name and (exists(path) or is_link(path)):
@@ -71,12 +117,33 @@ def find_model(model: str | Path) -> Path:
         file = page["file"] if (page["file"] or "").lower().endswith(".gguf") else ""
         name = "/".join(filter(None, (page["repo"], file))) + (f"@{page['revision']}" if page["revision"] else "")
     if hub := _HUB_ID.fullmatch(name):
-        return _from_hub(hub["repo"], hub["revision"], hub["tag"], hub["file"])
+        return _HubName(hub["repo"], hub["revision"], hub["tag"], hub["file"])
     raise UsageError(
         f"model not found: {name} (not a local path or a Hugging Face ID)",
         hint="give a checkpoint folder, a .gguf file, a Hugging Face ID (Qwen/Qwen3.5-2B, OWNER/NAME:Q4_K_M), a short "
         "name (qwen3.5:2b), ollama:NAME or demo",
     )
+
+
+def _cached(name: _HubName) -> Path | None:
+    """A model in the hub's cache; None if it is not there, or not whole."""
+    with translated(lambda error: _failure(name.repo, name.revision, error)):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            folder = Path(
+                snapshot_download(name.repo, revision=name.revision, local_files_only=True, allow_patterns=[])
+            )
+        except LocalEntryNotFoundError:
+            return None
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if is_file(path))
+    try:
+        if not (name.tag or name.file) and any(file.endswith(".safetensors") for file in names):
+            return identify(folder).path
+        return identify(folder / _choose(name.repo, names, name.tag, name.file)).path
+    except EdgeqError:
+        return None
 
 
 def find_adapter(adapter: str | Path) -> Path:

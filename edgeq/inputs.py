@@ -17,6 +17,7 @@ from edgeq.errors import UsageError
 __all__ = [
     "TEXT_LIMIT",
     "TOKENIZER_LIMIT",
+    "cache_home",
     "check_output",
     "exists",
     "expand_user",
@@ -101,6 +102,11 @@ def expand_user(path: Path) -> Path:
         return path.expanduser()
     except RuntimeError:
         return path
+
+
+def cache_home() -> Path:
+    """The user's folder for what can be made again: XDG_CACHE_HOME, or ~/.cache."""
+    return expand_user(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
 
 
 def check_output(path: Path) -> None:

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import edgeq
-from edgeq import bench
 from edgeq.api import Model
 from edgeq.bench import Result, Test, measure, model_size, read_rate, token_nbytes
 from edgeq.cli import main
 from edgeq.errors import UsageError
+from edgeq.machine import stream
 from edgeq.state import State
 from edgeq.testing import config_values, write_checkpoint
 
@@ -25,8 +25,8 @@ Test.__test__ = False  # type: ignore[attr-defined]  # not a class of tests
 
 @pytest.fixture(autouse=True)
 def _small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "PROBE_NBYTES", 1 << 20)
-    bench._memory.cache_clear()
+    monkeypatch.setattr(stream, "PROBE_NBYTES", 1 << 20)
+    stream._memory.cache_clear()
     monkeypatch.setenv("EDGEQ_BACKEND", "numpy")
 
 

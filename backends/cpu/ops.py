@@ -22,6 +22,7 @@ from edgeq.errors import UsageError
 from edgeq.formats.bf16 import Array, Float32
 from edgeq.formats.mapped import is_mapped
 from edgeq.formats.qmatrix import TwoLevel, UpperHalves
+from edgeq.machine.facts import kept_facts
 from edgeq.model import rotary
 from edgeq.model.layers import kept_caches
 from edgeq.model.vision import EPS
@@ -41,6 +42,8 @@ from edgeq.weights import (
 )
 
 __all__ = ["CpuOps"]
+
+FEW = 16  # tokens of a call whose time is that of reading the weights: generation, and the verification of drafts
 
 
 def plain(x: Array) -> Array:
@@ -78,7 +81,8 @@ class ReadyLayers(tuple[LayerWeights[Array, _native.Matrix], ...]):
 class CpuOps(ArrayOps[_native.Matrix]):
     """The native CPU backend.
 
-    threads: how many the process's pool may use; None leaves that to the pool. kv_dtype: "f16", "bf16", "f32", "int8"
+    threads: how many the process's pool may use; None: for prompts and for generation apart what was measured here
+    (`edgeq.machine`), and else one for every fast core. kv_dtype: "f16", "bf16", "f32", "int8"
     (one scale per token and head) or "int4" (rotated, one scale for 32 entries: 4.5 bits). float16 is the default: as
     small as bfloat16 and eight times as fine, and keys (normalised) and values stay far from its largest number, 65504,
     at which it saturates.
@@ -89,11 +93,16 @@ class CpuOps(ArrayOps[_native.Matrix]):
 
     def __init__(self, threads: int | None = None, kv_dtype: str = "f16") -> None:
         super().__init__(kv_dtype)
-        instruction_set()
+        isa = instruction_set()
+        self._counts: tuple[int, int] | None = None  # threads of a few tokens, and of many, where they differ
         if threads is not None:
             if not Range(1, 1024, whole=True).holds(threads):
                 raise UsageError(f"threads must be 1 to 1024, got {brief(threads)}")
             _native.set_thread_count(threads)
+        elif (facts := kept_facts(isa)) is not None:
+            _native.set_thread_count(facts.prompt_threads)
+            if facts.generation_threads != facts.prompt_threads:
+                self._counts = facts.generation_threads, facts.prompt_threads
         start_threads()
 
     def kv_nbytes(self, c: TextConfig, tokens: int) -> int:
@@ -186,6 +195,11 @@ class CpuOps(ArrayOps[_native.Matrix]):
 
     def block_like(self, heads: int, dim: int) -> tuple[tuple[int, ...], np.dtype[Any]]:
         return _native.Page(self.kv_dtype, heads, dim).data.shape, np.dtype(np.uint8)
+
+    def _share(self, tokens: int) -> None:
+        """Use the number of threads that is best for a call with so many tokens: results do not depend on it."""
+        if self._counts is not None:
+            _native.set_thread_count(self._counts[tokens > FEW])
 
     # --- matrices ----------------------------------------------------------------------------------------------------
 
@@ -337,6 +351,7 @@ class CpuOps(ArrayOps[_native.Matrix]):
         """The same with everything before and after the layers."""
         if not isinstance(w.layers, ReadyLayers):
             return super().decoder(x, w, c, positions, states, lengths, keep)
+        self._share(len(x))
         before, longer = _with_room(states, lengths)
         after = _native.decoder(x, w.layers.native, positions, before, lengths, keep, DeltaState, y := like(x))
         for i, caches in longer:
@@ -348,6 +363,7 @@ class CpuOps(ArrayOps[_native.Matrix]):
         angles: Angles[Array], lengths: Sequence[int],
     ) -> Array:  # fmt: skip
         """All blocks in one call. Ctrl-C interrupts it within some seconds."""
+        self._share(len(x))
         _native.vision_blocks(plain(x), ws, c.num_heads, EPS, *angles, lengths, y := like(x))
         return y
 

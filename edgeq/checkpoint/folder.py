@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from edgeq.text.template_files import Templates
     from edgeq.text.tokenizer import Tokenizer
 
-__all__ = ["FolderCheckpoint", "Quantization", "part_of", "values_without"]
+__all__ = ["FolderCheckpoint", "Quantization", "QuantizationTable", "part_of", "values_without"]
 
 _FLOATS = ("F32", "F16", "BF16")
 _COMPARED = 1 << 20  # weights at a time
@@ -105,7 +105,7 @@ class FolderCheckpoint(Checkpoint):
             raise self._packing.refuse(kind)
         self.config = self._config_of_tensors()
         self.layout: Layout = self._find_layout()
-        self.quantization = _QuantizationTable(values)
+        self.quantization = QuantizationTable(values)
         self.tensors = self._match_table()
         self.config = without(self.config, self.left_out)
         file = path / "generation_config.json"  # the hub's small models do not have it
@@ -455,7 +455,7 @@ class FolderCheckpoint(Checkpoint):
         return None
 
 
-class _QuantizationTable:
+class QuantizationTable:
     """config.json's `quantization`: the default and the modules that differ."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -481,6 +481,10 @@ class _QuantizationTable:
                 hint="download config.json and the weights again, from one model",
             )
         return self._modules.get(name.removesuffix(".weight"), self._default)
+
+    def named(self, name: str) -> Quantization | None:
+        """What is said of a matrix by name, without the default."""
+        return self._modules.get(name.removesuffix(".weight"))
 
     def _entry(self, where: str, entry: Mapping[str, Any]) -> Quantization:
         mode = entry.get("mode", "affine")

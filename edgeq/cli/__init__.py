@@ -39,6 +39,7 @@ COMMANDS = (
     "bench",
     "kld",
     "info",
+    "fit",
     "doctor",
     "clean",
 )  # each a function in a module of its name

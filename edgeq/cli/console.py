@@ -26,6 +26,7 @@ __all__ = [
     "error_line",
     "for_terminal",
     "is_dumb",
+    "measuring_bar",
     "new_bar",
     "peak_memory",
     "peak_memory_text",
@@ -197,12 +198,12 @@ def new_bar(*columns: str | ProgressColumn) -> Progress | None:
 
 
 class PrefillBar:
-    """A progress bar over a long prompt, or the tower's work on pictures, as `what` says: shown on a terminal once it
-    has taken `patience` seconds, gone when it is done.
+    """A progress bar over a long prompt, the tower's work on pictures or the reading of weights, as `what` says: shown
+    on a terminal once it has taken `patience` seconds, gone when it is done. `nbytes`: what is counted are bytes.
     """
 
-    def __init__(self, what: str = "prefill", patience: float = 1) -> None:
-        self._what, self._patience = what, patience
+    def __init__(self, what: str = "prefill", patience: float = 1, *, nbytes: bool = False) -> None:
+        self._what, self._patience, self._nbytes = what, patience, nbytes
         self._bar: Progress | None = None
         self._started = monotonic()
 
@@ -223,19 +224,51 @@ class PrefillBar:
             self._bar = None
 
     def _open(self, total: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich import progress
 
-        columns = (TextColumn(self._what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        counted = (
+            (progress.DownloadColumn(), progress.TransferSpeedColumn())
+            if self._nbytes
+            else (progress.MofNCompleteColumn(),)
+        )
+        columns = (progress.TextColumn(self._what), progress.BarColumn(), *counted, progress.TimeRemainingColumn())
         self._bar = new_bar(*columns)
         if self._bar is not None:
             self._bar.add_task("", total=total)
 
 
 @contextmanager
-def prefill_bar(what: str = "prefill", patience: float = 1) -> Iterator[PrefillBar]:
+def prefill_bar(what: str = "prefill", patience: float = 1, *, nbytes: bool = False) -> Iterator[PrefillBar]:
     """A PrefillBar that is gone afterwards, however the work ended."""
-    bar = PrefillBar(what, patience)
+    bar = PrefillBar(what, patience, nbytes=nbytes)
     try:
         yield bar
     finally:
         bar.close()
+
+
+class _MeasuringBar:
+    """Shows what is measured of the machine, step by step; nothing off a terminal."""
+
+    def __init__(self, bar: Progress | None) -> None:
+        self._bar = bar
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        if self._bar is None:
+            return
+        if not self._bar.task_ids:
+            self._bar.add_task("")
+        self._bar.update(self._bar.task_ids[0], completed=done, total=total, description=what)
+
+
+@contextmanager
+def measuring_bar() -> Iterator[_MeasuringBar]:
+    """A bar for `edgeq.machine.measure` that is gone afterwards."""
+    from rich.progress import BarColumn, TextColumn
+
+    bar = new_bar(TextColumn("measuring this machine"), BarColumn(), TextColumn("{task.description}"))
+    try:
+        yield _MeasuringBar(bar)
+    finally:
+        if bar is not None:
+            bar.stop()

@@ -179,6 +179,9 @@ class ModelOptions:
     adapter: AdapterOption = None
     draft: DraftOption = "auto"
     memory: MemoryOption = None
+    lock: Annotated[
+        bool, option("--lock", "--mlock", help="Lock the weights in memory: for boards that swap.")
+    ] = False  # fmt: skip
 
     @property
     def name(self) -> str:
@@ -194,14 +197,17 @@ class ModelOptions:
     def load(self, chat_template: str | None = None) -> Model:
         """The loaded model, with another chat template if one is given."""
         from edgeq.api import load
+        from edgeq.cli.console import prefill_bar
         from edgeq.generate import check_draft
 
         check_draft(self.draft)  # before a model is downloaded and loaded for nothing
-        return load(
-            self.name, backend=self.backend, threads=self.threads, context=self.context, kv_bits=self.kv_bits,
-            rope_scaling=self.rope_scaling,
-            mmproj=self.mmproj, adapter=self.adapter, chat_template=chat_template, memory=self.memory,
-        )  # fmt: skip
+        with prefill_bar("reading the model", nbytes=True) as bar:
+            return load(
+                self.name, backend=self.backend, threads=self.threads, context=self.context, kv_bits=self.kv_bits,
+                rope_scaling=self.rope_scaling,
+                mmproj=self.mmproj, adapter=self.adapter, chat_template=chat_template, memory=self.memory,
+                lock=self.lock, on_read=bar,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,7 @@ import numpy as np
 from edgeq.errors import ModelError
 from edgeq.formats.bf16 import Array
 from edgeq.formats.ggml import TYPES, GGMLType, type_name
-from edgeq.formats.mapped import check_whole, map_file
+from edgeq.formats.mapped import check_whole, drop_pages, map_file
 from edgeq.inputs import is_file, open_file
 from edgeq.printable import brief
 
@@ -175,8 +175,7 @@ class GGUFFile:
 
     def drop_pages(self) -> None:
         """Tell the system that the pages read so far are not needed in memory; they stay readable."""
-        if hasattr(self.mapped, "madvise"):
-            self.mapped.madvise(mmap.MADV_DONTNEED)
+        drop_pages(self.mapped)
 
     # --- reading -----------------------------------------------------------------------------------------------------
 

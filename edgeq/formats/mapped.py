@@ -22,7 +22,17 @@ from edgeq.inputs import open_file
 from edgeq.printable import printable
 from edgeq.shortage import limits
 
-__all__ = ["Guard", "Pages", "check_whole", "guard_when_mapped", "is_mapped", "map_file", "reading_on", "set_guard"]
+__all__ = [
+    "Guard",
+    "Pages",
+    "check_whole",
+    "drop_pages",
+    "guard_when_mapped",
+    "is_mapped",
+    "map_file",
+    "reading_on",
+    "set_guard",
+]
 
 
 _READ_AHEAD = 1 << 20  # bytes; the system reads no more ahead for one call
@@ -117,6 +127,13 @@ def map_file(path: Path) -> mmap.mmap:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from None
     _guarded.announce(mapping, path)
     return mapping
+
+
+def drop_pages(mapping: mmap.mmap) -> None:
+    """Tell the system that the pages read so far are not needed in memory; they stay readable. Locked ones stay."""
+    if hasattr(mapping, "madvise"):
+        with suppress(OSError):  # some of them are locked
+            mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def is_mapped(x: object) -> bool:

@@ -9,7 +9,6 @@ of the mapped file, so weights that are not touched cost no memory and clean pag
 from __future__ import annotations
 
 import json
-import mmap
 from collections.abc import Mapping
 from contextlib import suppress
 from math import prod
@@ -21,7 +20,7 @@ import numpy as np
 from edgeq.errors import ModelError
 from edgeq.files.pieces import PieceWriter
 from edgeq.formats.bf16 import Array
-from edgeq.formats.mapped import check_whole, map_file
+from edgeq.formats.mapped import check_whole, drop_pages, map_file
 from edgeq.printable import brief
 
 __all__ = ["DTYPES", "SafetensorsFile", "SafetensorsWriter", "TensorInfo", "dtype_name"]
@@ -98,8 +97,7 @@ class SafetensorsFile:
 
     def drop_pages(self) -> None:
         """Tell the system that the pages read so far are not needed in memory; they stay readable."""
-        if hasattr(self.mapped, "madvise"):
-            self.mapped.madvise(mmap.MADV_DONTNEED)
+        drop_pages(self.mapped)
 
     def _error(self, problem: str) -> ModelError:
         return ModelError(

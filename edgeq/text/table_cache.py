@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.formats.safetensors import SafetensorsFile, SafetensorsWriter, dtype_name
-from edgeq.inputs import expand_user
+from edgeq.inputs import cache_home
 
 __all__ = ["cache_folder", "cache_problem", "open_table", "save_table", "stale_tables", "table_path"]
 
@@ -39,11 +39,7 @@ class UntrustedTableError(Exception):
 
 def cache_folder() -> Path:
     """Where the tables are, or would be."""
-    return _base() / "edgeq" / "tokenizers"
-
-
-def _base() -> Path:
-    return expand_user(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
+    return cache_home() / "edgeq" / "tokenizers"
 
 
 def table_path(digest: str) -> Path:
@@ -57,7 +53,7 @@ def cache_problem() -> str | None:
     for folder in own:
         if problem := _problem_of(folder, stat.S_ISDIR):
             return problem
-    base = _base()
+    base = cache_home()
     for folder in (base, *base.resolve().parents):
         try:
             status = folder.stat()

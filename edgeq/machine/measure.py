@@ -1,0 +1,222 @@
+"""Measure what decides how fast a model runs here: memory, and the native kernels at work on what does not fit caches.
+
+A rate is the best of some passes within a fraction of a second, so that another program that runs now and then does not
+count. Numbers of threads are tried with 4-bit products, for one token and for many apart: reading memory is often
+fastest with fewer threads than arithmetic (of a Raspberry Pi 5's four cores, two read most).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from datetime import datetime
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.backends.cpu import CpuOps, _native
+from edgeq.backends.cpu.kv import NativeKV
+from edgeq.config import TextConfig
+from edgeq.family import family_config
+from edgeq.formats.bf16 import Array
+from edgeq.machine.facts import Facts
+from edgeq.machine.speed import values_per_token
+from edgeq.machine.stream import read_rate
+from edgeq.model import text
+from edgeq.weights import Matrix, Role, TensorSpec, declare_text, map_tree, text_tensors
+
+__all__ = ["BITS", "KV_DTYPES", "Progress", "measure_machine"]
+
+Progress = Callable[[int, int, str], None]
+"""Called with the steps done, all steps, and what is measured next."""
+
+BITS = (4, 6, 8, 16)
+KV_DTYPES = ("f16", "int8", "int4")
+
+_POOL = 128 << 20  # bytes of weights that are read: several times a laptop's last cache
+_COLUMNS = 2048
+_ROWS = 4096  # of a matrix that many tokens go through
+_LARGEST = 2 * _ROWS * _COLUMNS  # bytes of the largest of them
+_TOKENS = 256
+_PAST = 4096  # tokens before those whose attention is measured
+_HEADS, _KV_HEADS, _DIM = 8, 2, 256
+_CLEARLY = 1.05  # times as fast: the number of threads is another than the backend's own
+_SCALE = 0x3C00  # bfloat16: 0.0078
+
+
+def measure_machine(progress: Progress | None = None, *, seconds: float = 0.15, nbytes: int | None = None) -> Facts:
+    """Measure this machine for about `seconds` per rate, a few seconds in all; the numbers of threads that were in
+    force are again in the end. nbytes: of the weights that are read; None is what caches do not hold."""
+    before = _native.thread_count()
+    try:
+        return _Probe(progress or (lambda *_: None), seconds, nbytes or _pool_nbytes()).facts()
+    finally:
+        _native.set_thread_count(before)
+
+
+def _candidates() -> list[int]:
+    """Numbers of threads to try: powers of two, the backend's own choice, and half of that."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    default = _native.thread_count()
+    counts = {1 << i for i in range(usable.bit_length())} | {default, default // 2, usable}
+    return sorted(n for n in counts if 1 <= n <= max(usable, default))
+
+
+def _pool_nbytes() -> int:
+    """Bytes of weights to read: an eighth of the memory where that is scarce."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(16 << 20, min(_POOL, total // 8)) >> 20 << 20
+
+
+class _Probe:
+    def __init__(self, progress: Progress, seconds: float, nbytes: int) -> None:
+        self._load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0
+        self._progress, self._seconds, self._read_nbytes = progress, seconds, nbytes
+        self._rng = np.random.default_rng(0)
+        self._pool = self._rng.integers(0, 1 << 32, max(nbytes, _LARGEST) // 4, dtype=np.uint32)
+        self._default, self._counts = _native.thread_count(), _candidates()
+        self._done, self._steps = 0, 3 * len(self._counts) + 2 * len(BITS) + 2 * len(KV_DTYPES) + 3
+
+    def facts(self) -> Facts:
+        stream, one, many = {}, {}, {}
+        for n in self._counts:
+            self._use(n)
+            stream[str(n)] = 1e9 * self._step(f"reading memory, {_threads(n)}", lambda: self._read(n))  # noqa: B023
+            one[n] = self._step(f"one token, {_threads(n)}", lambda: self._weights_rate(4))
+            many[n] = self._step(f"many tokens, {_threads(n)}", lambda: self._products_rate(4))
+        prompt_threads, generation_threads = (_best_count(rates, self._default) for rates in (many, one))
+        self._use(generation_threads)
+        weights = {str(bits): self._step(f"{bits}-bit weights, one token", partial(self._weights_rate, bits))
+                   for bits in BITS}  # fmt: skip
+        attention = {kv: self._step(f"attention to {kv}, one token", partial(self._attention_rate, kv, 1))
+                     for kv in KV_DTYPES}  # fmt: skip
+        delta = self._step("DeltaNet, one token", lambda: self._delta_rate(1))
+        self._use(prompt_threads)
+        products = {str(bits): self._step(f"{bits}-bit weights, many tokens", partial(self._products_rate, bits))
+                    for bits in BITS}  # fmt: skip
+        prompt_attention = {kv: self._step(f"attention to {kv}, many tokens", partial(self._attention_rate, kv, 256))
+                            for kv in KV_DTYPES}  # fmt: skip
+        prompt_delta = self._step("DeltaNet, many tokens", lambda: self._delta_rate(_TOKENS))
+        values = self._step("a layer", lambda: self._values_rate(products["4"], prompt_delta))
+        return Facts(
+            isa=_native.isa(), measured=datetime.now().astimezone().isoformat(timespec="seconds"), load=self._load,
+            prompt_threads=prompt_threads, generation_threads=generation_threads, stream=stream, weights=weights,
+            products=products, attention=attention, prompt_attention=prompt_attention, delta=delta,
+            prompt_delta=prompt_delta, values=values,
+        )  # fmt: skip
+
+    def _use(self, threads: int) -> None:
+        _native.set_thread_count(threads)
+        _native.start_threads()
+
+    def _step(self, what: str, rate: Callable[[], float]) -> float:
+        self._progress(self._done, self._steps, what)
+        self._done += 1
+        return rate()
+
+    def _best(self, call: Callable[[], object]) -> float:
+        """Seconds of the fastest of some calls; one that is not counted goes first."""
+        call()
+        best, end = float("inf"), perf_counter() + self._seconds
+        for _ in range(3):
+            best = min(best, _seconds(call))
+        while perf_counter() < end:
+            best = min(best, _seconds(call))
+        return best
+
+    def _read(self, threads: int) -> float:
+        return read_rate(threads, nbytes=2 * self._read_nbytes)
+
+    # --- products ----------------------------------------------------------------------------------------------------
+
+    def _matrix(self, bits: int, rows: int, columns: int) -> _native.Matrix:
+        """A matrix in the pool's memory; its codes are the pool's, whatever they say."""
+        if bits == 16:
+            values = self._pool.view(np.uint16)[: rows * columns].reshape(rows, columns)
+            return _native.Matrix(values)
+        words = columns * bits // 32
+        codes = self._pool[: rows * words].reshape(rows, words)
+        scales = np.full((rows, columns // 64), _SCALE, np.uint16)
+        return _native.Matrix(codes, scales, scales.copy(), bits, 64)
+
+    def _weights_rate(self, bits: int) -> float:
+        w = self._matrix(bits, max(64, self._read_nbytes // (_COLUMNS * bits // 8) // 64 * 64), _COLUMNS)
+        return w.nbytes / self._product_seconds(w, 1)
+
+    def _products_rate(self, bits: int) -> float:
+        w = self._matrix(bits, _ROWS, _COLUMNS)
+        return _TOKENS * _ROWS * _COLUMNS / self._product_seconds(w, _TOKENS)
+
+    def _product_seconds(self, w: _native.Matrix, tokens: int) -> float:
+        x, y = self._normal(tokens, w.shape[1]), np.empty((tokens, w.shape[0]), np.float32)
+        return self._best(lambda: _native.linear(x, w, y))
+
+    # --- between the products ----------------------------------------------------------------------------------------
+
+    def _normal(self, *shape: int) -> NDArray[np.float32]:
+        return self._rng.standard_normal(shape, dtype=np.float32)
+
+    def _attention_rate(self, kv_dtype: str, tokens: int) -> float:
+        ops = CpuOps(_native.thread_count(), kv_dtype)
+        past = self._normal(_PAST, _KV_HEADS, _DIM)
+        cache = NativeKV(_KV_HEADS, _DIM, kv_dtype).appended(past, past)
+        q, kv = self._normal(tokens, _HEADS, _DIM), self._normal(tokens, _KV_HEADS, _DIM)
+        each = 2 * _HEADS * _DIM * (_PAST + (tokens + 1) / 2)
+        return tokens * each / self._best(lambda: ops.attention(q, kv, kv, cache))
+
+    def _delta_rate(self, tokens: int) -> float:
+        heads, width = 16, 128
+        q, v = self._normal(tokens, heads, width), self._normal(tokens, heads, width)
+        q *= np.float32(width**-0.5)
+        g, beta = np.full((tokens, heads), -0.01, np.float32), np.full((tokens, heads), 0.5, np.float32)
+        state, out = np.zeros((heads, width, width), np.float32), np.empty_like(v)
+        after = [np.empty_like(state)]
+        return tokens * state.size / self._best(lambda: _native.delta_rule(q, q, v, g, beta, state, after, out))
+
+    def _values_rate(self, products: float, delta: float) -> float:
+        """What is left of a DeltaNet layer's time, by the numbers that it works through."""
+        c = replace(family_config("2b").text, layer_types=("linear_attention",), vocab_size=64)
+        ops = CpuOps(_native.thread_count())
+        weights = ops.ready(map_tree(partial(self._leaf, ops), declare_text(c)), c)
+        states = [[layer] for layer in text.initial_state(ops, c).layers]
+        x, positions = self._normal(_TOKENS, c.hidden_size), np.tile(np.arange(_TOKENS, dtype=np.int32), (3, 1))
+        seconds = self._best(lambda: ops.decoder(x, weights, c, positions, states, [_TOKENS], [0]))
+        macs = sum(spec.size for spec in _linear_specs(c))
+        entries = c.linear_num_value_heads * c.linear_value_head_dim * c.linear_key_head_dim
+        left = seconds - _TOKENS * (macs / products + entries / delta)
+        return _TOKENS * values_per_token(c) / max(left, 0.02 * seconds)
+
+    def _leaf(self, ops: CpuOps, spec: TensorSpec) -> Any:
+        if spec.role is Role.GATE:
+            return ops.matrix(self._bfloat16(spec))
+        if spec.is_matrix:
+            return self._matrix(4, *spec.shape)
+        return ops.vector(np.full((spec.shape[0], *spec.shape[2:]), 0.1, np.float32))
+
+    def _bfloat16(self, spec: TensorSpec) -> Matrix[Array]:
+        return np.full(spec.shape, _SCALE, np.uint16)
+
+
+def _linear_specs(c: TextConfig) -> Iterator[TensorSpec]:
+    return (spec for spec in text_tensors(c) if spec.role is Role.LINEAR and spec.name != "lm_head.weight")
+
+
+def _best_count(rates: Mapping[int, float], default: int) -> int:
+    """The backend's own number of threads, unless another is clearly faster: a machine that was busy while it was
+    measured is no reason to use less of it ever after."""
+    best = max(rates, key=lambda n: rates[n])
+    return best if rates[best] > _CLEARLY * rates[default] else default
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = perf_counter()
+    call()
+    return perf_counter() - started
+
+
+def _threads(n: int) -> str:
+    return "1 thread" if n == 1 else f"{n} threads"

@@ -1,0 +1,128 @@
+"""How many tokens a second a model will run at, from what was measured of a machine.
+
+A generated token reads every weight of the language model once, so
+
+    seconds = sum over matrices: bytes / weights(bits)                  the products, at the rate of their kernels
+            + (2 * states + norms) / memory                             DeltaNet states, read and written
+            + max(KV bytes / memory, multiply-adds / attention)         keys and values before it
+            + entries / delta                                           the delta rule
+
+A prompt computes, and its weights are read once for hundreds of tokens, so per token
+
+    seconds = sum over matrices: weights / products(bits)               multiply-adds
+            + multiply-adds / prompt attention                          with those before it: grows with the prompt
+            + entries / prompt delta
+            + values / values rate                                      norms, gates, convolution
+
+where the head counts once, and every chunk reads all weights. Everything else (the tokenizer, sampling) is left out.
+docs/reference/fit.md has how near this comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from edgeq.backends.ops import Ops
+from edgeq.config import TextConfig
+from edgeq.machine.facts import Facts
+from edgeq.memory.plan import Planned, prefill_chunk
+from edgeq.weights import Part, Role
+
+__all__ = ["Speed", "expected_speed", "values_per_token"]
+
+
+class Speed(NamedTuple):
+    """Tokens a second: of a prompt that fills the context, on average; of generation at its end."""
+
+    prompt: float
+    generated: float
+
+
+def expected_speed(model: Planned, ops: Ops[Any, Any], facts: Facts, context: int) -> Speed:
+    """What a machine with these facts is expected to do; the KV cache is of the type that `ops` keeps."""
+    work = _Work.of(model)
+    seconds = _prompt_seconds(work, model.config.text, ops, facts, context)
+    return Speed(context / seconds, 1 / _token_seconds(work, model.config.text, ops, facts, context))
+
+
+class _Work(NamedTuple):
+    """Weights of the language model by the bits whose kernels run, without an embedding's that is not the head; of the
+    head apart; and bytes of all of them."""
+
+    weights: Mapping[str, int]
+    head: tuple[str, int]
+    nbytes: Mapping[str, int]
+    vectors: int
+
+    @classmethod
+    def of(cls, model: Planned) -> _Work:
+        weights, nbytes, vectors = dict[str, int](), dict[str, int](), 0
+        head = ("16", 0)
+        tied = model.config.text.tie_word_embeddings
+        for spec, _ in model.storage():
+            if spec.part is not Part.TEXT:
+                continue
+            if not spec.is_matrix:
+                vectors += 4 * spec.size
+                continue
+            is_head = spec.name == ("embed_tokens.weight" if tied else "lm_head.weight")
+            if spec.role is Role.EMBEDDING and not is_head:
+                continue  # a row of it is read
+            size = model.memory_nbytes(spec)
+            kind = _kind(8 * size / spec.size)
+            nbytes[kind] = nbytes.get(kind, 0) + size
+            if is_head:
+                head = kind, spec.size
+            else:
+                weights[kind] = weights.get(kind, 0) + spec.size
+        return cls(weights, head, nbytes, vectors)
+
+
+def _kind(bits: float) -> str:
+    """The measured kernels that a matrix is nearest to; scales and biases add half a bit or so to its codes'."""
+    return next(kind for kind, most in (("4", 5.2), ("6", 7.2), ("8", 11.0), ("16", float("inf"))) if bits <= most)
+
+
+def _token_seconds(work: _Work, c: TextConfig, ops: Ops[Any, Any], facts: Facts, position: int) -> float:
+    memory = facts.memory_rate
+    products = sum(nbytes / _rate(facts.weights, kind) for kind, nbytes in work.nbytes.items())
+    states = (2 * ops.state_nbytes(c) + work.vectors) / memory
+    keys = ops.kv_nbytes(c, position) / memory
+    attention = _attention_macs(c) * position / _rate(facts.attention, ops.kv_dtype)
+    return products + states + max(keys, attention) + _delta_entries(c) / facts.delta
+
+
+def _prompt_seconds(work: _Work, c: TextConfig, ops: Ops[Any, Any], facts: Facts, tokens: int) -> float:
+    chunk = min(tokens, prefill_chunk(c, ops))
+    each = sum(size / _rate(facts.products, kind) for kind, size in work.weights.items())
+    each += _attention_macs(c) * (tokens + 1) / 2 / _rate(facts.prompt_attention, ops.kv_dtype)
+    each += _delta_entries(c) / facts.prompt_delta + values_per_token(c) / facts.values
+    kind, size = work.head
+    read = sum(nbytes / _rate(facts.weights, kind) for kind, nbytes in work.nbytes.items())
+    head = work.nbytes.get(kind, 0) / _rate(facts.weights, kind) if size else 0.0
+    least = read * -(-tokens // chunk)  # a chunk of a few tokens reads weights all the same
+    return max(tokens * each, least) + head
+
+
+def _rate(rates: Mapping[str, float], kind: str) -> float:
+    """The rate of a kind; where it was not measured, the least of all."""
+    return rates.get(kind) or min(rates.values())
+
+
+def _attention_macs(c: TextConfig) -> int:
+    """Multiply-adds of a token with each token before it."""
+    return 2 * c.attention_dim * c.layer_types.count("full_attention")
+
+
+def _delta_entries(c: TextConfig) -> int:
+    heads = c.linear_num_value_heads * c.layer_types.count("linear_attention")
+    return heads * c.linear_value_head_dim * c.linear_key_head_dim
+
+
+def values_per_token(c: TextConfig) -> int:
+    """Numbers that norms, gates, the convolution, rotations and sums work through between the products, for a token."""
+    both = 4 * c.hidden_size + c.intermediate_size
+    delta = both + c.conv_dim + 2 * c.key_dim + c.value_dim
+    attention = both + 3 * c.attention_dim + 2 * c.kv_dim
+    return sum(delta if kind == "linear_attention" else attention for kind in c.layer_types)
