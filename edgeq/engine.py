@@ -198,14 +198,20 @@ class Engine(Generic[A, M]):
             yield slice(done, done + piece)
             done += piece
 
-    def claim(self, feeds: Sequence[tuple[int, int, int]]) -> None:
-        """Make room for a call: for each feed the tokens before it, its own, and the rows of logits. Whatever gives way
-        does; MemoryBudgetError if that is not enough."""
+    def _copies(self, state: State[A]) -> bool:
+        """Whether going on from a state copies pages of keys and values."""
+        layer = state.layers[self._attention[0]] if self._attention else None
+        return isinstance(layer, KVCache) and layer.copies
+
+    def claim(self, feeds: Sequence[tuple[int, int, int]], copies: int = 0) -> None:
+        """Make room for a call: for each feed the tokens before it, its own, and the rows of logits; `copies` of them
+        go on beside others. Whatever gives way does; MemoryBudgetError if that is not enough."""
         if self.budget.ceiling is None:
             return
         c, ops = self.config, self.ops
         tokens = sum(more for _, more, _ in feeds)
         keys = sum(self._kv_nbytes(length + more) - self._kv_nbytes(length) for length, more, _ in feeds)
+        keys += copies * ops.kv_nbytes(c, 1)
         states = len(feeds) * ops.state_nbytes(c) - ops.idle_nbytes(c)
         work = ops.scratch_nbytes(c, min(tokens, self.chunk)) - ops.held().get("scratch", 0)
         logits = 2 * 4 * c.vocab_size * max(1, sum(rows for _, _, rows in feeds))
@@ -227,7 +233,8 @@ class Engine(Generic[A, M]):
         """
         if self.budget.ceiling is not None:
             try:
-                self.claim([(feed.state.length, len(feed.ids), feed.rows) for feed in feeds])
+                copies = [feed for feed in feeds if self._copies(feed.state)]
+                self.claim([(feed.state.length, len(feed.ids), feed.rows) for feed in feeds], copies=len(copies))
             except MemoryBudgetError:
                 if len(feeds) > 1 or (place := self._half(feeds[0])) is None:
                     raise

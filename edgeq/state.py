@@ -49,6 +49,11 @@ class KVCache(ABC, Generic[A]):
     def truncated(self, length: int) -> KVCache[A]:
         """The same cache after only its first `length` tokens."""
 
+    @property
+    def copies(self) -> bool:
+        """Whether the next token has the last page copied: another cache has written there, or nobody can."""
+        return False
+
     def take_back(self, later: KVCache[A]) -> None:
         """`later` grew out of this cache and is used by nobody any more: the next may be written over what it added,
         where a page would be copied otherwise."""

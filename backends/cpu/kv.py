@@ -61,6 +61,11 @@ class NativeKV(KVCache[Array]):
             return self
         return self._with(self.pages[: -(-length // PAGE)], length)
 
+    @property
+    def copies(self) -> bool:
+        offset = self.length % PAGE
+        return bool(offset) and self.pages[-1].written > offset
+
     def take_back(self, later: KVCache[Array]) -> None:
         whole, offset = divmod(self.length, PAGE)
         if offset and isinstance(later, NativeKV) and later.length > self.length:

@@ -6,7 +6,8 @@ What was asked for is kept, or refused with what would fit instead. What was not
   in fewer;
 * all weights resident, and the most tokens of context that then fit;
 * where not LEAST_CONTEXT tokens (or not those asked for) do, prompts in smaller chunks;
-* where that is not enough, part of the weights resident and the rest read anew in every pass (`edgeq.streaming`).
+* where that is not enough, part of the weights resident and the rest read anew in every pass
+  (`edgeq.loading.LoadedWeights`).
 
 Kept states and features of pictures are not counted: they take what is free, and are the first to give way.
 """
@@ -92,26 +93,63 @@ def choose_settings(model: Planned, make_ops: MakeOps, ceiling: Ceiling, asked: 
 
 def _choices(model: Planned, make_ops: MakeOps, ceiling: Ceiling, asked: Asked, used: int) -> Iterator[Choice]:
     """What fits, the best first."""
-    c, most = model.config.text, model.config.text.longest_context
-    variants = list(_variants(c, make_ops, asked))
-    for wanted in dict.fromkeys((min(GOOD_CONTEXT, most), min(LEAST_CONTEXT, most))) if asked.context is None else (0,):
-        for bits, ops in variants:
-            for chunk in _chunks(c, ops):
-                room = ceiling.nbytes - SPARE - max(0, used - ops.process_nbytes)
+    options = _Options(model, list(_variants(model.config.text, make_ops, asked)), ceiling, used)
+    if asked.context is not None:
+        yield from options.whole(asked.context, exactly=True)
+        yield from options.streamed(asked.context)
+        return
+    most = model.config.text.longest_context
+    yield from options.whole(min(GOOD_CONTEXT, most), smaller_chunks=False)
+    yield from options.whole(min(LEAST_CONTEXT, most))
+    yield from options.streamed(min(LEAST_CONTEXT, most))
+    yield from options.whole(1)
+    for tokens in (2048, 1024, 512):
+        yield from options.streamed(min(tokens, most))
+
+
+class _Options(NamedTuple):
+    """What there is to choose from: operations by KV bits, as good as they are; the ceiling, and what is used of it."""
+
+    model: Planned
+    variants: Sequence[tuple[int | None, Ops[Any, Any]]]
+    ceiling: Ceiling
+    used: int
+
+    def room(self, ops: Ops[Any, Any]) -> int:
+        """Bytes that a plan may take."""
+        return self.ceiling.nbytes - SPARE - max(0, self.used - ops.process_nbytes)
+
+    def whole(self, context: int, *, exactly: bool = False, smaller_chunks: bool = True) -> Iterator[Choice]:
+        """With all weights resident, and at least so many tokens, or just these."""
+        for bits, ops in self.variants:
+            room = self.room(ops)
+            for chunk in _chunks(self.model.config.text, ops)[: None if smaller_chunks else 1]:
                 for drafts in (True, False):
-                    context = asked.context or largest_context(model, ops, room, chunk, drafts=drafts)
-                    plan = plan_memory(model, ops, context or 1, chunk, drafts=drafts)
-                    if plan.total <= room and context >= max(wanted, 1):
-                        pictures = _picture_tokens(model, ops, plan, room)
-                        yield Choice(ceiling, ops, bits, context, chunk, plan, drafts, pictures)
-                if asked.context is None and wanted > LEAST_CONTEXT:
-                    break  # smaller chunks are for what does not fit else
-    for bits, ops in variants[::-1] if asked.context is None else variants:
-        if not ops.maps_files:
-            continue
-        for chunk in _chunks(c, ops):
-            room = ceiling.nbytes - SPARE - max(0, used - ops.process_nbytes)
-            yield from _streaming(model, ceiling, ops, bits, asked.context, chunk, room)
+                    tokens = context if exactly else largest_context(self.model, ops, room, chunk, drafts=drafts)
+                    plan = plan_memory(self.model, ops, max(1, tokens), chunk, drafts=drafts)
+                    if plan.total <= room and tokens >= context:
+                        pictures = _picture_tokens(self.model, ops, plan, room)
+                        yield Choice(self.ceiling, ops, bits, tokens, chunk, plan, drafts, pictures)
+
+    def streamed(self, context: int) -> Iterator[Choice]:
+        """With so many tokens, and as many of the weights resident as there is room for."""
+        mapped = sum(
+            self.model.memory_nbytes(spec)
+            for spec, _ in self.model.storage()
+            if spec.part is Part.TEXT and spec.is_matrix and self.model.is_mapped(spec)
+        )
+        window = max(WINDOW, _largest_layer(self.model)) + EDGES
+        for bits, ops in self.variants:
+            room = self.room(ops)
+            for chunk in _chunks(self.model.config.text, ops) if ops.maps_files else ():
+                plan = plan_memory(self.model, ops, context, chunk)
+                resident = room - (plan.total - mapped)
+                if window <= resident < mapped:
+                    plan, stays = plan._replace(weights=plan.weights - mapped + resident), resident - window
+                    pictures = _picture_tokens(self.model, ops, plan, room)
+                    yield Choice(
+                        self.ceiling, ops, bits, context, chunk, plan, False, pictures, mapped - stays, stays, resident
+                    )
 
 
 def _variants(c: TextConfig, make_ops: MakeOps, asked: Asked) -> Iterator[tuple[int | None, Ops[Any, Any]]]:
@@ -132,26 +170,6 @@ def _chunks(c: TextConfig, ops: Ops[Any, Any]) -> Sequence[int]:
     while chunks[-1] > SMALLEST_CHUNK:
         chunks.append(chunks[-1] // 2)
     return chunks
-
-
-def _streaming(
-    model: Planned, ceiling: Ceiling, ops: Ops[Any, Any], bits: int | None, context: int | None, chunk: int, room: int
-) -> Iterator[Choice]:
-    """With as many of the weights resident as there is room for."""
-    mapped = sum(
-        model.memory_nbytes(spec)
-        for spec, stored in model.storage()
-        if spec.part is Part.TEXT and spec.is_matrix and model.is_mapped(spec)
-    )
-    window = max(WINDOW, _largest_layer(model)) + EDGES
-    least = min(LEAST_CONTEXT, model.config.text.longest_context)
-    for tokens in (context,) if context else [n for n in (least, 2048, 1024, 512) if n <= least]:
-        plan = plan_memory(model, ops, tokens, chunk)
-        resident = room - (plan.total - mapped)
-        if window <= resident < mapped:
-            plan, stays = plan._replace(weights=plan.weights - mapped + resident), resident - window
-            pictures = _picture_tokens(model, ops, plan, room)
-            yield Choice(ceiling, ops, bits, tokens, chunk, plan, False, pictures, mapped - stays, stays, resident)
 
 
 def _largest_layer(model: Planned) -> int:
