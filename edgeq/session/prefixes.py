@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from time import monotonic
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
 
@@ -31,7 +32,8 @@ __all__ = ["Miss", "Prefix", "PrefixStore", "shown"]
 
 SHARE = 32  # of the machine's memory
 MOST = 512 << 20  # bytes, whatever the machine has
-STRIDE = 8  # chunks of a long text from one state on disk to the next
+STRIDE = 8  # chunks of a long text from one state on disk to the next, or
+PATIENCE = 20  # seconds
 GHOSTS = 256  # prefixes whose ids are remembered when their states have gone
 
 
@@ -128,6 +130,7 @@ class PrefixStore:
         text: Callable[[int], str] = lambda _: "",
     ) -> None:  # fmt: skip
         self._engine, self.folder, self._text = engine, folder, text
+        self._written = monotonic()  # when something was written last
         self._filed: dict[str, _Node] = {}  # where the prefixes on disk are
         self._root = _Node(None, np.empty(0, np.int32))
         self._nodes: dict[_Node, None] = {}  # that have a state in memory, the latest last
@@ -198,7 +201,14 @@ class PrefixStore:
         return line
 
     def _goes_to_disk(self, tokens: int, why: str) -> bool:
-        return why not in ("", "prompt") and (why != "chunk" or tokens % (STRIDE * self._engine.chunk) == 0)
+        """Whether a state is written: of a long text one now and then, so that little is read again after a kill."""
+        if why in ("", "prompt"):
+            return False
+        now = monotonic()
+        if why == "chunk" and tokens % (STRIDE * self._engine.chunk) and now - self._written < PATIENCE:
+            return False
+        self._written = now
+        return True
 
     def along(self, ids: Ids, places: Sequence[Place] = ()) -> list[Prefix]:
         """The prefixes of a sequence that are at hand in memory, the longest last."""
