@@ -165,6 +165,7 @@ class Context:
         try:
             if cached < stop:
                 self.feed(np.array(ids[cached:stop], np.int32), rows=0)
+                self.keep("end")
         except BaseException:
             if self.position > cached:
                 self.keep("interrupted")

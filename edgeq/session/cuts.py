@@ -144,7 +144,7 @@ class Cuts:
         for at, why in wanted.items():
             if start < at < stop:
                 at = at if self._grain is None else self._floor(at, start, stop)
-                if at > start and at % self._chunk:
+                if at > start:
                     found[at] = why
         return found
 

@@ -229,7 +229,8 @@ class PrefixFolder:
         line = (*line, (len(keys), name))
         about = {"line": line, "shown": shown, "spoken": spoken, "named": named}
         try:
-            self._make_room(sum(array.nbytes for array in (*caches.values(), *arrays.values())))
+            headers = len(json.dumps(about)) + 256 * (len(caches) + len(arrays) + 8)
+            self._make_room(headers + sum(array.nbytes for array in (*caches.values(), *arrays.values())))
             for part, tensors in ((".kv", caches), (".state", arrays)):
                 self._put(f"{name}{part}", tensors, about if part == ".kv" else {})
         except OSError as error:
