@@ -429,7 +429,7 @@ def test_documents_come_before_the_system_prompt(model: Model, tmp_path: Path) -
         ([("a", " ")], "is empty"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=said):
-            model.chat(documents=wrong)  # type: ignore[arg-type]
+            model.chat(documents=wrong)
     with pytest.raises(MemoryBudgetError, match="what the conversation begins with"):
         model.chat(documents=[("long", "word " * 9000)]).prepare()
 
