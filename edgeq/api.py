@@ -23,6 +23,7 @@ from edgeq.errors import MemoryBudgetError, UsageError
 from edgeq.formats.bf16 import Float32
 from edgeq.generate import Decoding, GenerationSettings
 from edgeq.hub import find_model
+from edgeq.inputs import expand_user
 from edgeq.memory.budget import Budget
 from edgeq.memory.ceiling import Size, ceiling
 from edgeq.memory.choice import IMPORTED_LATER, Asked, Choice, choose_settings, tell, warn_of_swapping
@@ -30,6 +31,7 @@ from edgeq.memory.pages import lock_pages, read_ahead, weights_in_order
 from edgeq.printable import brief
 from edgeq.session.context import Context, Progress
 from edgeq.session.language import Language
+from edgeq.session.prefix_files import PrefixFolder, folder_size
 from edgeq.session.prefixes import PrefixStore
 from edgeq.session.prompt import Prompt
 from edgeq.session.reply import PlainText, Reply
@@ -39,7 +41,7 @@ from edgeq.state import State
 if TYPE_CHECKING:
     from edgeq.session.chat import Chat
     from edgeq.session.visual_settings import VisualSettings
-    from edgeq.text.template import ChatTemplate, Message
+    from edgeq.text.template import ChatTemplate, Content, Message
     from edgeq.text.tokenizer import Tokenizer
 
 __all__ = ["Model", "load"]
@@ -296,24 +298,40 @@ class Model:
             cached=len(found.ids), prompt=len(ids), miss=context.miss,
         )  # fmt: skip
 
+    def keep_prefixes(self, folder: str | Path, size: int | str | None = None) -> None:
+        """Keep the states of prompts and conversations in a folder as well, for later processes and for others at the
+        same time: what was read once is not read again (docs/concepts/prefixes.md).
+
+        size: most bytes that the folder may have, a number or as in "4G"; None is 4 GB, or half of what is free on the
+        disk if that is less. Files of other models are left alone, but for the room that they take. Raises UsageError
+        for what cannot be a folder to write to.
+        """
+        where = expand_user(Path(folder))
+        self.prefixes.folder = PrefixFolder(where, self.engine, folder_size(where, size))
+
     def chat(
-        self, *, messages: Sequence[Message] = (), thinking: bool | None = None, system: str | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None, settings: GenerationSettings | None = None,
+        self, *, messages: Sequence[Message] = (), thinking: bool | None = None, system: Content | None = None,
+        documents: Sequence[Any] = (), tools: Sequence[Mapping[str, Any]] | None = None,
+        settings: GenerationSettings | None = None,
         visual_settings: VisualSettings | None = None, draft: str | int = "auto", overflow: str = "stop",
         template_kwargs: Mapping[str, Any] | None = None, on_prefill: Progress | None = None,
         on_look: Progress | None = None, **options: Any,
     ) -> Chat:  # fmt: skip
         """Start a conversation, or go on with one: messages, as OpenAI's interfaces write them.
 
+        documents: texts that it is about, paths or (name, text), which come before the system prompt; `Chat.prepare`
+        reads them ahead, and with `keep_prefixes` they are read once (docs/guides/documents.md).
         thinking: None is the chat template's default. visual_settings: None is 1,024 tokens for an image, and 64 frames
         and 2,048 tokens for a video. overflow: "shift" forgets the oldest turns where the context is full.
         template_kwargs: further variables for the chat template. See `edgeq.session.chat.Chat`.
         """
         from edgeq.session.chat import Chat  # its templates' library takes 25 ms and 8 MB
+        from edgeq.session.documents import with_documents
         from edgeq.session.visual_settings import CHAT_VISUALS
 
         return Chat(
-            self, messages=messages, thinking=thinking, system=system, tools=tools, settings=settings,
+            self, messages=messages, thinking=thinking, system=with_documents(documents, system), tools=tools,
+            settings=settings,
             visual_settings=visual_settings or CHAT_VISUALS, draft=draft, overflow=overflow,
             template_kwargs=template_kwargs, on_prefill=on_prefill, on_look=on_look, **options,
         )  # fmt: skip

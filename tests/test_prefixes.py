@@ -16,10 +16,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 import edgeq
 from edgeq.api import Model
 from edgeq.backends import available
+from edgeq.errors import MemoryBudgetError, UsageError
 from edgeq.generate import StopReason
 from edgeq.hub import DEMO
 from edgeq.session.chat import Chat
-from edgeq.session.prefix_files import PrefixFolder
+from edgeq.session.prefix_files import PrefixFolder, folder_size, split_folder
 from edgeq.session.prefixes import PrefixStore
 from edgeq.session.reply import Reply
 from edgeq.state import State
@@ -153,8 +154,9 @@ class Conversations(RuleBasedStateMachine):
     @precondition(lambda self: self.chat.turns and self.chat.turns[-1].tokens)
     @rule()
     def resume(self) -> None:
-        finish = self.chat.turns[-1].finish
-        if finish is not None and finish.reason is StopReason.INTERRUPTED:
+        turn = self.chat.turns[-1]
+        self.chat.thinking = turn.thinking  # else what it thinks is ended by force
+        if turn.finish is not None and turn.finish.reason is StopReason.INTERRUPTED:
             done(self.chat.resume())
 
     @precondition(lambda self: self.chat.turns)
@@ -182,6 +184,7 @@ class Conversations(RuleBasedStateMachine):
         """Another conversation that stands where this one does."""
         other = self.warm.chat(**self.options)
         other._restore(self.chat._save())
+        other.thinking = self.chat.thinking
         self.chats.append(other)
 
     @rule()
@@ -251,3 +254,212 @@ def test_conversations_have_the_bits_that_they_have_alone(models: tuple[Model, M
 
     steps = settings(max_examples=examples, stateful_step_count=10, deadline=None, phases=[Phase.generate])
     run_state_machine_as_test(Case, settings=steps)
+
+
+# --- what is at hand -------------------------------------------------------------------------------------------------
+
+SYSTEM = f"Be brief. {LONG}"
+
+
+@pytest.fixture
+def model(folder: Path, how: dict[str, Any]) -> Model:
+    if how["kv_bits"] != 16:
+        pytest.skip("one type of keys and values is enough")
+    return loaded(folder, **how)
+
+
+def again(model: Model, folder: Path, limit: int | None = None) -> PrefixStore:
+    """A store as a new process has it."""
+    model.prefixes = PrefixStore(
+        model.engine, limit, PrefixFolder(folder, model.engine, 1 << 30), text=model.language.spelled
+    )
+    return model.prefixes
+
+
+def talk(model: Model, **options: Any) -> Chat:
+    return model.chat(system=SYSTEM, temperature=0, max_tokens=4, thinking=False, loop_guard=False, **options)
+
+
+def test_a_turn_reads_what_is_new_and_another_conversation_what_differs(model: Model) -> None:
+    chat, before = talk(model), 0
+    for n in range(6):
+        reply = done(chat.send(f"question {n}"))
+        assert reply.usage.cached_tokens == max(0, before - 1)
+        before = len(chat.ids)
+    grain = model.engine.ops.grain or 1
+    other = talk(model)
+    usage = done(other.send(f"another question {LONG}")).usage
+    start = list(chat.ids).index(model.language.messages.begin, 1)  # of the first user's message
+    assert start - 2 * grain < usage.cached_tokens
+    assert usage.miss is not None
+    assert (usage.miss.reason, usage.miss.kept_text, usage.miss.given_text) == ("differs", "q", "a")
+    assert other.ids[usage.miss.at] == usage.miss.given == ord("a") - 33  # as the tiny tokenizer has it
+    edited = done(chat.edit("question 3, in other words", back=3))
+    assert edited.usage.prompt_tokens - edited.usage.cached_tokens <= 50
+    assert (
+        done(talk(model).send(f"another question {LONG}")).usage.cached_tokens == usage.prompt_tokens
+    )  # not a token is read
+
+
+def test_a_history_reads_what_is_behind_what_somebody_has_said(model: Model) -> None:
+    chat = talk(model)
+    for n in range(3):
+        done(chat.send(f"question {n}"))
+    known, messages = len(chat.ids), [*chat.messages, {"role": "user", "content": "more"}]
+    chat = model.chat(messages=messages, temperature=0, max_tokens=4, thinking=False)
+    usage = done(chat.answer()).usage
+    assert usage.cached_tokens > 0
+    assert usage.miss is None or usage.miss.at - usage.cached_tokens < 2 * CHUNK
+    assert usage.prompt_tokens > known - 20
+
+
+def test_why_something_is_read(model: Model) -> None:
+    store = model.prefixes
+
+    def miss(content: Any) -> Any:
+        return done(talk(model).send(content)).usage.miss
+
+    assert miss("one").reason == "empty"
+    assert miss("one") is None
+    store.limit, limit = 0, store.limit
+    store.limit = limit
+    assert miss("one").reason == "evicted"
+    shown = [[{"type": "image", "image": picture(n)}, {"type": "text", "text": "what?"}] for n in range(2)]
+    assert miss(shown[0]).reason == "differs"
+    assert miss(shown[0]) is None
+    assert miss(shown[1]).reason == "picture"
+    reply = done(model.generate("one two three", max_tokens=1))
+    assert reply.usage.miss is not None
+    assert reply.usage.miss.at == 0
+
+
+def test_completions_share_what_they_begin_with(model: Model, folder: Path, how: dict[str, Any]) -> None:
+    """And have the bits of those that do not."""
+    cold = loaded(folder, **how)
+    cold.prefixes.limit = 0
+    ids = np.random.default_rng(0).integers(5, 250, 300).tolist()
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 4, "ignore_eos": True, "logprobs": 3, "draft": "off"}
+    for end, least in ((200, 0), (200, 200), (300, 64 if model.engine.ops.grain is None else 160), (240, 64)):
+        warm, alone = (done(each.generate(ids[:end], **options)) for each in (model, cold))
+        assert (warm.ids, warm.logprobs) == (alone.ids, alone.logprobs)
+        assert warm.usage.cached_tokens >= least
+        assert alone.usage.cached_tokens == 0
+
+
+# --- on disk ---------------------------------------------------------------------------------------------------------
+
+
+def test_another_process_goes_on(model: Model, tmp_path: Path) -> None:
+    again(model, tmp_path)
+    chat = talk(model)
+    for n in range(3):
+        done(chat.send(f"question {n}"))
+    for limit in (None, 0):
+        again(model, tmp_path, limit)
+        other = talk(model)
+        other._restore(chat._save())
+        usage = done(other.send("more")).usage
+        assert usage.cached_tokens >= len(chat.ids) - 1
+        assert done(talk(model).send("hello")).usage.cached_tokens > 0
+
+
+def test_files_that_are_not_right_are_left_alone_or_removed(
+    model: Model, folder: Path, how: dict[str, Any], tmp_path: Path
+) -> None:
+    again(model, tmp_path)
+    expected = done(talk(model).send("hello")).ids
+    files = sorted(tmp_path.iterdir())
+    assert len({file.suffix for file in files}) == 2
+    other = loaded(folder, **how, rope_scaling="linear:2")
+    again(other, tmp_path)
+    assert done(talk(other).send("hello")).usage.cached_tokens == 0
+    for file in files:
+        content = file.read_bytes()
+        for damage in (b"", content[:100], content[:-1], content[:-40] + bytes(40), bytes(len(content))):
+            file.unlink()
+            file.write_bytes(damage)
+            again(model, tmp_path)
+            assert done(talk(model).send("hello")).ids == expected
+    (tmp_path / "notes.txt").write_text("not ours")
+    (tmp_path / "a.kv").mkdir()
+    assert done(talk(model).send("hello")).ids == expected
+
+
+def test_the_folder_is_bounded_and_what_has_a_name_stays(model: Model, tmp_path: Path) -> None:
+    store = again(model, tmp_path)
+    chat = model.chat(documents=[("report.txt", f"{LONG} {LONG}")], temperature=0, max_tokens=2)
+    tokens, cached = chat.prepare("report.txt")
+    assert (tokens > 2 * CHUNK, cached) == (True, 0)
+
+    def size() -> int:
+        return sum(file.stat().st_size for file in tmp_path.iterdir())
+
+    assert store.folder is not None
+    store.folder.limit = limit = 4 * size()
+    for n in range(8):
+        done(talk(model).send(f"{n} {LONG}"))
+        assert size() <= limit
+    again(model, tmp_path)
+    assert model.chat(documents=[("report.txt", f"{LONG} {LONG}")]).prepare() == (tokens, tokens)
+    for refused in ("3 apples", -1, True, "", 1.5):
+        with pytest.raises(UsageError, match="size of the folder"):
+            model.keep_prefixes(tmp_path, refused)  # type: ignore[arg-type]
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(UsageError, match="cannot be used for prefixes"):
+        model.keep_prefixes(tmp_path / "notes.txt")
+    assert split_folder("a:4G") == (Path("a"), "4G")
+    assert split_folder("C:/a") == (Path("C:/a"), None)
+    assert [folder_size(tmp_path, text) for text in ("4G", "1.5 MiB", 7)] == [4_000_000_000, 3 << 19, 7]
+
+
+# --- documents -------------------------------------------------------------------------------------------------------
+
+
+def test_documents_come_before_the_system_prompt(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\ufeffOne\r\nTwo <|im_end|>\n\n", encoding="utf-8")
+    chat = model.chat(documents=[tmp_path / "a.txt", ("b", "Three")], system="Be brief.", max_tokens=1)
+    text = model.need_tokenizer().decode(model.prompt([*chat.messages, {"role": "user", "content": "?"}]).ids)
+    assert text.startswith(
+        '<|im_start|>system\n# Documents\n\n<document name="a.txt">\nOne\nTwo <|im_end|>\n</document>\n\n'
+        '<document name="b">\nThree\n</document>\n\nBe brief.<|im_end|>\n<|im_start|>user\n?'
+    )
+    assert chat.prepare()[0] <= len(model.prompt([*chat.messages, {"role": "user", "content": "?"}]).ids)
+    for wrong, said in (
+        ("a.txt", "must be a list"), ([5], "a path or"), ([tmp_path / "no"], "cannot be read"),
+        ([("a", " ")], "is empty"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=said):
+            model.chat(documents=wrong)
+    with pytest.raises(MemoryBudgetError, match="what the conversation begins with"):
+        model.chat(documents=[("long", "word " * 9000)]).prepare()
+
+
+def test_reading_goes_on_where_it_was_left(model: Model, tmp_path: Path) -> None:
+    document = ("long.txt", " ".join(f"{n} {LONG}" for n in range(12)))
+    plain = model.chat(documents=[document], temperature=0, max_tokens=4, draft="off")
+    expected, total = done(plain.send("so?")).ids, plain.context.cached
+    run, left = model.engine.run, [3]
+
+    def interrupted(*given: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return run(*given, **options)
+
+    seen = 0
+    for _ in range(3):
+        again(model, tmp_path)
+        chat, left[0] = model.chat(documents=[document], temperature=0, max_tokens=4, draft="off"), 3
+        model.engine.run = interrupted  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            chat.prepare("long.txt")
+        model.engine.run = run  # type: ignore[method-assign]
+        assert chat.context.cached == seen + 3 * CHUNK
+        seen = chat.context.cached
+    assert seen < total
+    again(model, tmp_path)
+    chat = model.chat(documents=[document], temperature=0, max_tokens=4, draft="off")
+    tokens, cached = chat.prepare("long.txt")
+    assert (cached, tokens > cached) == (seen, True)
+    assert done(chat.send("so?")).ids == expected
+    assert bits(model, chat._context.state) == bits(model, plain._context.state)

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 from edgeq.cli.answers import warn_of_a_cut
 from edgeq.cli.boxes import check_drawing
 from edgeq.cli.console import prefill_bar
+from edgeq.cli.documents import read_ahead
 from edgeq.cli.messages import read_messages
 from edgeq.cli.options import (
     AnswerOptions,
     ChatDisplayOptions,
     ConversationOptions,
     ModelOptions,
+    PrefixOptions,
     PromptArgument,
     PromptOptions,
     SamplingOptions,
@@ -62,6 +64,7 @@ def chat(
     tools: ToolOptions,
     answer: AnswerOptions,
     sampling: SamplingOptions,
+    prefixes: PrefixOptions,
     model: ModelOptions,
     words: PromptArgument = None,
 ) -> None:
@@ -72,6 +75,7 @@ def chat(
     edgeq chat demo "What is 7 * 8?"
     edgeq chat demo --image demo -p "How many figures are there?"
     edgeq chat Qwen/Qwen3.5-2B --think --thinking-budget 512
+    edgeq chat Qwen/Qwen3.5-2B --document report.txt
     cat build.log | edgeq chat Qwen/Qwen3.5-2B -p "Why did this fail?"
 
     In a terminal, without a prompt, starts an interactive chat; /help lists its commands. With a prompt, --file, --json
@@ -93,8 +97,11 @@ def chat(
         check_one(visuals.image or ())
     images, videos = visuals.named()
     loaded = model.load(conversation.chat_template)
+    prefixes.use(loaded, once=one_shot, default=bool(conversation.document))
     with prefill_bar() as reading, prefill_bar("looking", patience=0) as looking:
         talk = loaded.chat(messages=messages, draft=model.draft, on_prefill=reading, on_look=looking, **options)
+        if conversation.document:
+            read_ahead(talk, [file.name for file in conversation.document], quiet=display.quiet)
         opened = talk.open(text, images, videos)
         if not one_shot:
             from edgeq.cli.repl import Repl  # line editing is a large library that one shot does not need

@@ -10,6 +10,7 @@ from edgeq.cli.options import (
     AnswerOptions,
     DisplayOptions,
     ModelOptions,
+    PrefixOptions,
     PromptArgument,
     PromptOptions,
     SamplingOptions,
@@ -43,6 +44,7 @@ def generate(
     visuals: VisualOptions,
     answer: AnswerOptions,
     sampling: SamplingOptions = _DEFAULTS,
+    prefixes: PrefixOptions,
     model: ModelOptions,
     words: PromptArgument = None,
 ) -> None:
@@ -59,6 +61,7 @@ def generate(
     check_forms(as_json=as_json, stream=stream, logprobs=answer.logprobs is not None)
     images, videos = visuals.named()
     loaded = model.load()
+    prefixes.use(loaded, once=True)
     shown = completion_prompt(loaded.language, loaded.sight, text, images, videos, settings)
     if not display.quiet:
         announce(loaded, shown.visuals)

@@ -48,6 +48,7 @@ __all__ = [
     "ModelArgument",
     "ModelOptions",
     "OptionalModelArgument",
+    "PrefixOptions",
     "PromptArgument",
     "PromptOptions",
     "SamplingOptions",
@@ -394,6 +395,13 @@ class ConversationOptions:
             help="Go on with the messages in a JSON file, as OpenAI's interfaces have them; - reads stdin.",
         ),
     ] = None  # fmt: skip
+    document: Annotated[
+        list[Path] | None,
+        option(
+            "--document", metavar="FILE", default="none", env=False,
+            help="Talk about a text file, which is read once and kept; repeatable.",
+        ),
+    ] = None  # fmt: skip
     assistant_prefix: Annotated[
         str | None,
         option(
@@ -444,12 +452,19 @@ class ConversationOptions:
             raise UsageError(f"--overflow is stop or shift, got {self.overflow}")
         kwargs = self._template_kwargs()
         return {
+            "documents": self.documents(),
             "overflow": self.overflow,
             "system": system,
             "thinking": self.think,
             "thinking_budget": self.thinking_budget,
             **({"template_kwargs": kwargs} if kwargs else {}),
         }
+
+    def documents(self) -> list[tuple[str, str]]:
+        """The documents by name, as `Model.chat` takes them."""
+        from edgeq.cli.prompt import file_text
+
+        return [(file.name, file_text(file, lenient=True)) for file in self.document or ()]
 
     def _template_kwargs(self) -> dict[str, Any]:
         try:
@@ -466,6 +481,42 @@ class ConversationOptions:
 
         check_kwargs(kwargs)  # before a model is downloaded and loaded for nothing
         return kwargs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixOptions:
+    """What is kept of what was read, for later."""
+
+    title: ClassVar[str] = "Prefixes"
+
+    cache_dir: Annotated[
+        str | None,
+        option(
+            "--cache-dir", metavar="FOLDER[:SIZE]", default="memory only",
+            help="Keep what was read in FOLDER too, so that no later run reads it again.",
+        ),
+    ] = None  # fmt: skip
+    cache_size: Annotated[
+        str | None,
+        option(
+            "--cache-size", metavar="SIZE", default="4G, or half of what is free on the disk",
+            help="Maximum size of the folder, as in 500M or 4G; alone, of the one in the user's cache.",
+        ),
+    ] = None  # fmt: skip
+
+    def use(self, model: Model, *, once: bool, default: bool = False) -> None:
+        """Let a model keep its prefixes as is asked for; nothing in memory where it is asked only `once`. default: on
+        disk in any case.
+        """
+        from edgeq.session.prefix_files import default_folder, split_folder
+
+        folder, size = (default_folder(), None) if self.cache_dir is None else split_folder(self.cache_dir)
+        if size is not None and self.cache_size is not None:
+            raise UsageError("two sizes given, with --cache-dir and --cache-size", hint="give one")
+        if default or self.cache_dir is not None or self.cache_size is not None:
+            model.keep_prefixes(folder, self.cache_size or size)
+        elif once:
+            model.prefixes.limit = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,8 @@ from edgeq.cli.options import DisplayOptions
 from edgeq.cli.page import Hidden, Page, page_on
 from edgeq.errors import UsageError
 from edgeq.generate import StopReason
-from edgeq.session.reply import Reply
+from edgeq.printable import brief
+from edgeq.session.reply import Reply, Usage
 from edgeq.text.tokenizer import Tokenizer
 
 __all__ = ["check_forms", "hear", "print_json", "reply_object", "show_reply", "usage_line"]
@@ -28,6 +29,9 @@ _CUTS = {
 }
 
 
+MUCH = 64  # tokens of a prompt, from which on it is told why they had to be read
+
+
 def usage_line(reply: Reply, ops: Ops[Any, Any]) -> str:
     """Prompt (cached and new) and generated tokens with their speeds, peak memory, and what cut the reply short."""
     usage, finish, backend = reply.usage, reply.finish, ops.peak_memory()
@@ -38,6 +42,8 @@ def usage_line(reply: Reply, ops: Ops[Any, Any]) -> str:
         f"generated {usage.generated_tokens} tokens, {usage.generate_tok_per_s:.1f} tokens/s",
         peak_memory_text() + (f" ({ops.name} {backend / 1e6:,.0f} MB)" if backend is not None else ""),
     ]
+    if told := _miss_text(usage):
+        parts.insert(1, told)
     if usage.drafted_tokens:
         parts.append(
             f"{usage.accepted_tokens} of {usage.drafted_tokens} drafts accepted, "
@@ -50,6 +56,18 @@ def usage_line(reply: Reply, ops: Ops[Any, Any]) -> str:
     if finish.reason in _ENDINGS:
         parts.append(_ENDINGS[finish.reason])
     return " | ".join(parts)
+
+
+def _miss_text(usage: Usage) -> str:
+    """Why much of a prompt had to be read that goes on like something that was read before; empty where it did not."""
+    miss, new = usage.miss, usage.prompt_tokens - usage.cached_tokens
+    if miss is None or min(miss.at, new) < MUCH:
+        return ""
+    if miss.reason == "evicted":
+        return f"{miss.at - usage.cached_tokens} tokens read again, whose state had to make room"
+    if miss.reason == "picture":
+        return f"another picture from token {miss.at} on"
+    return f"another text from token {miss.at} on: {brief(miss.given_text)} in place of {brief(miss.kept_text)}"
 
 
 def show_reply(reply: Reply, ops: Ops[Any, Any], display: DisplayOptions, before: str = "") -> bool:

@@ -21,6 +21,7 @@ from edgeq.cli.options import (
     ChatDisplayOptions,
     ConversationOptions,
     ModelOptions,
+    PrefixOptions,
     PromptOptions,
     SamplingOptions,
     ToolOptions,
@@ -40,7 +41,7 @@ _VISUAL = frozenset(field.name for field in fields(VisualSettings)) - {"outer_vi
 _DISPLAY = frozenset(field.name for field in fields(ChatDisplayOptions))
 _GROUPS = (
     SamplingOptions, AnswerOptions, ConversationOptions, VisualOptions, ModelOptions, PromptOptions, ToolOptions,
-    ChatDisplayOptions,
+    PrefixOptions, ChatDisplayOptions,
 )  # fmt: skip
 _OTHERWISE = {"temp": "temperature", "think": "thinking"}  # options whose settings have other names
 _SHAPES = frozenset({"schema", "regex", "grammar"})

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from edgeq.engine import Engine
-from edgeq.errors import UsageError
+from edgeq.errors import MemoryBudgetError, UsageError
 from edgeq.generate import Decoding, GenerationSettings, StopReason, Token
 from edgeq.printable import brief
 from edgeq.session import turns as turns_of
@@ -331,6 +331,34 @@ class Chat:
     def open(self, content: Content, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> list[Visual]:
         """The pictures that `send` would show the model, opened and resized; nothing is said yet."""
         return list(self._opened("user", content, images, videos).visuals)
+
+    def prepare(self, named: str = "") -> tuple[int, int]:
+        """Read what every conversation like this one begins with: tools, documents and the system prompt, or the
+        history that was given. It is kept (`Model.prefixes`), so that the first reply, and later conversations, go on
+        from there. Returns its tokens, and of how many a state was at hand already.
+
+        named: what people call it; on disk, others make room for it. Interrupted, it goes on from there the next time.
+        Raises MemoryBudgetError where it does not fit the context.
+        """
+        self._settle()
+        ids = list(self._conversation.ids) or self._opening()
+        if len(ids) >= (limit := self.model.engine.context_limit):
+            raise MemoryBudgetError(
+                f"what the conversation begins with has {len(ids):,} tokens, the context window {limit:,}",
+                hint="give fewer or shorter documents, or use a larger context",
+            )
+        return self._context.prepare(ids, named) if ids else (0, 0)
+
+    def _opening(self) -> list[int]:
+        """The ids that come before whatever is said first."""
+        conversation, found = self._conversation, list[list[int]]()
+        mark = conversation.mark()
+        for text in ("a", "b"):
+            conversation.append([{"role": "user", "content": text}])
+            found.append(list(conversation.ids))
+            conversation.rewind(mark)
+        same = [a == b for a, b in zip(*found, strict=False)]
+        return found[0][: same.index(False) if False in same else len(same)]
 
     # --- messages ----------------------------------------------------------------------------------------------------
 

@@ -45,6 +45,7 @@ class Context:
         self._places: Sequence[Place] = ()
         self._cuts: Cuts | None = None  # of the sequence last resumed
         self.miss: Miss | None = None  # why no more of it was at hand
+        self._named = ""  # what people call what it reads now
         self._line: Line = ()  # the files that have its keys and values, as far as they are known
         self._begun: tuple[int, Said] = 0, ()  # how long what it went on from was, and what was said in it
         self._end: Prefix | None = None  # of the last prompt that was replied to
@@ -151,6 +152,28 @@ class Context:
             self._speculation.observe(0, found.ids)
         return found
 
+    def prepare(self, ids: Sequence[int] | Ids, named: str = "") -> tuple[int, int]:
+        """Read the beginning of sequences to come, as far as they will go on from it; how many tokens that are, and of
+        how many a state was at hand.
+
+        named: what people call it. An interruption loses one call: what was read is kept, on disk as well.
+        """
+        cached = len(self.resume(ids).ids)
+        assert self._cuts is not None
+        stop = self._cuts.last_kept
+        self._named = named
+        try:
+            if cached < stop:
+                self.feed(np.array(ids[cached:stop], np.int32), rows=0)
+                self.keep("end")
+        except BaseException:
+            if self.position > cached:
+                self.keep("interrupted")
+            raise
+        finally:
+            self._named = ""
+        return max(stop, cached), cached
+
     def _with_head(self, state: State[Any]) -> State[Any]:
         """The state with the MTP head's part if this sequence is drafted by it, and without it if not. A head that
         joins late knows only what comes."""
@@ -162,7 +185,7 @@ class Context:
     def keep(self, why: str = "", logits: Float32 | None = None) -> None:
         """Keep the state for `resume`; logits: those after its last token, if known."""
         if self._prefixes is not None and self.position:
-            self._line = self._prefixes.keep(self._prefix(logits), why)
+            self._line = self._prefixes.keep(self._prefix(logits), why, named=self._named)
 
     def _prefix(self, logits: Float32 | None = None) -> Prefix:
         n = self.position

@@ -91,6 +91,12 @@ class Cuts:
             found.append((start, stop))
         return tuple(found)
 
+    @property
+    def last_kept(self) -> int:
+        """The last place where its state is worth keeping; 0 without one."""
+        multiple = (self._total - 1) // self._chunk * self._chunk
+        return max([0, *self._kept, *([multiple] if multiple > 0 and not self.said(self._total) else [])])
+
     def calls(self, start: int, stop: int) -> Iterator[Cut]:
         """The calls that run tokens `start`..`stop`; those behind all that is known are said."""
         for begin, end, said in self._runs:
@@ -107,7 +113,8 @@ class Cuts:
 
     def _read(self, start: int, stop: int) -> Iterator[Cut]:
         multiples = range(start // self._chunk * self._chunk + self._chunk, stop, self._chunk)
-        whys = dict.fromkeys(multiples, "chunk") | {at: why for at, why in self._kept.items() if start < at < stop}
+        whys = dict.fromkeys(multiples, "chunk") | ({multiples[-1]: "last chunk"} if len(multiples) > 1 else {})
+        whys |= {at: why for at, why in self._kept.items() if start < at < stop}
         for at in sorted(whys):
             yield Cut(at, whys[at])
         yield Cut(stop)
@@ -137,7 +144,7 @@ class Cuts:
         for at, why in wanted.items():
             if start < at < stop:
                 at = at if self._grain is None else self._floor(at, start, stop)
-                if at > start and at % self._chunk:
+                if at > start:
                     found[at] = why
         return found
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -32,16 +34,21 @@ from edgeq.engine import Engine, Ids
 from edgeq.errors import EdgeqError, UsageError
 from edgeq.formats.bf16 import Array
 from edgeq.formats.safetensors import SafetensorsFile, SafetensorsWriter, dtype_name
+from edgeq.inputs import expand_user
+from edgeq.printable import brief
 from edgeq.session.cuts import Said
 from edgeq.state import BLOCK, KVCache, State
 from edgeq.state_io import state_from_stored, stored_arrays
 
-__all__ = ["Filed", "Line", "PrefixFolder", "Shown"]
+__all__ = ["Filed", "Line", "PrefixFolder", "Shown", "default_folder", "folder_size", "split_folder"]
 
 FORMAT = "edgeq prefix 1"
 PARTIAL = ".partial"  # what a file's name ends in while it is written
 ABANDONED = 3600  # seconds after which nobody writes to it any more
 _ODD = (KeyError, ValueError, TypeError, IndexError, RecursionError, OverflowError, AttributeError)
+
+MOST = 4_000_000_000  # bytes of a folder, or half of what is free on its disk
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE | re.ASCII)
 
 Shown = tuple[int, int, int, int, str, int]
 """What tells apart what stands in a picture's place: its first token, that one's position, rows, columns, digest,
@@ -222,7 +229,8 @@ class PrefixFolder:
         line = (*line, (len(keys), name))
         about = {"line": line, "shown": shown, "spoken": spoken, "named": named}
         try:
-            self._make_room(sum(array.nbytes for array in (*caches.values(), *arrays.values())))
+            headers = len(json.dumps(about)) + 256 * (len(caches) + len(arrays) + 8)
+            self._make_room(headers + sum(array.nbytes for array in (*caches.values(), *arrays.values())))
             for part, tensors in ((".kv", caches), (".state", arrays)):
                 self._put(f"{name}{part}", tensors, about if part == ".kv" else {})
         except OSError as error:
@@ -321,3 +329,33 @@ def _bytes(array: Array) -> memoryview | bytes:
 
 def _widest_first(arrays: Mapping[str, Array]) -> list[tuple[str, Array]]:
     return sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize)
+
+
+def default_folder() -> Path:
+    """Where prefixes are kept if nobody says where."""
+    return expand_user(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "edgeq" / "prefixes"
+
+
+def split_folder(given: str) -> tuple[Path, str | None]:
+    """A folder as the command line has it, FOLDER or FOLDER:SIZE."""
+    folder, colon, size = given.rpartition(":")
+    if colon and folder and _SIZE.fullmatch(size):
+        return expand_user(Path(folder)), size
+    return expand_user(Path(given)), None
+
+
+def folder_size(folder: Path, size: int | str | None) -> int:
+    """Bytes that a folder of prefixes may have. G and GB are 10^9 bytes, GiB 2^30; UsageError for what is no size."""
+    if size is None:
+        place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+        return min(MOST, shutil.disk_usage(place).free // 2)
+    found = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
+    nbytes = size if isinstance(size, int) and not isinstance(size, bool) else 0
+    if found:
+        nbytes = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
+    if not 1 <= nbytes < 1 << 62:
+        raise UsageError(
+            f"the size of the folder for prefixes must be a number of bytes such as 4G, got {brief(size)}",
+            hint="4G are 4,000,000,000 bytes",
+        )
+    return nbytes

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from time import monotonic
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
 
 import numpy as np
 
 from edgeq.engine import Engine, Ids
+from edgeq.errors import MemoryBudgetError
 from edgeq.formats.bf16 import Float32
 from edgeq.session.cuts import Said
 from edgeq.session.places import Place
@@ -31,7 +33,8 @@ __all__ = ["Miss", "Prefix", "PrefixStore", "shown"]
 
 SHARE = 32  # of the machine's memory
 MOST = 512 << 20  # bytes, whatever the machine has
-STRIDE = 8  # chunks of a long text from one state on disk to the next
+STRIDE = 8  # chunks of a long text from one state on disk to the next, or
+PATIENCE = 20  # seconds
 GHOSTS = 256  # prefixes whose ids are remembered when their states have gone
 
 
@@ -128,6 +131,7 @@ class PrefixStore:
         text: Callable[[int], str] = lambda _: "",
     ) -> None:  # fmt: skip
         self._engine, self.folder, self._text = engine, folder, text
+        self._written = monotonic()  # when something was written last
         self._filed: dict[str, _Node] = {}  # where the prefixes on disk are
         self._root = _Node(None, np.empty(0, np.int32))
         self._nodes: dict[_Node, None] = {}  # that have a state in memory, the latest last
@@ -198,7 +202,14 @@ class PrefixStore:
         return line
 
     def _goes_to_disk(self, tokens: int, why: str) -> bool:
-        return why not in ("", "prompt") and (why != "chunk" or tokens % (STRIDE * self._engine.chunk) == 0)
+        """Whether a state is written: of a long text one now and then, so that little is read again after a kill."""
+        if why in ("", "prompt"):
+            return False
+        now = monotonic()
+        if why == "chunk" and tokens % (STRIDE * self._engine.chunk) and now - self._written < PATIENCE:
+            return False
+        self._written = now
+        return True
 
     def along(self, ids: Ids, places: Sequence[Place] = ()) -> list[Prefix]:
         """The prefixes of a sequence that are at hand in memory, the longest last."""
@@ -222,9 +233,10 @@ class PrefixStore:
         more than `near` tokens.
         """
         self._look()
+        lost = set[str]()
         while True:
             path, _ = self._walk(_keys(ids, places))
-            usable = [each for node in reversed(path) for each in self._usable(node, ids, places)]
+            usable = [each for node in reversed(path) for each in self._usable(node, ids, places, lost)]
             good = next((each for each in usable if takes(each[0].stop, each[1].spoken)), None)
             least = near + (good[0].stop if good else 0)
             best = next((each for each in usable if each[0].stop > least), good)
@@ -233,14 +245,17 @@ class PrefixStore:
             node, what = best
             if isinstance(what, Filed):
                 if (read := self._read(node, what)) is None:
+                    lost.add(what.name)
                     continue
                 what = read
             if node.kept is what:
                 self._touch(node)
             return Prefix(ids[: node.stop], tuple(places), *what)
 
-    def _usable(self, node: _Node, ids: Ids, places: Sequence[Place]) -> Iterator[tuple[_Node, _Kept | Filed]]:
-        """What is kept at a node that a sequence can go on from."""
+    def _usable(
+        self, node: _Node, ids: Ids, places: Sequence[Place], lost: Collection[str]
+    ) -> Iterator[tuple[_Node, _Kept | Filed]]:
+        """What is kept at a node that a sequence can go on from; without files that could not be read."""
         left = len(ids) - node.stop
         if left < 0 or not (node.kept or node.filed):
             return
@@ -248,16 +263,22 @@ class PrefixStore:
         if node.kept is not None and node.shown == seen and (left or node.kept.logits is not None):
             yield node, node.kept
         for filed in node.filed.values():
-            if filed.has_state and filed.shown == seen and left:
+            if filed.has_state and filed.shown == seen and left and filed.name not in lost:
                 yield node, filed
 
     def _read(self, node: _Node, filed: Filed) -> _Kept | None:
-        """A state from the disk, which stays in memory if there is room; None where it is gone."""
+        """A state from the disk, which stays in memory if there is room; None where it is gone, or does not fit."""
         assert self.folder is not None
+        engine = self._engine
+        nbytes = engine.ops.state_nbytes(engine.config)
+        if engine.ops.name != "cpu":  # which leaves keys and values in the file
+            nbytes += engine.ops.kv_nbytes(engine.config, filed.stop)
+        try:
+            engine.budget.claim(nbytes, "a kept prefix")
+        except MemoryBudgetError:
+            return None
         state = self.folder.read(filed)
         if state is None:
-            node.filed.pop(filed.name, None)
-            self._filed.pop(filed.name, None)
             return None
         kept = _Kept(state, None, filed.spoken, filed.line)
         if self._limit:
