@@ -107,6 +107,7 @@ class TestResult:
         assert weights(standard) != weights(plain)
         assert not list(standard.parent.glob(".*")), "nothing of the working folder is left"
         source, one_model, plain_model = (edgeq.load(f, backend="numpy") for f in (bed.model, standard, plain))
+        assert source.tokenizer is not None
         windows = cut(source.tokenizer.encode(bed.text.read_text()), 256)
         calibrated, by_weights = compare(source.engine, [one_model.engine, plain_model.engine], windows)
         assert calibrated.mean < 0.8 * by_weights.mean

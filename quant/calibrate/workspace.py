@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,9 +24,11 @@ from edgeq.formats.bf16 import Array, Float32
 from edgeq.formats.qmatrix import QMatrix
 from edgeq.formats.safetensors import SafetensorsFile, SafetensorsWriter, dtype_name
 
-__all__ = ["Solved", "Workspace", "fingerprint"]
+__all__ = ["Solved", "Unfinished", "Workspace", "find_unfinished", "fingerprint"]
 
 _ASKED = "asked.json"
+_KIND = ".calibration"
+_OURS = (".safetensors", ".arrays", ".json", ".new")  # how names of files in it end, but for the lock's
 _PAGE, _SAMPLES = 4096, 256  # of a source's file
 
 
@@ -61,7 +62,9 @@ class Workspace:
 
     def __init__(self, out: Path, asked: Mapping[str, Any]) -> None:
         place = real_place(out)
-        self.folder = place.with_name(f".{place.name}.calibration")
+        self.folder = place.with_name(f".{place.name}{_KIND}")
+        if self.folder.is_symlink():
+            raise UsageError(f"{self.folder} is a link, expected a working folder", hint="remove it, or rename it")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = Lock(self.folder / "lock")
         if self._lock.state == "taken":
@@ -88,8 +91,8 @@ class Workspace:
         self._lock.close()
 
     def remove(self) -> None:
-        """Remove it: what was made in it has been put to use."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove it: what was made in it has been put to use, or is of no use."""
+        _remove(self.folder)
 
     # --- matrices ----------------------------------------------------------------------------------------------------
 
@@ -160,8 +163,47 @@ class Workspace:
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():
-            if path.name != "lock":
+            if path.suffix in _OURS:
                 path.unlink()
+
+
+class Unfinished(NamedTuple):
+    """A working folder that nobody works in."""
+
+    path: Path
+    nbytes: int
+
+    def remove(self) -> bool:
+        """Remove it, if nobody has gone on with it; False if something remains."""
+        lock = Lock(self.path / "lock")
+        try:
+            if lock.state == "mine":
+                _remove(self.path)
+        finally:
+            lock.close()
+        return not self.path.exists()
+
+
+def find_unfinished(folder: Path) -> list[Unfinished]:
+    """The working folders in a folder that killed runs have left."""
+    found = []
+    for path in sorted(folder.glob(f".*{_KIND}")):
+        with suppress(OSError):
+            lock = Lock(path / "lock", shared=True)
+            if lock.state == "mine":
+                found.append(Unfinished(path, sum(file.stat().st_size for file in path.iterdir())))
+            lock.close()
+    return found
+
+
+def _remove(folder: Path) -> None:
+    """Remove a working folder, its lock last, but nothing that is not its own."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if path.suffix in _OURS:
+                path.unlink()
+        (folder / "lock").unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
