@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -25,6 +26,7 @@ import numpy as np
 from edgeq.adapters import given_adapters
 from edgeq.errors import ModelError, UsageError
 from edgeq.files import new_file, new_folder
+from edgeq.files.publish import check_room
 from edgeq.formats.bf16 import Array, Float32, all_finite, round_to, to_float32
 from edgeq.formats.mapped import reading_on
 from edgeq.formats.names import mlx_module
@@ -32,6 +34,10 @@ from edgeq.formats.packed import Grouped
 from edgeq.formats.safetensors import DTYPES, SafetensorsWriter, dtype_name
 from edgeq.hub import find_model
 from edgeq.inputs import check_output
+from edgeq.quant.calibrate.allocation import Allowance
+from edgeq.quant.calibrate.request import CalibrationRequest, choose_calibration
+from edgeq.quant.calibrate.run import Calibration, calibrated
+from edgeq.quant.calibrate.workspace import Solved
 from edgeq.quant.matrix import QuantizedRows, quantize_rows
 from edgeq.quant.provenance import RECORD, Source, hash_files, provenance
 from edgeq.quant.recipe import KEEP, Assignment, QuantSpec, Recipe, TypeRule, assign, choose_recipe
@@ -73,6 +79,11 @@ def quantize(
     revision: str | None = None,
     threads: int | None = None,
     chat_template: str | Path | None = None,
+    calibrate: Path | str | bool | None = None,
+    effort: str | None = None,
+    target_bpw: float | None = None,
+    target_size: int | str | None = None,
+    seed: int | None = None,
 ) -> Report:
     """Quantize `src`, a checkpoint as `edgeq.load` takes it, into the new folder `out`.
 
@@ -86,26 +97,56 @@ def quantize(
     errors of all tensors, as JSON. With `force` an existing model folder, or report, is replaced once the new one is
     complete. `revision` goes on record; it is known for folders in the hub's cache. `chat_template` replaces
     the source's: a file, or the name of one of its own. Memory stays below about 300 MB, whatever the model's size.
+
+    `calibrate` (True or "default", or a UTF-8 text file) rounds the matrices for what they are multiplied by on a text,
+    with an `effort` of "fast", "standard" (the default) or "best"; `target_bpw` (bits per weight of the language model,
+    all its bytes counted) or `target_size` (bytes of all tensors, or "1.2G") has bits allocated to matrices by what
+    each of them costs; `seed` chooses among the windows of a long text. A run that was killed goes on where it was.
+    Memory: docs/concepts/quantization.md; 6 GB for a model of 2 billion weights.
     """
     if out is not None:
         check_output(Path(out))
     start = time.perf_counter()
     chosen = replace(choose_recipe(recipe, bits, group_size, vision), mtp=mtp)
+    request = choose_calibration(
+        calibrate, effort, target_bpw, target_size, seed, recipe=recipe, bits=bits, group_size=group_size
+    )  # fmt: skip
     rules = [TypeRule.parse(t) for t in types]
     source = open_source(find_model(src), given_adapters(adapter), chosen.dropped, chat_template)
+    if request is not None and source.in_groups:
+        raise UsageError(
+            f"calibration is not for {source.path}: its matrices are integer codes already, which are kept as they are",
+            hint="calibrate the original model, or leave calibration out",
+        )
     if source.in_groups and (recipe, bits, group_size) == (None, None, None):
         chosen = replace(choose_recipe("keep", None, None, vision), mtp=mtp)
+    if request is not None and request.allocates:
+        chosen = replace(chosen, name="allocated", summary="bits as they cost least")
     plan = _Plan(source, chosen, rules)
+    allowance = None if request is None or not request.allocates else plan.allowance(request)
     if vision in (8, 16, "8", "16") and not plan.sees:
         raise UsageError(f"{src} has no vision tower to store in {vision} bits", hint="leave that setting out")
     targets = _Targets(plan, out, report, dry_run, force)
-    planned = plan.report(str(src), str(out or ""))
+    planned = replace(plan.report(str(src), str(out or "")), allocation=allowance.record if allowance else None)
     if targets.folder is None:
         targets.write_report(planned)
         return planned
-    target = targets.folder
-    with reading_on(), new_folder(target.out, room=plan.nbytes(), may_replace=target.may_replace) as folder:
-        errors = _write_folder(plan, folder, Source(plan.source.path, revision), threads or _cores(), progress)
+    target, threads = targets.folder, threads or _cores()
+    with ExitStack() as stack:
+        stack.enter_context(reading_on())
+        if request is not None:
+            check_room(target.out, 2 * plan.nbytes())  # once in the working folder
+            scales = DTYPES[plan.scale_type]
+            plan.calibration = stack.enter_context(
+                calibrated(
+                    request, source, plan.assignments, allowance, plan.recipe_record(), target.out, scales, threads,
+                    progress,
+                )
+            )  # fmt: skip
+            plan.assignments = list(plan.calibration.assignments)
+            planned = replace(planned, tensors=plan.report(planned.source, planned.out).tensors)
+        folder = stack.enter_context(new_folder(target.out, room=plan.nbytes(), may_replace=target.may_replace))
+        errors = _write_folder(plan, folder, Source(plan.source.path, revision), threads, progress)
     tensors = tuple(replace(t, nmse=errors.get(t.name)) for t in planned.tensors)
     done = replace(planned, tensors=tensors, seconds=time.perf_counter() - start)
     targets.write_report(done)
@@ -178,6 +219,7 @@ class _Plan:
         kept = ((a.spec.name, source.groups(a.spec.name)) for a in self.assignments if a.storage == KEEP)
         self.carried = {name: _Carried(groups) for name, groups in kept if groups}
         source.drop_pages()  # scales have been read
+        self.calibration: Calibration | None = None
         self.warnings = (*source.warnings, *self._losses())
 
     def _losses(self) -> Iterator[str]:
@@ -201,6 +243,25 @@ class _Plan:
         if carried := self.carried.get(a.spec.name):
             return carried.spec
         return a.storage if isinstance(a.storage, QuantSpec) else None
+
+    def allowance(self, request: CalibrationRequest) -> Allowance:
+        """What the target leaves to the language model's matrices that no rule has decided on. UsageError if it is not
+        enough."""
+        counted = [a for a in self.assignments if request.target_bpw is None or a.spec.part is Part.TEXT]
+        if request.target_bpw is not None:
+            total = int(request.target_bpw * sum(a.spec.size for a in counted) / 8)
+        else:
+            total = request.target_nbytes or 0
+        free = [a for a in self.assignments if isinstance(a.storage, QuantSpec) and self._is_free(a)]
+        names = {a.spec.name for a in free}
+        others = sum(part.nbytes for a in counted if a.spec.name not in names for part in self.parts(a))
+        allowance = Allowance(free, total - others, others)
+        allowance.check()
+        return allowance
+
+    def _is_free(self, a: Assignment) -> bool:
+        decided = (rule.matches(a.spec.name, a.file_name) and rule.applies(a.spec) for rule in self.rules)
+        return a.spec.part is Part.TEXT and not any(decided)
 
     @property
     def sees(self) -> bool:
@@ -294,6 +355,7 @@ class _Plan:
             "types": [rule.text for rule in self.rules],
             "vision": self.recipe.vision if self.sees else None,
             **({"adapters": list(self.source.adapters)} if self.source.adapters else {}),
+            **({"calibration": self.calibration.record} if self.calibration else {}),
         }
 
 
@@ -346,6 +408,10 @@ class _WeightWriter:
                 for a in assignments:
                     if carried := self.plan.carried.get(a.spec.name):
                         self._write_carried(file, a, carried)
+                    elif self.plan.calibration and a.spec.name in self.plan.calibration.specs:
+                        errors[a.spec.name] = self._write_solved(file, a, self.plan.calibration.solved(a.spec.name))
+                    elif self.plan.calibration and a.spec.name in self.plan.calibration.changed:
+                        file.write(self.plan.parts(a)[0].name, self.plan.calibration.changed[a.spec.name])
                     elif isinstance(a.storage, QuantSpec):
                         errors[a.spec.name] = self._write_quantized(file, a, a.storage)
                     else:
@@ -370,6 +436,15 @@ class _WeightWriter:
         file.write(scales.name, np.concatenate([s for s, _ in factors]))
         file.write(biases.name, np.concatenate([b for _, b in factors]))
         return squared_error / squares if squares else 0.0
+
+    def _write_solved(self, file: SafetensorsWriter, a: Assignment, solved: Solved) -> float:
+        """A calibrated matrix, as it is in the working folder."""
+        names = [part.name for part in self.plan.parts(a)]
+        for words in self._map_rows(a, lambda rows: solved.words[rows]):
+            file.write(names[0], words)
+        file.write(names[1], solved.scales)
+        file.write(names[2], solved.biases)
+        return solved.squared_error / solved.squares if solved.squares else 0.0
 
     def _write_carried(self, file: SafetensorsWriter, a: Assignment, carried: _Carried) -> None:
         codes, scales, biases = self.plan.parts(a)

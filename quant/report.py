@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
@@ -34,7 +34,11 @@ class TensorReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A quantization: `seconds` is 0 and there are no errors after a dry run; `warnings` are about the source."""
+    """A quantization: `seconds` is 0 and there are no errors after a dry run; `warnings` are about the source.
+
+    `allocation`: where bits are chosen, how many `matrices` may take how many bytes (`budget`), what their smallest
+    choices take (`least`), and what else counts (`others`).
+    """
 
     source: str
     out: str
@@ -42,6 +46,7 @@ class Report:
     tensors: tuple[TensorReport, ...]
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
+    allocation: Mapping[str, int] | None = None
 
     @property
     def parts(self) -> list[str]:
@@ -66,6 +71,7 @@ class Report:
             "nbytes": self.nbytes(),
             "bits_per_weight": self.bits_per_weight(),
             "parts": sums,
+            "allocation": dict(self.allocation) if self.allocation else None,
             "tensors": [asdict(t) for t in self.tensors],
         }
 
@@ -82,6 +88,11 @@ def format_table(report: Report) -> str:
     sums = [(p, report.nbytes(p), report.bits_per_weight(p)) for p in report.parts]
     sums.append(("whole", report.nbytes(), report.bits_per_weight()))
     lines += ["", *(f"{p:<9}{nbytes:>15,} bytes  {bits:6.3f} bits per weight" for p, nbytes, bits in sums)]
+    if allocation := report.allocation:
+        lines.append(
+            f"bits are to be chosen for {allocation['matrices']} matrices in {allocation['budget']:,} bytes "
+            f"(at least {allocation['least']:,}); {allocation['others']:,} bytes beside them. Above: before that"
+        )
     return "\n".join(lines)
 
 

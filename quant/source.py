@@ -54,9 +54,11 @@ class WeightSource(ABC):
     """A checkpoint to be quantized; what is quantized in it is dequantized as it is read, or kept (`groups`)."""
 
     path: Path
+    checkpoint: Checkpoint  # the same tensors as the model has them
     config: ModelConfig
     files: list[Path]  # everything that decides the result
     tensors: list[tuple[TensorSpec, str]]  # and their names in the output
+    centred: bool = True  # whether norms are stored as their gain less 1
     scale_type: str  # the 16-bit type of the weights: mlx computes in the widest type of what it multiplies
     warnings: tuple[str, ...] = ()
     adapters: Sequence[Mapping[str, Any]] = ()  # what has been merged into it, for the record
@@ -128,11 +130,11 @@ class _AdaptedSource(WeightSource):
 
     def __init__(self, base: WeightSource, checkpoint: AdaptedCheckpoint) -> None:
         self._base, self._checkpoint = base, checkpoint
+        self.checkpoint = checkpoint
         checkpoint.compare_templates()
         self._specs = {spec.name: spec for spec, _ in checkpoint.storage()}
-        self._is_mlx = isinstance(checkpoint.base, FolderCheckpoint) and checkpoint.base.layout == "mlx"
         self.path, self.config = base.path, checkpoint.config
-        self.scale_type, self.warnings = base.scale_type, base.warnings
+        self.scale_type, self.warnings, self.centred = base.scale_type, base.warnings, base.centred
         own = [file for a in checkpoint.adapters if exists(file := a.path / CONFIG)]
         self.files = [*base.files, *own, *(file.path for a in checkpoint.adapters for file in a.files)]
         self.packed = {name: packed for name, packed in base.packed.items() if checkpoint.changed(name) is None}
@@ -154,9 +156,9 @@ class _AdaptedSource(WeightSource):
         if changed is None:
             return x
         merged, role = self._checkpoint.merged_rows(name, to_float32(x), rows), self._specs[name].role
-        if self._is_mlx and role is Role.NORM:
+        if not self.centred and role is Role.NORM:
             merged = round_to(1 + to_float32(merged), changed)
-        if self._is_mlx and role is Role.PATCH:
+        if not self.centred and role is Role.PATCH:
             merged = np.moveaxis(merged, 1, -1)
         return merged.reshape(len(merged), -1)
 
@@ -176,8 +178,8 @@ class _AdaptedSource(WeightSource):
 
 class _FolderSource(WeightSource):
     def __init__(self, checkpoint: FolderCheckpoint) -> None:
-        self._checkpoint = checkpoint
-        self.path, self.config = checkpoint.path, checkpoint.config
+        self.checkpoint = self._checkpoint = checkpoint
+        self.path, self.config, self.centred = checkpoint.path, checkpoint.config, checkpoint.layout != "mlx"
         self._is_text_model = self.config.vision is None and "text_config" not in self.config_values()
         self.files = [*checkpoint.config_files, *(file.path for file in checkpoint.files)]
         self.tensors = [
@@ -246,7 +248,7 @@ class _GGUFSource(WeightSource):
     """
 
     def __init__(self, checkpoint: GGUFCheckpoint) -> None:
-        self._checkpoint = checkpoint
+        self.checkpoint = self._checkpoint = checkpoint
         self.path, self.config = checkpoint.path, checkpoint.config
         self.files = checkpoint.weight_files()
         self.tensors = [(t.spec, hub_name(t.spec.name)) for t in checkpoint.tensors.values()]

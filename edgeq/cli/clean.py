@@ -57,11 +57,18 @@ def clean(
 
 
 def _items(folders: list[Path]) -> list[_Item]:
+    from edgeq.quant.calibrate.workspace import find_unfinished
+
     dead = [
         _Item(leftover.path, leftover.nbytes, "unfinished result", leftover.remove)
         for folder in dict.fromkeys([*folders, cache_folder()])
         for leftover in find_leftovers(folder)
         if leftover.state == "dead"
+    ]
+    dead += [
+        _Item(work.path, work.nbytes, "unfinished calibration, which the same command goes on from", work.remove)
+        for folder in dict.fromkeys(folders)
+        for work in find_unfinished(folder)
     ]
     return dead + [
         _Item(path, path.lstat().st_size, "unused tokenizer table", _unlink(path)) for path in stale_tables()

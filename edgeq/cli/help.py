@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from textwrap import wrap
 from typing import Any
 
@@ -29,6 +30,20 @@ class Command(TyperCommand):
         for parameter in self.params:
             if getattr(parameter, "multiple", False) and parameter.envvar:
                 vars(parameter)["value_from_envvar"] = partial(_texts_from_environment, parameter)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """An option whose metavar is `[NAME]` may stand without a value, at the end or before another option: its value
+        is "default" then."""
+        alone = {
+            name
+            for parameter in self.params
+            if parameter.param_type_name == "option" and str(parameter.metavar).startswith("[")
+            for name in parameter.opts
+        }
+        given = list[str]()
+        for word, following in pairwise([*args, "--"]):
+            given += [word, "default"] if word in alone and following.startswith("-") else [word]
+        return super().parse_args(ctx, given)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:  # noqa: ARG002  # click calls it with a context
         """`[OPTIONS] MODEL`, or `[OPTIONS] [MODEL]` where the command also does something without."""

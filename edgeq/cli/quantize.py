@@ -88,6 +88,42 @@ def quantize(
         bool, option("--no-vision", env=False, help="Leave the vision tower out: --vision none.")
     ] = False,
     no_mtp: Annotated[bool, option("--no-mtp", env=False, help="Leave the MTP head out.")] = False,
+    calibrate: Annotated[
+        str | None,
+        option(
+            "--calibrate",
+            metavar="[TEXT]",
+            env=False,
+            help="Round the matrices for what they are multiplied by on a UTF-8 text; a run that was killed goes on.",
+        ),
+    ] = None,
+    effort: Annotated[
+        str | None,
+        option(
+            "--effort",
+            metavar="fast|standard|best",
+            env=False,
+            default="standard",
+            help="How much work calibration is.",
+        ),
+    ] = None,
+    target_bpw: Annotated[
+        float | None,
+        option(
+            "--target-bpw",
+            metavar="BITS",
+            env=False,
+            help="Choose every matrix' bits for so many per weight of the language model, all its bytes counted.",
+        ),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        option("--target-size", metavar="SIZE", env=False, help="The same for all tensors together: 1.2G, 900M."),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        option("--seed", metavar="N", env=False, default="0", help="Chooses parts of a long calibration text."),
+    ] = None,
     adapter: AdapterOption = None,
     chat_template: Annotated[str | None, chat_template_option(env=False)] = None,
     dry_run: Annotated[
@@ -107,6 +143,7 @@ def quantize(
     \b
     edgeq quantize Qwen/Qwen3.5-2B -o q2b
     edgeq quantize Qwen/Qwen3.5-2B -o q2b --type '*.down_proj=6' --dry-run
+    edgeq quantize Qwen/Qwen3.5-2B -o q2b --calibrate --target-bpw 4.6
     edgeq quantize Qwen/Qwen3.5-2B -o q2b --adapter my-lora
 
     The result runs in edgeq, and unchanged in mlx-lm and mlx-vlm. A quantized GGUF file is accepted as MODEL, with a
@@ -133,6 +170,11 @@ def quantize(
             report=report,
             force=force,
             progress=progress,
+            calibrate=calibrate,
+            effort=effort,
+            target_bpw=target_bpw,
+            target_size=target_size,
+            seed=seed,
         )
     for warning in result.warnings:
         show_warning(warning)

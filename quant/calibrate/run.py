@@ -1,0 +1,156 @@
+"""A calibration as the quantizer has it done: windows, a working folder, allocation, the pass, and a record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.errors import EdgeqError
+from edgeq.formats.bf16 import Array
+from edgeq.quant.calibrate.allocation import Allowance, as_json, choices, from_json
+from edgeq.quant.calibrate.blas import one_blas_thread
+from edgeq.quant.calibrate.calibrator import Calibrator
+from edgeq.quant.calibrate.request import CalibrationRequest
+from edgeq.quant.calibrate.rounder import AffineRounder
+from edgeq.quant.calibrate.sensitivity import expected, measure
+from edgeq.quant.calibrate.taps import tapped_ops
+from edgeq.quant.calibrate.windows import Windows, read_windows
+from edgeq.quant.calibrate.workspace import Solved, Workspace, fingerprint
+from edgeq.quant.recipe import Assignment, QuantSpec
+from edgeq.quant.source import WeightSource
+from edgeq.version import __version__
+from edgeq.weights import Part
+
+__all__ = ["Calibration", "calibrated"]
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibrated matrices by name, in the working folder, and what led to them: the assignments with bits as they were
+    chosen, and the windows."""
+
+    request: CalibrationRequest
+    windows: Windows
+    assignments: Sequence[Assignment]
+    allowance: Allowance | None
+    work: Workspace
+    layers: int
+
+    @cached_property
+    def specs(self) -> dict[str, QuantSpec]:
+        """The matrices that are calibrated."""
+        return _specs(self.assignments)
+
+    def solved(self, name: str) -> Solved:
+        """One of them as it is to be written."""
+        solved = self.work.solved(name)
+        if solved is None:
+            raise EdgeqError(f"{self.work.folder}: {name} has gone", hint="run again: what is missing is made again")
+        return solved
+
+    @cached_property
+    def changed(self) -> dict[str, Array]:
+        """Tensors that are not quantized, but were changed by equalization, as they are to be written."""
+        layers = (self.work.arrays(f"layers.{i}") or {} for i in range(self.layers))
+        return {name: x for changed in layers for name, x in changed.items()}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """For the provenance record."""
+        budget = self.request.budget
+        stages = {
+            "allocation": self.allowance is not None,
+            "equalization": budget.equalize,
+            "rounding": self.request.rounding._asdict(),
+            "inputs": "of the model as quantized so far" if budget.asymmetric else "of the float model",
+        }
+        record = {**self.request.record, **self.windows.record, "stages": stages}
+        if self.allowance is not None:
+            free = {a.spec.name for a in self.allowance.free}
+            record["allocation"] = self.allowance.record | {
+                "bits": {a.spec.name: str(a.storage) for a in self.assignments if a.spec.name in free}
+            }
+        return record
+
+
+@contextmanager
+def calibrated(
+    request: CalibrationRequest, source: WeightSource, assignments: Sequence[Assignment],
+    allowance: Allowance | None, recipe: Mapping[str, Any], out: Path, dtype: np.dtype[Any], threads: int,
+    progress: Progress | None,
+) -> Iterator[Calibration]:  # fmt: skip
+    """Calibrate what `assignments` quantize of the language model and the MTP head, for an output at `out`, with the
+    bits of an `allowance` chosen first; `recipe` is what else decides the result, scales are stored as `dtype`. The
+    working folder is kept where this ends with an error."""
+    windows = read_windows(source.checkpoint, request.text, request.budget.tokens, request.seed)
+    ops = tapped_ops(threads)
+    asked = {
+        "source": fingerprint(source.files),
+        "adapters": [dict(adapter) for adapter in source.adapters],
+        "text": windows.record,
+        "settings": request.record,
+        "recipe": dict(recipe),
+        "version of edgeq": __version__,
+        "backend": ops.describe(),
+    }
+    with Workspace(out, asked) as work, one_blas_thread():
+        meter = _Meter(progress)
+
+        def calibrator(ids: NDArray[np.int32], chosen: Sequence[Assignment]) -> Calibrator:
+            specs = _specs(chosen)
+            rounder = AffineRounder(specs, dtype, request.rounding, threads)
+            equalized = source if request.budget.equalize else None
+            return Calibrator(
+                source.checkpoint, ops, ids, specs, rounder, work,
+                asymmetric=request.budget.asymmetric, told=meter, equalize=equalized,
+            )  # fmt: skip
+
+        meter.total = calibrator(windows.calibration, assignments).expected()
+        if allowance is not None:
+            measured = _spread(windows.calibration, request.budget.measured)
+            sweep, offered = calibrator(measured, ()), {a.spec.name: choices(a) for a in allowance.free}
+            if (kept := work.value("costs")) is None:
+                meter.total += expected(sweep, offered, request.budget.probes)
+                kept = as_json(measure(sweep, offered, request.budget.probes, dtype))
+                work.keep_value("costs", kept)
+            assignments = allowance.applied(assignments, allowance.allocate(from_json(kept)))
+        final = calibrator(windows.calibration, assignments)
+        final.run()
+        yield Calibration(request, windows, assignments, allowance, work, len(final.declared.layers))
+        work.remove()
+
+
+def _specs(assignments: Sequence[Assignment]) -> dict[str, QuantSpec]:
+    """What is to be calibrated."""
+    return {
+        a.spec.name: a.storage
+        for a in assignments
+        if a.spec.part in (Part.TEXT, Part.MTP) and isinstance(a.storage, QuantSpec)
+    }
+
+
+def _spread(windows: NDArray[np.int32], tokens: int) -> NDArray[np.int32]:
+    """Some of the windows, of about so many tokens, from all over them."""
+    count = min(len(windows), max(1, tokens // windows.shape[1]))
+    return np.ascontiguousarray(windows[np.linspace(0, len(windows) - 1, count).astype(int)])
+
+
+class _Meter:
+    """Work as it is done, shown as progress."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress, self.total, self.done = progress, 0.0, 0.0
+
+    def __call__(self, work: float, what: str) -> None:
+        self.done = min(self.done + work, self.total)
+        if self.progress is not None:
+            self.progress(round(self.done / 1e6), round(self.total / 1e6), what)

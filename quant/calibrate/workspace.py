@@ -1,0 +1,225 @@
+"""The working folder of a calibration, which the next run goes on from when this one is killed.
+
+It stands beside the output, `.NAME.calibration`, and holds a lock, what the run was asked for, every matrix that is
+solved, and the activations that the next block begins with. A run that was asked for anything else clears it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from edgeq.errors import ModelError, UsageError
+from edgeq.files.lock import Lock
+from edgeq.files.publish import real_place
+from edgeq.formats.affine import dequantize
+from edgeq.formats.bf16 import Array, Float32
+from edgeq.formats.qmatrix import QMatrix
+from edgeq.formats.safetensors import SafetensorsFile, SafetensorsWriter, dtype_name
+
+__all__ = ["Solved", "Unfinished", "Workspace", "find_unfinished", "fingerprint"]
+
+_ASKED = "asked.json"
+_KIND = ".calibration"
+_OURS = (".safetensors", ".arrays", ".json", ".new")  # how names of files in it end, but for the lock's
+_PAGE, _SAMPLES = 4096, 256  # of a source's file
+
+
+class Solved(NamedTuple):
+    """A matrix as it will be written: words uint32, scales and biases [out, groups], mapped from the working folder.
+
+    error: the squared error of its output per token; squares, squared_error: of the weights that were rounded, and of
+    the difference.
+    """
+
+    words: Array
+    scales: Array
+    biases: Array
+    bits: int
+    group_size: int
+    error: float
+    squares: float
+    squared_error: float
+
+    def rows(self, rows: slice | Array) -> Float32:
+        """Some rows as float32 [rows, in]."""
+        return dequantize(QMatrix(self.words[rows], self.scales[rows], self.biases[rows], self.bits, self.group_size))
+
+
+class Workspace:
+    """A working folder for the output `out` of a run that `asked` describes, as JSON takes it. Closing it keeps what is
+    done; `remove` does not.
+
+    UsageError where another run is at work in it.
+    """
+
+    def __init__(self, out: Path, asked: Mapping[str, Any]) -> None:
+        place = real_place(out)
+        self.folder = place.with_name(f".{place.name}{_KIND}")
+        if self.folder.is_symlink():
+            raise UsageError(f"{self.folder} is a link, expected a working folder", hint="remove it, or rename it")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = Lock(self.folder / "lock")
+        if self._lock.state == "taken":
+            self._lock.close()
+            raise UsageError(f"another run is calibrating {out}", hint="wait until it is done, or choose another name")
+        text = json.dumps(asked, sort_keys=True)
+        before = self._read_asked()
+        if before != text:
+            self._clear()
+            if before is not None:
+                warnings.warn(
+                    f"{out}: an unfinished calibration had {_difference(json.loads(before), asked)}: starting anew",
+                    stacklevel=4,
+                )
+            self._write(_ASKED, text.encode())
+        self.resumed = before == text
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._lock.close()
+
+    def remove(self) -> None:
+        """Remove it: what was made in it has been put to use, or is of no use."""
+        _remove(self.folder)
+
+    # --- matrices ----------------------------------------------------------------------------------------------------
+
+    def solved(self, name: str) -> Solved | None:
+        """The matrix `name`, if it has been solved."""
+        file = self._file(f"{name}.safetensors")
+        if file is None:
+            return None
+        arrays: dict[str, Any] = {key: file.array(key) for key in ("words", "scales", "biases")}
+        return Solved(**arrays, **{key: json.loads(value) for key, value in file.metadata.items()})
+
+    def keep_solved(self, name: str, solved: Solved) -> None:
+        """Keep a matrix."""
+        arrays = {"words": solved.words, "scales": solved.scales, "biases": solved.biases}
+        facts = {key: json.dumps(value) for key, value in solved._asdict().items() if key not in arrays}
+        self._write_arrays(f"{name}.safetensors", arrays, facts)
+
+    # --- anything else -----------------------------------------------------------------------------------------------
+
+    def arrays(self, name: str) -> dict[str, Array] | None:
+        """Arrays kept under `name`, mapped."""
+        file = self._file(f"{name}.arrays")
+        if file is None:
+            return None
+        return {key: file.array(key) for key in file.tensors}
+
+    def keep_arrays(self, name: str, arrays: Mapping[str, Array]) -> None:
+        """Keep arrays under `name`; what had the name before is replaced in one step."""
+        self._write_arrays(f"{name}.arrays", arrays, {})
+
+    def value(self, name: str) -> Any:
+        """A value kept under `name`; None if there is none."""
+        with suppress(OSError, ValueError):
+            return json.loads((self.folder / f"{name}.json").read_bytes())
+        return None
+
+    def keep_value(self, name: str, value: Any) -> None:
+        """Keep a value as JSON."""
+        self._write(f"{name}.json", json.dumps(value).encode())
+
+    def _file(self, name: str) -> SafetensorsFile | None:
+        """A whole file, if there is one."""
+        with suppress(OSError, ModelError):
+            return SafetensorsFile(self.folder / name)
+        return None
+
+    def _write_arrays(self, file_name: str, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
+        entries = {name: (dtype_name(x.dtype), x.shape) for name, x in arrays.items()}
+        new = self.folder / f"{file_name}.new"
+        with SafetensorsWriter(new, entries, metadata) as file:
+            for name, x in arrays.items():
+                file.write(name, x)
+        new.replace(self.folder / file_name)
+
+    def _write(self, name: str, data: bytes) -> None:
+        new = self.folder / f"{name}.new"
+        with new.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(self.folder / name)
+
+    def _read_asked(self) -> str | None:
+        with suppress(OSError, ValueError):
+            text = (self.folder / _ASKED).read_text("utf-8")
+            return text if isinstance(json.loads(text), dict) else None
+        return None
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            if path.suffix in _OURS:
+                path.unlink()
+
+
+class Unfinished(NamedTuple):
+    """A working folder that nobody works in."""
+
+    path: Path
+    nbytes: int
+
+    def remove(self) -> bool:
+        """Remove it, if nobody has gone on with it; False if something remains."""
+        lock = Lock(self.path / "lock")
+        try:
+            if lock.state == "mine":
+                _remove(self.path)
+        finally:
+            lock.close()
+        return not self.path.exists()
+
+
+def find_unfinished(folder: Path) -> list[Unfinished]:
+    """The working folders in a folder that killed runs have left."""
+    found = []
+    for path in sorted(folder.glob(f".*{_KIND}")):
+        with suppress(OSError):
+            lock = Lock(path / "lock", shared=True)
+            if lock.state == "mine":
+                found.append(Unfinished(path, sum(file.stat().st_size for file in path.iterdir())))
+            lock.close()
+    return found
+
+
+def _remove(folder: Path) -> None:
+    """Remove a working folder, its lock last, but nothing that is not its own."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if path.suffix in _OURS:
+                path.unlink()
+        (folder / "lock").unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs, in a few words."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return f"another {', '.join(names)}" if names else "other settings"
+
+
+def fingerprint(files: list[Path]) -> str:
+    """What tells a source from another: lengths of its files, and pages all over them, as text."""
+    digest = sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb", buffering=0) as file:
+            for start in range(0, size, max(_PAGE, size // _SAMPLES)):
+                file.seek(start)
+                digest.update(file.read(_PAGE))
+    return digest.hexdigest()

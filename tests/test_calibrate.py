@@ -1,0 +1,328 @@
+"""Calibrated quantization from folder to folder: the pass, going on after a kill, allocation, refusals, the record."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from tiny_tokenizer import IM_END, WORDS, build_tiny_tokenizer
+from typer.testing import CliRunner
+
+import edgeq
+from edgeq.checkpoint import FolderCheckpoint
+from edgeq.cli import app
+from edgeq.errors import ModelError, UsageError
+from edgeq.formats.bf16 import Array, from_float32
+from edgeq.formats.safetensors import SafetensorsFile
+from edgeq.quality.kld import compare, cut
+from edgeq.quant.calibrate import request
+from edgeq.quant.calibrate.calibrator import Calibrator, Recorded, matrices
+from edgeq.quant.calibrate.folding import fold_block
+from edgeq.quant.calibrate.request import Budget
+from edgeq.quant.calibrate.sensitivity import measure
+from edgeq.quant.calibrate.taps import TappedOps, tapped_ops
+from edgeq.quant.quantizer import quantize
+from edgeq.quant.recipe import QuantSpec
+from edgeq.quant.source import open_source
+from edgeq.testing import config_values, nmse, write_checkpoint
+
+TINY = config_values(vocab_size=1088, eos_token_id=IM_END, mtp=True, layer_types=["linear_attention", "full_attention"])
+Q4 = QuantSpec(4, 64)
+
+
+class Bed(NamedTuple):
+    """A checkpoint with a tokenizer, and a text of about 1,100 tokens."""
+
+    model: Path
+    text: Path
+
+
+@pytest.fixture(scope="module")
+def bed(tmp_path_factory: pytest.TempPathFactory) -> Bed:
+    folder = tmp_path_factory.mktemp("calibrate")
+    write_checkpoint(folder / "model", TINY)
+    build_tiny_tokenizer(folder / "model")
+    rng = np.random.default_rng(0)
+    few = rng.standard_normal((1088, 6)) @ rng.standard_normal((6, 64)) / 20  # so that activations are correlated
+    overwrite(folder / "model", "model.language_model.embed_tokens.weight", from_float32(few.astype(np.float32)))
+    (folder / "text").write_text(" ".join(np.random.default_rng(0).choice(WORDS, 1000)))
+    return Bed(folder / "model", folder / "text")
+
+
+def overwrite(folder: Path, name: str, values: Array) -> None:
+    """Put other bytes where a tensor begins."""
+    file = SafetensorsFile(folder / "model.safetensors")
+    with file.path.open("r+b") as out:
+        out.seek(file._data_start + file.tensors[name].start)
+        out.write(values.tobytes())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick() -> Iterator[None]:
+    """Few tokens: what is tested does not depend on how many."""
+    with pytest.MonkeyPatch.context() as patch:
+        quick = {
+            name: Budget(1024, 512, 1, asymmetric=asymmetric)
+            for name, asymmetric in [("fast", False), ("standard", True)]
+        }
+        patch.setattr(request, "BUDGETS", quick)
+        yield
+
+
+@pytest.fixture(scope="module")
+def standard(bed: Bed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("standard") / "out"
+    quantize(bed.model, out, calibrate=bed.text, threads=1)
+    return out
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def make_calibrator(bed: Bed, ops: TappedOps | None = None) -> Calibrator:
+    """One that measures, and solves nothing."""
+    ids = np.random.default_rng(0).integers(0, 1000, (2, 64)).astype(np.int32)
+    return Calibrator(
+        FolderCheckpoint(bed.model), ops or tapped_ops(1), ids, {}, _none, _none,  # type: ignore[arg-type]
+        asymmetric=False, told=_none,
+    )  # fmt: skip
+
+
+def _none(*_: object) -> None:
+    return None
+
+
+class TestResult:
+    def test_is_a_checkpoint_like_any_other(self, bed: Bed, standard: Path, tmp_path: Path) -> None:
+        plain = tmp_path / "plain"
+        quantize(bed.model, plain)
+        one, other = FolderCheckpoint(standard), FolderCheckpoint(plain)
+        assert list(one.storage()) == list(other.storage())
+        assert weights(standard) != weights(plain)
+        assert not list(standard.parent.glob(".*")), "nothing of the working folder is left"
+        source, one_model, plain_model = (edgeq.load(f, backend="numpy") for f in (bed.model, standard, plain))
+        assert source.tokenizer is not None
+        windows = cut(source.tokenizer.encode(bed.text.read_text()), 256)
+        calibrated, by_weights = compare(source.engine, [one_model.engine, plain_model.engine], windows)
+        assert calibrated.mean < 0.8 * by_weights.mean
+
+    def test_every_matrix_is_calibrated_and_the_rest_is_as_it_was_but_for_scale(self, bed: Bed, standard: Path) -> None:
+        before, after = FolderCheckpoint(bed.model), FolderCheckpoint(standard)
+        for name, tensor in after.tensors.items():
+            if tensor.quantization is None and not tensor.spec.is_matrix and "layernorm" not in name:
+                assert nmse(before.dense(name), after.dense(name)) < (
+                    0.5 if name.endswith("attn.norm.weight") else 1e-12
+                )
+
+    def test_record(self, bed: Bed, standard: Path) -> None:
+        record = json.loads((standard / "edgeq.json").read_text())["recipe"]["calibration"]
+        assert (record["text"], record["effort"], record["seed"]) == ("text", "standard", 0)
+        assert record["tokens"] == 512
+        assert record["held_out_tokens"] == 512
+        assert len(record["sha256"]) == 64
+        assert record["stages"]["equalization"]
+
+    @pytest.mark.parametrize("threads", [2, 3])
+    def test_does_not_depend_on_threads(self, bed: Bed, standard: Path, tmp_path: Path, threads: int) -> None:
+        quantize(bed.model, tmp_path / "out", calibrate=bed.text, threads=threads)
+        assert weights(tmp_path / "out") == weights(standard)
+
+    def test_fast(self, bed: Bed, standard: Path, tmp_path: Path) -> None:
+        quantize(bed.model, tmp_path / "out", calibrate=bed.text, effort="fast")
+        assert list(FolderCheckpoint(tmp_path / "out").storage()) == list(FolderCheckpoint(standard).storage())
+
+    def test_an_untied_model(self, bed: Bed, tmp_path: Path) -> None:
+        values = config_values(vocab_size=1088, layer_types=["full_attention"], tie_word_embeddings=False)
+        write_checkpoint(tmp_path / "model", values)
+        build_tiny_tokenizer(tmp_path / "model")
+        report = quantize(tmp_path / "model", tmp_path / "out", calibrate=bed.text, effort="standard", target_bpw=5.5)
+        assert 5.3 < report.bits_per_weight("text") <= 5.5
+
+
+class TestResuming:
+    def test_goes_on_where_it_was_killed(self, bed: Bed, standard: Path, tmp_path: Path) -> None:
+        class Killed(BaseException):
+            pass
+
+        def kill(done: int, total: int, what: str) -> None:
+            if what == "layers.1.mlp.up_proj.weight":
+                raise Killed
+
+        out = tmp_path / "out"
+        with pytest.raises(Killed):
+            quantize(bed.model, out, calibrate=bed.text, progress=kill)
+        assert not out.exists()
+        before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".out.calibration").glob("layers*")}
+        assert "layers.1.self_attn.q_proj.weight.safetensors" in before
+        seen = list[str]()
+        quantize(bed.model, out, calibrate=bed.text, progress=lambda done, total, what: seen.append(what))
+        assert "layers.0.mlp.up_proj.weight" not in seen[: seen.index("mtp.fc.weight")]
+        assert weights(out) == weights(standard)
+        assert not (tmp_path / ".out.calibration").exists()
+
+    def test_another_setting_starts_anew_and_says_so(self, bed: Bed, standard: Path, tmp_path: Path) -> None:
+        folder = tmp_path / ".out.calibration"
+        folder.mkdir()
+        (folder / "asked.json").write_text('{"settings": {"seed": 7}}')
+        (folder / "embed_tokens.weight.safetensors").write_bytes(b"of that other run")
+        with pytest.warns(UserWarning, match=r"an unfinished calibration had another .*settings.*: starting anew"):
+            quantize(bed.model, tmp_path / "out", calibrate=bed.text)
+        assert weights(tmp_path / "out") == weights(standard)
+
+    def test_what_is_damaged_is_made_again(self, bed: Bed, standard: Path, tmp_path: Path) -> None:
+        def kill(done: int, total: int, what: str) -> None:
+            if what == "layers.1.mlp.up_proj.weight":
+                for path in (tmp_path / ".out.calibration").glob("*weight.safetensors"):
+                    path.write_bytes(path.read_bytes()[:-1])
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            quantize(bed.model, tmp_path / "out", calibrate=bed.text, progress=kill)
+        quantize(bed.model, tmp_path / "out", calibrate=bed.text)
+        assert weights(tmp_path / "out") == weights(standard)
+
+
+class TestAllocation:
+    def test_meets_the_target(self, bed: Bed, tmp_path: Path) -> None:
+        rules = ["layers.0.mlp.up_proj=8g32"]
+        dry = quantize(bed.model, None, calibrate=bed.text, target_bpw=5.2, types=rules, dry_run=True)
+        done = quantize(bed.model, tmp_path / "out", calibrate=bed.text, target_bpw=5.2, types=rules)
+        assert 5.0 < done.bits_per_weight("text") <= 5.2
+        assert dry.allocation == done.allocation
+        kinds = {t.name: t.type for t in done.tensors}
+        assert kinds["layers.0.mlp.up_proj.weight"] == "8-bit g32"
+        assert len(set(kinds.values())) > 4
+        record = json.loads((tmp_path / "out/edgeq.json").read_text())["recipe"]["calibration"]["allocation"]
+        assert record["bits"]["embed_tokens.weight"] == kinds["embed_tokens.weight"]
+
+    def test_size(self, bed: Bed, tmp_path: Path) -> None:
+        size = quantize(bed.model, None, dry_run=True).nbytes() + 10_000
+        done = quantize(bed.model, tmp_path / "out", calibrate=bed.text, effort="fast", target_size=f"{size / 1000}K")
+        assert size - 3000 < done.nbytes() <= size
+
+    def test_costs_of_the_head_are_its_divergence(self, bed: Bed) -> None:
+        cal = make_calibrator(bed)
+        head = "embed_tokens.weight"
+        costs = measure(cal, {head: [Q4, QuantSpec(8, 64)]}, 2, np.dtype(np.uint16))[head]
+        assert 0 < 20 * costs[QuantSpec(8, 64)] < costs[Q4]
+
+
+class TestFolding:
+    def test_changes_nothing_in_float(self, bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever the factors are: the block's output and its matrices' inputs go together as before."""
+        rng, source = np.random.default_rng(0), open_source(bed.model)
+
+        def factors(ws: Any, h: Any, specs: Any, share: Any = None) -> Any:
+            s = np.exp(rng.standard_normal(h.columns)).astype(np.float32)
+            return s if share is None else s[: share.max() + 1][share]
+
+        monkeypatch.setattr("edgeq.quant.calibrate.folding.column_factors", factors)
+        cal = make_calibrator(bed)
+        x = rng.standard_normal((128, 64)).astype(np.float32)
+        for i, declared in enumerate(cal.declared.layers):
+            weights, recorded = cal.weights(declared), dict[str, Recorded]()
+            before = cal.float_block(i, weights, x, recorded)
+            inputs = {name: read.inputs for name, read in recorded.items()}
+            specs = {m.name: Q4 for m in matrices(weights) if "in_proj_a" not in m.name and "in_proj_b" not in m.name}
+            folded, changed = fold_block(cal.c, declared, weights, inputs, specs, source)
+            again = dict[str, Recorded]()
+            after = cal.float_block(i, folded, x, again)
+            assert nmse(before, after) < (1e-5 if i == 0 else 1e-10)  # DeltaNet's gates are rounded to bfloat16 again
+            assert (
+                nmse(inputs[f"layers.{i}.mlp.down_proj.weight"], again[f"layers.{i}.mlp.down_proj.weight"].inputs)
+                < 1e-5
+            )
+            assert f"layers.{i}.input_layernorm.weight" in changed
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_backends_agree(bed: Bed, layer: int) -> None:
+    native = make_calibrator(bed)
+    reference = make_calibrator(bed, ops=TappedOps("f32"))
+    x = np.random.default_rng(1).standard_normal((128, 64)).astype(np.float32)
+    one, other = (c.float_block(layer, c.weights(c.declared.layers[layer]), x) for c in (native, reference))
+    assert nmse(other, one) < 1e-10
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("settings", "problem"),
+        [
+            ({"effort": "best"}, "effort is for calibration"),
+            ({"target_bpw": 4.6}, "target-bpw is for calibration"),
+            ({"calibrate": "t", "effort": "most"}, "unknown effort 'most'"),
+            ({"calibrate": "t", "recipe": "keep"}, "calibration and recipe 'keep' contradict"),
+            ({"calibrate": "t", "recipe": "none"}, "calibration and recipe 'none' contradict"),
+            ({"calibrate": "t", "target_bpw": 4.6, "target_size": "1G"}, "target-bpw and target-size contradict"),
+            ({"calibrate": "t", "target_bpw": 4.6, "bits": 4}, "target-bpw and bits contradict"),
+            ({"calibrate": "t", "target_size": "1G", "recipe": "q4"}, "target-size and recipe contradict"),
+            ({"calibrate": "t", "target_bpw": 4.6, "group_size": 32}, "target-bpw and group-size contradict"),
+            ({"calibrate": "t", "target_bpw": 1.5}, "target-bpw must be"),
+            ({"calibrate": "t", "target_bpw": float("nan")}, "target-bpw must be"),
+            ({"calibrate": "t", "target_size": "much"}, "target-size 'much' is no size"),
+            ({"calibrate": "t", "seed": -1}, "seed must be"),
+            ({"calibrate": "t", "target_bpw": 3.0}, "the smallest choices take"),
+        ],
+    )
+    def test_settings(self, bed: Bed, tmp_path: Path, settings: dict[str, Any], problem: str) -> None:
+        with pytest.raises(UsageError, match=problem):
+            quantize(bed.model, tmp_path / "out", **settings)
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        ("data", "problem"),
+        [
+            (b"", "has 0 tokens, expected 16"),
+            (b"one two", "tokens, expected 16"),
+            (b"\xff\xfe text", "is not UTF-8 text"),
+            (None, "cannot be read: No such file"),
+        ],
+    )
+    def test_texts(self, bed: Bed, tmp_path: Path, data: bytes | None, problem: str) -> None:
+        if data is not None:
+            (tmp_path / "text").write_bytes(data)
+        with pytest.raises(UsageError, match=problem):
+            quantize(bed.model, tmp_path / "out", calibrate=tmp_path / "text")
+        assert not list(tmp_path.glob(".*"))
+
+    def test_a_short_text_is_one_window(self, bed: Bed, tmp_path: Path) -> None:
+        (tmp_path / "text").write_text(" ".join(WORDS[:20]))
+        quantize(bed.model, tmp_path / "out", calibrate=tmp_path / "text", target_bpw=5.5)
+        assert FolderCheckpoint(tmp_path / "out").format == "safetensors, group-quantized"
+
+    def test_no_tokenizer(self, bed: Bed, tmp_path: Path) -> None:
+        write_checkpoint(tmp_path / "model", TINY)
+        with pytest.raises(ModelError, match="has no tokenizer, which calibration needs"):
+            quantize(tmp_path / "model", tmp_path / "out", calibrate=bed.text)
+
+    def test_weights_that_overflow(self, bed: Bed, tmp_path: Path) -> None:
+        model = tmp_path / "model"
+        shutil.copytree(bed.model, model)
+        large = np.full(64, 0x7F00, "<u2")  # 1.7e38 in bfloat16
+        overwrite(model, "model.language_model.layers.0.mlp.down_proj.weight", large)
+        with pytest.raises(ModelError, match=r"NaN|finite|beyond"):
+            quantize(model, tmp_path / "out", calibrate=bed.text)
+        assert not (tmp_path / "out").exists()
+
+    def test_two_runs(self, bed: Bed, tmp_path: Path) -> None:
+        def other(done: int, total: int, what: str) -> None:
+            with pytest.raises(UsageError, match="another run is calibrating"):
+                quantize(bed.model, tmp_path / "out", calibrate=bed.text)
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            quantize(bed.model, tmp_path / "out", calibrate=bed.text, progress=other)
+
+
+def test_command(bed: Bed, tmp_path: Path) -> None:
+    words = ["quantize", str(bed.model), "-o", str(tmp_path / "out"), "--calibrate", str(bed.text), "--effort", "fast"]
+    found = CliRunner().invoke(app, words)
+    assert found.exit_code == 0, found.output
+    dry = CliRunner().invoke(app, [*words, "--target-bpw", "5", "--dry-run"])
+    assert "to be chosen for 14 matrices" in dry.output, dry.output
