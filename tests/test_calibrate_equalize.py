@@ -113,7 +113,7 @@ OFFERS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(offers=st.lists(OFFERS, min_size=1, max_size=4), room=st.integers(0, 120))
 def test_allocation_against_all_combinations(offers: list[list[tuple[int, float]]], room: int) -> None:
     """Within the budget, and no worse than the best combination by more than one step (the bytes left over)."""

@@ -78,7 +78,7 @@ def test_codes_are_those_of_gptq() -> None:
     assert (rows.codes == slow).all(1).mean() > 0.95
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
