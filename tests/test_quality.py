@@ -364,7 +364,7 @@ def negate_a_row(path: Path, tensor: str) -> None:
     file = SafetensorsFile(path)
     info = file.tensors[tensor]
     data = bytearray(path.read_bytes())
-    start = file._data_start + info.start
+    start = file.data_start + info.start
     for high_byte in range(start + 1, start + 2 * info.shape[1], 2):
         data[high_byte] ^= 0x80
     path.write_bytes(data)
