@@ -59,7 +59,7 @@ def overwrite(folder: Path, name: str, values: Array) -> None:
     """Put other bytes where a tensor begins."""
     file = SafetensorsFile(folder / "model.safetensors")
     with file.path.open("r+b") as out:
-        out.seek(file._data_start + file.tensors[name].start)
+        out.seek(file.data_start + file.tensors[name].start)
         out.write(values.tobytes())
 
 

@@ -192,7 +192,7 @@ def divergence(mean: float, **fields: float) -> Divergence:
 def set_to_nan(path: Path, tensor: str) -> None:
     file = SafetensorsFile(path)
     data = bytearray(path.read_bytes())
-    start = file._data_start + file.tensors[tensor].start
+    start = file.data_start + file.tensors[tensor].start
     data[start : start + 2] = b"\xc0\x7f"
     path.write_bytes(data)
 

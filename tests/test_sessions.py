@@ -433,10 +433,11 @@ class TestCommand:
         data, messages, tools = path.read_bytes(), tmp_path / "m.json", tmp_path / "t.json"
         messages.write_text('[{"role": "user", "content": "x"}]')
         tools.write_text(json.dumps([TOOL]))
-        for option, what, why in [
+        cases: list[tuple[str, str | Path, str]] = [
             ("--system", "y", "with no system prompt"), ("--messages", messages, "is a conversation that has begun"),
             ("--tools", tools, "with no tools"), ("--chat-template-kwargs", '{"x": 1}', "with no variables for the"),
-        ]:  # fmt: skip
+        ]  # fmt: skip
+        for option, what, why in cases:
             result = run("chat", "--session", path, "-p", "x", option, what)
             assert result.code == 2
             assert why in result.err

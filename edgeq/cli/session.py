@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Session", "opened_session"]
 
-_FIXED = {"system": "a system prompt (or documents)", "tools": "tools", "template_kwargs": "variables for the chat template"}
+_FIXED = {
+    "system": "a system prompt (or documents)",
+    "tools": "tools",
+    "template_kwargs": "variables for the chat template",
+}
 
 
 @contextmanager
