@@ -34,6 +34,7 @@ from edgeq.formats.packed import Grouped
 from edgeq.formats.safetensors import DTYPES, SafetensorsWriter, dtype_name
 from edgeq.hub import find_model
 from edgeq.inputs import check_output
+from edgeq.quality.gate import GateResult, check
 from edgeq.quant.calibrate.allocation import Allowance
 from edgeq.quant.calibrate.request import CalibrationRequest, choose_calibration
 from edgeq.quant.calibrate.run import Calibration, calibrated
@@ -146,9 +147,10 @@ def quantize(
             plan.assignments = list(plan.calibration.assignments)
             planned = replace(planned, tensors=plan.report(planned.source, planned.out).tensors)
         folder = stack.enter_context(new_folder(target.out, room=plan.nbytes(), may_replace=target.may_replace))
-        errors = _write_folder(plan, folder, Source(plan.source.path, revision), threads, progress)
+        errors, judged = _write_folder(plan, folder, Source(plan.source.path, revision), threads, progress)
     tensors = tuple(replace(t, nmse=errors.get(t.name)) for t in planned.tensors)
-    done = replace(planned, tensors=tensors, seconds=time.perf_counter() - start)
+    gate = judged.as_json() if judged else None
+    done = replace(planned, tensors=tensors, seconds=time.perf_counter() - start, quality=gate)
     targets.write_report(done)
     return done
 
@@ -369,22 +371,35 @@ def _cores() -> int:
 
 def _write_folder(
     plan: _Plan, folder: Path, source: Source, threads: int, progress: Progress | None
-) -> dict[str, float]:
-    """Write everything into `folder`; the relative squared error of every quantized tensor."""
-    stop = threading.Event()
+) -> tuple[dict[str, float], GateResult | None]:
+    """Write everything into `folder`; the relative squared error of every quantized tensor, and how good a calibrated
+    result is. QualityError for one that is damaged."""
+    stop, judged = threading.Event(), None
     with ThreadPoolExecutor(threads + 1) as pool:
         inputs = pool.submit(hash_files, plan.source.files, stop=stop.is_set)
         try:
             errors = _WeightWriter(plan, folder, pool, threads, progress).write()
             plan.source.write_side_files(folder)
             _write_json(folder / "config.json", plan.config())
+            if plan.calibration is not None:
+                judged = check(
+                    plan.source.checkpoint, folder, plan.calibration.windows.held_out, threads=threads,
+                    progress=progress and _judging(progress),
+                )  # fmt: skip
+                judged.need()
             outputs = hash_files(sorted(path for path in folder.rglob("*") if path.is_file()), folder)
             record = provenance(source, inputs.result(), outputs, plan.recipe_record())
+            if judged is not None:
+                record["quality"] = judged.as_json()
             plan.source.check_whole()  # or what was hashed is not what was read
             _write_json(folder / RECORD, record)
         finally:
             stop.set()
-    return errors
+    return errors, judged
+
+
+def _judging(progress: Progress) -> Callable[[int, int], None]:
+    return lambda done, total: progress(done, total, "judging the result")
 
 
 class _WeightWriter:

@@ -37,7 +37,8 @@ class Report:
     """A quantization: `seconds` is 0 and there are no errors after a dry run; `warnings` are about the source.
 
     `allocation`: where bits are chosen, how many `matrices` may take how many bytes (`budget`), what their smallest
-    choices take (`least`), and what else counts (`others`).
+    choices take (`least`), and what else counts (`others`). `quality`: what a calibrated result was judged by
+    (`edgeq.quality.gate.GateResult.as_json`).
     """
 
     source: str
@@ -47,6 +48,7 @@ class Report:
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
     allocation: Mapping[str, int] | None = None
+    quality: Mapping[str, Any] | None = None
 
     @property
     def parts(self) -> list[str]:
@@ -72,6 +74,7 @@ class Report:
             "bits_per_weight": self.bits_per_weight(),
             "parts": sums,
             "allocation": dict(self.allocation) if self.allocation else None,
+            "quality": self.quality,
             "tensors": [asdict(t) for t in self.tensors],
         }
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from edgeq.backends.numpy import NumpyOps
 from edgeq.checkpoint import FolderCheckpoint
 from edgeq.cli import app
-from edgeq.errors import ModelError, UsageError
+from edgeq.errors import ModelError, QualityError, UsageError
 from edgeq.formats.bf16 import Array, from_float32
 from edgeq.formats.safetensors import SafetensorsFile
 from edgeq.quality.kld import compare, cut
@@ -25,8 +25,11 @@ from edgeq.quant.calibrate import request
 from edgeq.quant.calibrate.calibrator import Calibrator, Recorded, matrices
 from edgeq.quant.calibrate.folding import fold_block
 from edgeq.quant.calibrate.request import Budget
+from edgeq.quant.calibrate.rounder import AffineRounder
 from edgeq.quant.calibrate.sensitivity import measure
 from edgeq.quant.calibrate.taps import TappedOps, tapped_ops
+from edgeq.quant.calibrate.windows import read_windows
+from edgeq.quant.calibrate.workspace import Solved
 from edgeq.quant.quantizer import quantize
 from edgeq.quant.recipe import QuantSpec
 from edgeq.quant.source import open_source
@@ -68,7 +71,7 @@ def _quick() -> Iterator[None]:
     """Few tokens: what is tested does not depend on how many."""
     with pytest.MonkeyPatch.context() as patch:
         quick = {
-            name: Budget(1024, 512, 1, asymmetric=asymmetric)
+            name: Budget(1024, 512, 1, 1, asymmetric=asymmetric)
             for name, asymmetric in [("fast", False), ("standard", True)]
         }
         patch.setattr(request, "BUDGETS", quick)
@@ -108,7 +111,7 @@ class TestResult:
         assert weights(standard) != weights(plain)
         assert not list(standard.parent.glob(".*")), "nothing of the working folder is left"
         source, *models = (Stream(FolderCheckpoint(f), NumpyOps()) for f in (bed.model, standard, plain))
-        tokenizer = source.checkpoint.tokenizer()
+        tokenizer = FolderCheckpoint(bed.model).tokenizer()
         assert tokenizer is not None
         found = compare(source, models, cut(tokenizer.encode(bed.text.read_text()), 256))
         calibrated, by_weights = (comparison.divergence.mean for comparison in found)
@@ -129,6 +132,9 @@ class TestResult:
         assert record["held_out_tokens"] == 512
         assert len(record["sha256"]) == 64
         assert record["stages"]["equalization"]
+        quality = json.loads((standard / "edgeq.json").read_text())["quality"]
+        assert quality["passed"]
+        assert quality["kl"]["mean"] < quality["plain_rounding"]["kl"]["mean"]
 
     @pytest.mark.parametrize("threads", [2, 3])
     def test_does_not_depend_on_threads(self, bed: Bed, standard: Path, tmp_path: Path, threads: int) -> None:
@@ -300,7 +306,7 @@ class TestRefusals:
 
     def test_no_tokenizer(self, bed: Bed, tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "model", TINY)
-        with pytest.raises(ModelError, match="has no tokenizer, which calibration needs"):
+        with pytest.raises(ModelError, match="has no tokenizer"):
             quantize(tmp_path / "model", tmp_path / "out", calibrate=bed.text)
 
     def test_weights_that_overflow(self, bed: Bed, tmp_path: Path) -> None:
@@ -312,6 +318,18 @@ class TestRefusals:
             quantize(model, tmp_path / "out", calibrate=bed.text)
         assert not (tmp_path / "out").exists()
 
+    def test_a_damaged_result(self, bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        rounded = AffineRounder.__call__
+
+        def damaged(self: AffineRounder, name: str, w: Any, h: Any, /) -> Solved:
+            solved = rounded(self, name, w, h)
+            return solved._replace(scales=np.zeros_like(solved.scales)) if "down_proj" in name else solved
+
+        monkeypatch.setattr(AffineRounder, "__call__", damaged)
+        with pytest.raises(QualityError, match="the quantized model is damaged"):
+            quantize(bed.model, tmp_path / "out", calibrate=bed.text)
+        assert not list(tmp_path.iterdir()), "neither the result nor what it was made from"
+
     def test_two_runs(self, bed: Bed, tmp_path: Path) -> None:
         def other(done: int, total: int, what: str) -> None:
             with pytest.raises(UsageError, match="another run is calibrating"):
@@ -322,9 +340,18 @@ class TestRefusals:
             quantize(bed.model, tmp_path / "out", calibrate=bed.text, progress=other)
 
 
+def test_the_default_text(bed: Bed, tmp_path: Path) -> None:
+    windows = read_windows(FolderCheckpoint(bed.model), "default", 4096, 2, 0)
+    other = read_windows(FolderCheckpoint(bed.model), "default", 4096, 2, 1)
+    assert windows.calibration.shape == other.calibration.shape == (8, 512)
+    assert windows.name.startswith("edgeq default")
+    assert not np.array_equal(windows.calibration, other.calibration)
+
+
 def test_command(bed: Bed, tmp_path: Path) -> None:
     words = ["quantize", str(bed.model), "-o", str(tmp_path / "out"), "--calibrate", str(bed.text), "--effort", "fast"]
     found = CliRunner().invoke(app, words)
     assert found.exit_code == 0, found.output
-    dry = CliRunner().invoke(app, [*words, "--target-bpw", "5", "--dry-run"])
+    words = ["quantize", str(bed.model), "--calibrate", "--target-bpw", "5", "--dry-run"]  # no text: the default
+    dry = CliRunner().invoke(app, words)
     assert "to be chosen for 14 matrices" in dry.output, dry.output

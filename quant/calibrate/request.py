@@ -19,23 +19,24 @@ __all__ = ["BUDGETS", "Budget", "CalibrationRequest", "choose_calibration"]
 
 
 class Budget(NamedTuple):
-    """How many tokens an effort takes: to round by, and to measure by where bits are allocated; and how many windows'
-    beginnings predictions are compared on for that. `asymmetric` is whether
-    a block sees the inputs that the blocks before it give once they are quantized, `equalize` whether scale is moved
+    """How many tokens an effort takes: to round by, and to measure by where bits are allocated; how many windows'
+    beginnings predictions are compared on for that; how many windows the result is judged by. `asymmetric` is whether a
+    block sees the inputs that the blocks before it give once they are quantized, `equalize` whether scale is moved
     between columns and norms."""
 
     tokens: int
     measured: int
     probes: int
+    judged: int
     asymmetric: bool
     equalize: bool = True
 
 
 BUDGETS: Mapping[str, Budget] = MappingProxyType(
     {
-        "fast": Budget(2048, 2048, 4, asymmetric=False),
-        "standard": Budget(16384, 8192, 8, asymmetric=True),
-        "best": Budget(32768, 16384, 16, asymmetric=True),
+        "fast": Budget(2048, 2048, 4, 2, asymmetric=False),
+        "standard": Budget(16384, 8192, 8, 8, asymmetric=True),
+        "best": Budget(32768, 16384, 16, 16, asymmetric=True),
     }
 )
 _BPW = Range(2, 16)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.errors import EdgeqError
+from edgeq.errors import EdgeqError, QualityError
 from edgeq.formats.bf16 import Array
 from edgeq.quant.calibrate.allocation import Allowance, as_json, choices, from_json
 from edgeq.quant.calibrate.blas import one_blas_thread
@@ -91,7 +91,8 @@ def calibrated(
     """Calibrate what `assignments` quantize of the language model and the MTP head, for an output at `out`, with the
     bits of an `allowance` chosen first; `recipe` is what else decides the result, scales are stored as `dtype`. The
     working folder is kept where this ends with an error."""
-    windows = read_windows(source.checkpoint, request.text, request.budget.tokens, request.seed)
+    budget = request.budget
+    windows = read_windows(source.checkpoint, request.text, budget.tokens, budget.judged, request.seed)
     ops = tapped_ops(threads)
     asked = {
         "source": fingerprint(source.files),
@@ -108,24 +109,28 @@ def calibrated(
         def calibrator(ids: NDArray[np.int32], chosen: Sequence[Assignment]) -> Calibrator:
             specs = _specs(chosen)
             rounder = AffineRounder(specs, dtype, request.rounding, threads)
-            equalized = source if request.budget.equalize else None
+            equalized = source if budget.equalize else None
             return Calibrator(
                 source.checkpoint, ops, ids, specs, rounder, work,
-                asymmetric=request.budget.asymmetric, told=meter, equalize=equalized,
+                asymmetric=budget.asymmetric, told=meter, equalize=equalized,
             )  # fmt: skip
 
         meter.total = calibrator(windows.calibration, assignments).expected()
         if allowance is not None:
-            measured = _spread(windows.calibration, request.budget.measured)
+            measured = _spread(windows.calibration, budget.measured)
             sweep, offered = calibrator(measured, ()), {a.spec.name: choices(a) for a in allowance.free}
             if (kept := work.value("costs")) is None:
-                meter.total += expected(sweep, offered, request.budget.probes)
-                kept = as_json(measure(sweep, offered, request.budget.probes, dtype))
+                meter.total += expected(sweep, offered, budget.probes)
+                kept = as_json(measure(sweep, offered, budget.probes, dtype))
                 work.keep_value("costs", kept)
             assignments = allowance.applied(assignments, allowance.allocate(from_json(kept)))
         final = calibrator(windows.calibration, assignments)
         final.run()
-        yield Calibration(request, windows, assignments, allowance, work, len(final.declared.layers))
+        try:
+            yield Calibration(request, windows, assignments, allowance, work, len(final.declared.layers))
+        except QualityError:
+            work.remove()  # going on from it would end the same way
+            raise
         work.remove()
 
 

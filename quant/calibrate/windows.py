@@ -10,20 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.checkpoint import Checkpoint
-from edgeq.errors import ModelError, UsageError
+from edgeq.errors import UsageError
 from edgeq.inputs import expand_user, read_text
+from edgeq.quality.calibration import CONTEXT, NAME, default_ids, split, text_ids
 
-__all__ = ["CONTEXT", "DEFAULT", "Windows", "read_windows"]
+__all__ = ["DEFAULT", "Windows", "read_windows"]
 
 DEFAULT = "default"
-CONTEXT = 512  # tokens of a window, as llama.cpp's tools take them
 _FEWEST = 16  # tokens that a text must have: fewer say nothing about a model
-_HELD_OUT = 16  # one window of so many is kept for judging the result
 
 
 class Windows(NamedTuple):
     """Token ids int32 [windows, context] to calibrate on, and others to judge the result by (the same where the text is
-    one window). `sha256` is the text's."""
+    one window). `sha256` is that of a file's text, or of the default text's ids."""
 
     name: str
     sha256: str
@@ -37,36 +36,38 @@ class Windows(NamedTuple):
         return {"text": self.name, "sha256": self.sha256, "tokens": tokens, "held_out_tokens": held_out}
 
 
-def read_windows(checkpoint: Checkpoint, text: str | Path, tokens: int, seed: int) -> Windows:
-    """Windows of the UTF-8 file `text`, with about `tokens` tokens to calibrate on; `seed`
-    chooses which windows of a longer text. The last sixteenth of the text is held out.
+def read_windows(checkpoint: Checkpoint, text: str, tokens: int, judged: int, seed: int) -> Windows:
+    """Windows of the default text, or of the UTF-8 file `text`, with about `tokens` tokens to calibrate on, and at most
+    `judged` windows to judge by, of the last sixteenth of the text; `seed` chooses which windows of a longer text.
 
     A text shorter than a window becomes one window of its own length.
     UsageError for a file that cannot be read, is not UTF-8 or has too few tokens; ModelError without tokenizer.
     """
-    tokenizer = checkpoint.tokenizer()
-    if tokenizer is None:
-        raise ModelError(
-            f"{checkpoint.path} has no tokenizer, which calibration needs",
-            hint="add the model's tokenizer.json and tokenizer_config.json to it, or quantize without calibration",
-        )
-    words = _read(Path(text))
-    name, digest = Path(text).name, sha256(words.encode()).hexdigest()
-    ids = tokenizer.encode(words, control=True)  # the text's author is its user: what is spelled as a token is one
+    if text == DEFAULT:
+        name, ids = NAME, default_ids(checkpoint)
+        digest = sha256(np.array(ids, np.int32).tobytes()).hexdigest()
+    else:
+        words = _read(Path(text))
+        name, ids, digest = Path(text).name, text_ids(checkpoint, words), sha256(words.encode()).hexdigest()
     if len(ids) < _FEWEST:
         raise UsageError(
             f"the calibration text {name} has {len(ids)} tokens, expected {_FEWEST} at the very least",
             hint="give a longer text (16,000 tokens and more are worth it), or leave it out for the default text",
         )
-    everything = np.array(ids, np.int32)
-    context = min(CONTEXT, len(everything))
-    count = len(everything) // context
-    windows = everything[: count * context].reshape(count, context)
-    kept = max(1, count // _HELD_OUT) if count > 1 else 0
-    usable, held_out = windows[: count - kept], windows[count - kept :]
-    wanted = min(len(usable), max(1, tokens // context))
-    chosen = np.sort(np.random.default_rng(seed).choice(len(usable), wanted, replace=False))
-    return Windows(name, digest, np.ascontiguousarray(usable[chosen]), held_out if kept else windows)
+    usable, held_out = split(ids, min(CONTEXT, len(ids)))
+    rng = np.random.default_rng(seed)
+    return Windows(
+        name,
+        digest,
+        _chosen(usable, tokens, rng),
+        _chosen(held_out if len(held_out) else usable, judged * CONTEXT, rng),
+    )
+
+
+def _chosen(windows: NDArray[np.int32], tokens: int, rng: np.random.Generator) -> NDArray[np.int32]:
+    """Some of the windows, in order, with about so many tokens."""
+    count = min(len(windows), max(1, tokens // windows.shape[1]))
+    return np.ascontiguousarray(windows[np.sort(rng.choice(len(windows), count, replace=False))])
 
 
 def _read(path: Path) -> str:
