@@ -9,7 +9,6 @@ is kept, and so is the vision tower unless it is to be left out. docs/reference/
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections import deque
@@ -35,6 +34,7 @@ from edgeq.formats.safetensors import DTYPES, SafetensorsWriter, dtype_name
 from edgeq.hub import find_model
 from edgeq.inputs import check_output
 from edgeq.quant.calibrate.allocation import Allowance
+from edgeq.quant.calibrate.blas import cores
 from edgeq.quant.calibrate.request import CalibrationRequest, choose_calibration
 from edgeq.quant.calibrate.run import Calibration, calibrated
 from edgeq.quant.calibrate.workspace import Solved
@@ -131,7 +131,7 @@ def quantize(
     if targets.folder is None:
         targets.write_report(planned)
         return planned
-    target, threads = targets.folder, threads or _cores()
+    target, threads = targets.folder, threads or cores()
     with ExitStack() as stack:
         stack.enter_context(reading_on())
         if request is not None:
@@ -357,11 +357,6 @@ class _Plan:
             **({"adapters": list(self.source.adapters)} if self.source.adapters else {}),
             **({"calibration": self.calibration.record} if self.calibration else {}),
         }
-
-
-def _cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
