@@ -26,7 +26,7 @@ from edgeq.errors import (
 from edgeq.version import __version__
 
 if TYPE_CHECKING:
-    from edgeq.api import Model, load
+    from edgeq.api import Model, load, load_session
     from edgeq.generate import GenerationSettings
     from edgeq.quant import quantize
     from edgeq.session.chat import Chat
@@ -48,6 +48,7 @@ _LAZY = {
     "Visual": "edgeq.vision.visual",
     "VisualSettings": "edgeq.session.visual_settings",
     "load": "edgeq.api",
+    "load_session": "edgeq.api",
     "quantize": "edgeq.quant",
 }
 
@@ -71,6 +72,7 @@ __all__ = [
     "VisualSettings",
     "__version__",
     "load",
+    "load_session",
     "quantize",
 ]
 

@@ -23,7 +23,7 @@ from edgeq.errors import MemoryBudgetError, UsageError
 from edgeq.formats.bf16 import Float32
 from edgeq.generate import Decoding, GenerationSettings
 from edgeq.hub import find_model
-from edgeq.inputs import expand_user
+from edgeq.inputs import exists, expand_user
 from edgeq.memory.budget import Budget
 from edgeq.memory.ceiling import Size, ceiling
 from edgeq.memory.choice import IMPORTED_LATER, Asked, Choice, choose_settings, tell, warn_of_swapping
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from edgeq.text.template import ChatTemplate, Content, Message
     from edgeq.text.tokenizer import Tokenizer
 
-__all__ = ["Model", "load"]
+__all__ = ["Model", "load", "load_session"]
 
 KV_DTYPES = {16: "f16", 8: "int8", 4: "int4"}  # by bits
 
@@ -91,6 +91,12 @@ def load(
         kv_dtype = None if bits is None else KV_DTYPES[bits]
         return select(None if backend == "auto" else backend, threads=threads, kv_dtype=kv_dtype)
 
+    source: dict[str, Any] = {
+        "model": _lasting(model), "backend": backend, "context": context, "kv_bits": kv_bits,
+        "rope_scaling": rope_scaling, "mmproj": None if mmproj is None else _lasting(mmproj),
+        "adapter": None if adapter is None else [_lasting(a) for a in _each(adapter)],
+        "chat_template": None if chat_template is None else str(chat_template),
+    }  # fmt: skip
     ops = make_ops(kv_bits)
     checked_context(context, checkpoint.config.text.longest_context)
     if bound is not None and not ops.keeps_ceiling:
@@ -102,10 +108,11 @@ def load(
         bound = None
     if bound is None:
         warn_of_swapping(checkpoint, ops, context, Budget.process())
-        return _settled(Model(checkpoint, ops, context=context), lock, on_read)
+        return _settled(Model(checkpoint, ops, context=context, source=source), lock, on_read)
     language, asked = Language(checkpoint), Asked(context, kv_bits)
     choice = choose_settings(checkpoint, make_ops, bound, asked, Budget.process() + IMPORTED_LATER)
-    loaded = Model(checkpoint, choice.ops, context=choice.context, choice=choice, language=language)
+    source["kv_bits"] = next((bits for bits, name in KV_DTYPES.items() if name == choice.ops.kv_dtype), kv_bits)
+    loaded = Model(checkpoint, choice.ops, context=choice.context, choice=choice, language=language, source=source)
     tell(choice, asked, loaded.engine.weights.medium)
     return _settled(loaded, lock, on_read, streamed=choice.streamed)
 
@@ -132,6 +139,41 @@ def check_kv_bits(bits: int | None) -> None:
         raise UsageError(f"keys and values cannot be kept in {bits} bits", hint="choose 16, 8 or 4 bits")
 
 
+def load_session(
+    path: str | Path, model: Model | str | Path | None = None, *, on_prefill: Progress | None = None,
+    on_look: Progress | None = None, **options: Any,
+) -> Chat:  # fmt: skip
+    """Go on with a conversation that `chat.save` has written, as if it had never stopped.
+
+    model: the loaded Model, or what `load` takes; None is the one that the file names, with the options that it was
+    loaded with. options: of `load`, over those. on_prefill, on_look: as of `Model.chat`.
+
+    Another backend, or other KV bits, go on with the same tokens, and numbers that are equal but for rounding. Raises
+    ModelError for another model and for a file that is damaged, or of another version.
+    """
+    from edgeq.session.chat import Chat
+    from edgeq.session.files import SessionFile
+
+    file = SessionFile(expand_user(Path(path)).absolute())
+    saved = file.read()
+    if not isinstance(model, Model):
+        known = saved.load_options if model is None else {"model": model}
+        model = load(**known | options)
+    elif options:
+        raise UsageError(f"{min(options)} is an option of a model that is yet to be loaded", hint="leave it out")
+    return Chat.restored(model, file, saved=saved, on_prefill=on_prefill, on_look=on_look)
+
+
+def _each(given: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+    return [given] if isinstance(given, str | Path) else given
+
+
+def _lasting(name: str | Path) -> str:
+    """A name that means the same from another folder: what is a path becomes an absolute one."""
+    path = expand_user(Path(name))
+    return str(path.absolute()) if exists(path) else str(name)
+
+
 class Model:
     """A checkpoint on a backend: logits, resumable states, completion and chat. It holds no sequence: states are values
     that you keep.
@@ -139,13 +181,15 @@ class Model:
 
     def __init__(
         self, checkpoint: Checkpoint, ops: Ops[Any, Any], *, context: int | None = None, choice: Choice | None = None,
-        language: Language | None = None,
+        language: Language | None = None, source: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.language = language or Language(checkpoint)
         self.engine = Engine(checkpoint, ops, context=context, choice=choice)
         self.checkpoint, self.ops, self.config = checkpoint, ops, checkpoint.config
         self.sight = Sight(self.engine)
         self.prefixes = PrefixStore(self.engine, text=self.language.spelled)
+        self.source = source
+        """What `load` was given, if it was that."""
         if tokenizer := self.language.tokenizer:
             self.engine.ledger.open("tokenizer tables", lambda: tokenizer.nbytes, mapped=True)
 

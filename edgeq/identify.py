@@ -31,12 +31,14 @@ __all__ = [
     "gguf_kind",
     "identify",
     "is_adapter",
+    "is_session",
 ]
 
 ARCH, VISION_ARCH = "qwen35", "clip"
 GGUFKind = Literal["model", "mmproj", "adapter", "imatrix", "control vector", "part", "other"]
 
 _HEAD = 1 << 12  # bytes that are looked at
+_SESSION = b'{"__metadata__":{"format":"edgeq session"'  # behind the header's length
 _UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".download", ".partial", ".!qB", "-partial")
 _PIECE = re.compile(r"(?P<mark>\.part)\d+of\d+$|(?P<letter>-(?:split|part)-)[a-z]$", re.IGNORECASE)
 _BESIDE = (".aria2", ".part")
@@ -129,6 +131,8 @@ def _file(path: Path) -> Source:
                 hint="download all parts into one folder",
             )
         return Source("gguf", first)
+    if head[8:].startswith(_SESSION):
+        raise _session(path)
     if _is_safetensors(head, path) and not _is_unfinished(path):
         return _shard(path)
     if problem := _not_a_model(path, head):
@@ -224,11 +228,18 @@ def _shard(path: Path) -> Source:
     return source
 
 
+def _session(path: Path) -> UsageError:
+    return UsageError(
+        f"{path} is a saved session, not a model",
+        hint=f"go on with it: `edgeq chat --session {path}` (edgeq.load_session in Python)",
+    )
+
+
 def _other_file(path: Path, head: bytes) -> ModelError | UsageError:
     """What else a file is."""
     suffix = path.suffix.lower()
     if suffix == ".eqs":
-        return UsageError(f"{path} is a saved session, not a model", hint="name the model that it was saved with")
+        return _session(path)
     if suffix in _FOREIGN:
         return ModelError(f"{path} is {_FOREIGN[suffix]}, which edgeq does not read", hint=_OTHERS)
     if "imatrix" in path.name.lower():
@@ -507,6 +518,15 @@ def _is_ollamas(path: Path, names: list[str]) -> bool:
     return any(
         exists(place / "manifests") and exists(place / "blobs") for place in (path, path / "models", path.parent)
     )
+
+
+def is_session(path: Path) -> bool:
+    """Whether a file is a session, by its content: of any version, and perhaps damaged behind its beginning."""
+    try:
+        with open_file(path) as file:
+            return file.read(256)[8:].startswith(_SESSION)
+    except OSError:
+        return False
 
 
 def is_adapter(path: Path) -> bool:

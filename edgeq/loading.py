@@ -31,7 +31,7 @@ from edgeq.weights import (
     map_tree,
 )
 
-__all__ = ["LoadedWeights"]
+__all__ = ["LoadedWeights", "checked_matrix"]
 
 EMBEDDED = 16  # tokens that are looked up at a time where the table does not stay: 32 MB of large pages
 HEAD_PIECE = 16 << 20  # bytes of the head that are read at a time
@@ -156,7 +156,7 @@ class LoadedWeights(Generic[A, M]):
     def _leaf(self, spec: TensorSpec) -> A | M:
         if not spec.is_matrix:
             return self.ops.vector(self._counted(spec, self.checkpoint.dense(spec.name)))
-        return self.ops.matrix(self._counted(spec, self._checked(spec)))
+        return self.ops.matrix(self._counted(spec, checked_matrix(self.checkpoint, spec)))
 
     def _counted(self, spec: TensorSpec, weight: W) -> W:
         arrays = weight.arrays if isinstance(weight, QMatrix) else [weight]
@@ -167,16 +167,17 @@ class LoadedWeights(Generic[A, M]):
             Pages(arrays).let_go()
         return weight
 
-    def _checked(self, spec: TensorSpec) -> Matrix[Array]:
-        """A matrix, if nothing in it is NaN or infinite that would not show in the logits.
 
-        Integer kernels turn NaN in scales or biases into numbers; a gate saturates; a key that is not a number never
-        wins the softmax. All that is a tenth of a file at most.
-        """
-        matrix, where = self.checkpoint.matrix(spec.name), f"{self.checkpoint.path}: {spec.name}"
-        if isinstance(matrix, QMatrix):
-            if not all(map(all_finite, matrix.factors)):
-                raise ModelError(f"{where} has NaN or infinity in its scales", hint="download or quantize it again")
-        elif (spec.role is Role.GATE or spec.name.endswith("k_proj.weight")) and not all_finite(matrix):
-            raise ModelError(f"{where} holds NaN or infinity", hint="download or quantize it again")
-        return matrix
+def checked_matrix(checkpoint: Checkpoint, spec: TensorSpec) -> Matrix[Array]:
+    """A matrix, if nothing in it is NaN or infinite that would not show in the logits; else ModelError.
+
+    Integer kernels turn NaN in scales or biases into numbers; a gate saturates; a key that is not a number never wins
+    the softmax. All that is a tenth of a file at most.
+    """
+    matrix, where = checkpoint.matrix(spec.name), f"{checkpoint.path}: {spec.name}"
+    if isinstance(matrix, QMatrix):
+        if not all(map(all_finite, matrix.factors)):
+            raise ModelError(f"{where} has NaN or infinity in its scales", hint="download or quantize it again")
+    elif (spec.role is Role.GATE or spec.name.endswith("k_proj.weight")) and not all_finite(matrix):
+        raise ModelError(f"{where} holds NaN or infinity", hint="download or quantize it again")
+    return matrix

@@ -124,7 +124,7 @@ class TestCache:
         file = SafetensorsFile(made)
         for info in file.tensors.values():
             for at in (info.start, (info.start + info.end) // 2, info.end - 1):
-                made.write_bytes(whole[: (n := file._data_start + at)] + bytes([whole[n] ^ 1]) + whole[n + 1 :])
+                made.write_bytes(whole[: (n := file.data_start + at)] + bytes([whole[n] ^ 1]) + whole[n + 1 :])
                 table = bpe_of(json.dumps(spec))
                 assert isinstance(table, TableBpe)
                 assert table.encode("the water in the well") == library.encode("the water in the well")

@@ -102,8 +102,8 @@ def test_sampled_errors_foretell_the_whole() -> None:
     specs = [QuantSpec(b, g) for b in (3, 4, 8) for g in (32, 64)]
     errors = sample_errors(w, h, specs, dtype=BF16, rows=16)
     for spec in specs:
-        whole = solve_matrix(w, h, spec, dtype=BF16, effort=EFFORTS["fast"]).error
-        assert errors[spec] == pytest.approx(whole, rel=0.35)
+        error = solve_matrix(w, h, spec, dtype=BF16, effort=EFFORTS["fast"]).weights() - w
+        assert errors[spec] == pytest.approx(np.square(error @ h.factor).sum() / h.tokens, rel=0.35)
     assert errors[specs[0]] < errors[specs[1]]
     assert errors[specs[0]] > 8 * errors[specs[4]]
 
@@ -113,7 +113,7 @@ OFFERS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(offers=st.lists(OFFERS, min_size=1, max_size=4), room=st.integers(0, 120))
 def test_allocation_against_all_combinations(offers: list[list[tuple[int, float]]], room: int) -> None:
     """Within the budget, and no worse than the best combination by more than one step (the bytes left over)."""

@@ -78,7 +78,7 @@ class TestSafetensors:
 
     def test_data_is_aligned(self, tmp_path: Path) -> None:
         save(tmp_path / "f", {"x": np.ones(4, np.float32), "a longer name": np.ones(3, np.uint16)})
-        assert SafetensorsFile(tmp_path / "f")._data_start % 64 == 0
+        assert SafetensorsFile(tmp_path / "f").data_start % 64 == 0
 
 
 def raw_file(path: Path, header: Any, data: bytes, length: int | None = None) -> None:

@@ -18,7 +18,7 @@ NAMES = (
     "safetensors", "gguf", "gguf-model", "gguf-k", "gguf-part", "manifest", "template", "config", "generation_config",
     "index", "gptq", "compressed", "compressed-config", "modes", "modes-config", "quantization", "adapter",
     "adapter-config", "mlx-adapter-config", "gguf-adapter", "record", "tokenizer_config", "templates", "tokenizer",
-    "png", "jpeg", "webp", "gif", "bmp", "tiff",
+    "session", "session-document", "png", "jpeg", "webp", "gif", "bmp", "tiff",
 )  # fmt: skip
 
 

@@ -193,7 +193,7 @@ class TestBadRequests:
         file = SafetensorsFile(tmp_path / "model.safetensors")
         info = file.tensors["model.language_model.layers.1.mlp.down_proj.weight"]
         data = bytearray((tmp_path / "model.safetensors").read_bytes())
-        start = file._data_start + info.start
+        start = file.data_start + info.start
         data[start : start + 2] = b"\xc0\x7f"
         (tmp_path / "model.safetensors").write_bytes(data)
         broken = edgeq.load(tmp_path, backend="numpy")
@@ -208,7 +208,7 @@ class TestBadRequests:
         edgeq.quantize(tmp_path / "in", tmp_path / "q4", bits=4)
         path = tmp_path / "q4" / "model.safetensors"
         file = SafetensorsFile(path)
-        start = file._data_start + file.tensors[f"model.language_model.layers.1.mlp.up_proj.{part}"].start
+        start = file.data_start + file.tensors[f"model.language_model.layers.1.mlp.up_proj.{part}"].start
         data = bytearray(path.read_bytes())
         data[start : start + 2] = value
         path.write_bytes(data)

@@ -117,7 +117,7 @@ class TestOutput:
 
     def test_codes_are_aligned(self, q4: Done) -> None:
         file = SafetensorsFile(q4.folder / "model.safetensors")
-        assert file._data_start % 64 == 0
+        assert file.data_start % 64 == 0
         for info in file.tensors.values():
             assert info.start % {"U32": 4, "F32": 4}.get(info.dtype, 2) == 0
 

@@ -187,7 +187,7 @@ class TestCommands:
             ("/undo x", "/undo takes a number of questions, got x"),
             ("/undo 7", "/undo 7: the conversation has 1 question"),
             ("/save", "/save takes the name of a file"),
-            ("/save chat", "chat ends in neither .md nor .json"),
+            ("/save chat", r"chat ends in neither .md, .json nor .eqs"),
             ("/read /no/such/file", "text file not found: /no/such/file"),
             ("/read /dev/stdin", "it is a device, expected a regular file"),
             ("/image /no/such.png", "/no/such.png cannot be opened"),
@@ -313,6 +313,49 @@ class TestCommands:
         assert (tmp_path / "chat.json").read_text() == "mine"
         talk.line(f"/save {tmp_path}")
         talk.expect("error: ")
+
+    def test_a_session(self, start: Callable[..., Terminal], tmp_path: Path) -> None:
+        """It is there after every turn, even if the program is killed."""
+        session, other = tmp_path / "trip.eqs", tmp_path / "other.eqs"
+        with start("--session", str(session)) as first:
+            first.expect("leaves.*\n")
+            for text in ("one", "two"):
+                first.line(text)
+                first.expect(ANSWERED)
+            first.line(f"/save {other}")
+            first.expect("/load and --session go on with it")
+            first.line("three")
+            first.expect(ANSWERED)
+            first.line("/undo")
+            first.expect("undone: three")
+            first.line("four")
+            first.expect(ANSWERED)
+            first.line("/ctx")  # the next line is read when the turn is saved
+            first.expect("3 turns, overflow")
+        with start("--session", str(session)) as second:
+            second.expect("going on with a conversation of 3 turns")
+            second.line("/undo")
+            second.expect("undone: four")
+            second.line(f"/load {other}")
+            second.expect("2 turns; ")
+            second.line("/load nothing.eqs")
+            second.expect("error: .*nothing.eqs does not exist")
+            second.line("/undo 2")
+            second.expect("undone: one")
+
+    def test_loading_asks(self, talk: Terminal, tmp_path: Path) -> None:
+        talk.line("one")
+        talk.expect(ANSWERED)
+        talk.line(f"/save {tmp_path / 'a.eqs'}")
+        talk.expect("is written")
+        talk.line("two")
+        talk.expect(ANSWERED)
+        talk.line(f"/load {tmp_path / 'a.eqs'}")
+        talk.expect("leave this conversation, which is not saved")
+        talk.line("y")
+        talk.expect("1 turn; ")
+        talk.line(f"/load {tmp_path / 'a.eqs'}")
+        talk.expect("1 turn; ")
 
     def test_help_lists_every_command(self, talk: Terminal) -> None:
         talk.line("/help")

@@ -12,6 +12,7 @@ import pytest
 import edgeq
 from edgeq.api import Model
 from edgeq.backends import available
+from edgeq.backends.numpy.kv_pages import page_arrays, page_nbytes
 from edgeq.errors import ModelError
 from edgeq.state import BLOCK, KVCache, State
 from edgeq.state_io import state_from_stored, stored_arrays
@@ -133,3 +134,16 @@ def test_another_type_or_shape_is_refused(model: Model) -> None:
             state_from_stored(model.ops, model.config.text, arrays | {name: x})
     with pytest.raises(ModelError, match=r"layers\.3\.kv is missing"):
         state_from_stored(model.ops, model.config.text, {k: x for k, x in arrays.items() if k != "layers.3.kv"})
+
+
+@pytest.mark.parametrize("kv_dtype", ["f16", "bf16", "f32", "int8", "int4"])
+@pytest.mark.parametrize("dim", [32, 40])
+def test_numpy_reads_native_pages(kv_dtype: str, dim: int) -> None:
+    """int4: the rotation back is a sum of up to 32 products in another order."""
+    cpu = pytest.importorskip("edgeq.backends.cpu", reason="the native backend is not built", exc_type=ImportError)
+    rng, ops = np.random.default_rng(3), cpu.CpuOps(kv_dtype=kv_dtype)
+    cache = ops.kv_cache(*rng.standard_normal((2, BLOCK, 3, dim), np.float32))
+    page = cache.block(0)
+    assert page.nbytes == page_nbytes(kv_dtype, 3, dim)
+    for found, expected in zip(page_arrays(page, kv_dtype, 3, dim), cache.arrays(), strict=True):
+        assert np.allclose(found, expected, rtol=0, atol=1e-5 if kv_dtype == "int4" else 0)

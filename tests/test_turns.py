@@ -31,7 +31,7 @@ from edgeq.hub import DEMO
 from edgeq.session.chat import Chat
 from edgeq.session.reply import Reply
 from edgeq.testing import nmse
-from edgeq.text.conversation import Conversation, _Generated
+from edgeq.text.conversation import Conversation, Generated
 from edgeq.text.template import ChatTemplate
 from edgeq.text.tokenizer import Tokenizer
 from edgeq.vision.visual import Visual
@@ -102,7 +102,7 @@ def rebuilt(chat: Chat) -> list[int]:
         spelling=chat.model.language.spelling,
     )  # fmt: skip
     new.append([] if chat._system is None else [chat._system.rendered])
-    generated = [entry.ids for entry in old.entries if isinstance(entry, _Generated)]
+    generated = [entry.ids for entry in old.entries if isinstance(entry, Generated)]
     for turn in chat.turns:
         new.enable_thinking = turn.thinking
         for said in turn.said:

@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import gguf as gguf_py
 import numpy as np
@@ -22,6 +23,7 @@ from PIL import Image
 
 from edgeq import vision
 from edgeq.adapters import AdaptedCheckpoint, adapted, given_adapters
+from edgeq.api import load, load_session
 from edgeq.checkpoint import open_checkpoint
 from edgeq.config import read_config, read_json
 from edgeq.errors import ModelError
@@ -29,6 +31,7 @@ from edgeq.formats.gguf import GGUFFile, open_gguf
 from edgeq.formats.safetensors import SafetensorsFile, SafetensorsWriter
 from edgeq.quant import quantize, verify
 from edgeq.quant.gguf_export import export_gguf
+from edgeq.session.files import SavedSession
 from edgeq.testing import config_values, write_checkpoint
 from edgeq.text.bpe import BYTE_OF
 from edgeq.text.components import PATTERNS
@@ -80,7 +83,7 @@ def targets(folder: Path) -> list[Target]:
     seed.mkdir()
     tokenizer = Tokenizer.from_folder(model)
     return [
-        Target("safetensors", seed / "x.safetensors", _small_safetensors(), _mutate_header, _read_safetensors, 170),
+        Target("safetensors", seed / "x.safetensors", _small_safetensors(), _mutate_header, _read_safetensors, 130),
         Target("gguf", seed / "x.gguf", _small_gguf(), mutate_bytes, _read_gguf, 100),
         Target("gguf-model", gguf, gguf.read_bytes(), _mutate_head(20_000), _read_model, 60),
         Target("gguf-k", k_types, k_types.read_bytes(), _mutate_head(20_000), _read_rows, 20),
@@ -104,6 +107,7 @@ def targets(folder: Path) -> list[Target]:
         _json("tokenizer_config", model / "tokenizer_config.json", _read_text, 20),
         _json("templates", _make_templates(seed), _read_templates, 20),
         _json("tokenizer", model / "tokenizer.json", _read_text, 40),
+        *_sessions(model, seed),
         *(Target(kind.lower(), seed / f"x.{kind.lower()}", _image(kind), _mutate_image, _see, 20) for kind in IMAGES),
     ]
 
@@ -122,9 +126,50 @@ def _mutate_header(rng: Random, data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[end:]
 
 
+def _mutate_document(rng: Random, data: bytes) -> bytes:
+    """Values in the document of a session file, with its checksum corrected."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    start = header["session"]["data_offsets"][0]  # the last tensor
+    document = mutate_json(rng, data[end + start :])
+    header["session"] |= {"shape": [len(document)], "data_offsets": [start, start + len(document)]}
+    header["__metadata__"]["checksum"] = f"{crc32(document):08x}"
+    blob = json.dumps(header, separators=(",", ":")).encode().ljust(end - 8)
+    return data[:8] + blob + data[end : end + start] + document
+
+
 def _mutate_image(rng: Random, data: bytes) -> bytes:
     """Changes anywhere, or only among the first bytes, where sizes and tables are."""
     return mutate_bytes(rng, data) if rng.random() < 0.5 else _mutate_head(120)(rng, data)
+
+
+def _sessions(folder: Path, seed: Path) -> list[Target]:
+    """A session as a file and by its document. What is read of a file must go on as it would have."""
+    model = load(folder, backend="numpy")
+    chat = model.chat(system="Be brief.", max_tokens=3, temperature=0, logprobs=1, draft="off")
+    path = seed / "x.eqs"
+    for text in ("What is this? " * 8, "And that?", "Why?"):
+        list(chat.send(text))
+        chat.save(path)
+    list(chat.regenerate())
+    chat.save(path)
+    expected = [list(chat.send("And then?")), list(chat.ids)]
+
+    def goes_on(path: Path) -> None:
+        again = load_session(path, model)
+        assert [list(again.send("And then?")), list(again.ids)] == expected, "a wrong continuation"
+
+    def reads(path: Path) -> None:
+        again = load_session(path, model)
+        for _, _ in zip(range(3), again.send("And then?"), strict=False):
+            pass
+        again.save(path.with_suffix(".out"))
+        SavedSession(path).facts()
+
+    return [
+        Target("session", path, path.read_bytes(), _mutate_header, goes_on, 20),
+        Target("session-document", seed / "y.eqs", path.read_bytes(), _mutate_document, reads, 20),
+    ]
 
 
 def _json(name: str, path: Path, run: Callable[[Path], Any], share: int) -> Target:

@@ -236,10 +236,10 @@ class AdaptedCheckpoint(Checkpoint):
             for file in adapter.files:
                 file.drop_pages()
 
-    def fingerprint(self) -> str:
+    def sampled(self) -> str:
         """Of the base, the adapters' files, and what else decides how they are merged."""
         settings = repr([(a.kind, a.scale, _scales(a)) for a in self.adapters])
-        return sha256((super().fingerprint() + settings).encode()).hexdigest()[:32]
+        return sha256((super().sampled() + settings).encode()).hexdigest()[:32]
 
 
 def _scales(adapter: Adapter) -> list[float]:

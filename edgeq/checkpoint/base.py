@@ -163,11 +163,15 @@ class Checkpoint(ABC):
         """ModelError if a mapped file has been cut short since it was opened, or could not be read."""
 
     def fingerprint(self) -> str:
-        """What tells this model from another: the hash of its configuration and of pages all over its files.
+        """What tells this model from another: the hash of its configuration and of pages all over its files."""
+        return sha256((repr(self.config) + self.sampled()).encode()).hexdigest()[:32]
+
+    def sampled(self) -> str:
+        """The hash of pages all over its files: what tells these weights from others.
 
         A file is not read for it: its length, its first page, where the header begins, and 63 others are taken.
         """
-        digest = sha256(repr(self.config).encode())
+        digest = sha256()
         for path in self.weight_files():
             size = path.stat().st_size
             digest.update(size.to_bytes(8, "little"))

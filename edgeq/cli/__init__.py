@@ -37,6 +37,7 @@ COMMANDS = (
     "chat",
     "generate",
     "bench",
+    "eval",
     "kld",
     "info",
     "fit",

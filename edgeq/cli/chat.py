@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from edgeq.cli.answers import warn_of_a_cut
 from edgeq.cli.boxes import check_drawing
@@ -27,6 +29,7 @@ from edgeq.cli.options import (
 )
 from edgeq.cli.pictures import announce, by_kind, check_one, draw_boxes_of
 from edgeq.cli.reply import check_forms, hear, print_json, show_reply
+from edgeq.cli.session import Session, opened_session
 from edgeq.cli.tools import follow, show_calls
 from edgeq.session.reply import Reply
 
@@ -36,9 +39,12 @@ if TYPE_CHECKING:
 
 __all__ = ["chat"]
 
+_SETTINGS = ("ENVIRONMENT", "DEFAULT_MAP")  # where an option comes from that was given once for all
+
 
 @command
 def chat(
+    ctx: typer.Context,
     *,
     prompt: PromptOptions,
     as_json: Annotated[
@@ -76,6 +82,7 @@ def chat(
     edgeq chat demo --image demo -p "How many figures are there?"
     edgeq chat Qwen/Qwen3.5-2B --think --thinking-budget 512
     edgeq chat Qwen/Qwen3.5-2B --document report.txt
+    edgeq chat Qwen/Qwen3.5-2B --session trip.eqs
     cat build.log | edgeq chat Qwen/Qwen3.5-2B -p "Why did this fail?"
 
     In a terminal, without a prompt, starts an interactive chat; /help lists its commands. With a prompt, --file, --json
@@ -96,17 +103,29 @@ def chat(
         check_drawing(draw_boxes)
         check_one(visuals.image or ())
     images, videos = visuals.named()
-    loaded = model.load(conversation.chat_template)
-    prefixes.use(loaded, once=one_shot, default=bool(conversation.document))
-    with prefill_bar() as reading, prefill_bar("looking", patience=0) as looking:
-        talk = loaded.chat(messages=messages, draft=model.draft, on_prefill=reading, on_look=looking, **options)
-        if conversation.document:
+    options |= {"messages": messages, "draft": model.draft}
+
+    def told(name: str) -> bool:
+        """Whether an option was given; a model in the environment does for conversations that name none."""
+        source = ctx.get_parameter_source(name)
+        return source is not None and source.name in ("COMMANDLINE", *(() if name == "model" else _SETTINGS))
+
+    with (
+        opened_session(conversation.session) as session, prefill_bar() as reading,
+        prefill_bar("looking", patience=0) as looking,
+    ):  # fmt: skip
+        loaded = model.load(conversation.chat_template, session.load_options() if session else None, told)
+        prefixes.use(loaded, once=one_shot, default=bool(conversation.document))
+        calls: dict[str, Any] = {"on_prefill": reading, "on_look": looking}
+        talk = session.chat(loaded, options, told, **calls) if session else loaded.chat(**options, **calls)
+        if conversation.document and not (session and session.saved):
             read_ahead(talk, [file.name for file in conversation.document], quiet=display.quiet)
         opened = talk.open(text, images, videos)
         if not one_shot:
             from edgeq.cli.repl import Repl  # line editing is a large library that one shot does not need
 
-            Repl(talk, model.name, opened, display, runner).run()
+            name = loaded.source["model"] if loaded.source and session and session.saved else model.name
+            Repl(talk, name, opened, display, runner, session).run()
             return
         if not display.quiet:
             announce(loaded, opened)
@@ -115,7 +134,7 @@ def chat(
             reply = talk.send(text, assistant_prefix=prefix, **by_kind(opened))
         else:
             reply = talk.answer(assistant_prefix=prefix)
-        reply, whole = _shown(talk, reply, display, runner, as_json=as_json, stream=stream)
+        reply, whole = _shown(talk, reply, display, runner, session, as_json=as_json, stream=stream)
         warn_of_a_cut(reply, options)
         if not whole:
             raise KeyboardInterrupt
@@ -124,8 +143,9 @@ def chat(
 
 
 def _shown(
-    talk: Chat, reply: Reply, display: ChatDisplayOptions, runner: ToolRunner | None, *, as_json: bool, stream: bool
-) -> tuple[Reply, bool]:
+    talk: Chat, reply: Reply, display: ChatDisplayOptions, runner: ToolRunner | None, session: Session | None, *,
+    as_json: bool, stream: bool,
+) -> tuple[Reply, bool]:  # fmt: skip
     """Show a single reply, and those after the tools that it calls; the last of them, and whether it was not
     interrupted.
     """
@@ -133,8 +153,12 @@ def _shown(
 
     def show(reply: Reply) -> bool:
         if as_json:
-            return hear(reply, stream=stream, thinking=thinking)
-        return show_reply(reply, model.engine.ops, display, before=reply.prefix)
+            whole = hear(reply, stream=stream, thinking=thinking)
+        else:
+            whole = show_reply(reply, model.engine.ops, display, before=reply.prefix)
+        if session:
+            session.save(talk)
+        return whole
 
     reply, whole = follow(talk, reply, show, runner)
     if as_json:

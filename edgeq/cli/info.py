@@ -21,13 +21,14 @@ from edgeq.config import TextConfig
 from edgeq.engine import checked_context
 from edgeq.errors import ModelError, UsageError
 from edgeq.hub import find_model
-from edgeq.identify import is_adapter
+from edgeq.identify import is_adapter, is_session
 from edgeq.inputs import expand_user
 from edgeq.memory.budget import Budget
 from edgeq.memory.ceiling import ceiling
 from edgeq.memory.choice import IMPORTED_LATER, Asked, choose_settings
 from edgeq.memory.plan import conversation_checkpoints, plan_memory
 from edgeq.printable import printable
+from edgeq.session.files import SavedSession
 from edgeq.text.template_files import DEFAULT
 from edgeq.weights import Part, TensorSpec
 
@@ -77,6 +78,9 @@ def info(
         path = expand_user(Path(model))
         if is_adapter(path):
             facts = _adapter(path)
+        elif is_session(path):
+            facts = _session(path, verify=verify)
+            verify = False
         else:
             path = find_model(model)
             if plan:
@@ -151,6 +155,15 @@ def _plan(checkpoint: Checkpoint, backend: str, memory: str | None, asked: Asked
         "keys and values": ops.kv_dtype,
         "plan": plan_facts(plan_memory(checkpoint, ops, tokens, checkpoints=kept, drafts=True)),
     }
+
+
+def _session(path: Path, *, verify: bool) -> dict[str, Any]:
+    saved = SavedSession(path)
+    facts = saved.facts()
+    if verify:
+        saved.check()
+        facts["verified"] = "everything in it matches its checksum"
+    return facts | {"to go on": f"edgeq chat --session {path}"}
 
 
 def _adapter(path: Path) -> dict[str, Any]:

@@ -44,14 +44,21 @@ def read_messages(file: Path) -> list[dict[str, Any]]:
 
 
 def save(chat: Chat, path: Path) -> None:
-    """Write a conversation to a file: as Markdown, or as messages that `read_messages` takes (.json)."""
+    """Write a conversation to a file: as Markdown, as messages that `read_messages` takes (.json), or as a session
+    (.eqs)."""
     check_output(path)
+    if path.suffix.lower() == ".eqs":
+        chat.save(path)
+        return
     if path.suffix.lower() in _MARKDOWN:
         text = chat.transcript()
     elif path.suffix.lower() == ".json":
         text = json.dumps(list(map(_storable, chat.messages)), ensure_ascii=False, indent=2) + "\n"
     else:
-        raise UsageError(f"{path.name} ends in neither .md nor .json", hint="as in /save chat.md or /save chat.json")
+        raise UsageError(
+            f"{path.name} ends in neither .md, .json nor .eqs",
+            hint="as in /save chat.md, /save chat.json, /save chat.eqs",
+        )
     with new_file(path, may_replace=_check_file) as out:
         out.write_bytes(text.encode("utf-8", "replace"))
 

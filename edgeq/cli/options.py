@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
@@ -195,20 +195,30 @@ class ModelOptions:
             raise UsageError("no model given", hint="try `edgeq chat demo`, or set EDGEQ_MODEL")
         return name
 
-    def load(self, chat_template: str | None = None) -> Model:
-        """The loaded model, with another chat template if one is given."""
+    def load(
+        self, chat_template: str | None = None, saved: Mapping[str, Any] | None = None,
+        told: Callable[[str], bool] = lambda _: True,
+    ) -> Model:  # fmt: skip
+        """The loaded model, with another chat template if one is given.
+
+        saved: options of `edgeq.load` that hold where `told` says that nothing was asked for by that name.
+        """
         from edgeq.api import load
         from edgeq.cli.console import prefill_bar
         from edgeq.generate import check_draft
 
         check_draft(self.draft)  # before a model is downloaded and loaded for nothing
+        options: dict[str, Any] = {
+            "backend": self.backend, "threads": self.threads, "context": self.context, "kv_bits": self.kv_bits,
+            "rope_scaling": self.rope_scaling, "mmproj": self.mmproj, "adapter": self.adapter,
+            "chat_template": chat_template, "memory": self.memory, "lock": self.lock,
+        }  # fmt: skip
+        before = {name: value for name, value in (saved or {}).items() if name == "model" or not told(name)}
+        name = before.pop("model", None)
+        if name is None or told("model") or told("named"):
+            name = self.name
         with prefill_bar("reading the model", nbytes=True) as bar:
-            return load(
-                self.name, backend=self.backend, threads=self.threads, context=self.context, kv_bits=self.kv_bits,
-                rope_scaling=self.rope_scaling,
-                mmproj=self.mmproj, adapter=self.adapter, chat_template=chat_template, memory=self.memory,
-                lock=self.lock, on_read=bar,
-            )  # fmt: skip
+            return load(name, **options | before, on_read=bar)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -400,6 +410,13 @@ class ConversationOptions:
         option(
             "--document", metavar="FILE", default="none", env=False,
             help="Talk about a text file, which is read once and kept; repeatable.",
+        ),
+    ] = None  # fmt: skip
+    session: Annotated[
+        Path | None,
+        option(
+            "--session", metavar="FILE", default="none", env=False,
+            help="Go on with the conversation in this file, or begin one there; it is saved after every turn.",
         ),
     ] = None  # fmt: skip
     assistant_prefix: Annotated[

@@ -27,6 +27,7 @@ from edgeq.cli.options import ChatDisplayOptions
 from edgeq.cli.pictures import announce, by_kind, dropped, named
 from edgeq.cli.prompt import file_text, without_last_newline
 from edgeq.cli.reply import show_reply, usage_line
+from edgeq.cli.session import Session
 from edgeq.cli.settings import set_display, set_option
 from edgeq.cli.tools import ToolRunner, follow, show_calls
 from edgeq.errors import EdgeqError, UsageError
@@ -56,9 +57,9 @@ class Repl:
 
     def __init__(
         self, chat: Chat, name: str, attached: Sequence[Visual] = (), display: ChatDisplayOptions | None = None,
-        runner: ToolRunner | None = None,
+        runner: ToolRunner | None = None, session: Session | None = None,
     ) -> None:  # fmt: skip
-        self._chat, self._name, self._runner = chat, name, runner
+        self._chat, self._name, self._runner, self._session = chat, name, runner, session
         if runner is not None:
             runner.read = lambda question: self._keyboard.read(question, literal=True, remember=False).text
         self._display = display or ChatDisplayOptions()
@@ -67,6 +68,7 @@ class Repl:
         self._last: Reply | None = None
         self._warned = False  # that the context is nearly full
         self._leaving = False  # once more Ctrl-C leaves
+        self._kept = chat.turns  # when it was last written
         self._keyboard = Keyboard()
         self._commands = {
             "/help": _Command(lambda _: self._help(), "list the commands (also /?)"),
@@ -100,7 +102,12 @@ class Repl:
             "/video": _Command(
                 lambda text: self._attach(videos=_files(text)), "show a video with the next message", "[FILE]"
             ),
-            "/save": _Command(self._save, "write the conversation, as Markdown (.md) or messages (.json)", "FILE"),
+            "/save": _Command(
+                self._save,
+                "write the conversation: to go on with (.eqs), as Markdown (.md) or messages (.json)",
+                "FILE",
+            ),
+            "/load": _Command(self._load, "go on with the conversation in a session file (.eqs)", "FILE"),
             "/copy": _Command(lambda _: self._copy(), "copy the last answer to the clipboard"),
             "/ctx": _Command(lambda _: self._context(), "how much of the context window is used (also /context)"),
             "/stats": _Command(lambda _: self._stats(), "statistics of the last reply"),
@@ -222,7 +229,13 @@ class Repl:
 
     def _answer(self, reply: Reply) -> None:
         ops = self._chat.model.engine.ops
-        self._last, _ = follow(self._chat, reply, lambda reply: show_reply(reply, ops, self._display), self._runner)
+
+        def show(reply: Reply) -> bool:
+            whole = show_reply(reply, ops, self._display)
+            self._keep()
+            return whole
+
+        self._last, _ = follow(self._chat, reply, show, self._runner)
         show_calls(self._last)
         if self._chat.context.share < _NEARLY_FULL:
             self._warned = False
@@ -230,6 +243,12 @@ class Repl:
             self._warned = True
             shifts = self._chat.overflow == "shift"
             warn(f"{self._used()}; " + ("the oldest turns go next" if shifts else "/undo and /clear make room"))
+
+    def _keep(self) -> None:
+        """Save the conversation to its session."""
+        if self._session is not None:
+            self._session.save(self._chat)
+            self._kept = self._chat.turns
 
     def _used(self) -> str:
         context = self._chat.context
@@ -240,6 +259,8 @@ class Repl:
     def _greet(self) -> None:
         if self._display.quiet:
             return
+        if turns := len(self._chat.turns):
+            say(f"going on with a conversation of {turns} turn{'' if turns == 1 else 's'}")
         mode = "thinks before it answers" if self._chat.thinking else "answers without thinking"
         engine = self._chat.model.engine
         say(f"{printable(self._name)} on the {engine.ops.name} backend; it {mode}. /help lists commands, /exit leaves.")
@@ -282,9 +303,12 @@ class Repl:
         raise EOFError
 
     def _restart(self, system: str | None) -> None:
-        self._chat = self._chat.fresh(system=system)
-        self._last, self._attached, self._read_files, self._warned = None, [], [], False
+        self._restart_with(self._chat.fresh(system=system))
         say("conversation cleared")
+
+    def _restart_with(self, chat: Chat) -> None:
+        self._chat, self._kept = chat, chat.turns
+        self._last, self._attached, self._read_files, self._warned = None, [], [], False
 
     def _undo(self, text: str) -> None:
         """Take back a user's message, or some, with all that was said after it."""
@@ -298,6 +322,7 @@ class Repl:
         for turn in self._chat.undo(len(self._chat.turns) - asked[-count]):
             if turn.role == "user":
                 say(f"undone: {printable(turn.text, longest=200)}")
+        self._keep()
 
     def _edit(self, text: str) -> None:
         turn = next((turn for turn in reversed(self._chat.turns) if turn.role == "user"), None)
@@ -321,9 +346,28 @@ class Repl:
         if is_file(path) and not self._agreed(f"overwrite {printable(path.name)}? [y/N] ", default=False):
             say("nothing was written")
             return
-        save(self._chat, path)
-        how = "--messages takes it" if path.suffix.lower() == ".json" else "a transcript, which cannot be loaded again"
-        say(f"{printable(str(path))} is written: {how}")
+        if self._session is not None and path.absolute() == self._session.path:
+            self._session.save(self._chat)
+        else:
+            save(self._chat, path)
+        if path.suffix.lower() == ".eqs":
+            self._kept = self._chat.turns
+        how = {".json": "--messages takes it", ".eqs": "/load and --session go on with it"}
+        told = how.get(path.suffix.lower(), "a transcript, which cannot be loaded again")
+        say(f"{printable(str(path))} is written: {told}")
+
+    def _load(self, text: str) -> None:
+        """Go on with another conversation, after asking if this one would be lost."""
+        name = _unquoted(text.strip())
+        if not name:
+            raise UsageError("/load takes the name of a session file", hint="as in /load trip.eqs")
+        lost = self._chat.turns and self._chat.turns != self._kept
+        if lost and not self._agreed("leave this conversation, which is not saved? [y/N] ", default=False):
+            return
+        self._restart_with(self._chat.load(name))
+        turns = len(self._chat.turns)
+        say(f"{turns} turn{'' if turns == 1 else 's'}; {self._used()}")
+        self._keep()
 
     def _think(self, thinking: bool, text: str) -> None:
         self._chat.thinking = thinking

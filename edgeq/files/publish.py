@@ -21,7 +21,7 @@ from edgeq.errors import EdgeqError, MemoryBudgetError, UsageError
 from edgeq.files.leftovers import Leftover, Workspace, find_leftovers
 from edgeq.files.rename import exchange, rename_new
 
-__all__ = ["MayReplace", "check_free", "check_room", "new_file", "new_folder", "real_place"]
+__all__ = ["MayReplace", "check_free", "check_room", "new_file", "new_folder", "real_place", "told"]
 
 MayReplace = Callable[[Path], None]
 """Raises EdgeqError if what is at the path must not be replaced."""
@@ -86,7 +86,7 @@ def check_room(out: Path, nbytes: int) -> None:
 
 @contextmanager
 def _published(out: Path, room: int, may_replace: MayReplace | None, alone: bool) -> Iterator[Path]:
-    with _told(out):
+    with told(out):
         place = real_place(out)
         check_free(out, place, may_replace)
         _clear_leftovers(out, place, alone)
@@ -101,7 +101,7 @@ def _published(out: Path, room: int, may_replace: MayReplace | None, alone: bool
 
 
 @contextmanager
-def _told(out: Path) -> Iterator[None]:
+def told(out: Path) -> Iterator[None]:
     """The system's errors as edgeq's."""
     try:
         yield

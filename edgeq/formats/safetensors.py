@@ -72,12 +72,15 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
 
 
 class SafetensorsFile:
-    """A mapped file: `tensors` says what is in it, `array` gives one tensor, `metadata` the free-form strings."""
+    """A mapped file: `tensors` says what is in it, `array` gives one tensor, `metadata` the free-form strings.
+
+    data_start: bytes before the data.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.mapped = map_file(path)
-        header, self._data_start = self._read_header()
+        header, self.data_start = self._read_header()
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         self.tensors = {name: self._tensor_info(name, entry) for name, entry in header.items()}
         self._check_layout()
@@ -87,7 +90,7 @@ class SafetensorsFile:
         bytes. ModelError if the file has been cut short."""
         self.check_whole()
         info = self.tensors[name]
-        begin = self._data_start + info.start
+        begin = self.data_start + info.start
         data = np.frombuffer(self.mapped, np.uint8, count=info.end - info.start, offset=begin)
         return data.view(DTYPES[info.dtype]).reshape(info.shape) if info.dtype in DTYPES else data
 
@@ -112,8 +115,14 @@ class SafetensorsFile:
         length = int.from_bytes(self.mapped[:8], "little")
         if length > min(size - 8, _HEADER_LIMIT):
             raise self._error(f"the header claims {length:,} bytes, the file has {size:,}")
+        return self._parsed(self._header_bytes(length)), 8 + length
+
+    def _header_bytes(self, length: int) -> bytes:
+        return self.mapped[8 : 8 + length]
+
+    def _parsed(self, blob: bytes) -> dict[str, Any]:
         try:
-            header = json.loads(self.mapped[8 : 8 + length], object_pairs_hook=_unique_keys)
+            header = json.loads(blob, object_pairs_hook=_unique_keys)
         except (ValueError, RecursionError) as error:
             raise self._error(f"the header is not JSON ({error})") from None
         if not isinstance(header, dict):
@@ -122,7 +131,7 @@ class SafetensorsFile:
         metadata = {} if metadata is None else metadata  # null: MLX, where nothing is to be said
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise self._error("__metadata__ is not an object of strings")
-        return header, 8 + length
+        return header
 
     def _tensor_info(self, name: str, entry: object) -> TensorInfo:
         if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
@@ -147,7 +156,9 @@ class SafetensorsFile:
                 kind = "overlaps the tensor before it" if info.start < end else "leaves a hole before it"
                 raise self._error(f"tensor {name!r} {kind}")
             end = info.end
-        have = len(self.mapped) - self._data_start
+        self._check_end(end, len(self.mapped) - self.data_start)
+
+    def _check_end(self, end: int, have: int) -> None:
         if end != have:
             raise self._error(f"the tensors need {end:,} bytes, the file holds {have:,}")
 

@@ -9,16 +9,18 @@ chat.send("What is this?", images=["photo.jpg"])
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
 from edgeq.engine import Engine
 from edgeq.errors import MemoryBudgetError, UsageError
 from edgeq.generate import Decoding, GenerationSettings, StopReason, Token
+from edgeq.inputs import expand_user
 from edgeq.printable import brief
 from edgeq.session import turns as turns_of
 from edgeq.session.context import Context, Progress
@@ -28,6 +30,7 @@ from edgeq.session.places import Place, rope_delta
 from edgeq.session.prefixes import Prefix, PrefixStore
 from edgeq.session.reply import Reply
 from edgeq.session.sight import Sight
+from edgeq.session.snapshot import Settings, Snapshot
 from edgeq.session.turns import ContextUse, Said, Turn
 from edgeq.session.visual_settings import CHAT_VISUALS, VisualSettings
 from edgeq.text.channels import ChannelParser, ends_in_thinking
@@ -38,6 +41,7 @@ from edgeq.text.visuals import Outline
 from edgeq.vision.visual import Visual
 
 if TYPE_CHECKING:
+    from edgeq.session.files import SavedSession, SessionFile
     from edgeq.text.tool_calls import ToolCallParser
 
 __all__ = ["Chat", "Speaker"]
@@ -126,6 +130,8 @@ class Chat:
         self._places: list[Place] = []  # of all pictures of the conversation
         self._reply: Reply | None = None
         self._forgotten = 0
+        self._check: Callable[[], None] | None = None  # of what it was made of, before that is used
+        self._file: SessionFile | None = None  # that it was saved to, or comes from
         model.language.constraint(self.settings)  # what is wrong with the options is told here
         given = self._read(messages)
         if system is not None:
@@ -360,6 +366,74 @@ class Chat:
         same = [a == b for a, b in zip(*found, strict=False)]
         return found[0][: same.index(False) if False in same else len(same)]
 
+    # --- what it is made of ------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation to a session file, which `edgeq.load_session` goes on with as if it had never stopped
+        (docs/reference/sessions.md). A file that it was saved to before is added to; another session is replaced.
+        UsageError for any other file, and for one that another process saves to.
+        """
+        from edgeq.session.files import SessionFile
+
+        place = expand_user(Path(path)).absolute()
+        if self._file is None or self._file.path != place:
+            self._file = SessionFile(place)
+        self._file.save(self)
+
+    def snapshot(self) -> Snapshot:
+        """The conversation as a value; a reply in progress ends here."""
+        self._settle()
+        self._checked()
+        given = Settings(
+            self.thinking, self._settings, self.options, self._tools, self._template_kwargs, self.visual_settings,
+            self.draft, self.overflow,
+        )  # fmt: skip
+        ids = np.array(self._conversation.ids, np.int32)
+        prefixes = [prefix for prefix in self._context.kept() if np.array_equal(prefix.ids, ids[: len(prefix.ids)])]
+        return Snapshot(
+            given, self._system, list(self._turns), self._conversation.entries, self._places, self._forgotten, prefixes
+        )
+
+    @classmethod
+    def of(
+        cls, model: Speaker, snapshot: Snapshot, *, check: Callable[[], None] | None = None,
+        file: SessionFile | None = None, on_prefill: Progress | None = None, on_look: Progress | None = None,
+    ) -> Self:  # fmt: skip
+        """The conversation that a snapshot is of. check: called before the states of the snapshot are first used; an
+        error that it raises leaves the conversation as it is. file: the SessionFile that it was in."""
+        options = snapshot.settings._asdict()
+        chat = cls(model, on_prefill=on_prefill, on_look=on_look, **options.pop("options"), **options)
+        _, chat._system, turns, entries, places, chat._forgotten, prefixes = snapshot
+        chat._turns, chat._places, chat._check, chat._file = list(turns), list(places), check, file
+        chat._conversation.restore(entries)
+        chat._stand()
+        if prefixes:
+            chat._context.take(prefixes)
+        return chat
+
+    @classmethod
+    def restored(
+        cls, model: Speaker, file: SessionFile, *, saved: SavedSession | None = None,
+        on_prefill: Progress | None = None, on_look: Progress | None = None, **changes: Any,
+    ) -> Self:  # fmt: skip
+        """The conversation in a session file. saved: what was read of it. changes: fields of `Settings`."""
+        saved = saved or file.read()
+        snapshot = file.restored(saved, model)
+        snapshot = snapshot._replace(settings=snapshot.settings._replace(**changes))
+        return cls.of(model, snapshot, check=saved.check, file=file, on_prefill=on_prefill, on_look=on_look)
+
+    def load(self, path: str | Path) -> Chat:
+        """Another conversation with the same model, from a session file."""
+        from edgeq.session.files import SessionFile
+
+        file = SessionFile(expand_user(Path(path)).absolute())
+        return Chat.restored(self.model, file, on_prefill=self._on_prefill, on_look=self._on_look)
+
+    def _checked(self) -> None:
+        if self._check is not None:
+            self._check()
+            self._check = None
+
     # --- messages ----------------------------------------------------------------------------------------------------
 
     def _opened(self, role: str, content: Content, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Said:
@@ -488,6 +562,7 @@ class Chat:
 
     def _new_reply(self, saved: _Saved) -> Reply:
         """The reply that comes next: a turn's, or more of it."""
+        self._checked()
         language, limit, forgotten = self.model.language, self.model.engine.context_limit, 0
         self._find_places()
         if self.overflow == "shift" and len(self._conversation.ids) >= limit:

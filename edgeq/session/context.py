@@ -182,6 +182,22 @@ class Context:
             return state
         return state._replace(draft=self.engine.need_head().state() if drafts else None)
 
+    def kept(self) -> list[Prefix]:
+        """Where it stands, and the states that are kept of what it has read, the longest first."""
+        here = self._prefix()
+        others = [] if self._prefixes is None else self._prefixes.along(here.ids, here.places)
+        return [here, *(other for other in reversed(others) if other.state.length < self.position)]
+
+    def take(self, prefixes: Sequence[Prefix]) -> None:
+        """Stand where the first one ends, and keep them all, as `kept` of another context gave them."""
+        assert self._prefixes is not None, "a context that keeps no prefixes takes none"
+        here, *others = prefixes
+        self.state, self._ids, self._places = here.state, array("i", here.ids.tobytes()), here.places
+        self._begun, self._cuts = (len(here.ids), here.spoken), None
+        self._end = next((prefix for prefix in others if prefix.logits is not None), None)
+        for prefix in reversed(prefixes):
+            self._line = self._prefixes.keep(prefix)
+
     def keep(self, why: str = "", logits: Float32 | None = None) -> None:
         """Keep the state for `resume`; logits: those after its last token, if known."""
         if self._prefixes is not None and self.position:

@@ -12,6 +12,7 @@ import numpy as np
 from edgeq import vision
 from edgeq.engine import Engine, Ids
 from edgeq.errors import UsageError
+from edgeq.formats.bf16 import Float32
 from edgeq.inputs import expand_user, is_folder
 from edgeq.model.vision import BAND
 from edgeq.printable import brief
@@ -38,6 +39,7 @@ class Sight:
     def __init__(self, engine: Engine[Any, Any]) -> None:
         self._engine = engine
         self._kept: OrderedDict[tuple[bytes, int], Any] = OrderedDict()
+        self._stored: dict[tuple[bytes, int], Float32] = {}
         self.encoded = 0
         if engine.sees:
             engine.ledger.open("features of pictures", lambda: self.nbytes, give_way=self._give_way)
@@ -108,7 +110,14 @@ class Sight:
 
     def known(self, visual: Visual) -> int:
         """How many of its temporal patches were seen already, and are kept."""
-        return sum((visual.digest, frame) in self._kept for frame in range(visual.frames))
+        keys = ((visual.digest, frame) for frame in range(visual.frames))
+        return sum(key in self._kept or key in self._stored for key in keys)
+
+    def remember(self, visual: Visual, features: Float32) -> None:
+        """Take what the model saw of a visual, [tokens, hidden], from a file in which it is mapped."""
+        size = visual.height * visual.width
+        for frame in range(visual.frames):
+            self._stored[visual.digest, frame] = features[frame * size : (frame + 1) * size]
 
     def look(self, places: Sequence[Place], on_look: Looking | None = None) -> list[Any]:
         """The features of each place, [height * width, hidden].
@@ -116,6 +125,8 @@ class Sight:
         An interruption loses one image, or one band of a video, at most.
         """
         found = {_key(place): self._kept[_key(place)] for place in places if _key(place) in self._kept}
+        for key in {_key(place) for place in places} & self._stored.keys() - found.keys():
+            found[key] = self._kept[key] = self._engine.ops.array(self._stored[key])
         missing = list({_key(place): place for place in places if _key(place) not in found}.values())
         total, done = sum(place.stop - place.start for place in missing), 0
         for band in _bands(missing):

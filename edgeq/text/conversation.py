@@ -20,7 +20,7 @@ from edgeq.text.template import ChatTemplate, Content, Message
 from edgeq.text.tokenizer import Tokenizer
 from edgeq.text.visuals import Outline, Spelling, expanded
 
-__all__ = ["Conversation", "Entry"]
+__all__ = ["Conversation", "Entry", "Generated"]
 
 # Stands for a reply in the stand-in history. A lone surrogate: neither templates nor protected text contain it.
 _REPLY = "\udfff"
@@ -41,14 +41,14 @@ class _Said(NamedTuple):
         return self.message["role"]
 
 
-class _Generated(NamedTuple):
+class Generated(NamedTuple):
     """A reply as it was generated, after the ids of what was said since the one before."""
 
     prompt: tuple[int, ...]
     ids: tuple[int, ...]
 
 
-Entry = _Said | _Generated
+Entry = _Said | Generated
 
 
 class Conversation:
@@ -185,27 +185,32 @@ class Conversation:
         if ids and ids[-1] in self._tokenizer.eos_token_ids and ids[-1] != self._close[0]:
             ids = ids[:-1]
         last = self._entries[-1] if self._entries else None
-        if isinstance(last, _Generated):
+        if isinstance(last, Generated):
             self._entries[-1] = last._replace(ids=(*last.ids, *ids))
         elif self.awaits_reply:
-            self._entries.append(_Generated(tuple(self.ids[self._settled :]), tuple(ids)))
+            self._entries.append(Generated(tuple(self.ids[self._settled :]), tuple(ids)))
         else:
             raise UsageError("nothing was asked, so nothing can have been generated", hint="call append_user first")
         self._ids += ids
         self._settled = len(self._ids)
 
+    def entry(self, message: Message, visuals: Sequence[Outline] = (), *, open: bool = False) -> Entry:
+        """What `append`, or `open`, of a message adds, for `restore`."""
+        (checked,) = checked_messages([message])
+        return _Said(protected_message(checked, self._tokenizer), tuple(visuals), open)
+
     @property
     def generated(self) -> tuple[int, ...] | None:
         """The ids of the generated reply that it ends with; None where it ends otherwise."""
         last = self._entries[-1] if self._entries else None
-        return last.ids if isinstance(last, _Generated) else None
+        return last.ids if isinstance(last, Generated) else None
 
     @property
     def spoken(self) -> list[tuple[int, int]]:
         """The spans of the generated replies among the ids, in order."""
         spans, end = list[tuple[int, int]](), 0
         for entry in self._entries:
-            if isinstance(entry, _Generated):
+            if isinstance(entry, Generated):
                 start = end + len(entry.prompt)
                 end = start + len(entry.ids)
                 spans.append((start, end))
@@ -227,7 +232,7 @@ class Conversation:
     def restore(self, entries: Sequence[Entry]) -> None:
         """Be made of `entries`, which it, or another with the same template, was made of before."""
         self._entries = list(entries)
-        self._ids = [i for entry in entries if isinstance(entry, _Generated) for i in (*entry.prompt, *entry.ids)]
+        self._ids = [i for entry in entries if isinstance(entry, Generated) for i in (*entry.prompt, *entry.ids)]
         self._settled, self._stale = len(self._ids), True
 
     def _appended(
@@ -280,7 +285,7 @@ class Conversation:
 
     def _missing_close(self) -> list[int]:
         """The end of the last reply, as far as it was not generated; unfinished thinking is closed first."""
-        reply = next((entry.ids for entry in reversed(self._entries) if isinstance(entry, _Generated)), None)
+        reply = next((entry.ids for entry in reversed(self._entries) if isinstance(entry, Generated)), None)
         if reply is None:
             return []
         for length in range(len(self._close), 0, -1):

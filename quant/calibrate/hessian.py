@@ -21,7 +21,10 @@ from edgeq.quant.calibrate.blas import in_threads, one_blas_thread
 __all__ = ["Hessian"]
 
 DAMPING = 0.01
-"""Share of the mean diagonal that is added to the diagonal (GPTQ's `percdamp`)."""
+"""Share of the mean diagonal that is added to the diagonal (GPTQ's `percdamp`), however long the text."""
+SHRINKAGE = 1.0
+"""What is added beside it, times columns per token: of few tokens, most directions have not been seen, and what has
+been seen is not what other texts have. (Test bed, 512 tokens: KL 0.0149 without, half that with; 16,384: 5 % less.)"""
 
 _STRIP = 1024  # columns of a product that a thread computes at a time
 _CORNER = 256
@@ -88,7 +91,7 @@ class Hessian:
     def damping(self) -> float:
         """What is added to the diagonal; columns that nothing was read from get only this."""
         mean = float(np.diagonal(self.gram).mean(dtype=np.float64))
-        return DAMPING * mean if mean > 0 else 1.0
+        return (DAMPING + SHRINKAGE * self.columns / self.tokens) * mean if mean > 0 else 1.0
 
     def damped(self) -> Float32:
         """`gram` with `damping` on the diagonal: positive definite, whatever was read."""

@@ -1,0 +1,401 @@
+"""The assistant of tools/pi: a board of files, mock pins, a camera of shell, and the demo model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import assistant
+import pytest
+from board_tools import Board, Pins
+
+import edgeq
+from edgeq.errors import EdgeqError, UsageError
+
+TOOLS = Path(__file__).parent.parent / "tools"
+DEMO_PICTURE = Path(edgeq.__file__).parent / "demo" / "picture.png"
+
+
+def put(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def program(path: Path, script: str) -> Path:
+    put(path, f"#!/bin/sh\n{script}\n").chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A Raspberry Pi's /proc and /sys."""
+    put(tmp_path / "proc/loadavg", "1.00 0.5 0.1 1/200 1234\n")
+    put(tmp_path / "proc/meminfo", "MemTotal:        4000000 kB\nMemFree: 100 kB\nMemAvailable:    1000000 kB\n")
+    put(tmp_path / "sys/class/thermal/thermal_zone0/type", "cpu-thermal\n")
+    put(tmp_path / "sys/class/thermal/thermal_zone0/temp", "61234\n")
+    put(tmp_path / "sys/class/thermal/thermal_zone1/type", "wifi\n")
+    put(tmp_path / "sys/class/thermal/thermal_zone1/temp", "70000\n")
+    return tmp_path
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of programs, all there are besides the shell's."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("sh", "cat", "cp", "true"):
+        folder.joinpath(name).symlink_to(shutil.which(name) or "/bin/sh")
+    monkeypatch.setenv("PATH", str(folder))
+    return folder
+
+
+def read(board: Board, name: str = "read_board", **arguments: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(board.call(name, arguments))
+    return found
+
+
+# --- the board --------------------------------------------------------------------------------------------------------
+
+
+def test_sensors(root: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor's zone counts, though another is hotter."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    said = read(Board(root=root, disk=root))
+    assert said.pop("disk_free_gb") >= 0
+    assert said == {"cpu_temperature_celsius": 61.2, "load_percent": 25, "memory_free_percent": 25}
+
+
+@pytest.mark.parametrize(("bits", "throttled"), [("0x0", False), ("0x50000", False), ("0x50005", True)])
+def test_throttling(root: Path, path: Path, bits: str, throttled: bool) -> None:
+    """What happened since the board was started does not count, only what is now."""
+    program(path / "vcgencmd", f"echo throttled={bits}")
+    assert read(Board(root=root, disk=root))["throttled"] is throttled
+
+
+def test_sensors_that_are_not_there(root: Path, path: Path) -> None:
+    put(root / "proc/loadavg", "\n")
+    put(root / "proc/meminfo", "MemTotal: many kB\n")
+    put(root / "sys/class/thermal/thermal_zone0/temp", "")
+    (root / "sys/class/thermal/thermal_zone1/temp").unlink()
+    program(path / "vcgencmd", "exit 1")
+    assert list(read(Board(root=root, disk=root))) == ["disk_free_gb"]
+
+
+def test_time() -> None:
+    assert set(read(Board(), "get_time", city="Rome")) == {"time"}
+    assert set(read(Board(), "get_time", city=" new york ")) == {"time"}
+    assert "Springfield" in read(Board(), "get_time", city="Springfield")["note"]
+
+
+def test_calls_that_are_wrong_are_said_in_a_line(root: Path) -> None:
+    board = Board(root=root, disk=root / "nowhere")
+    for name, arguments in (("rm", {}), ("get_time", {}), ("read_board", {"zone": 1}), ("read_pin", {"pin": 4})):
+        error = read(board, name, **arguments)["error"]
+        assert error
+        assert "\n" not in error
+    assert "nowhere" in read(board)["error"]
+
+
+def test_pins() -> None:
+    """A pin is as it was switched; only those that may be are."""
+    board = Board(Pins(mock=True), [17, 27])
+    assert [tool["function"]["name"] for tool in board.tools] == ["read_board", "get_time", "read_pin", "set_pin"]
+    assert read(board, "read_pin", pin=17) == {"pin": 17, "on": False}
+    assert read(board, "set_pin", pin=17, on=True) == {"pin": 17, "on": True}
+    assert read(board, "read_pin", pin=17) == {"pin": 17, "on": True}
+    assert read(board, "set_pin", pin=17, on=False) == {"pin": 17, "on": False}
+    assert read(board, "read_pin", pin=17) == {"pin": 17, "on": False}
+    assert "17, 27" in read(board, "set_pin", pin=4, on=True)["error"]
+    assert read(board, "read_pin", pin=99)["error"]
+    assert [tool["function"]["name"] for tool in Board(Pins(mock=True)).tools][-1] == "read_pin"
+
+
+def test_pins_where_there_are_none(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPIOZERO_PIN_FACTORY", "native")
+    monkeypatch.setattr("gpiozero.Device.pin_factory", None)
+    args = assistant.options().parse_args(["demo"])
+    board = assistant.board_of(args)
+    assert "mock pins take their place" in capsys.readouterr().err
+    assert read(board, "read_pin", pin=4) == {"pin": 4, "on": False}
+
+    monkeypatch.setitem(sys.modules, "gpiozero", None)
+    board = assistant.board_of(args)
+    assert capsys.readouterr().err == "[no GPIO pins: gpiozero is not installed (pip install gpiozero)]\n"
+    assert [tool["function"]["name"] for tool in board.tools] == ["read_board", "get_time"]
+
+
+# --- the assistant ----------------------------------------------------------------------------------------------------
+
+
+def test_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """All of it, with the demo model: it counts, calls a tool and answers from its result, sees, and remembers."""
+    assert assistant.main(["demo", "--once", "--mock-pins"]) == 0
+    out, err = capsys.readouterr()
+    assert "12 + 30 = 42" in out
+    assert 'get_time({"city": "Rome"})' in err
+    assert "in Rome." in out
+    assert "three figures" in out
+    assert "session  4 turns, the same after a restart" in out
+    meter = next(line for line in out.splitlines() if line.startswith("{"))
+    assert set(json.loads(meter)) == {"kind", "reading", "unit"}
+
+
+def test_the_conversation_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    session = ["--session", str(tmp_path / "talk.eqs")]
+    assert assistant.main(["demo", *session, "--ask", "My cat is called Momo."]) == 0
+    assert assistant.main(["demo", *session, "--ask", "What is my cat called?"]) == 0
+    out, err = capsys.readouterr()
+    assert "Momo" in out.splitlines()[-1]
+    assert "1 turn" in err
+    assert assistant.main(["demo", *session, "--new", "--ask", "Hello!"]) == 0
+    assert "going on" not in capsys.readouterr().err
+    assert len(edgeq.load_session(tmp_path / "talk.eqs", "demo").turns) == 1
+
+
+def test_a_session_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    session = put(tmp_path / "talk.eqs", "not a session")
+    assert assistant.main(["demo", "--session", str(session), "--ask", "Hello!"]) != 0
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert session.read_text() == "not a session"
+
+
+@pytest.fixture(scope="module")
+def helper() -> assistant.Assistant:
+    return assistant.Assistant(edgeq.load("demo"), Board())
+
+
+def said(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    """Lines that somebody types, the end after them."""
+    typed = iter(lines)
+
+    def read_line(_prompt: str = "") -> str:
+        line = next(typed, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", read_line)
+
+
+def test_talking(
+    helper: assistant.Assistant, path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that fails is said in a line, and the talk goes on."""
+    helper.begin()
+    said(
+        monkeypatch, "", "/board", "/look", f"/look {DEMO_PICTURE}", "/look none.png", "/read", "/read letter",
+        "/read meter demo", "/nonsense", "What is 2 + 3?", "/new", "/quit", "What is 1 + 1?",
+    )  # fmt: skip
+    assistant.talk(helper)
+    out, err = capsys.readouterr()
+    assert "disk_free_gb" in out
+    assert "/look [FILE]" in out
+    assert "2 + 3 = 5" in out
+    assert "1 + 1" not in out
+    errors = [line for line in err.splitlines() if line.startswith("[error: ")]
+    for error, expected in zip(errors, ("rpicam-still", "none.png", "meter", "letter"), strict=True):
+        assert expected in error
+    assert not helper.chat.turns
+
+
+def test_a_camera(
+    helper: assistant.Assistant, path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    helper.begin()
+    program(path / "rpicam-still", f'for file; do :; done; cp "{DEMO_PICTURE}" "$file"')
+    assistant.obey(helper, "/look")
+    assert capsys.readouterr().out
+    assert len(helper.chat.visuals) == 1
+
+    program(path / "rpicam-still", "echo starting >&2; echo 'no cameras available' >&2; exit 255")
+    with pytest.raises(UsageError, match="no picture: no cameras available"):
+        assistant.obey(helper, "/look")
+    program(path / "rpicam-still", "true")
+    with pytest.raises(UsageError, match="exit status 0"):
+        assistant.obey(helper, "/look")
+
+
+def test_a_watched_folder(helper: assistant.Assistant, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every file is answered once, the oldest first; again when it was changed; what cannot be read says why."""
+    helper.begin()
+    folder = tmp_path / "inbox"
+    shutil.copy(DEMO_PICTURE, put(folder / "a.png", ""))
+    put(folder / "b.txt", "What is 2 + 3?\n")
+    put(folder / "broken.jpg", "no picture")
+    put(folder / "notes.md", "not for us")
+    put(folder / "fresh.txt", "still being written")
+    now = time.time()
+    for age, name in enumerate(("broken.jpg", "b.txt", "a.png")):
+        os.utime(folder / name, (now - 10 - age,) * 2)
+    os.utime(folder / "fresh.txt", (now + 60,) * 2)
+    assert [file.name for file in assistant.unanswered(folder)] == ["a.png", "b.txt", "broken.jpg"]
+
+    assistant.watch(helper, folder, None, forever=False)
+    assert (folder / "b.txt.answer.txt").read_text() == "2 + 3 = 5.\n"
+    assert (folder / "a.png.answer.txt").read_text().strip()
+    assert (folder / "broken.jpg.answer.txt").read_text().startswith("error: ")
+    assert len(helper.chat.turns) == 1  # a picture is a conversation of its own
+    assert assistant.unanswered(folder) == []
+    assert not list(folder.glob(".*"))
+
+    for answer in folder.glob("*.answer.*"):
+        os.utime(answer, (now - 60,) * 2)
+    (folder / "broken.jpg").unlink()
+    assistant.watch(helper, folder, "meter", forever=False)
+    assert set(json.loads((folder / "a.png.answer.json").read_text())) == {"kind", "reading", "unit"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"), [("{", "not JSON"), ("[]", "an object"), ('{"not": {}}', "schema"), (None, "no schema")]
+)
+def test_schemas_that_are_none(helper: assistant.Assistant, tmp_path: Path, schema: str | None, words: str) -> None:
+    file = tmp_path / "mine.json"
+    if schema is not None:
+        file.write_text(schema)
+    with pytest.raises(EdgeqError, match=words):
+        helper.read(str(file), DEMO_PICTURE)
+
+
+def test_an_answer_that_is_cut_off_is_no_reading(helper: assistant.Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = helper.model.chat
+    monkeypatch.setattr(helper.model, "chat", lambda **options: chat(max_tokens=4, **options))
+    with pytest.raises(UsageError, match="cut off after"):
+        helper.read("receipt", DEMO_PICTURE)
+
+
+def test_wrong_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (
+        ["no/such/model"],
+        ["demo", "--read", "meter", "a", "b"],
+        ["demo", "--watch", str(Path(__file__) / "x")],
+    ):
+        assert assistant.main(words) != 0
+        assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+# --- the installer ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """tools/pi/start with an edgeq of shell that writes down what it was asked; {name: what it does}."""
+
+    def run(*words: str, **programs: str) -> subprocess.CompletedProcess[str]:
+        log = tmp_path / "log"
+        binaries = tmp_path / "venv/bin"
+        scripts = {
+            "edgeq": "true",
+            "python": f'case $1 in -P) exec "{sys.executable}" "$@" ;; esac',
+            "systemctl": "exit 1",
+            "systemd-run": "exit 1",
+        }
+        for name, script in (scripts | programs).items():
+            program(binaries / name.replace("_", "-"), f'echo "{name} $*" >>"{log}"\n{script}')
+        log.write_text("")
+        done = subprocess.run(
+            ["sh", TOOLS / "pi/start", "--home", str(tmp_path / "home"), *words], capture_output=True, text=True,
+            env={"PATH": f"{binaries}:{os.environ['PATH']}", "VENV": str(binaries.parent), "HOME": str(tmp_path),
+                 "PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
+        return subprocess.CompletedProcess(log.read_text().splitlines(), done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+Start = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_start_picks_what_fits(start: Start, tmp_path: Path) -> None:
+    """The largest that fits is quantized once, and runs within --memory."""
+    done = start("--memory", "1.5G", "--", "--look", edgeq='case "$*" in "fit qwen3.5:4b"*) exit 3 ;; esac')
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "home/models/qwen3.5-2b-4bit"
+    asked = [line for line in done.args if not line.startswith(("python -P", "systemd"))]
+    assert asked[0] == "edgeq doctor"
+    assert asked[1:3] == [
+        f"edgeq fit qwen3.5:{size} --bits 4 --context 4096 --memory 1500000000" for size in ("4b", "2b")
+    ]
+    assert asked[3] == f"edgeq quantize qwen3.5:2b -o {folder} --bits 4"
+    assert asked[4].startswith(f"python tools/pi/assistant.py {folder} --memory 1500000000 --context 4096 --session ")
+    assert asked[4].endswith("conversation.eqs --look")
+
+    put(folder / "config.json", "{}")
+    done = start("--memory", "1500MB", edgeq='case "$*" in "fit qwen3.5:4b"*) exit 3 ;; esac')
+    assert not any("quantize" in line for line in done.args)
+
+
+def test_start_without_a_network(start: Start) -> None:
+    done = start(edgeq='case $1 in quantize) echo "error: no network" >&2; exit 5 ;; esac')
+    assert done.returncode == 0
+    assert "the built-in demo model takes its place" in done.stderr
+    assert done.args[-1].startswith("python tools/pi/assistant.py demo --memory ")
+
+
+@pytest.mark.parametrize(
+    ("words", "words_said", "code"),
+    [
+        (["--memory", "much"], "--memory must be a size such as 1.5G, got much", 2),
+        (["--memory"], "--memory needs a value", 2),
+        (["--fast"], "there is no option --fast", 2),
+        (["--memory", "100M"], "no model fits 100000000 bytes with a context of 4096 tokens", 3),
+    ],
+)
+def test_start_refuses(start: Start, words: list[str], words_said: str, code: int) -> None:
+    done = start(*words, edgeq="case $1 in fit) exit 3 ;; esac")
+    assert done.returncode == code
+    assert words_said in done.stderr.splitlines()[-1]
+
+
+def test_start_as_a_service(start: Start, tmp_path: Path) -> None:
+    """The unit's MemoryMax is --memory, in bytes."""
+    done = start("--service", "--memory", "1GiB", "--model", "demo", systemctl="true", loginctl="true")
+    assert done.returncode == 0, done.stderr
+    unit = (tmp_path / ".config/systemd/user/edgeq-assistant.service").read_text()
+    assert f"MemoryMax={1 << 30}\n" in unit
+    assert f"--memory {1 << 30} --context 4096" in unit
+    assert "@" not in unit.partition("[Unit]")[2]
+    assert "systemctl --user restart edgeq-assistant" in done.args
+
+    done = start("--service", "--model", "demo")
+    assert done.returncode == 1
+    assert "there is no systemd" in done.stderr.splitlines()[-1]
+    assert "assistant.py demo --memory" in done.stderr.splitlines()[-1]
+
+
+def test_start_under_the_systems_limit(start: Start) -> None:
+    """Where the system can bound memory, it does."""
+    done = start("--memory", "1G", "--model", "demo", systemd_run="true")
+    try:
+        bounds = "memory" in Path("/sys/fs/cgroup/cgroup.controllers").read_text().split()
+    except OSError:
+        bounds = False
+    if bounds:
+        assert done.args[-1].startswith("systemd_run --user --scope --quiet -p MemoryMax=1000000000 ")
+    else:
+        assert "edgeq keeps to --memory by itself" in done.stderr
+
+
+def scripts() -> list[Path]:
+    files = [file for folder in (TOOLS, TOOLS / "pi") for file in folder.iterdir() if file.is_file()]
+    return sorted(file for file in files if file.read_bytes().startswith(b"#!/bin/sh"))
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+def test_scripts_have_no_shell_mistakes() -> None:
+    done = subprocess.run(["shellcheck", "-e", "SC2016", *scripts()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_scripts_can_be_run() -> None:
+    for script in [*scripts(), TOOLS / "pi/assistant.py"]:
+        assert script.stat().st_mode & stat.S_IXUSR, script

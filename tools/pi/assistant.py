@@ -1,0 +1,402 @@
+#!/usr/bin/env python3
+"""An offline assistant for a small board: it talks, reads the board through tools, looks at pictures, and remembers.
+
+    assistant.py MODEL                              talk to it on the terminal
+    assistant.py MODEL --ask "How hot is it?"       one question
+    assistant.py MODEL --look [FILE]                describe a picture, or what the camera sees
+    assistant.py MODEL --read meter [FILE]          read a meter or a receipt: JSON by a schema
+    assistant.py MODEL --watch FOLDER               answer what is put into a folder: pictures, and questions (*.txt)
+    assistant.py demo --once                        show each of these once, with the built-in model, in seconds
+
+MODEL is whatever edgeq.load takes. With --memory the whole process keeps to that size. With --session the conversation
+goes on where it was, whatever ended the program; a crash loses at most the turn in progress.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from board_tools import Board, Pins
+
+import edgeq
+from edgeq.errors import EdgeqError, UsageError
+
+SYSTEM = (
+    "You are a helpful assistant on a small board without a network. Answer briefly. Use the tools to read the board."
+)
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+ROUNDS = 4  # of tool calls for a question
+SCHEMAS = Path(__file__).resolve().parent / "schemas"
+DESCRIBE = "Describe the picture."
+HELP = """\
+/look [FILE]          describe a picture, or what the camera sees; then ask about it
+/read KIND [FILE]     read a meter, a receipt, or whatever a schema (FILE.json) says: JSON
+/board                what the board's sensors say
+/new                  begin anew
+/quit                 leave; the conversation is kept"""
+
+
+class Assistant:
+    """A model, a board and one conversation, which is saved after every turn."""
+
+    def __init__(self, model: edgeq.Model, board: Board, session: Path | None = None, *, new: bool = False) -> None:
+        self.model, self.board, self._session = model, board, session
+        if session is not None and session.exists() and not new:
+            self.chat = edgeq.load_session(session, model)
+            tell(f"going on with {session}: {count(len(self.chat.turns), 'turn')}")
+        else:
+            self.begin()
+
+    def begin(self) -> None:
+        """Begin a new conversation; the old one's file is replaced after the first turn."""
+        options: dict[str, Any] = {"tools": self.board.tools, "system": SYSTEM}
+        if self.model.vocab_size < 10_000:  # the demo model was taught no system prompt, and mixes up more tools
+            options = {"tools": self.board.tools[:2], "temperature": 0.0}
+        self.chat = self.model.chat(thinking=False, overflow="shift", **options)
+
+    def ask(self, text: str, *pictures: Path | bytes) -> str:
+        """Say something, answer the tool calls that come, and save; the answer, which was printed as it came."""
+        reply = self.chat.send(text, images=pictures)
+        answer = spoken(reply)
+        for _ in range(ROUNDS):
+            if not reply.tool_calls:
+                break
+            results = []
+            for call in reply.tool_calls:
+                results.append(self.board.call(call.name, call.arguments))
+                tell(f"{call.name}({json.dumps(call.arguments, ensure_ascii=False)}) -> {results[-1]}")
+            reply = self.chat.send_tool_results(*results)
+            answer = spoken(reply)
+        if self._session is not None:
+            self.chat.save(self._session)
+        return answer
+
+    def read(self, kind: str, picture: Path | bytes) -> Any:
+        """What a picture says, by a schema: "meter", "receipt" or a file. The conversation does not grow by it."""
+        schema = schema_of(kind)
+        task = schema.get("title") or "Read the picture. Answer in JSON."
+        chat = self.model.chat(thinking=False, schema=schema, temperature=0.0, presence_penalty=0.0)
+        reply = chat.send(task, images=[picture])
+        for _ in reply:
+            pass
+        try:
+            return json.loads(reply.text)
+        except ValueError:
+            raise UsageError(
+                f"the {kind} could not be read: the answer was cut off after {len(reply.ids)} tokens",
+                hint="bound what the schema lets grow (maxLength, maxItems), or give a longer --context",
+            ) from None
+
+
+def spoken(reply: edgeq.Reply) -> str:
+    """Print an answer as it comes. Ctrl-C ends it; what was said stays in the conversation."""
+    try:
+        for piece in reply:
+            if piece.channel == "answer":
+                print(shown(piece.text), end="", flush=True)
+    except KeyboardInterrupt:
+        reply.close()
+        tell("stopped")
+    if reply.text:
+        print(flush=True)
+    return reply.text
+
+
+def shown(text: str) -> str:
+    """Text without what a terminal would act on."""
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")
+
+
+def tell(text: str) -> None:
+    print(f"[{shown(text)}]", file=sys.stderr, flush=True)
+
+
+def count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def schema_of(kind: str) -> dict[str, Any]:
+    """The schema of a kind that comes along, or of a file."""
+    file = SCHEMAS / f"{kind}.json" if kind in kinds() else Path(kind)
+    try:
+        schema = json.loads(file.read_text())
+    except OSError as error:
+        raise UsageError(
+            f"there is no schema {kind}: {error.strerror}", hint=f"choose {', '.join(kinds())}, or give a JSON file"
+        ) from None
+    except ValueError as error:
+        raise UsageError(f"{file} is not JSON: {error}", hint="it must be a JSON schema") from None
+    if not isinstance(schema, dict):
+        raise UsageError(f"{file} must be a JSON schema, an object, got {type(schema).__name__}")
+    return schema
+
+
+def kinds() -> list[str]:
+    return sorted(file.stem for file in SCHEMAS.glob("*.json"))
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def picture_of(name: str | None) -> Iterator[Path]:
+    """A file, edgeq's own picture ("demo"), or without a name a photo that the camera takes now."""
+    if name is None or name == "camera":
+        with tempfile.TemporaryDirectory() as folder:
+            yield photo(Path(folder) / "photo.jpg")
+    elif name == "demo":
+        yield Path(edgeq.__file__).parent / "demo" / "picture.png"
+    else:
+        yield Path(name).expanduser()
+
+
+def photo(file: Path) -> Path:
+    """Take a picture with the Raspberry Pi's camera."""
+    camera = next(filter(None, map(shutil.which, ("rpicam-still", "libcamera-still"))), None)
+    if camera is None:
+        raise UsageError(
+            "there is no camera: rpicam-still was not found",
+            hint="name a file, or on a Raspberry Pi: sudo apt install rpicam-apps-lite",
+        )
+    size = ["--width", "1296", "--height", "972"]
+    try:
+        took = subprocess.run([camera, "-n", "-t", "500", *size, "-o", str(file)], capture_output=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UsageError(f"the camera took no picture: {error}", hint="try `rpicam-hello`") from None
+    if took.returncode or not file.exists():
+        said = took.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {took.returncode}"]
+        raise UsageError(f"the camera took no picture: {said[-1]}", hint="try `rpicam-hello`")
+    return file
+
+
+# --- the ways to use it -----------------------------------------------------------------------------------------------
+
+
+def talk(assistant: Assistant) -> None:
+    """A conversation on the terminal, or with whatever writes lines to stdin."""
+    if sys.stdin.isatty():
+        tell("/help lists what there is besides talking; Ctrl-D leaves")
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        if line == "/quit":
+            return
+        try:
+            obey(assistant, line)
+        except EdgeqError as error:
+            tell(one_line(error))
+
+
+def obey(assistant: Assistant, line: str) -> None:
+    """One line of the user's."""
+    command, *words = line.split(maxsplit=2) if line.startswith("/") else [""]
+    if command == "/look":
+        with picture_of(line.partition(" ")[2].strip() or None) as picture:
+            assistant.ask(DESCRIBE, picture)
+    elif command == "/read":
+        if not words:
+            raise UsageError("/read needs to know what", hint=f"/read {'|'.join(kinds())} [FILE]")
+        read_out(assistant, *words)
+    elif command == "/board":
+        print(assistant.board.call("read_board", {}))
+    elif command == "/new":
+        assistant.begin()
+    elif command:
+        print(HELP)
+    elif line:
+        assistant.ask(line)
+
+
+def read_out(assistant: Assistant, kind: str, name: str | None = None) -> None:
+    """Print what a picture says, as JSON."""
+    schema_of(kind)  # what is wrong with it is told before the camera is asked
+    with picture_of(name) as picture:
+        print(json.dumps(assistant.read(kind, picture), ensure_ascii=False))
+
+
+def watch(assistant: Assistant, folder: Path, kind: str | None, *, forever: bool = True) -> None:
+    """Answer what is put into a folder: NAME gets NAME.answer.txt, or NAME.answer.json where a kind is to be read."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be watched: {error.strerror}", hint="give a folder of your own") from None
+    if kind is not None:
+        schema_of(kind)
+    tell(f"watching {folder} for pictures and questions (*.txt)")
+    while True:
+        for file in unanswered(folder):
+            tell(file.name)
+            try:
+                answer_file(assistant, file, kind)
+            except EdgeqError as error:
+                tell(one_line(error))
+                write(answer_of(file, "txt"), one_line(error))
+        if not forever:
+            return
+        time.sleep(1)
+
+
+def unanswered(folder: Path) -> list[Path]:
+    """Files without an answer that is newer, and that nobody has written to for a second; the oldest first."""
+    found = list[tuple[float, Path]]()
+    for file in folder.iterdir():
+        if file.suffix.lower() not in (*PICTURES, ".txt") or ".answer." in file.name or file.name.startswith("."):
+            continue
+        try:
+            written = file.stat().st_mtime
+            answered = max(
+                (answer.stat().st_mtime for end in ("txt", "json") if (answer := answer_of(file, end)).exists()),
+                default=-1.0,
+            )
+        except OSError:  # gone already
+            continue
+        if file.is_file() and answered <= written <= time.time() - 1:
+            found.append((written, file))
+    return [file for _, file in sorted(found)]
+
+
+def answer_of(file: Path, end: str) -> Path:
+    return file.with_name(f"{file.name}.answer.{end}")
+
+
+def answer_file(assistant: Assistant, file: Path, kind: str | None) -> None:
+    """Answer one file: a question in the conversation, a picture in a conversation of its own."""
+    if file.suffix.lower() == ".txt":
+        question = file.read_text(errors="replace").strip()
+        write(answer_of(file, "txt"), assistant.ask(question) if question else "")
+    elif kind is None:
+        reply = assistant.model.chat(thinking=False).send(DESCRIBE, images=[file])
+        write(answer_of(file, "txt"), spoken(reply))
+    else:
+        write(answer_of(file, "json"), json.dumps(assistant.read(kind, file), ensure_ascii=False))
+
+
+def write(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    new = file.with_name(f".{file.name}.new")
+    try:
+        new.write_text(text + "\n")
+        new.replace(file)
+    except OSError as error:
+        raise EdgeqError(f"{file} cannot be written: {error.strerror}") from None
+
+
+def once(model: edgeq.Model, board: Board, session: Path | None) -> None:
+    """Each part once; what this machine does not have is said in a line."""
+    with tempfile.TemporaryDirectory() as folder:
+        kept = session or Path(folder) / "once.eqs"
+        print(f"board    {board.call('read_board', {})}")
+        print(f"pin 17   {board.call('read_pin', {'pin': 17})}")
+        assistant = Assistant(model, board, kept, new=True)
+        for question in ("What is 12 + 30?", "What time is it in Rome?"):
+            print(f"question {question}")
+            assistant.ask(question)
+        with picture_of("demo") as picture:
+            print("picture  How many figures are there?")
+            assistant.ask("How many figures are there?", picture)
+            print("schema   meter", flush=True)
+            print(json.dumps(assistant.read("meter", picture)))
+        said = assistant.chat.transcript()
+        del assistant  # as if the program had ended
+        again = Assistant(model, board, kept).chat
+        if again.transcript() != said:
+            raise EdgeqError(f"the conversation in {kept} is not the one that was saved", hint="report this")
+        print(f"session  {count(len(again.turns), 'turn')}, the same after a restart")
+    try:
+        with picture_of("camera"):
+            print("camera   took a picture")
+    except EdgeqError as error:
+        print(f"camera   {one_line(error)}")
+
+
+def one_line(error: EdgeqError) -> str:
+    return f"error: {error.message}" + (f" ({error.hint})" if error.hint else "")
+
+
+def board_of(args: argparse.Namespace) -> Board:
+    """The board, with the pins that there are."""
+    try:
+        pins = Pins(mock=args.mock_pins)
+    except ImportError:
+        tell("no GPIO pins: gpiozero is not installed (pip install gpiozero)")
+        return Board()
+    if pins.mock:
+        tell("no GPIO pins here: mock pins take their place")
+    return Board(pins, args.switch)
+
+
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="a folder, a .gguf file, a Hugging Face ID, or demo")
+    parser.add_argument("--memory", metavar="SIZE", help="most that the process may take, such as 1.5G")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens that a conversation can have")
+    parser.add_argument("--session", type=Path, metavar="FILE", help="keep the conversation in a file (.eqs)")
+    parser.add_argument("--new", action="store_true", help="begin anew, whatever is in the session's file")
+    parser.add_argument(
+        "--switch", type=int, action="append", default=[], metavar="PIN", help="let it switch a GPIO pin"
+    )
+    parser.add_argument("--mock-pins", action="store_true", help="pretend to have GPIO pins")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--ask", metavar="TEXT", help="one question")
+    way.add_argument("--look", nargs="?", const="camera", metavar="FILE", help="describe a picture, or the camera's")
+    way.add_argument("--watch", type=Path, metavar="FOLDER", help="answer what is put into a folder")
+    way.add_argument("--once", action="store_true", help="show each part once")
+    parser.add_argument(
+        "--read",
+        nargs="+",
+        metavar=("KIND", "FILE"),
+        help=f"read {', '.join(kinds())} or by a schema; with --watch KIND only",
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.read and (len(args.read) > 2 or args.ask or args.look or args.once):
+        raise UsageError("--read takes a kind and one file", hint="--read meter photo.jpg")
+    board = board_of(args)
+    model = edgeq.load(args.model, context=args.context, memory=args.memory)
+    if args.once:
+        once(model, board, args.session)
+        return
+    assistant = Assistant(model, board, args.session, new=args.new)
+    if args.watch:
+        watch(assistant, args.watch, args.read[0] if args.read else None)
+    elif args.read:
+        read_out(assistant, *args.read)
+    elif args.look:
+        with picture_of(args.look) as picture:
+            assistant.ask(DESCRIBE, picture)
+    elif args.ask:
+        assistant.ask(args.ask)
+    else:
+        talk(assistant)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        run(options().parse_args(argv))
+    except EdgeqError as error:
+        print(one_line(error), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
