@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -38,6 +39,7 @@ from edgeq.formats.ggml import TYPES, GGMLType
 from edgeq.formats.mapped import reading_on
 from edgeq.inputs import check_output
 from edgeq.printable import printable
+from edgeq.quality.gate import GateResult, check
 from edgeq.quant.calibrate.export import calibrated_blocks
 from edgeq.quant.calibrate.kquant import MENU
 from edgeq.quant.calibrate.request import CalibrationRequest
@@ -81,14 +83,19 @@ _MATRICES = (Role.LINEAR, Role.EMBEDDING, Role.GATE)
 Progress = Callable[[int, int, str], None]
 """Called with the weights done, all weights, and the tensor at hand."""
 
+Gate = Callable[[Path], GateResult]
+"""Judges a file before it gets its name."""
+
 
 class ExportReport(NamedTuple):
-    """What was written: a file, its size, and how many tensors are of which type; `notes` says what is not as asked."""
+    """What was written: a file, its size, and how many tensors are of which type; `notes` says what is not as asked,
+    `gate` what a calibrated model was found to be."""
 
     path: Path
     nbytes: int
     types: Mapping[str, int]
     notes: tuple[str, ...]
+    gate: GateResult | None = None
 
 
 class _Tensor(NamedTuple):
@@ -131,7 +138,8 @@ def export_gguf(
     them; such exceptions are in the report's notes.
 
     With a `calibration` the matrices of K-quants are rounded for what they are multiplied by on a text, and if it has a
-    target the bits of each are chosen: Q4_K, Q5_K, Q6_K or Q8_0.
+    target the bits of each are chosen: Q4_K, Q5_K, Q6_K or Q8_0. A file found damaged by it (QualityError)
+    is not published.
     """
     check_output(out)
     if calibration is not None and kind not in _MIXES:
@@ -149,17 +157,27 @@ def export_gguf(
             (name,) = file_names(spec.name, len(c.layer_types))
             notes.append(f"{name} is {stored.name}: rows of {spec.shape[-1]} do not fit {wanted.name}")
     with ExitStack() as stack:
-        values = _Values(checkpoint)
+        values, gate = _Values(checkpoint), None
         if calibration is not None:
-            calibrated = calibrated_blocks(checkpoint, out, specs, types, calibration, threads, progress)
-            values = _Calibrated(checkpoint, stack.enter_context(calibrated))
+            _target(checkpoint, out, force).check()
+            work = calibrated_blocks(checkpoint, out, specs, types, calibration, threads, progress)
+            calibrated = stack.enter_context(work)
+            values = _Calibrated(checkpoint, calibrated)
             types |= values.types
-        return _write_model(checkpoint, out, kind, specs, types, values, notes, force, progress)
+            gate = partial(_gate, checkpoint, out, calibrated, threads)
+        return _write_model(checkpoint, out, kind, specs, types, values, notes, force, progress, gate)
+
+
+def _gate(checkpoint: Checkpoint, out: Path, calibrated: Calibration, threads: int | None, path: Path) -> GateResult:
+    """What the file `path`, which is to become `out`, is found to be; QualityError if it is damaged."""
+    result = replace(check(checkpoint, path, calibrated.windows.held_out, threads=threads), path=str(out))
+    result.need()
+    return result
 
 
 def _write_model(
     checkpoint: Checkpoint, out: Path, kind: str, specs: Sequence[TensorSpec], types: Mapping[str, GGMLType],
-    values: _Values, notes: list[str], force: bool, progress: Progress | None,
+    values: _Values, notes: list[str], force: bool, progress: Progress | None, gate: Gate | None,
 ) -> ExportReport:  # fmt: skip
     c = checkpoint.config.text
     tensors = []
@@ -174,7 +192,7 @@ def _write_model(
         **{f"{ARCH}.{key}": value for key, value in shape.items()},
         **_tokenizer(checkpoint, notes),
     }
-    return _write(out, checkpoint, ARCH, metadata, tensors, tuple(notes), force, progress)
+    return _write(out, checkpoint, ARCH, metadata, tensors, tuple(notes), force, progress, gate)
 
 
 def export_mmproj(
@@ -382,7 +400,7 @@ def _encode(x: Float32, tensor: _Tensor) -> Array:
 
 def _write(
     out: Path, checkpoint: Checkpoint, arch: str, metadata: Mapping[str, Any], tensors: Sequence[_Tensor],
-    notes: tuple[str, ...], force: bool, progress: Progress | None,
+    notes: tuple[str, ...], force: bool, progress: Progress | None, gate: Gate | None = None,
 ) -> ExportReport:  # fmt: skip
     target = _target(checkpoint, out, force)
     target.check()
@@ -390,9 +408,9 @@ def _write(
     with reading_on(), new_file(out, room=room, may_replace=target.may_replace) as path:
         _write_header(path, arch, metadata, tensors)
         _write_data(path, checkpoint, tensors, progress)
-        nbytes = path.stat().st_size
+        nbytes, found = path.stat().st_size, gate(path) if gate else None
     names = [t.type.name for t in tensors]
-    return ExportReport(out, nbytes, {name: names.count(name) for name in dict.fromkeys(names)}, notes)
+    return ExportReport(out, nbytes, {name: names.count(name) for name in dict.fromkeys(names)}, notes, found)
 
 
 def _write_data(path: Path, checkpoint: Checkpoint, tensors: Sequence[_Tensor], progress: Progress | None) -> None:

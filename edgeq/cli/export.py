@@ -95,4 +95,5 @@ def export(
 def _summary(report: ExportReport) -> str:
     types = ", ".join(f"{count} {name}" for name, count in report.types.items())
     notes = "".join(f"\nnote: {note}" for note in report.notes)
-    return f"{printable(str(report.path))}: {report.nbytes / 1e6:,.1f} MB: {types} | {peak_memory_text()}{notes}"
+    gate = f"\n{report.gate}" if report.gate else ""
+    return f"{printable(str(report.path))}: {report.nbytes / 1e6:,.1f} MB: {types} | {peak_memory_text()}{notes}{gate}"
