@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -168,7 +169,15 @@ class LoadedWeights(Generic[A, M]):
         return weight
 
 
-def checked_matrix(checkpoint: Checkpoint, spec: TensorSpec) -> Matrix[Array]:
+class _Matrices(Protocol):
+    """What is asked of a checkpoint for one."""
+
+    @property
+    def path(self) -> Path: ...
+    def matrix(self, name: str) -> Matrix[Array]: ...
+
+
+def checked_matrix(checkpoint: _Matrices, spec: TensorSpec) -> Matrix[Array]:
     """A matrix, if nothing in it is NaN or infinite that would not show in the logits; else ModelError.
 
     Integer kernels turn NaN in scales or biases into numbers; a gate saturates; a key that is not a number never wins

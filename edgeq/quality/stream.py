@@ -11,20 +11,21 @@ of the vocabulary and the chunks' hidden states, whatever the size of the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.backends.ops import ArrayLike, Ops
-from edgeq.checkpoint import Checkpoint
+from edgeq.config import ModelConfig
 from edgeq.errors import MemoryBudgetError, ModelError
 from edgeq.formats.bf16 import Array, Float32
 from edgeq.loading import checked_matrix
 from edgeq.model import text
 from edgeq.weights import Matrix, QMatrix, TensorSpec, declare_text, map_tree
 
-__all__ = ["Chunks", "Stream"]
+__all__ = ["Chunks", "Stream", "Weights"]
 
 A = TypeVar("A", bound=ArrayLike)
 M = TypeVar("M")
@@ -32,6 +33,20 @@ Chunks = NDArray[np.int32]
 """Token ids [n, T] of n texts of one length."""
 
 CALL = 2048  # tokens in a call of a layer: what it works in stays below 0.4 GB for the 4B
+
+
+class Weights(Protocol):
+    """What is asked of a checkpoint here (`edgeq.checkpoint.Checkpoint`, or what stands in for one)."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def config(self) -> ModelConfig: ...
+    def matrix(self, name: str) -> Matrix[Array]: ...
+    def rows(self, name: str, rows: slice | Array) -> Float32: ...
+    def dense(self, name: str) -> Float32: ...
+    def drop_pages(self) -> None: ...
+    def find_non_finite(self) -> str | None: ...
 
 
 class Stream(Generic[A, M]):
@@ -42,7 +57,7 @@ class Stream(Generic[A, M]):
     values, are what they are when the model runs, and so are its activations (8 bits on the native backend).
     """
 
-    def __init__(self, checkpoint: Checkpoint, ops: Ops[A, M], *, floats: bool = False) -> None:
+    def __init__(self, checkpoint: Weights, ops: Ops[A, M], *, floats: bool = False) -> None:
         self.checkpoint, self.ops, self.floats = checkpoint, ops, floats
         self.config = checkpoint.config.text
         self._declared = declare_text(self.config)
