@@ -184,8 +184,7 @@ def test_a_damaged_result_is_not_left(
     wide: tuple[Checkpoint, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, text = wide
-    monkeypatch.setattr("edgeq.quality.gate.LEAST", 1e-12)
-    monkeypatch.setattr("edgeq.quality.gate.KL_AT_4_5", 1e-12)
+    monkeypatch.setattr("edgeq.quality.gate.MOST_KL", 1e-12)
     with pytest.raises(QualityError, match=r"model\.gguf: the quantized model is damaged"):
         export_gguf(source, tmp_path / "model.gguf", "q4_k_m", calibration=CalibrationRequest(str(text), "standard", 0))
     assert not (tmp_path / "model.gguf").exists()
