@@ -108,7 +108,7 @@ class TestResult:
         assert weights(standard) != weights(plain)
         assert not list(standard.parent.glob(".*")), "nothing of the working folder is left"
         source, *models = (Stream(FolderCheckpoint(f), NumpyOps()) for f in (bed.model, standard, plain))
-        tokenizer = source.checkpoint.tokenizer()
+        tokenizer = one.tokenizer()
         assert tokenizer is not None
         found = compare(source, models, cut(tokenizer.encode(bed.text.read_text()), 256))
         calibrated, by_weights = (comparison.divergence.mean for comparison in found)
