@@ -39,6 +39,7 @@ from edgeq.quant.calibrate.request import CalibrationRequest, choose_calibration
 from edgeq.quant.calibrate.run import Calibration, calibrated
 from edgeq.quant.calibrate.workspace import Solved
 from edgeq.quant.matrix import QuantizedRows, quantize_rows
+from edgeq.quant.page import page
 from edgeq.quant.provenance import RECORD, Source, hash_files, provenance
 from edgeq.quant.recipe import KEEP, Assignment, QuantSpec, Recipe, TypeRule, assign, choose_recipe
 from edgeq.quant.report import Report, TensorReport
@@ -94,8 +95,8 @@ def quantize(
     quantized) or "none" (left out); `mtp` is whether the MTP head is kept. A part of `src` that is not fit for use is
     an error, unless it is left out on purpose. `adapter` is a LoRA adapter to merge first, or several (see
     `edgeq.load`). With `dry_run` nothing is quantized and `out` may be None. `report` is a file for the sizes and
-    errors of all tensors, as JSON. With `force` an existing model folder, or report, is replaced once the new one is
-    complete. `revision` goes on record; it is known for folders in the hub's cache. `chat_template` replaces
+    errors of all tensors, as JSON; a page of them, the same name with .html, is written beside it. With `force` an
+    existing model folder, or report, is replaced once the new one is complete. `revision` goes on record; it is known for folders in the hub's cache. `chat_template` replaces
     the source's: a file, or the name of one of its own. Memory stays below about 300 MB, whatever the model's size.
 
     `calibrate` (True or "default", or a UTF-8 text file) rounds the matrices for what they are multiplied by on a text,
@@ -162,18 +163,22 @@ class _Targets:
             raise UsageError("no output folder given", hint="give one with -o FOLDER, or as `out` in Python")
         self.folder = None if out is None or dry else FolderTarget(Path(out), source, inputs, force=force)
         outputs = [self.folder.out] if self.folder else []
-        self.report = None if report is None else FileTarget(Path(report), source, inputs, outputs, force=force)
-        for target in (self.folder, self.report):
+        names = [] if report is None else list(dict.fromkeys((Path(report), Path(report).with_suffix(".html"))))
+        self.reports = [FileTarget(name, source, inputs, outputs, force=force) for name in names]
+        for target in (self.folder, *self.reports):
             if target is not None:
                 target.check()
-        if self.report is not None and not self.report.out.absolute().parent.is_dir():
-            raise UsageError(f"{report}: folder not found: {self.report.out.parent}", hint="make the folder first")
+        if names and not names[0].absolute().parent.is_dir():
+            raise UsageError(f"{report}: folder not found: {names[0].parent}", hint="make the folder first")
 
     def write_report(self, report: Report) -> None:
-        if self.report is None:
-            return
-        with new_file(self.report.out, may_replace=self.report.may_replace) as path:
-            _write_json(path, report.as_json())
+        """The report as JSON and as a page beside it; the page alone where that is what was asked for."""
+        for target in self.reports:
+            with new_file(target.out, may_replace=target.may_replace) as path:
+                if target.out.suffix == ".html":
+                    path.write_text(page(report.as_json()), encoding="utf-8")
+                else:
+                    _write_json(path, report.as_json())
 
 
 # --- planning --------------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ class Report:
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
     allocation: Mapping[str, int] | None = None
+    gate: Mapping[str, Any] | None = None
 
     @property
     def parts(self) -> list[str]:
@@ -72,6 +73,7 @@ class Report:
             "bits_per_weight": self.bits_per_weight(),
             "parts": sums,
             "allocation": dict(self.allocation) if self.allocation else None,
+            "gate": dict(self.gate) if self.gate else None,
             "tensors": [asdict(t) for t in self.tensors],
         }
 

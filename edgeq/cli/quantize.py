@@ -138,7 +138,12 @@ def quantize(
     ] = False,
     report: Annotated[
         Path | None,
-        option("--report", metavar="FILE", env=False, help="Write the size and error of every tensor as JSON."),
+        option(
+            "--report",
+            metavar="FILE",
+            env=False,
+            help="Write sizes and errors as JSON, and a page of them beside it (.html).",
+        ),
     ] = None,
     force: Annotated[
         bool, option("--force", env=False, help="Overwrite OUT, only after the new model is complete.")
