@@ -33,6 +33,7 @@ __all__ = ["Miss", "Prefix", "PrefixStore", "shown"]
 
 SHARE = 32  # of the machine's memory
 MOST = 512 << 20  # bytes, whatever the machine has
+STATES = 256  # in memory, however small they are
 STRIDE = 8  # chunks of a long text from one state on disk to the next, or
 PATIENCE = 20  # seconds
 GHOSTS = 256  # prefixes whose ids are remembered when their states have gone
@@ -400,11 +401,9 @@ class PrefixStore:
 
     def _shrink(self, nbytes: int) -> None:
         """Let go of states until the rest has at most so many bytes."""
-        while self._nodes and self._total > nbytes:
+        while self._nodes and (self._total > nbytes or len(self._nodes) > STATES):
             sizes = self._sizes()
-            worths = {node: self._worth(node, sizes[node]) for node in self._nodes if sizes[node]}
-            if not worths:
-                return
+            worths = {node: self._worth(node, max(1, sizes[node])) for node in self._nodes}
             victim = min(worths, key=lambda node: worths[node])
             self._clock = max(self._clock, worths[victim])
             self._drop(victim)
