@@ -96,8 +96,9 @@ def quantize(
     an error, unless it is left out on purpose. `adapter` is a LoRA adapter to merge first, or several (see
     `edgeq.load`). With `dry_run` nothing is quantized and `out` may be None. `report` is a file for the sizes and
     errors of all tensors, as JSON; a page of them, the same name with .html, is written beside it. With `force` an
-    existing model folder, or report, is replaced once the new one is complete. `revision` goes on record; it is known for folders in the hub's cache. `chat_template` replaces
-    the source's: a file, or the name of one of its own. Memory stays below about 300 MB, whatever the model's size.
+    existing model folder, or report, is replaced once the new one is complete. `revision` goes on record; it is known
+    for folders in the hub's cache. `chat_template` replaces the source's: a file, or the name of one of its own. Memory
+    stays below about 300 MB, whatever the model's size.
 
     `calibrate` (True or "default", or a UTF-8 text file) rounds the matrices for what they are multiplied by on a text,
     with an `effort` of "fast", "standard" (the default) or "best"; `target_bpw` (bits per weight of the language model,
