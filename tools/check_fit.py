@@ -110,11 +110,11 @@ def main(kind: str, folder: str, word: str = "") -> None:
     print("| | prompt, tokens/s: predicted | measured | | generation: predicted | measured | |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for setting in (s for s in SPEED if word in str(s)):
-        cells = [
+        both = [
             f"{expected:,.1f} | {found:,.1f} | {expected / found - 1:+.0%}"
             for found, expected in measured(RATES, Path(folder), setting)
         ]
-        print(f"| {setting} | {' | '.join(cells)} |", flush=True)
+        print(f"| {setting} | {' | '.join(both)} |", flush=True)
 
 
 if __name__ == "__main__":
