@@ -16,6 +16,7 @@ import numpy as np
 
 from edgeq.backends import select
 from edgeq.backends.ops import Ops
+from edgeq.cache_check import check_cache
 from edgeq.checkpoint import Checkpoint, open_checkpoint
 from edgeq.config import stretched
 from edgeq.engine import Engine, checked_context
@@ -62,7 +63,8 @@ def load(
     backend: "auto", "numpy", "cpu", "mlx", or the name of an installed plug-in.
     threads: for backends that have their own; None lets the backend choose.
     context: the context window in tokens; None is the model's maximum.
-    kv_bits: 16, 8 or 4, the precision of the KV cache; None lets the backend choose (docs/concepts/backends.md).
+    kv_bits: 16, 8 or 4, the precision of the KV cache; None lets the backend choose (docs/concepts/backends.md). With 4
+    a short text is run to see whether the model bears it, with a warning if it does not.
     rope_scaling: "yarn:4" for four times the context, "linear:2" or "none"; None is what the checkpoint says.
     mmproj: the vision tower of a .gguf file; None takes the one in it, or beside it, that fits.
     adapter: a LoRA adapter of PEFT, mlx-lm or llama.cpp, or several: paths or Hugging Face IDs, each with `:SCALE`
@@ -108,13 +110,19 @@ def load(
         bound = None
     if bound is None:
         warn_of_swapping(checkpoint, ops, context, Budget.process())
-        return _settled(Model(checkpoint, ops, context=context, source=source), lock, on_read)
+        loaded = _settled(Model(checkpoint, ops, context=context, source=source), lock, on_read)
+        if kv_bits == 4:
+            check_cache(loaded.engine, loaded.tokenizer)
+        return loaded
     language, asked = Language(checkpoint), Asked(context, kv_bits)
     choice = choose_settings(checkpoint, make_ops, bound, asked, Budget.process() + IMPORTED_LATER)
     source["kv_bits"] = next((bits for bits, name in KV_DTYPES.items() if name == choice.ops.kv_dtype), kv_bits)
     loaded = Model(checkpoint, choice.ops, context=choice.context, choice=choice, language=language, source=source)
     tell(choice, asked, loaded.engine.weights.medium)
-    return _settled(loaded, lock, on_read, streamed=choice.streamed)
+    loaded = _settled(loaded, lock, on_read, streamed=choice.streamed)
+    if kv_bits == 4 and not choice.streamed:  # else every pass reads all weights from the disk
+        check_cache(loaded.engine, loaded.tokenizer)
+    return loaded
 
 
 def _settled(model: Model, lock: bool, on_read: Progress | None, *, streamed: int = 0) -> Model:

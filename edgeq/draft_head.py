@@ -57,13 +57,13 @@ class DraftHead(Generic[A, M]):
             return draft
         unread = joined(self.ops, draft)
         cache = mtp.remember(self.ops, self.config, self._weights, _pairs(unread), draft.cache)
-        return DraftState(cache, (_last(unread),))
+        return DraftState(cache, (self._last(unread),))
 
     def read(self, draft: DraftState[A]) -> tuple[A, DraftState[A]]:
         """The same by the whole layer: what it says after each token read, [waiting - 1, hidden]; at least one."""
         unread = joined(self.ops, draft)
         hidden, cache = mtp.predict(self.ops, self.config, self._weights, _pairs(unread), draft.cache)
-        return hidden, DraftState(cache, (_last(unread),))
+        return hidden, DraftState(cache, (self._last(unread),))
 
     def draft(self, state: State[A], token: int, n: int, choose: Callable[[A], int]) -> tuple[list[int], State[A]]:
         """n tokens that may follow `token`, which follows `state`; and `state` with the head caught up.
@@ -88,7 +88,12 @@ class DraftHead(Generic[A, M]):
             hidden, cache = mtp.predict(self.ops, self.config, self._weights, rows, cache)
             ids.append(choose(hidden))
         read.take_back(cache)
-        return ids, state._replace(draft=DraftState(read, (_last(unread),)))
+        return ids, state._replace(draft=DraftState(read, (self._last(unread),)))
+
+    def _last(self, rows: Rows[A]) -> Rows[A]:
+        """The last of some tokens, in memory of its own: a view would keep all of a prompt's chunk with every state."""
+        vectors, hidden = (self.ops.concat([x[-1:], x[:0]]) for x in (rows.vectors, rows.hidden))  # two: joined anew
+        return Rows(vectors, hidden, rows.positions[:, -1:].copy())
 
     def _embed(self, token: int) -> A:
         return text.embed(self.ops, self._loaded.text, np.array([token], np.int32))
@@ -151,7 +156,3 @@ def draft_prefix(row_nbytes: int, model_nbytes: int) -> int:
 def _pairs(rows: Rows[A]) -> Rows[A]:
     """All tokens but the last, with the vectors of those that follow them."""
     return Rows(rows.vectors[1:], rows.hidden[:-1], rows.positions[:, :-1])
-
-
-def _last(rows: Rows[A]) -> Rows[A]:
-    return Rows(rows.vectors[-1:], rows.hidden[-1:], rows.positions[:, -1:])

@@ -28,6 +28,7 @@ from edgeq.memory.budget import Budget
 from edgeq.memory.choice import Choice
 from edgeq.memory.ledger import Ledger
 from edgeq.memory.plan import SMALLEST_CHUNK, part_nbytes, prefill_chunk
+from edgeq.memory.resident import release_unused
 from edgeq.model import text, vision
 from edgeq.model.layers import spans
 from edgeq.numbers import Range
@@ -381,6 +382,7 @@ class Engine(Generic[A, M]):
             self.checkpoint.drop_pages()
             if self.ops.maps_files and self.weights.nbytes(Part.VISION, mapped=False) > KEPT_COPIES:
                 self.weights.release(Part.VISION)
+            release_unused()  # pixels and the tower's work, before the prompt needs as much for other things
         if not finite:
             raise ModelError(
                 f"{self.checkpoint.path}: the vision tower's output is NaN or infinite",

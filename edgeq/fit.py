@@ -16,9 +16,11 @@ from edgeq.hub import find_here, hub_config
 from edgeq.machine.facts import Facts
 from edgeq.machine.speed import Speed, expected_speed
 from edgeq.memory.budget import SPARE
-from edgeq.memory.plan import Plan, Planned, conversation_checkpoints, largest_context, plan_memory
+from edgeq.memory.choice import IMPORTED_LATER
+from edgeq.memory.plan import Plan, Planned, largest_context, plan_memory, prefill_chunk
 from edgeq.quant.described import DescribedModel
 from edgeq.quant.recipe import choose_recipe
+from edgeq.session.prefixes import default_limit
 from edgeq.session.visual_settings import CHAT_VISUALS
 from edgeq.vision.settings import processor_of
 from edgeq.vision.sizes import grid_of, image_size, sample_frames, tokens_of, video_size
@@ -158,25 +160,29 @@ class Wanted:
     def of(self, variant: Variant, ops: Ops[Any, Any], facts: Facts | None, context: int) -> Fit:
         """A variant with a context; it is stretched by YaRN where it has to be. UsageError beyond that."""
         model, yarn = _stretched(variant.model, context)
-        room = None if self.ceiling is None else self.ceiling - SPARE
+        room = None if self.ceiling is None else self.ceiling - SPARE - IMPORTED_LATER
         plan = self._plan(model, ops, context, room)
         largest = model.config.text.longest_context
         if room is not None:
             largest = largest_context(model, ops, room, grids=self.grids, sequences=self.sequences)
         speed = None if facts is None else expected_speed(model, ops, facts, context)
         fits = room is None or plan.total <= room
+        plan = plan._replace(runtime=plan.runtime + IMPORTED_LATER)
         return Fit(variant.bits, context, plan, largest, fits, speed, yarn)
 
     def _plan(self, model: Planned, ops: Ops[Any, Any], context: int, room: int | None) -> Plan:
-        """With the MTP head and the states that conversations keep, as far as there is room for them."""
-        count = self.sequences * conversation_checkpoints(model.config.text, ops)
+        """With the MTP head and the states that conversations keep, as far as there is room for them: one after every
+        chunk of a prompt, after the prompt and after the reply, up to the limit of a model's prefixes. The one before
+        the chunk at hand is counted with the states."""
+        state = ops.state_nbytes(model.config.text)
+        count = self.sequences * (context // prefill_chunk(model.config.text, ops) + 1)
+        count = min(count, default_limit(state) // max(1, state))
         plan = plan_memory(
             model, ops, context, grids=self.grids, sequences=self.sequences, checkpoints=count, drafts=True
         )
         if room is None or plan.total <= room:
             return plan
         plan = plan_memory(model, ops, context, grids=self.grids, sequences=self.sequences)
-        state = ops.state_nbytes(model.config.text)
         kept = min(count, max(0, room - plan.total) // max(1, state))
         return plan._replace(checkpoints=kept * state)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -38,6 +39,11 @@ from edgeq.formats.ggml import TYPES, GGMLType
 from edgeq.formats.mapped import reading_on
 from edgeq.inputs import check_output
 from edgeq.printable import printable
+from edgeq.quality.gate import GateResult, check
+from edgeq.quant.calibrate.export import calibrated_blocks
+from edgeq.quant.calibrate.kquant import MENU
+from edgeq.quant.calibrate.request import CalibrationRequest
+from edgeq.quant.calibrate.run import Calibration
 from edgeq.quant.kquants import KQUANTS, encode
 from edgeq.quant.target import FileTarget, files_of
 from edgeq.session.language import Language
@@ -77,23 +83,29 @@ _MATRICES = (Role.LINEAR, Role.EMBEDDING, Role.GATE)
 Progress = Callable[[int, int, str], None]
 """Called with the weights done, all weights, and the tensor at hand."""
 
+Gate = Callable[[Path], GateResult]
+"""Judges a file before it gets its name."""
+
 
 class ExportReport(NamedTuple):
-    """What was written: a file, its size, and how many tensors are of which type; `notes` says what is not as asked."""
+    """What was written: a file, its size, and how many tensors are of which type; `notes` says what is not as asked,
+    `gate` what a calibrated model was found to be."""
 
     path: Path
     nbytes: int
     types: Mapping[str, int]
     notes: tuple[str, ...]
+    gate: GateResult | None = None
 
 
 class _Tensor(NamedTuple):
-    """A tensor to write: `blocks` yields its values, some rows at a time."""
+    """A tensor to write: `blocks` yields its values, some rows at a time, or what is stored of them if `encoded`."""
 
     name: str
     shape: tuple[int, ...]
     type: GGMLType
-    blocks: Callable[[], Iterator[Float32]]
+    blocks: Callable[[], Iterator[Array]]
+    encoded: bool = False
 
     @property
     def row_nbytes(self) -> int:
@@ -116,7 +128,7 @@ def _target(checkpoint: Checkpoint, out: Path, force: bool, others: Iterable[Pat
 
 def export_gguf(
     checkpoint: Checkpoint, out: Path, kind: str, *, mtp: bool = True, force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | None = None, calibration: CalibrationRequest | None = None, threads: int | None = None,
 ) -> ExportReport:  # fmt: skip
     """Write the language model and, if `mtp`, its MTP head, with tokenizer and chat template.
 
@@ -124,21 +136,55 @@ def export_gguf(
     embedding (which is also the head) and DeltaNet's small a and b projections stay at Q8_0; in the mixtures of
     K-quants the embedding is Q6_K. A matrix whose rows are no multiple of the type's block becomes another that fits
     them; such exceptions are in the report's notes.
+
+    With a `calibration` the matrices of K-quants are rounded for what they are multiplied by on a text, and if it has a
+    target the bits of each are chosen: Q4_K, Q5_K, Q6_K or Q8_0. A file found damaged by it (QualityError)
+    is not published.
     """
     check_output(out)
+    if calibration is not None and kind not in _MIXES:
+        raise UsageError(f"calibration is for K-quants, not for {kind}", hint=f"use one of {', '.join(_MIXES)}")
     c = checkpoint.config.text
     if c.linear_key_head_dim != c.linear_value_head_dim:
         raise ModelError("this model cannot be exported: llama.cpp needs DeltaNet keys and values of one width")
     wanted_parts = {Part.TEXT, Part.MTP} if mtp else {Part.TEXT}
     specs = [spec for spec, _ in checkpoint.storage() if spec.part in wanted_parts]
-    tensors, notes = [], []
+    types, notes = dict[str, GGMLType](), []
     for spec in specs:
         wanted = _wanted_type(spec, kind)
-        stored = _fitting(wanted, file_shape(spec)[-1])
-        (name,) = file_names(spec.name, len(c.layer_types))
+        types[spec.name] = stored = _fitting(wanted, file_shape(spec)[-1])
         if stored != wanted:
+            (name,) = file_names(spec.name, len(c.layer_types))
             notes.append(f"{name} is {stored.name}: rows of {spec.shape[-1]} do not fit {wanted.name}")
-        tensors.append(_Tensor(name, file_shape(spec), stored, partial(_blocks, checkpoint, spec)))
+    with ExitStack() as stack:
+        values, gate = _Values(checkpoint), None
+        if calibration is not None:
+            _target(checkpoint, out, force).check()
+            work = calibrated_blocks(checkpoint, out, specs, types, calibration, threads, progress)
+            calibrated = stack.enter_context(work)
+            values = _Calibrated(checkpoint, calibrated)
+            types |= values.types
+            gate = partial(_gate, checkpoint, out, calibrated, threads)
+        return _write_model(checkpoint, out, kind, specs, types, values, notes, force, progress, gate)
+
+
+def _gate(checkpoint: Checkpoint, out: Path, calibrated: Calibration, threads: int | None, path: Path) -> GateResult:
+    """What the file `path`, which is to become `out`, is found to be; QualityError if it is damaged."""
+    result = replace(check(checkpoint, path, calibrated.windows.held_out, threads=threads), path=str(out))
+    result.need()
+    return result
+
+
+def _write_model(
+    checkpoint: Checkpoint, out: Path, kind: str, specs: Sequence[TensorSpec], types: Mapping[str, GGMLType],
+    values: _Values, notes: list[str], force: bool, progress: Progress | None, gate: Gate | None,
+) -> ExportReport:  # fmt: skip
+    c = checkpoint.config.text
+    tensors = []
+    for spec in specs:
+        (name,) = file_names(spec.name, len(c.layer_types))
+        blocks = partial(values.blocks, spec)
+        tensors.append(_Tensor(name, file_shape(spec), types[spec.name], blocks, values.encoded(spec)))
     shape = text_metadata(c, mtp=any(spec.part is Part.MTP for spec in specs))
     metadata = {
         **_general(checkpoint, specs, "model", kind),
@@ -146,7 +192,7 @@ def export_gguf(
         **{f"{ARCH}.{key}": value for key, value in shape.items()},
         **_tokenizer(checkpoint, notes),
     }
-    return _write(out, checkpoint, ARCH, metadata, tensors, tuple(notes), force, progress)
+    return _write(out, checkpoint, ARCH, metadata, tensors, tuple(notes), force, progress, gate)
 
 
 def export_mmproj(
@@ -261,23 +307,71 @@ def _templates(checkpoint: Checkpoint, notes: list[str]) -> dict[str, Any]:
     return entries | ({"chat_templates": named} if named else {})
 
 
-def _blocks(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[Float32]:
-    """A tensor's values in the file's order of heads."""
-    order = head_order(spec.name, checkpoint.config.text)
-    if spec.role not in _MATRICES:
-        x = checkpoint.dense(spec.name)
-        yield x if order is None else order.to_file(x)
-        return
-    where = np.argsort(order.positions) if order is not None else None
-    step = max(1, _BLOCK // spec.shape[1])
-    for row in range(0, spec.shape[0], step):
-        rows = slice(row, row + step)
-        if order is None or where is None:
-            yield checkpoint.rows(spec.name, rows)
-        elif order.axis == 0:
-            yield checkpoint.rows(spec.name, where[rows])
-        else:
-            yield checkpoint.rows(spec.name, rows)[:, where]
+class _Values:
+    """The tensors of a checkpoint, in the file's order of heads."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def encoded(self, spec: TensorSpec) -> bool:  # noqa: ARG002
+        """Whether `blocks` gives what is stored, and not yet values."""
+        return False
+
+    def blocks(self, spec: TensorSpec) -> Iterator[Array]:
+        """A tensor, some rows at a time."""
+        order = head_order(spec.name, self.checkpoint.config.text)
+        if spec.role not in _MATRICES:
+            x = self.dense(spec)
+            yield x if order is None else order.to_file(x)
+            return
+        where = np.argsort(order.positions) if order is not None else None
+        step = max(1, _BLOCK // spec.shape[1])
+        for row in range(0, spec.shape[0], step):
+            rows = slice(row, row + step)
+            if order is None or where is None:
+                yield self.rows(spec, rows)
+            elif order.axis == 0:
+                yield self.rows(spec, where[rows])
+            else:
+                yield self.rows(spec, rows)[:, where]
+
+    def dense(self, spec: TensorSpec) -> Float32:
+        """All of a tensor."""
+        return self.checkpoint.dense(spec.name)
+
+    def rows(self, spec: TensorSpec, rows: slice | Array) -> Array:
+        """Some rows of a matrix."""
+        return self.checkpoint.rows(spec.name, rows)
+
+
+class _Calibrated(_Values):
+    """The same with what calibration made of them."""
+
+    def __init__(self, checkpoint: Checkpoint, calibrated: Calibration) -> None:
+        super().__init__(checkpoint)
+        self._calibrated = calibrated
+        self.types = {name: MENU[spec] for name, spec in calibrated.specs.items()}
+
+    def encoded(self, spec: TensorSpec) -> bool:
+        return spec.name in self.types
+
+    def blocks(self, spec: TensorSpec) -> Iterator[Array]:
+        if not self.encoded(spec):
+            yield from super().blocks(spec)
+            return
+        order, stored = head_order(spec.name, self.checkpoint.config.text), self._calibrated.solved(spec.name).blocks
+        rows = np.argsort(order.positions) if order is not None and order.axis == 0 else np.arange(len(stored))
+        step = max(1, _BLOCK // spec.shape[1])
+        for row in range(0, len(rows), step):
+            yield stored[rows[row : row + step]]
+
+    def dense(self, spec: TensorSpec) -> Float32:
+        found = self._calibrated.changed_value(spec)
+        return self.checkpoint.dense(spec.name) if found is None else found
+
+    def rows(self, spec: TensorSpec, rows: slice | Array) -> Array:
+        found = self._calibrated.changed_value(spec)
+        return self.checkpoint.rows(spec.name, rows) if found is None else found[rows]
 
 
 def _vision_blocks(checkpoint: Checkpoint, name: str, half: int | None) -> Iterator[Float32]:
@@ -306,7 +400,7 @@ def _encode(x: Float32, tensor: _Tensor) -> Array:
 
 def _write(
     out: Path, checkpoint: Checkpoint, arch: str, metadata: Mapping[str, Any], tensors: Sequence[_Tensor],
-    notes: tuple[str, ...], force: bool, progress: Progress | None,
+    notes: tuple[str, ...], force: bool, progress: Progress | None, gate: Gate | None = None,
 ) -> ExportReport:  # fmt: skip
     target = _target(checkpoint, out, force)
     target.check()
@@ -314,9 +408,9 @@ def _write(
     with reading_on(), new_file(out, room=room, may_replace=target.may_replace) as path:
         _write_header(path, arch, metadata, tensors)
         _write_data(path, checkpoint, tensors, progress)
-        nbytes = path.stat().st_size
+        nbytes, found = path.stat().st_size, gate(path) if gate else None
     names = [t.type.name for t in tensors]
-    return ExportReport(out, nbytes, {name: names.count(name) for name in dict.fromkeys(names)}, notes)
+    return ExportReport(out, nbytes, {name: names.count(name) for name in dict.fromkeys(names)}, notes, found)
 
 
 def _write_data(path: Path, checkpoint: Checkpoint, tensors: Sequence[_Tensor], progress: Progress | None) -> None:
@@ -327,10 +421,10 @@ def _write_data(path: Path, checkpoint: Checkpoint, tensors: Sequence[_Tensor], 
             file.write(bytes(-file.tell() % _ALIGNMENT))
             end = file.tell() + tensor.nbytes
             for block in tensor.blocks():
-                data = _encode(block, tensor).data
+                data = block if tensor.encoded else _encode(block, tensor)
                 checkpoint.check_whole()
-                file.write(data)
-                before, done = done, done + block.size
+                file.write(np.ascontiguousarray(data).data)
+                before, done = done, done + len(block) * prod(tensor.shape[1:])
                 if before // _DROP_EVERY != done // _DROP_EVERY:
                     checkpoint.drop_pages()
                 if progress:

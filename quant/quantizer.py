@@ -9,7 +9,6 @@ is kept, and so is the vision tower unless it is to be left out. docs/reference/
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections import deque
@@ -36,10 +35,12 @@ from edgeq.hub import find_model
 from edgeq.inputs import check_output
 from edgeq.quality.gate import GateResult, check
 from edgeq.quant.calibrate.allocation import Allowance
+from edgeq.quant.calibrate.blas import cores
 from edgeq.quant.calibrate.request import CalibrationRequest, choose_calibration
 from edgeq.quant.calibrate.run import Calibration, calibrated
 from edgeq.quant.calibrate.workspace import Solved
 from edgeq.quant.matrix import QuantizedRows, quantize_rows
+from edgeq.quant.page import page
 from edgeq.quant.provenance import RECORD, Source, hash_files, provenance
 from edgeq.quant.recipe import KEEP, Assignment, QuantSpec, Recipe, TypeRule, assign, choose_recipe
 from edgeq.quant.report import Report, TensorReport
@@ -95,9 +96,10 @@ def quantize(
     quantized) or "none" (left out); `mtp` is whether the MTP head is kept. A part of `src` that is not fit for use is
     an error, unless it is left out on purpose. `adapter` is a LoRA adapter to merge first, or several (see
     `edgeq.load`). With `dry_run` nothing is quantized and `out` may be None. `report` is a file for the sizes and
-    errors of all tensors, as JSON. With `force` an existing model folder, or report, is replaced once the new one is
-    complete. `revision` goes on record; it is known for folders in the hub's cache. `chat_template` replaces
-    the source's: a file, or the name of one of its own. Memory stays below about 300 MB, whatever the model's size.
+    errors of all tensors, as JSON; a page of them, the same name with .html, is written beside it. With `force` an
+    existing model folder, or report, is replaced once the new one is complete. `revision` goes on record; it is known
+    for folders in the hub's cache. `chat_template` replaces the source's: a file, or the name of one of its own. Memory
+    stays below about 300 MB, whatever the model's size.
 
     `calibrate` (True or "default", or a UTF-8 text file) rounds the matrices for what they are multiplied by on a text,
     with an `effort` of "fast", "standard" (the default) or "best"; `target_bpw` (bits per weight of the language model,
@@ -132,7 +134,7 @@ def quantize(
     if targets.folder is None:
         targets.write_report(planned)
         return planned
-    target, threads = targets.folder, threads or _cores()
+    target, threads = targets.folder, threads or cores()
     with ExitStack() as stack:
         stack.enter_context(reading_on())
         if request is not None:
@@ -150,7 +152,7 @@ def quantize(
         errors, judged = _write_folder(plan, folder, Source(plan.source.path, revision), threads, progress)
     tensors = tuple(replace(t, nmse=errors.get(t.name)) for t in planned.tensors)
     gate = judged.as_json() if judged else None
-    done = replace(planned, tensors=tensors, seconds=time.perf_counter() - start, quality=gate)
+    done = replace(planned, tensors=tensors, seconds=time.perf_counter() - start, gate=gate)
     targets.write_report(done)
     return done
 
@@ -164,18 +166,22 @@ class _Targets:
             raise UsageError("no output folder given", hint="give one with -o FOLDER, or as `out` in Python")
         self.folder = None if out is None or dry else FolderTarget(Path(out), source, inputs, force=force)
         outputs = [self.folder.out] if self.folder else []
-        self.report = None if report is None else FileTarget(Path(report), source, inputs, outputs, force=force)
-        for target in (self.folder, self.report):
+        names = [] if report is None else list(dict.fromkeys((Path(report), Path(report).with_suffix(".html"))))
+        self.reports = [FileTarget(name, source, inputs, outputs, force=force) for name in names]
+        for target in (self.folder, *self.reports):
             if target is not None:
                 target.check()
-        if self.report is not None and not self.report.out.absolute().parent.is_dir():
-            raise UsageError(f"{report}: folder not found: {self.report.out.parent}", hint="make the folder first")
+        if names and not names[0].absolute().parent.is_dir():
+            raise UsageError(f"{report}: folder not found: {names[0].parent}", hint="make the folder first")
 
     def write_report(self, report: Report) -> None:
-        if self.report is None:
-            return
-        with new_file(self.report.out, may_replace=self.report.may_replace) as path:
-            _write_json(path, report.as_json())
+        """The report as JSON and as a page beside it; the page alone where that is what was asked for."""
+        for target in self.reports:
+            with new_file(target.out, may_replace=target.may_replace) as path:
+                if target.out.suffix == ".html":
+                    path.write_text(page(report.as_json()), encoding="utf-8")
+                else:
+                    _write_json(path, report.as_json())
 
 
 # --- planning --------------------------------------------------------------------------------------------------------
@@ -361,11 +367,6 @@ class _Plan:
         }
 
 
-def _cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -390,7 +391,7 @@ def _write_folder(
             outputs = hash_files(sorted(path for path in folder.rglob("*") if path.is_file()), folder)
             record = provenance(source, inputs.result(), outputs, plan.recipe_record())
             if judged is not None:
-                record["quality"] = judged.as_json()
+                record["gate"] = judged.as_json()
             plan.source.check_whole()  # or what was hashed is not what was read
             _write_json(folder / RECORD, record)
         finally:

@@ -37,7 +37,7 @@ class Report:
     """A quantization: `seconds` is 0 and there are no errors after a dry run; `warnings` are about the source.
 
     `allocation`: where bits are chosen, how many `matrices` may take how many bytes (`budget`), what their smallest
-    choices take (`least`), and what else counts (`others`). `quality`: what a calibrated result was judged by
+    choices take (`least`), and what else counts (`others`). `gate`: what a calibrated result was judged by
     (`edgeq.quality.gate.GateResult.as_json`).
     """
 
@@ -48,7 +48,7 @@ class Report:
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
     allocation: Mapping[str, int] | None = None
-    quality: Mapping[str, Any] | None = None
+    gate: Mapping[str, Any] | None = None
 
     @property
     def parts(self) -> list[str]:
@@ -74,7 +74,7 @@ class Report:
             "bits_per_weight": self.bits_per_weight(),
             "parts": sums,
             "allocation": dict(self.allocation) if self.allocation else None,
-            "quality": self.quality,
+            "gate": dict(self.gate) if self.gate else None,
             "tensors": [asdict(t) for t in self.tensors],
         }
 

@@ -27,7 +27,7 @@ from edgeq.inputs import exists, open_file
 from edgeq.text.template_files import DEFAULT, FOLDER, place
 from edgeq.weights import Part, Role, TensorSpec
 
-__all__ = ["Stored", "WeightSource", "coarse_warning", "open_source"]
+__all__ = ["Stored", "WeightSource", "coarse_warning", "open_source", "source_of"]
 
 _COPIED = (  # what belongs to a model besides weights and config.json
     "*token*.json",
@@ -113,6 +113,13 @@ def open_source(
         checkpoint.template()  # what is asked for has to be usable
     source = _source(checkpoint, path)
     return _AdaptedSource(source, AdaptedCheckpoint(checkpoint, adapters)) if adapters else source
+
+
+def source_of(checkpoint: Checkpoint) -> WeightSource:
+    """An open checkpoint, with adapters or not, as what is to be quantized; as `open_source`."""
+    if isinstance(checkpoint, AdaptedCheckpoint):
+        return _AdaptedSource(_source(checkpoint.base, checkpoint.base.path), checkpoint)
+    return _source(checkpoint, checkpoint.path)
 
 
 def _source(checkpoint: Checkpoint, path: Path) -> WeightSource:

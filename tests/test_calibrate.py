@@ -132,9 +132,9 @@ class TestResult:
         assert record["held_out_tokens"] == 512
         assert len(record["sha256"]) == 64
         assert record["stages"]["equalization"]
-        quality = json.loads((standard / "edgeq.json").read_text())["quality"]
-        assert quality["passed"]
-        assert quality["kl"]["mean"] < quality["plain_rounding"]["kl"]["mean"]
+        gate = json.loads((standard / "edgeq.json").read_text())["gate"]
+        assert gate["passed"]
+        assert gate["kl"]["mean"] < gate["plain_rounding"]["kl"]["mean"]
 
     @pytest.mark.parametrize("threads", [2, 3])
     def test_does_not_depend_on_threads(self, bed: Bed, standard: Path, tmp_path: Path, threads: int) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from edgeq.errors import ModelError, QualityError, UsageError
 from edgeq.quality import calibration, gate
 from edgeq.quality.calibration import default_ids, split, text_ids
 from edgeq.quality.gate import check
+from edgeq.quant.page import page
 from edgeq.testing import config_values, write_checkpoint
 
 
@@ -100,3 +103,27 @@ class TestGate:
         with pytest.raises(QualityError, match=r"the quantized model is damaged: the .* \(plain rounding to the"):
             result.need()
         assert max(result.drift, key=lambda name: result.drift[name]) != "embed"
+
+
+class TestPage:
+    def test_one_page_with_everything_in_it(self, folder: Path, tmp_path: Path) -> None:
+        report = edgeq.quantize(folder / "model", tmp_path / "out", bits=4, group_size=32, report=tmp_path / "out.json")
+        assert json.loads((tmp_path / "out.json").read_text())["gate"] is None
+        plain = (tmp_path / "out.html").read_text(encoding="utf-8")
+        chunks = np.random.default_rng(0).integers(0, 288, (2, 64)).astype(np.int32)
+        gate = check(open_checkpoint(folder / "model"), tmp_path / "out", chunks).as_json()
+        whole = page({**report.as_json(), "out": "<b>&", "gate": gate})
+        assert "&lt;b&gt;&amp;: " in whole
+        for text in (plain, whole):
+            assert not re.search(r"(src|href)=|url\(|@import|<script|https?://", text), "nothing from elsewhere"
+            for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+                ElementTree.fromstring(svg)
+        assert (plain.count("<svg"), whole.count("<svg")) == (1, 3)
+        assert "prefers-color-scheme: dark" in whole
+        assert "layers.3.mlp.down_proj.weight" in whole
+        for name in ("nan", "inf"):
+            page({**report.as_json(), "gate": {**gate, "drift": dict.fromkeys(gate["drift"], float(name))}})
+
+    def test_the_page_alone(self, folder: Path, tmp_path: Path) -> None:
+        edgeq.quantize(folder / "model", None, dry_run=True, report=tmp_path / "plan.html")
+        assert [path.name for path in tmp_path.iterdir()] == ["plan.html"]

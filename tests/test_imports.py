@@ -44,6 +44,7 @@ ORDER = [
     "edgeq.draft_head",
     "edgeq.pace",
     "edgeq.engine",
+    "edgeq.cache_check",
     "edgeq.state_io",
     "edgeq.generate",
     "edgeq.session",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -9,11 +10,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_tokenizer import IM_END, WORDS, build_tiny_tokenizer
 
-from edgeq.checkpoint import open_checkpoint
+from edgeq.backends.numpy import NumpyOps
+from edgeq.checkpoint import Checkpoint, open_checkpoint
+from edgeq.errors import QualityError, UsageError
 from edgeq.formats.bf16 import Array, Float32
 from edgeq.formats.ggml import GGMLType
+from edgeq.quality.kld import compare, cut
+from edgeq.quality.stream import Stream
 from edgeq.quant import kquants
+from edgeq.quant.calibrate import request
+from edgeq.quant.calibrate.request import Budget, CalibrationRequest
 from edgeq.quant.gguf_export import export_gguf
 from edgeq.quant.kquants import KQUANTS, codes_of, encode, fit, pack
 from edgeq.testing import config_values, write_checkpoint
@@ -104,3 +112,79 @@ def test_an_exported_mixture(tmp_path: Path) -> None:
         np.testing.assert_array_equal(
             back.rows(name, slice(None)), values(encode(x, KQUANTS[stored[name]]), KQUANTS[stored[name]])
         )
+
+
+# --- calibrated ------------------------------------------------------------------------------------------------------
+
+WIDE = config_values(
+    hidden_size=256, intermediate_size=256, vocab_size=1088, eos_token_id=IM_END,
+    linear_num_key_heads=4, linear_num_value_heads=8, linear_key_head_dim=32, linear_value_head_dim=32,
+    layer_types=["linear_attention", "full_attention"],
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Checkpoint, Path]]:
+    """A model whose value heads the file has in another order, as the 4B's, and a text."""
+    folder = tmp_path_factory.mktemp("wide")
+    write_checkpoint(folder / "model", WIDE)
+    build_tiny_tokenizer(folder / "model")
+    (folder / "text").write_text(" ".join(np.random.default_rng(0).choice(WORDS, 1000)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(request, "BUDGETS", {"standard": Budget(1024, 512, 1, 1, asymmetric=True)})
+        yield open_checkpoint(folder / "model"), folder / "text"
+
+
+def divergence(source: Checkpoint, files: list[Path], text: Path) -> list[float]:
+    tokenizer = source.tokenizer()
+    assert tokenizer is not None
+    streams = [Stream(open_checkpoint(file), NumpyOps()) for file in files]
+    chunks = cut(tokenizer.encode(text.read_text()), 256)
+    return [found.divergence.mean for found in compare(Stream(source, NumpyOps()), streams, chunks)]
+
+
+def test_calibrated_blocks_are_better_at_the_same_bytes(wide: tuple[Checkpoint, Path], tmp_path: Path) -> None:
+    (source, text), files = wide, [tmp_path / "plain.gguf", tmp_path / "calibrated.gguf"]
+    plain = export_gguf(source, files[0], "q4_k_m")
+    done = export_gguf(source, files[1], "q4_k_m", calibration=CalibrationRequest(str(text), "standard", 0))
+    assert done.nbytes == plain.nbytes
+    assert done.types == plain.types
+    by_weights, calibrated = divergence(source, files, text)
+    assert calibrated < 0.8 * by_weights
+    assert done.gate is not None
+    assert done.gate.passed
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["calibrated.gguf", "plain.gguf"]
+
+
+def test_types_are_chosen_for_a_size(wide: tuple[Checkpoint, Path], tmp_path: Path) -> None:
+    source, text = wide
+    asked = CalibrationRequest(str(text), "standard", 0, target_bpw=5.5)
+    export_gguf(source, tmp_path / "model.gguf", "q4_k_m", calibration=asked)
+    stored = list(open_checkpoint(tmp_path / "model.gguf").storage())
+    nbytes = sum(
+        spec.size // (b := gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[s.type]])[0] * b[1] for spec, s in stored
+    )
+    weights = sum(spec.size for spec, _ in stored)
+    assert 5.2 < 8 * nbytes / weights <= 5.5
+    assert len({s.type for spec, s in stored if spec.is_matrix}) > 2
+
+
+def test_what_calibration_cannot_do_is_told_before(wide: tuple[Checkpoint, Path], tmp_path: Path) -> None:
+    source, text = wide
+    asked = CalibrationRequest(str(text), "standard", 0)
+    with pytest.raises(UsageError, match="for K-quants, not for q8_0"):
+        export_gguf(source, tmp_path / "model.gguf", "q8_0", calibration=asked)
+    asked = CalibrationRequest(str(text), "standard", 0, target_nbytes=1000)
+    with pytest.raises(UsageError, match="the smallest choices take"):
+        export_gguf(source, tmp_path / "model.gguf", "q4_k_m", calibration=asked)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_damaged_result_is_not_left(
+    wide: tuple[Checkpoint, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, text = wide
+    monkeypatch.setattr("edgeq.quality.gate.MOST_KL", 1e-12)
+    with pytest.raises(QualityError, match=r"model\.gguf: the quantized model is damaged"):
+        export_gguf(source, tmp_path / "model.gguf", "q4_k_m", calibration=CalibrationRequest(str(text), "standard", 0))
+    assert not (tmp_path / "model.gguf").exists()

@@ -303,7 +303,7 @@ def start(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
             program(binaries / name.replace("_", "-"), f'echo "{name} $*" >>"{log}"\n{script}')
         log.write_text("")
         done = subprocess.run(
-            ["sh", TOOLS / "pi/start", "--home", str(tmp_path / "home"), *words], capture_output=True, text=True,
+            ["sh", TOOLS / "pi/start", "--home", "home", *words], capture_output=True, text=True, cwd=tmp_path,
             env={"PATH": f"{binaries}:{os.environ['PATH']}", "VENV": str(binaries.parent), "HOME": str(tmp_path),
                  "PYTHONPATH": os.pathsep.join(sys.path)},
         )  # fmt: skip
@@ -326,7 +326,7 @@ def test_start_picks_what_fits(start: Start, tmp_path: Path) -> None:
         f"edgeq fit qwen3.5:{size} --bits 4 --context 4096 --memory 1500000000" for size in ("4b", "2b")
     ]
     assert asked[3] == f"edgeq quantize qwen3.5:2b -o {folder} --bits 4"
-    assert asked[4].startswith(f"python tools/pi/assistant.py {folder} --memory 1500000000 --context 4096 --session ")
+    assert asked[4].startswith(f"python {TOOLS}/pi/assistant.py {folder} --memory 1500000000 --context 4096 --session ")
     assert asked[4].endswith("conversation.eqs --look")
 
     put(folder / "config.json", "{}")
@@ -338,7 +338,7 @@ def test_start_without_a_network(start: Start) -> None:
     done = start(edgeq='case $1 in quantize) echo "error: no network" >&2; exit 5 ;; esac')
     assert done.returncode == 0
     assert "the built-in demo model takes its place" in done.stderr
-    assert done.args[-1].startswith("python tools/pi/assistant.py demo --memory ")
+    assert done.args[-1].startswith(f"python {TOOLS}/pi/assistant.py demo --memory ")
 
 
 @pytest.mark.parametrize(

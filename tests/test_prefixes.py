@@ -209,7 +209,7 @@ class Conversations(RuleBasedStateMachine):
             file.unlink()  # what was mapped stays as it was
             if how != "gone":
                 place = int(len(content) * at)
-                content[place] ^= 16
+                content[place : place + 1] = bytes(byte ^ 16 for byte in content[place : place + 1])
                 file.write_bytes(content[:place] if how == "cut" else content)
 
     @rule()

@@ -29,6 +29,7 @@ from edgeq.errors import EdgeqError, MemoryBudgetError, ModelError, UsageError
 from edgeq.generate import StopReason
 from edgeq.hub import DEMO
 from edgeq.session.chat import Chat
+from edgeq.session.prefixes import PrefixStore
 from edgeq.session.reply import Reply
 from edgeq.testing import nmse
 from edgeq.text.conversation import Conversation, Generated
@@ -645,6 +646,7 @@ class Conversations(RuleBasedStateMachine):
         system=st.none() | texts, thinking=st.booleans(), given=st.booleans(), draft=st.sampled_from(["off", "auto"])
     )
     def begin(self, system: str | None, thinking: bool, given: bool, draft: str) -> None:
+        self.model.prefixes = PrefixStore(self.model.engine)  # nothing of the run before, so that a run repeats
         overflow = "stop" if self.model.context_limit > 1000 else "shift"
         messages: list[dict[str, Any]] = [
             QUESTION, CALLS, {"role": "tool", "content": "x"}, {"role": "assistant", "content": "there"}

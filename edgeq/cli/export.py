@@ -10,12 +10,20 @@ import typer
 from edgeq.adapters import adapted, given_adapters
 from edgeq.checkpoint import open_checkpoint
 from edgeq.cli.console import peak_memory_text, say
-from edgeq.cli.options import MODEL_HELP, AdapterOption, chat_template_option, option
-from edgeq.cli.quantize import progress_bar
+from edgeq.cli.options import MODEL_HELP, AdapterOption, ThreadsOption, chat_template_option, option
+from edgeq.cli.quantize import (
+    CalibrateOption,
+    CalibrationSeedOption,
+    EffortOption,
+    TargetBpwOption,
+    TargetSizeOption,
+    progress_bar,
+)
 from edgeq.errors import UsageError
 from edgeq.hub import find_model
 from edgeq.inputs import check_output
 from edgeq.printable import printable
+from edgeq.quant.calibrate.request import choose_calibration
 from edgeq.quant.gguf_export import EXPORT_TYPES, ExportReport, check_target, export_gguf, export_mmproj
 from edgeq.weights import Part
 
@@ -36,6 +44,12 @@ def export(
         bool, option("--no-vision", env=False, help="Export even if the vision tower is not fit for use.")
     ] = False,
     no_mtp: Annotated[bool, option("--no-mtp", env=False, help="Leave the MTP head out.")] = False,
+    calibrate: CalibrateOption = None,
+    effort: EffortOption = None,
+    target_bpw: TargetBpwOption = None,
+    target_size: TargetSizeOption = None,
+    seed: CalibrationSeedOption = None,
+    threads: ThreadsOption = None,
     adapter: AdapterOption = None,
     chat_template: Annotated[str | None, chat_template_option(env=False)] = None,
     force: Annotated[
@@ -46,10 +60,14 @@ def export(
 
     \b
     edgeq export Qwen/Qwen3.5-0.8B -o qwen.gguf --type q8_0 --mmproj mmproj-qwen.gguf
+    edgeq export Qwen/Qwen3.5-0.8B -o qwen.gguf --type q4_k_m --calibrate
     """
     kind = kind.lower()
     if kind not in EXPORT_TYPES:
         raise UsageError(f"unknown type {kind!r}", hint=f"use one of {', '.join(EXPORT_TYPES)}")
+    calibration = choose_calibration(
+        calibrate, effort, target_bpw, target_size, seed, recipe=None, bits=None, group_size=None
+    )  # fmt: skip
     for path in (out, mmproj):
         if path is not None:
             check_output(path)
@@ -66,7 +84,10 @@ def export(
     with progress_bar() as progress:
         if mmproj is not None:  # first, because it is the quicker of the two to fail
             reports.append(export_mmproj(checkpoint, mmproj, kind, force=force, progress=progress))
-        reports.append(export_gguf(checkpoint, out, kind, mtp=not no_mtp, force=force, progress=progress))
+        reports.append(export_gguf(
+            checkpoint, out, kind, mtp=not no_mtp, force=force, progress=progress,
+            calibration=calibration, threads=threads,
+        ))  # fmt: skip
     for report in reports:
         say(_summary(report))
 
@@ -74,4 +95,5 @@ def export(
 def _summary(report: ExportReport) -> str:
     types = ", ".join(f"{count} {name}" for name, count in report.types.items())
     notes = "".join(f"\nnote: {note}" for note in report.notes)
-    return f"{printable(str(report.path))}: {report.nbytes / 1e6:,.1f} MB: {types} | {peak_memory_text()}{notes}"
+    gate = f"\n{report.gate}" if report.gate else ""
+    return f"{printable(str(report.path))}: {report.nbytes / 1e6:,.1f} MB: {types} | {peak_memory_text()}{notes}{gate}"

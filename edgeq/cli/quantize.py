@@ -27,6 +27,44 @@ _RECIPE_HELP = "\n".join(
 )
 
 
+CalibrateOption = Annotated[
+    str | None,
+    option(
+        "--calibrate",
+        metavar="[TEXT]",
+        env=False,
+        help="Round the matrices for what they are multiplied by on a UTF-8 text; a run that was killed goes on.",
+    ),
+]
+EffortOption = Annotated[
+    str | None,
+    option(
+        "--effort",
+        metavar="fast|standard|best",
+        env=False,
+        default="standard",
+        help="How much work calibration is.",
+    ),
+]
+TargetBpwOption = Annotated[
+    float | None,
+    option(
+        "--target-bpw",
+        metavar="BITS",
+        env=False,
+        help="Choose every matrix' bits for so many per weight of the language model, all its bytes counted.",
+    ),
+]
+TargetSizeOption = Annotated[
+    str | None,
+    option("--target-size", metavar="SIZE", env=False, help="The same for all tensors together: 1.2G, 900M."),
+]
+CalibrationSeedOption = Annotated[
+    int | None,
+    option("--seed", metavar="N", env=False, default="0", help="Chooses parts of a long calibration text."),
+]
+
+
 def quantize(
     source: Annotated[
         str,
@@ -88,42 +126,11 @@ def quantize(
         bool, option("--no-vision", env=False, help="Leave the vision tower out: --vision none.")
     ] = False,
     no_mtp: Annotated[bool, option("--no-mtp", env=False, help="Leave the MTP head out.")] = False,
-    calibrate: Annotated[
-        str | None,
-        option(
-            "--calibrate",
-            metavar="[TEXT]",
-            env=False,
-            help="Round the matrices for what they are multiplied by on a UTF-8 text; a run that was killed goes on.",
-        ),
-    ] = None,
-    effort: Annotated[
-        str | None,
-        option(
-            "--effort",
-            metavar="fast|standard|best",
-            env=False,
-            default="standard",
-            help="How much work calibration is.",
-        ),
-    ] = None,
-    target_bpw: Annotated[
-        float | None,
-        option(
-            "--target-bpw",
-            metavar="BITS",
-            env=False,
-            help="Choose every matrix' bits for so many per weight of the language model, all its bytes counted.",
-        ),
-    ] = None,
-    target_size: Annotated[
-        str | None,
-        option("--target-size", metavar="SIZE", env=False, help="The same for all tensors together: 1.2G, 900M."),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        option("--seed", metavar="N", env=False, default="0", help="Chooses parts of a long calibration text."),
-    ] = None,
+    calibrate: CalibrateOption = None,
+    effort: EffortOption = None,
+    target_bpw: TargetBpwOption = None,
+    target_size: TargetSizeOption = None,
+    seed: CalibrationSeedOption = None,
     adapter: AdapterOption = None,
     chat_template: Annotated[str | None, chat_template_option(env=False)] = None,
     dry_run: Annotated[
@@ -131,7 +138,12 @@ def quantize(
     ] = False,
     report: Annotated[
         Path | None,
-        option("--report", metavar="FILE", env=False, help="Write the size and error of every tensor as JSON."),
+        option(
+            "--report",
+            metavar="FILE",
+            env=False,
+            help="Write sizes and errors as JSON, and a page of them beside it (.html).",
+        ),
     ] = None,
     force: Annotated[
         bool, option("--force", env=False, help="Overwrite OUT, only after the new model is complete.")

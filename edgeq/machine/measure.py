@@ -7,8 +7,10 @@ fastest with fewer threads than arithmetic (of a Raspberry Pi 5's four cores, tw
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -40,15 +42,17 @@ KV_DTYPES = ("f16", "int8", "int4")
 _POOL = 128 << 20  # bytes of weights that are read: several times a laptop's last cache
 _COLUMNS = 2048
 _ROWS = 4096  # of a matrix that many tokens go through
+_ONE_ROWS = 2048  # of those that one token goes through
 _LARGEST = 2 * _ROWS * _COLUMNS  # bytes of the largest of them
 _TOKENS = 256
 _PAST = 4096  # tokens before those whose attention is measured
 _HEADS, _KV_HEADS, _DIM = 8, 2, 256
+_ROUNDS = 2
 _CLEARLY = 1.05  # times as fast: the number of threads is another than the backend's own
 _SCALE = 0x3C00  # bfloat16: 0.0078
 
 
-def measure_machine(progress: Progress | None = None, *, seconds: float = 0.15, nbytes: int | None = None) -> Facts:
+def measure_machine(progress: Progress | None = None, *, seconds: float = 0.08, nbytes: int | None = None) -> Facts:
     """Measure this machine for about `seconds` per rate, a few seconds in all; the numbers of threads that were in
     force are again in the end. nbytes: of the weights that are read; None is what caches do not hold."""
     before = _native.thread_count()
@@ -77,46 +81,52 @@ class _Probe:
         self._load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0
         self._progress, self._seconds, self._read_nbytes = progress, seconds, nbytes
         self._rng = np.random.default_rng(0)
-        self._pool = self._rng.integers(0, 1 << 32, max(nbytes, _LARGEST) // 4, dtype=np.uint32)
+        self._pool = _small_pages(max(nbytes, _LARGEST) // 4)
+        self._pool[:] = np.resize(self._rng.integers(0, 1 << 32, 1 << 20, dtype=np.uint32), self._pool.size)
         self._default, self._counts = _native.thread_count(), _candidates()
-        self._done, self._steps = 0, 3 * len(self._counts) + 2 * len(BITS) + 2 * len(KV_DTYPES) + 3
+        self._steps = _ROUNDS * (3 * len(self._counts) + 2 * len(BITS) + 2 * len(KV_DTYPES) + 3)
+        self._done = 0
+        self._rates: dict[str, dict[str, float]] = {}
 
     def facts(self) -> Facts:
-        stream, one, many = {}, {}, {}
-        for n in self._counts:
+        for n in _ROUNDS * self._counts:
             self._use(n)
-            stream[str(n)] = 1e9 * self._step(f"reading memory, {_threads(n)}", lambda: self._read(n))  # noqa: B023
-            one[n] = self._step(f"one token, {_threads(n)}", lambda: self._weights_rate(4))
-            many[n] = self._step(f"many tokens, {_threads(n)}", lambda: self._products_rate(4))
-        prompt_threads, generation_threads = (_best_count(rates, self._default) for rates in (many, one))
-        self._use(generation_threads)
-        weights = {str(bits): self._step(f"{bits}-bit weights, one token", partial(self._weights_rate, bits))
-                   for bits in BITS}  # fmt: skip
-        attention = {kv: self._step(f"attention to {kv}, one token", partial(self._attention_rate, kv, 1))
-                     for kv in KV_DTYPES}  # fmt: skip
-        delta = self._step("DeltaNet, one token", lambda: self._delta_rate(1))
-        self._use(prompt_threads)
-        products = {str(bits): self._step(f"{bits}-bit weights, many tokens", partial(self._products_rate, bits))
-                    for bits in BITS}  # fmt: skip
-        prompt_attention = {kv: self._step(f"attention to {kv}, many tokens", partial(self._attention_rate, kv, 256))
-                            for kv in KV_DTYPES}  # fmt: skip
-        prompt_delta = self._step("DeltaNet, many tokens", lambda: self._delta_rate(_TOKENS))
-        values = self._step("a layer", lambda: self._values_rate(products["4"], prompt_delta))
+            self._step("stream", f"{n}", lambda: 1e9 * self._read(n))  # noqa: B023
+            self._step("one token", f"{n}", lambda: self._weights_rate(4))
+            self._step("many tokens", f"{n}", lambda: self._products_rate(4))
+        one, many = (_best_count(self._rates[name], self._default) for name in ("one token", "many tokens"))
+        for _ in range(_ROUNDS):
+            self._use(one)
+            for bits in BITS:
+                self._step("weights", f"{bits}", partial(self._weights_rate, bits))
+            for kv in KV_DTYPES:
+                self._step("attention", kv, partial(self._attention_rate, kv, 1))
+            self._step("delta", "", lambda: self._delta_rate(1))
+            self._use(many)
+            for bits in BITS:
+                self._step("products", f"{bits}", partial(self._products_rate, bits))
+            for kv in KV_DTYPES:
+                self._step("prompt attention", kv, partial(self._attention_rate, kv, _TOKENS))
+            self._step("prompt delta", "", lambda: self._delta_rate(_TOKENS))
+            self._step("layer", "", self._layer_rate)
+        rates = self._rates
         return Facts(
             isa=_native.isa(), measured=datetime.now().astimezone().isoformat(timespec="seconds"), load=self._load,
-            prompt_threads=prompt_threads, generation_threads=generation_threads, stream=stream, weights=weights,
-            products=products, attention=attention, prompt_attention=prompt_attention, delta=delta,
-            prompt_delta=prompt_delta, values=values,
+            prompt_threads=many, generation_threads=one, stream=rates["stream"], weights=rates["weights"],
+            products=rates["products"], attention=rates["attention"], prompt_attention=rates["prompt attention"],
+            delta=rates["delta"][""], prompt_delta=rates["prompt delta"][""], values=self._values(),
         )  # fmt: skip
 
     def _use(self, threads: int) -> None:
         _native.set_thread_count(threads)
         _native.start_threads()
 
-    def _step(self, what: str, rate: Callable[[], float]) -> float:
-        self._progress(self._done, self._steps, what)
+    def _step(self, name: str, kind: str, rate: Callable[[], float]) -> None:
+        """Measure a rate; of several rounds the best counts, for another program may run in one of them."""
+        self._progress(self._done, self._steps, f"{name} {kind}")
         self._done += 1
-        return rate()
+        rates = self._rates.setdefault(name, {})
+        rates[kind] = max(rates.get(kind, 0.0), rate())
 
     def _best(self, call: Callable[[], object]) -> float:
         """Seconds of the fastest of some calls; one that is not counted goes first."""
@@ -133,19 +143,28 @@ class _Probe:
 
     # --- products ----------------------------------------------------------------------------------------------------
 
-    def _matrix(self, bits: int, rows: int, columns: int) -> _native.Matrix:
-        """A matrix in the pool's memory; its codes are the pool's, whatever they say."""
+    def _matrix(self, bits: int, rows: int, columns: int, start: int = 0) -> _native.Matrix:
+        """A matrix in the pool's memory, from its word `start` on; its codes are the pool's, whatever they say."""
         if bits == 16:
-            values = self._pool.view(np.uint16)[: rows * columns].reshape(rows, columns)
+            values = self._pool[start : start + rows * columns // 2].view(np.uint16).reshape(rows, columns)
             return _native.Matrix(values)
         words = columns * bits // 32
-        codes = self._pool[: rows * words].reshape(rows, words)
+        codes = self._pool[start : start + rows * words].reshape(rows, words)
         scales = np.full((rows, columns // 64), _SCALE, np.uint16)
         return _native.Matrix(codes, scales, scales.copy(), bits, 64)
 
     def _weights_rate(self, bits: int) -> float:
-        w = self._matrix(bits, max(64, self._read_nbytes // (_COLUMNS * bits // 8) // 64 * 64), _COLUMNS)
-        return w.nbytes / self._product_seconds(w, 1)
+        """One token through matrices of a layer's size, one after the other, which are more than caches hold."""
+        words = _ONE_ROWS * _COLUMNS * bits // 32
+        starts = range(0, max(1, self._read_nbytes // 4 - words), words)
+        ws = [self._matrix(bits, _ONE_ROWS, _COLUMNS, start) for start in starts]
+        x, y = self._normal(1, _COLUMNS), np.empty((1, _ONE_ROWS), np.float32)
+
+        def through() -> None:
+            for w in ws:
+                _native.linear(x, w, y)
+
+        return sum(w.nbytes for w in ws) / self._best(through)
 
     def _products_rate(self, bits: int) -> float:
         w = self._matrix(bits, _ROWS, _COLUMNS)
@@ -177,18 +196,23 @@ class _Probe:
         after = [np.empty_like(state)]
         return tokens * state.size / self._best(lambda: _native.delta_rule(q, q, v, g, beta, state, after, out))
 
-    def _values_rate(self, products: float, delta: float) -> float:
-        """What is left of a DeltaNet layer's time, by the numbers that it works through."""
-        c = replace(family_config("2b").text, layer_types=("linear_attention",), vocab_size=64)
+    def _layer_rate(self) -> float:
+        """DeltaNet layers of 4 bits that a second is enough for, with many tokens."""
+        c = _layer_config()
         ops = CpuOps(_native.thread_count())
         weights = ops.ready(map_tree(partial(self._leaf, ops), declare_text(c)), c)
         states = [[layer] for layer in text.initial_state(ops, c).layers]
         x, positions = self._normal(_TOKENS, c.hidden_size), np.tile(np.arange(_TOKENS, dtype=np.int32), (3, 1))
-        seconds = self._best(lambda: ops.decoder(x, weights, c, positions, states, [_TOKENS], [0]))
+        return 1 / self._best(lambda: ops.decoder(x, weights, c, positions, states, [_TOKENS], [0]))
+
+    def _values(self) -> float:
+        """What is left of such a layer's time, by the numbers that it works through."""
+        c, rates = _layer_config(), self._rates
+        seconds = 1 / rates["layer"][""]
         macs = sum(spec.size for spec in _linear_specs(c))
         entries = c.linear_num_value_heads * c.linear_value_head_dim * c.linear_key_head_dim
-        left = seconds - _TOKENS * (macs / products + entries / delta)
-        return _TOKENS * values_per_token(c) / max(left, 0.02 * seconds)
+        left = seconds - _TOKENS * (macs / rates["products"]["4"] + entries / rates["prompt delta"][""])
+        return _TOKENS * values_per_token(c) / max(left, 0.05 * seconds)
 
     def _leaf(self, ops: CpuOps, spec: TensorSpec) -> Any:
         if spec.role is Role.GATE:
@@ -201,22 +225,33 @@ class _Probe:
         return np.full(spec.shape, _SCALE, np.uint16)
 
 
+def _layer_config() -> TextConfig:
+    """A single layer of the 2B."""
+    return replace(family_config("2b").text, layer_types=("linear_attention",), vocab_size=64)
+
+
 def _linear_specs(c: TextConfig) -> Iterator[TensorSpec]:
     return (spec for spec in text_tensors(c) if spec.role is Role.LINEAR and spec.name != "lm_head.weight")
 
 
-def _best_count(rates: Mapping[int, float], default: int) -> int:
+def _small_pages(words: int) -> NDArray[np.uint32]:
+    """Memory in pages of the usual size, as those of most mapped files are: NumPy's own is in huge ones, which are read
+    up to a fifth faster."""
+    mapping = mmap.mmap(-1, 4 * words)
+    if (advice := getattr(mmap, "MADV_NOHUGEPAGE", None)) is not None:
+        with suppress(OSError):  # a kernel without huge pages
+            mapping.madvise(advice)
+    return np.frombuffer(mapping, np.uint32)
+
+
+def _best_count(rates: Mapping[str, float], default: int) -> int:
     """The backend's own number of threads, unless another is clearly faster: a machine that was busy while it was
     measured is no reason to use less of it ever after."""
     best = max(rates, key=lambda n: rates[n])
-    return best if rates[best] > _CLEARLY * rates[default] else default
+    return int(best) if rates[best] > _CLEARLY * rates[f"{default}"] else default
 
 
 def _seconds(call: Callable[[], object]) -> float:
     started = perf_counter()
     call()
     return perf_counter() - started
-
-
-def _threads(n: int) -> str:
-    return "1 thread" if n == 1 else f"{n} threads"

@@ -29,10 +29,11 @@ from edgeq.session.places import Place
 from edgeq.session.prefix_files import Filed, Line, PrefixFolder, Shown
 from edgeq.state import Piece, State, pieces
 
-__all__ = ["Miss", "Prefix", "PrefixStore", "shown"]
+__all__ = ["Miss", "Prefix", "PrefixStore", "default_limit", "shown"]
 
 SHARE = 32  # of the machine's memory
 MOST = 512 << 20  # bytes, whatever the machine has
+STATES = 256  # in memory, however small they are
 STRIDE = 8  # chunks of a long text from one state on disk to the next, or
 PATIENCE = 20  # seconds
 GHOSTS = 256  # prefixes whose ids are remembered when their states have gone
@@ -138,7 +139,7 @@ class PrefixStore:
         self._ghosts = deque[_Node]()
         self._clock = 0.0
         self._holders: WeakSet[Any] = WeakSet()
-        self._limit = default_limit(engine) if limit is None else limit
+        self._limit = default_limit(engine.ops.state_nbytes(engine.config)) if limit is None else limit
         self._open_accounts()
 
     # --- how much ----------------------------------------------------------------------------------------------------
@@ -400,11 +401,9 @@ class PrefixStore:
 
     def _shrink(self, nbytes: int) -> None:
         """Let go of states until the rest has at most so many bytes."""
-        while self._nodes and self._total > nbytes:
+        while self._nodes and (self._total > nbytes or len(self._nodes) > STATES):
             sizes = self._sizes()
-            worths = {node: self._worth(node, sizes[node]) for node in self._nodes if sizes[node]}
-            if not worths:
-                return
+            worths = {node: self._worth(node, max(1, sizes[node])) for node in self._nodes}
             victim = min(worths, key=lambda node: worths[node])
             self._clock = max(self._clock, worths[victim])
             self._drop(victim)
@@ -453,14 +452,14 @@ class PrefixStore:
                 ledger.open(owner, lambda owner=owner: ops.held()[owner] - self._own().get(owner, 0))  # type: ignore[misc]
 
 
-def default_limit(engine: Engine[Any, Any]) -> int:
+def default_limit(state_nbytes: int) -> int:
     """Bytes that are kept where nobody says how many: a share of the machine's memory, but two states at least, to undo
     a turn and to answer another way."""
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # a system that does not say
         memory = 0
-    return max(min(memory // SHARE, MOST), 2 * engine.ops.state_nbytes(engine.config))
+    return max(min(memory // SHARE, MOST), 2 * state_nbytes)
 
 
 def _keys(ids: Ids, places: Sequence[Place]) -> Ids:

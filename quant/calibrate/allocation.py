@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from edgeq.errors import UsageError
 from edgeq.quant.calibrate.allocate import Choice, allocate
 from edgeq.quant.calibrate.sensitivity import Costs
 from edgeq.quant.recipe import Assignment, QuantSpec
 
-__all__ = ["Allowance", "as_json", "choices", "from_json"]
+__all__ = ["AFFINE", "Allowance", "Menu", "as_json", "from_json"]
 
 _CHOICES = (
     QuantSpec(3, 128), QuantSpec(3, 64), QuantSpec(4, 128), QuantSpec(4, 64), QuantSpec(4, 32), QuantSpec(5, 128),
@@ -20,11 +20,31 @@ _CHOICES = (
 _FACTORS = 4  # bytes of a group's scale and bias
 
 
-def choices(a: Assignment) -> list[QuantSpec]:
-    """What a matrix may be stored as."""
-    return [spec for spec in _CHOICES if a.spec.shape[1] % spec.group_size == 0] or [
-        QuantSpec(bits, 32) for bits in (3, 4, 5, 6, 8)
-    ]
+class Menu(Protocol):
+    """What matrices may be stored as in a format."""
+
+    def choices(self, a: Assignment) -> list[QuantSpec]:
+        """All that fit a matrix."""
+        ...
+
+    def nbytes(self, a: Assignment, spec: QuantSpec) -> int:
+        """Bytes of it stored so."""
+        ...
+
+
+class _AffineMenu:
+    def choices(self, a: Assignment) -> list[QuantSpec]:
+        return [spec for spec in _CHOICES if a.spec.shape[1] % spec.group_size == 0] or [
+            QuantSpec(bits, 32) for bits in (3, 4, 5, 6, 8)
+        ]
+
+    def nbytes(self, a: Assignment, spec: QuantSpec) -> int:
+        rows, columns = a.spec.shape
+        return rows * (columns * spec.bits // 8 + columns // spec.group_size * _FACTORS)
+
+
+AFFINE: Menu = _AffineMenu()
+"""MLX's affine groups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +55,12 @@ class Allowance:
     free: Sequence[Assignment]
     budget: int
     others: int
+    menu: Menu = AFFINE
 
     @property
     def least(self) -> int:
         """Bytes of the smallest choices."""
-        return sum(min(_nbytes(a, spec) for spec in choices(a)) for a in self.free)
+        return sum(min(self.menu.nbytes(a, spec) for spec in self.menu.choices(a)) for a in self.free)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -58,7 +79,7 @@ class Allowance:
     def allocate(self, costs: Costs) -> dict[str, QuantSpec]:
         """The choice of every matrix by `costs`."""
         offered = {
-            a.spec.name: [Choice(spec, _nbytes(a, spec), cost) for spec, cost in costs[a.spec.name].items()]
+            a.spec.name: [Choice(spec, self.menu.nbytes(a, spec), cost) for spec, cost in costs[a.spec.name].items()]
             for a in self.free
         }
         return allocate(offered, self.budget)
@@ -76,8 +97,3 @@ def as_json(costs: Costs) -> dict[str, Any]:
 def from_json(kept: Mapping[str, Any]) -> Costs:
     """The same back."""
     return {name: {QuantSpec(bits, size): cost for bits, size, cost in of} for name, of in kept.items()}
-
-
-def _nbytes(a: Assignment, spec: QuantSpec) -> int:
-    rows, columns = a.spec.shape
-    return rows * (columns * spec.bits // 8 + columns // spec.group_size * _FACTORS)

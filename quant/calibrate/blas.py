@@ -7,6 +7,7 @@ fixed pieces instead, which run on threads of Python's (`in_threads`), each with
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,12 +17,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-__all__ = ["in_threads", "one_blas_thread"]
+__all__ = ["cores", "in_threads", "one_blas_thread"]
 
 A = TypeVar("A")
 B = TypeVar("B")
 
 _AFFIXES = (("scipy_", "64_"), ("scipy_", ""), ("", "64_"), ("", ""))
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_threads(job: Callable[[A], B], items: Sequence[A], threads: int) -> list[B]:

@@ -30,7 +30,7 @@ from edgeq.model import layers, mtp, text
 from edgeq.quant.calibrate.folding import StoredVectors, fold_block
 from edgeq.quant.calibrate.hessian import Hessian
 from edgeq.quant.calibrate.taps import Listener, TappedOps, row_blocks
-from edgeq.quant.calibrate.workspace import Solved, Workspace
+from edgeq.quant.calibrate.workspace import SolvedMatrix, Workspace
 from edgeq.quant.recipe import QuantSpec
 from edgeq.state import Rows
 from edgeq.weights import LayerWeights, TensorSpec, declare_mtp, declare_text, leaves, map_tree
@@ -51,7 +51,7 @@ class Rounder(Protocol):
     """Turns rows of a matrix, float32 [rows, in], into what is kept of them; `h` is None where nothing is known of its
     inputs, as for an embedding that is looked up alone."""
 
-    def __call__(self, name: str, w: Float32, h: Hessian | None, /) -> Solved: ...
+    def __call__(self, name: str, w: Float32, h: Hessian | None, /) -> SolvedMatrix: ...
 
 
 class Recorded(NamedTuple):
@@ -71,7 +71,7 @@ class SourceMatrix:
         self.name, self.shape = spec.name, (spec.shape[0], prod(spec.shape[1:]))
         self._checkpoint = checkpoint
         self._held: Float32 | None = self._read(slice(None)) if held else None
-        self.solved: Solved | None = None
+        self.solved: SolvedMatrix | None = None
 
     @property
     def weights(self) -> Float32:
@@ -93,7 +93,7 @@ class SourceMatrix:
             return self.float_rows(rows)
         return self.solved.rows(rows)
 
-    def settle(self, solved: Solved) -> None:
+    def settle(self, solved: SolvedMatrix) -> None:
         """From now on it is what was solved; the float weights go."""
         self.solved, self._held = solved, None
 
@@ -277,7 +277,7 @@ class Calibrator:
             except ModelError as error:
                 raise ModelError(f"{self.checkpoint.path}: {w.name}: {error.message}", hint=error.hint) from None
             self.told(_rounding(rows.stop - rows.start, w.shape[1]), w.name)
-        self.work.keep_solved(w.name, _joined(parts))
+        self.work.keep_solved(w.name, parts[0] if len(parts) == 1 else parts[0].stacked(parts[1:]))
 
     # --- what stands before and behind the blocks --------------------------------------------------------------------
 
@@ -358,21 +358,6 @@ def _recorder(recorded: dict[str, Recorded], rows: slice, tokens: int) -> Listen
         recorded[ws[0].name].inputs[rows] = x
 
     return record
-
-
-def _joined(parts: Sequence[Solved]) -> Solved:
-    """Blocks of rows as one matrix."""
-    if len(parts) == 1:
-        return parts[0]
-    words, scales, biases = (np.concatenate(x) for x in list(zip(*parts, strict=True))[:3])
-    return parts[0]._replace(
-        words=words,
-        scales=scales,
-        biases=biases,
-        error=sum(part.error for part in parts),
-        squares=sum(part.squares for part in parts),
-        squared_error=sum(part.squared_error for part in parts),
-    )
 
 
 def _rounding(rows: int, columns: int) -> float:

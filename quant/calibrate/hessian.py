@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeq.errors import ModelError
 from edgeq.formats.bf16 import Array, Float32
@@ -111,6 +112,12 @@ class Hessian:
         else:
             raise ModelError("activations of which no Hessian can be made", hint="give a longer calibration text")
         return np.ascontiguousarray(lower[::-1, ::-1], np.float32)
+
+    def reordered(self, order: NDArray[np.intp]) -> Hessian:
+        """Of the same tokens with columns `order` of x."""
+        both = np.ix_(order, order)
+        drift = {} if self.drift is None else {"drift": self.drift[both]}
+        return Hessian.of({"gram": self.gram[both], "tokens": np.array(self.tokens), **drift})
 
     def solve(self, b: Float32) -> Float32:
         """x float32 [columns, k] for which the damped Hessian times x is b: V y = b backward, V^T x = y forward."""

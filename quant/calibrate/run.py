@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.errors import EdgeqError, QualityError
-from edgeq.formats.bf16 import Array
-from edgeq.quant.calibrate.allocation import Allowance, as_json, choices, from_json
+from edgeq.formats.bf16 import Array, Float32, to_float32
+from edgeq.quant.calibrate.allocation import Allowance, as_json, from_json
 from edgeq.quant.calibrate.blas import one_blas_thread
-from edgeq.quant.calibrate.calibrator import Calibrator
+from edgeq.quant.calibrate.calibrator import Calibrator, Rounder
 from edgeq.quant.calibrate.request import CalibrationRequest
 from edgeq.quant.calibrate.rounder import AffineRounder
 from edgeq.quant.calibrate.sensitivity import expected, measure
@@ -26,7 +26,7 @@ from edgeq.quant.calibrate.workspace import Solved, Workspace, fingerprint
 from edgeq.quant.recipe import Assignment, QuantSpec
 from edgeq.quant.source import WeightSource
 from edgeq.version import __version__
-from edgeq.weights import Part
+from edgeq.weights import Part, Role, TensorSpec
 
 __all__ = ["Calibration", "calibrated"]
 
@@ -44,14 +44,15 @@ class Calibration:
     allowance: Allowance | None
     work: Workspace
     layers: int
+    centred: bool
 
     @cached_property
     def specs(self) -> dict[str, QuantSpec]:
         """The matrices that are calibrated."""
         return _specs(self.assignments)
 
-    def solved(self, name: str) -> Solved:
-        """One of them as it is to be written."""
+    def solved(self, name: str) -> Any:
+        """One of them as it is to be written, in the rounder's form."""
         solved = self.work.solved(name)
         if solved is None:
             raise EdgeqError(f"{self.work.folder}: {name} has gone", hint="run again: what is missing is made again")
@@ -62,6 +63,13 @@ class Calibration:
         """Tensors that are not quantized, but were changed by equalization, as they are to be written."""
         layers = (self.work.arrays(f"layers.{i}") or {} for i in range(self.layers))
         return {name: x for changed in layers for name, x in changed.items()}
+
+    def changed_value(self, spec: TensorSpec) -> Float32 | None:
+        """A tensor that was changed by equalization, as the model has it: norms are gains."""
+        found = self.changed.get(spec.name)
+        if found is None:
+            return None
+        return to_float32(found.reshape(spec.shape)) + np.float32(self.centred and spec.role is Role.NORM)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -86,11 +94,13 @@ class Calibration:
 def calibrated(
     request: CalibrationRequest, source: WeightSource, assignments: Sequence[Assignment],
     allowance: Allowance | None, recipe: Mapping[str, Any], out: Path, dtype: np.dtype[Any], threads: int,
-    progress: Progress | None,
+    progress: Progress | None, *, rounder: Callable[[Mapping[str, QuantSpec]], Rounder] | None = None,
+    form: type[Any] = Solved,
 ) -> Iterator[Calibration]:  # fmt: skip
     """Calibrate what `assignments` quantize of the language model and the MTP head, for an output at `out`, with the
     bits of an `allowance` chosen first; `recipe` is what else decides the result, scales are stored as `dtype`. The
-    working folder is kept where this ends with an error."""
+    working folder is kept where this ends with an error. `rounder` is made for the bits of all matrices and gives what
+    has `form`; None is MLX's affine groups."""
     budget = request.budget
     windows = read_windows(source.checkpoint, request.text, budget.tokens, budget.judged, request.seed)
     ops = tapped_ops(threads)
@@ -103,22 +113,22 @@ def calibrated(
         "version of edgeq": __version__,
         "backend": ops.describe(),
     }
-    with Workspace(out, asked) as work, one_blas_thread():
+    with Workspace(out, asked, form) as work, one_blas_thread():
         meter = _Meter(progress)
 
         def calibrator(ids: NDArray[np.int32], chosen: Sequence[Assignment]) -> Calibrator:
             specs = _specs(chosen)
-            rounder = AffineRounder(specs, dtype, request.rounding, threads)
+            rounds = rounder(specs) if rounder else AffineRounder(specs, dtype, request.rounding, threads)
             equalized = source if budget.equalize else None
             return Calibrator(
-                source.checkpoint, ops, ids, specs, rounder, work,
+                source.checkpoint, ops, ids, specs, rounds, work,
                 asymmetric=budget.asymmetric, told=meter, equalize=equalized,
             )  # fmt: skip
 
         meter.total = calibrator(windows.calibration, assignments).expected()
         if allowance is not None:
             measured = _spread(windows.calibration, budget.measured)
-            sweep, offered = calibrator(measured, ()), {a.spec.name: choices(a) for a in allowance.free}
+            sweep, offered = calibrator(measured, ()), {a.spec.name: allowance.menu.choices(a) for a in allowance.free}
             if (kept := work.value("costs")) is None:
                 meter.total += expected(sweep, offered, budget.probes)
                 kept = as_json(measure(sweep, offered, budget.probes, dtype))
@@ -126,8 +136,9 @@ def calibrated(
             assignments = allowance.applied(assignments, allowance.allocate(from_json(kept)))
         final = calibrator(windows.calibration, assignments)
         final.run()
+        layers = len(final.declared.layers)
         try:
-            yield Calibration(request, windows, assignments, allowance, work, len(final.declared.layers))
+            yield Calibration(request, windows, assignments, allowance, work, layers, source.centred)
         except QualityError:
             work.remove()  # going on from it would end the same way
             raise

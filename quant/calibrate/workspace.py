@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
+
+import numpy as np
 
 from edgeq.errors import ModelError, UsageError
 from edgeq.files.lock import Lock
@@ -24,12 +26,34 @@ from edgeq.formats.bf16 import Array, Float32
 from edgeq.formats.qmatrix import QMatrix
 from edgeq.formats.safetensors import SafetensorsFile, SafetensorsWriter, dtype_name
 
-__all__ = ["Solved", "Unfinished", "Workspace", "find_unfinished", "fingerprint"]
+__all__ = ["Solved", "SolvedMatrix", "Unfinished", "Workspace", "find_unfinished", "fingerprint"]
 
 _ASKED = "asked.json"
 _KIND = ".calibration"
 _OURS = (".safetensors", ".arrays", ".json", ".new")  # how names of files in it end, but for the lock's
 _PAGE, _SAMPLES = 4096, 256  # of a source's file
+
+
+class SolvedMatrix(Protocol):
+    """A matrix as a format has it: a NamedTuple of arrays and of values for JSON, among them `error`, the squared error
+    of its output per token, and `squares` and `squared_error`, of the weights that were rounded and of the
+    difference."""
+
+    @property
+    def error(self) -> float: ...
+    @property
+    def squares(self) -> float: ...
+    @property
+    def squared_error(self) -> float: ...
+    def rows(self, rows: slice | Array) -> Float32:
+        """Some rows as float32 [rows, in]."""
+        ...
+
+    def stacked(self, below: Sequence[Self]) -> Self:
+        """One matrix of these rows and those below."""
+        ...
+
+    def _asdict(self) -> dict[str, Any]: ...
 
 
 class Solved(NamedTuple):
@@ -52,15 +76,28 @@ class Solved(NamedTuple):
         """Some rows as float32 [rows, in]."""
         return dequantize(QMatrix(self.words[rows], self.scales[rows], self.biases[rows], self.bits, self.group_size))
 
+    def stacked(self, below: Sequence[Solved]) -> Solved:
+        """One matrix of these rows and those below."""
+        parts = (self, *below)
+        return self._replace(
+            words=np.concatenate([part.words for part in parts]),
+            scales=np.concatenate([part.scales for part in parts]),
+            biases=np.concatenate([part.biases for part in parts]),
+            error=sum(part.error for part in parts),
+            squares=sum(part.squares for part in parts),
+            squared_error=sum(part.squared_error for part in parts),
+        )
+
 
 class Workspace:
     """A working folder for the output `out` of a run that `asked` describes, as JSON takes it. Closing it keeps what is
-    done; `remove` does not.
+    done; `remove` does not. `form` is what a solved matrix is kept as: a NamedTuple of arrays and of values for JSON.
 
     UsageError where another run is at work in it.
     """
 
-    def __init__(self, out: Path, asked: Mapping[str, Any]) -> None:
+    def __init__(self, out: Path, asked: Mapping[str, Any], form: type[Any] = Solved) -> None:
+        self._form = form
         place = real_place(out)
         self.folder = place.with_name(f".{place.name}{_KIND}")
         if self.folder.is_symlink():
@@ -96,18 +133,19 @@ class Workspace:
 
     # --- matrices ----------------------------------------------------------------------------------------------------
 
-    def solved(self, name: str) -> Solved | None:
-        """The matrix `name`, if it has been solved."""
+    def solved(self, name: str) -> Any:
+        """The matrix `name` in its form, if it has been solved, else None."""
         file = self._file(f"{name}.safetensors")
         if file is None:
             return None
-        arrays: dict[str, Any] = {key: file.array(key) for key in ("words", "scales", "biases")}
-        return Solved(**arrays, **{key: json.loads(value) for key, value in file.metadata.items()})
+        arrays = {key: file.array(key) for key in file.tensors}
+        return self._form(**arrays, **{key: json.loads(value) for key, value in file.metadata.items()})
 
-    def keep_solved(self, name: str, solved: Solved) -> None:
-        """Keep a matrix."""
-        arrays = {"words": solved.words, "scales": solved.scales, "biases": solved.biases}
-        facts = {key: json.dumps(value) for key, value in solved._asdict().items() if key not in arrays}
+    def keep_solved(self, name: str, solved: SolvedMatrix) -> None:
+        """Keep a matrix, which is of the form."""
+        fields = solved._asdict()
+        arrays = {key: value for key, value in fields.items() if isinstance(value, np.ndarray)}
+        facts = {key: json.dumps(value) for key, value in fields.items() if key not in arrays}
         self._write_arrays(f"{name}.safetensors", arrays, facts)
 
     # --- anything else -----------------------------------------------------------------------------------------------

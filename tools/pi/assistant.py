@@ -68,8 +68,10 @@ class Assistant:
         """Say something, answer the tool calls that come, and save; the answer, which was printed as it came."""
         reply = self.chat.send(text, images=pictures)
         answer = spoken(reply)
-        for _ in range(ROUNDS):
-            if not reply.tool_calls:
+        rounds = 0
+        while reply.tool_calls:
+            if (rounds := rounds + 1) > ROUNDS:
+                tell(f"stopped after {ROUNDS} rounds of tool calls")
                 break
             results = []
             for call in reply.tool_calls:
@@ -243,7 +245,7 @@ def watch(assistant: Assistant, folder: Path, kind: str | None, *, forever: bool
             tell(file.name)
             try:
                 answer_file(assistant, file, kind)
-            except EdgeqError as error:
+            except (EdgeqError, OSError) as error:
                 tell(one_line(error))
                 write(answer_of(file, "txt"), one_line(error))
         if not forever:
@@ -254,7 +256,11 @@ def watch(assistant: Assistant, folder: Path, kind: str | None, *, forever: bool
 def unanswered(folder: Path) -> list[Path]:
     """Files without an answer that is newer, and that nobody has written to for a second; the oldest first."""
     found = list[tuple[float, Path]]()
-    for file in folder.iterdir():
+    try:
+        files = list(folder.iterdir())
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be read: {error.strerror}", hint="give a folder of your own") from None
+    for file in files:
         if file.suffix.lower() not in (*PICTURES, ".txt") or ".answer." in file.name or file.name.startswith("."):
             continue
         try:
@@ -324,8 +330,9 @@ def once(model: edgeq.Model, board: Board, session: Path | None) -> None:
         print(f"camera   {one_line(error)}")
 
 
-def one_line(error: EdgeqError) -> str:
-    return f"error: {error.message}" + (f" ({error.hint})" if error.hint else "")
+def one_line(error: EdgeqError | OSError) -> str:
+    hint = error.hint if isinstance(error, EdgeqError) else None
+    return f"error: {' '.join(str(error).split())}" + (f" ({hint})" if hint else "")
 
 
 def board_of(args: argparse.Namespace) -> Board:
