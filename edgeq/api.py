@@ -230,6 +230,14 @@ class Model:
         """Every token that ends a text."""
         return self.language.eos_ids
 
+    @property
+    def chat_visuals(self) -> VisualSettings:
+        """How large pictures are that conversations begin with; smaller where the ceiling leaves less room."""
+        from edgeq.session.visual_settings import CHAT_VISUALS, fitting_visuals
+
+        choice = self.engine.choice
+        return CHAT_VISUALS if choice is None else fitting_visuals(choice.picture_tokens)
+
     # --- logits and states -------------------------------------------------------------------------------------------
 
     def state(self) -> State[Any]:
@@ -379,12 +387,11 @@ class Model:
         """
         from edgeq.session.chat import Chat  # its templates' library takes 25 ms and 8 MB
         from edgeq.session.documents import with_documents
-        from edgeq.session.visual_settings import CHAT_VISUALS
 
         return Chat(
             self, messages=messages, thinking=thinking, system=with_documents(documents, system), tools=tools,
             settings=settings,
-            visual_settings=visual_settings or CHAT_VISUALS, draft=draft, overflow=overflow,
+            visual_settings=visual_settings or self.chat_visuals, draft=draft, overflow=overflow,
             template_kwargs=template_kwargs, on_prefill=on_prefill, on_look=on_look, **options,
         )  # fmt: skip
 
