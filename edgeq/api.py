@@ -193,6 +193,7 @@ class Model:
     ) -> None:  # fmt: skip
         self.language = language or Language(checkpoint)
         self.engine = Engine(checkpoint, ops, context=context, choice=choice)
+        self.language.budget = self.engine.budget
         self.checkpoint, self.ops, self.config = checkpoint, ops, checkpoint.config
         self.sight = Sight(self.engine)
         self.prefixes = PrefixStore(self.engine, text=self.language.spelled)
