@@ -193,6 +193,7 @@ class Model:
     ) -> None:  # fmt: skip
         self.language = language or Language(checkpoint)
         self.engine = Engine(checkpoint, ops, context=context, choice=choice)
+        self.language.budget = self.engine.budget
         self.checkpoint, self.ops, self.config = checkpoint, ops, checkpoint.config
         self.sight = Sight(self.engine)
         self.prefixes = PrefixStore(self.engine, text=self.language.spelled)
@@ -229,6 +230,14 @@ class Model:
     def eos_ids(self) -> frozenset[int]:
         """Every token that ends a text."""
         return self.language.eos_ids
+
+    @property
+    def chat_visuals(self) -> VisualSettings:
+        """How large pictures are that conversations begin with; smaller where the ceiling leaves less room."""
+        from edgeq.session.visual_settings import CHAT_VISUALS, fitting_visuals
+
+        choice = self.engine.choice
+        return CHAT_VISUALS if choice is None else fitting_visuals(choice.picture_tokens)
 
     # --- logits and states -------------------------------------------------------------------------------------------
 
@@ -379,12 +388,11 @@ class Model:
         """
         from edgeq.session.chat import Chat  # its templates' library takes 25 ms and 8 MB
         from edgeq.session.documents import with_documents
-        from edgeq.session.visual_settings import CHAT_VISUALS
 
         return Chat(
             self, messages=messages, thinking=thinking, system=with_documents(documents, system), tools=tools,
             settings=settings,
-            visual_settings=visual_settings or CHAT_VISUALS, draft=draft, overflow=overflow,
+            visual_settings=visual_settings or self.chat_visuals, draft=draft, overflow=overflow,
             template_kwargs=template_kwargs, on_prefill=on_prefill, on_look=on_look, **options,
         )  # fmt: skip
 

@@ -213,14 +213,17 @@ class Engine(Generic[A, M]):
         tokens = sum(more for _, more, _ in feeds)
         keys = sum(self._kv_nbytes(length + more) - self._kv_nbytes(length) for length, more, _ in feeds)
         keys += copies * ops.kv_nbytes(c, 1)
-        states = len(feeds) * ops.state_nbytes(c) - ops.idle_nbytes(c)
-        work = ops.scratch_nbytes(c, min(tokens, self.chunk)) - ops.held().get("scratch", 0)
         logits = 2 * 4 * c.vocab_size * max(1, sum(rows for _, _, rows in feeds))
+
+        def nbytes() -> int:  # what is kept from call to call is there, unless it gives way
+            states = len(feeds) * ops.state_nbytes(c) - ops.idle_nbytes(c)
+            work = ops.scratch_nbytes(c, min(tokens, self.chunk)) - ops.held().get("scratch", 0)
+            return keys + max(0, states) + max(0, work) + logits
+
         self.budget.claim(
-            keys + max(0, states) + max(0, work) + logits,
-            f"{sum(length + more for length, more, _ in feeds):,} tokens",
+            nbytes, f"{sum(length + more for length, more, _ in feeds):,} tokens",
             hint="start a new conversation, let go of others, or allow more with --memory (memory= in Python)",
-        )
+        )  # fmt: skip
 
     def _kv_nbytes(self, tokens: int) -> int:
         return self.ops.kv_nbytes(self.config, tokens) if tokens else 0

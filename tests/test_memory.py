@@ -200,3 +200,100 @@ def test_real_shapes_that_see(name: str, budget: float) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     peak = int(done.stdout)
     assert peak <= budget * 1e9, f"{peak / MB:.0f} MB"
+
+
+# Turns, branches and taken-back turns under a ceiling, with prompts up to `longest` tokens; prints the peak, the tokens
+# of the longest sequence that ran and how many prompts were refused.
+TALK = """
+import json, sys
+path, memory, kv_bits, context, lengths = json.loads(sys.argv[1])
+from edgeq.api import load
+from edgeq.errors import MemoryBudgetError
+from edgeq.memory.resident import peak_resident
+from edgeq.session.context import Context
+model = load(path, backend="cpu", memory=memory, kv_bits=kv_bits, context=context)
+states, refused, longest = [], 0, 0
+for length in lengths:
+    for branch in (False, True):
+        sequence = Context(model.engine, states[0] if branch and states else None, prefixes=model.prefixes)
+        try:
+            tokens = min(length, 300) if branch else length
+            sequence.feed([(i * 7919 + branch) % model.vocab_size for i in range(tokens)])
+            for token in range(3):
+                sequence.feed([token])
+        except MemoryBudgetError:
+            refused += 1
+            continue
+        longest = max(longest, sequence.position)
+        states = [*states, sequence.state][-2:]
+print(json.dumps([peak_resident(), longest, refused]))
+"""
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_ceiling_is_kept(name: str) -> None:
+    """With prompts of 10 to 3,000 tokens (30,000 where EDGEQ_LONG is set), branches, and two states kept."""
+    ceiling = BUDGETS[name][0]
+    lengths = [10, 700, 3000, *([30_000] if "EDGEQ_LONG" in os.environ else [])]
+    done = run_python(TALK, json.dumps([str(reference(name)), f"{ceiling}G", None, None, lengths]), timeout=3600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    peak, longest, _ = json.loads(done.stdout)
+    assert peak <= ceiling * 1e9, f"{peak / MB:.0f} MB"
+    assert longest >= 3000
+
+
+@pytest.mark.parametrize("name", ["q4_0.8b", "q4_2b", "q4_4b"])
+def test_six_tenths_of_the_weights(name: str) -> None:
+    """Whatever of the weights does not stay is read again in every pass."""
+    folder = reference(name)
+    (whole,) = run(folder, 16)
+    memory = int(0.6 * (whole["peak"] - 60 * MB))
+    done = run_python(TALK, json.dumps([str(folder), memory, None, None, [10, 600]]), timeout=3600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    peak, longest, refused = json.loads(done.stdout)
+    assert peak <= memory, f"{peak / MB:.0f} of {memory / MB:.0f} MB"
+    assert longest >= 600
+    assert not refused
+
+
+# A state that holds 260,144 tokens of made-up keys and values; then 2,000 tokens, the last 8 one by one.
+FULL = """
+import json, sys, time
+path, memory, total, real = json.loads(sys.argv[1])
+import numpy as np
+from edgeq.api import load
+from edgeq.memory.resident import peak_resident
+from edgeq.session.context import Context
+from edgeq.state import KVCache
+model = load(path, backend="cpu", memory=memory, kv_bits=4, context=total)
+c, state, filled = model.config.text, model.state(), total - real
+draws = np.random.default_rng(0)
+page = [draws.standard_normal((256, c.num_key_value_heads, c.head_dim), np.float32) for _ in range(2)]
+layers = []
+for layer in state.layers:
+    while isinstance(layer, KVCache) and layer.length < filled:
+        layer = layer.appended(*(x[: filled - layer.length] for x in page))
+    layers.append(layer)
+context = Context(model.engine, state._replace(layers=tuple(layers), length=filled, next_position=filled))
+started = time.perf_counter()
+context.feed([i * 7919 % model.vocab_size for i in range(real - 8)])
+prompt = time.perf_counter()
+for i in range(8):
+    logits = context.feed([i])
+kv = sum(layer.nbytes for layer in context.state.layers if isinstance(layer, KVCache))
+print(json.dumps({
+    "peak": peak_resident(), "length": context.position, "kv": kv, "finite": bool(np.isfinite(logits).all()),
+    "prompt": (real - 8) / (prompt - started), "generated": 8 / (time.perf_counter() - prompt),
+}))
+"""
+
+
+def test_a_quarter_of_a_million_tokens() -> None:
+    """262,144 tokens of the 2B in 4 GB, keys and values in 4 bits: filled by state, the last 2,000 run for real."""
+    request = json.dumps([str(reference("q4_2b")), "4G", 1 << 18, 2000])
+    done = run_python(FULL, request, timeout=7200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["peak"] <= 4000 * MB, f"{found['peak'] / MB:.0f} MB"
+    assert found["length"] == 1 << 18
+    assert found["finite"]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -463,3 +466,46 @@ def test_reading_goes_on_where_it_was_left(model: Model, tmp_path: Path) -> None
     assert (cached, tokens > cached) == (seen, True)
     assert done(chat.send("so?")).ids == expected
     assert bits(model, chat._context.state) == bits(model, plain._context.state)
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+TALKER = """
+import sys
+import edgeq
+model = edgeq.load(sys.argv[1], backend="numpy")
+model.engine.chunk = 64
+model.keep_prefixes(sys.argv[2], int(sys.argv[3]))
+for _ in range(int(sys.argv[4])):
+    chat = model.chat(system=sys.argv[5], temperature=0, max_tokens=3, thinking=False, draft="off")
+    for n in range(4):
+        reply = chat.send(f"question {n} " + "and more " * 20 * (n % 2))
+        print(*[piece.token for piece in reply], reply.usage.cached_tokens > 0, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_processes_share_a_folder_and_may_be_killed(folder: Path, tmp_path: Path) -> None:
+    """At random moments; whoever comes next says what it says without the folder."""
+    place, limit, rng = tmp_path / "kept", 2_000_000, np.random.default_rng(0)
+
+    def started(rounds: int, where: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", TALKER, str(folder), str(where), str(limit), str(rounds), SYSTEM]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(edgeq.__file__).parent.parent)
+
+    alone = started(1, tmp_path / "alone")
+    expected = [line.rpartition(" ")[0] for line in alone.communicate(timeout=300)[0].splitlines()]
+    assert len(expected) == 4
+    for _ in range(8):
+        first, second = started(50, place), started(2, place)
+        assert first.stdout is not None
+        for _ in range(int(rng.integers(1, 12))):
+            first.stdout.readline()
+        sleep(rng.uniform(0, 0.05))
+        first.kill()
+        said = second.communicate(timeout=300)[0].splitlines()
+        assert [line.rpartition(" ")[0] for line in said] == 2 * expected
+        assert said[-1].endswith("True")
+        first.communicate(timeout=60)
+        files = [file for file in place.iterdir() if not file.name.startswith(".")]
+        assert sum(file.stat().st_size for file in files) <= limit + 300_000  # both may have made room at once

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Tokens of prompts that are read in a conversation with an edit and a restart: edgeq's and llama-server's.
 
-    python tools/compare_rereads.py MODEL --server LLAMA_SERVER --gguf FILE.gguf
+    python tools/compare_rereads.py MODEL [histories | chat]
+    python tools/compare_rereads.py --server LLAMA_SERVER --gguf FILE.gguf [restart | slot]
 
 Thirty turns; the 15th is changed; the program ends and begins again; a last turn. What is counted is what the engine
 says: `timings.prompt_n` of llama-server, `usage` of edgeq. Every engine is asked three ways where it can be: as a
@@ -27,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import edgeq  # noqa: E402
 
-TURNS, EDITED, REPLY, PORT = 30, 15, 12, 8197
+TURNS, EDITED, REPLY, PORT = 30, 15, 4, 8197
 SYSTEM = "You are a careful assistant. " + "Answer in whole sentences, and say what you do not know. " * 12
 
 Ask = Callable[[list[dict[str, str]]], tuple[str, int, int]]
@@ -43,7 +44,7 @@ class Server:
 
     def __init__(self, binary: Path, gguf: Path, slots: Path) -> None:
         self.process = subprocess.Popen(
-            [binary, "-m", gguf, "-c", "8192", "-np", "1", "-t", "1", "--port", str(PORT), "--jinja",
+            [binary, "-m", gguf, "-c", "8192", "-np", "1", "-t", "2", "--port", str(PORT), "--jinja",
              "--slot-save-path", slots, "--chat-template-kwargs", '{"enable_thinking": false}'],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
@@ -124,45 +125,50 @@ def talk(ask: Ask, restart: Callable[[], Ask]) -> dict[str, int]:
     return counts
 
 
+def edgeqs(path: str, way: Callable[[edgeq.Model], Ask]) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+
+        def start() -> Ask:
+            model = edgeq.load(path)
+            model.keep_prefixes(folder, "8G")
+            return way(model)
+
+        return talk(start(), start)
+
+
+def servers(binary: Path, gguf: Path, *, saved: bool) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        running = [Server(binary, gguf, Path(folder))]
+
+        def again() -> Ask:
+            if saved:
+                running[-1].slot("save")
+            running[-1].close()
+            running.append(Server(binary, gguf, Path(folder)))
+            if saved:
+                running[-1].slot("restore")
+            return running[-1].ask
+
+        try:
+            return talk(running[0].ask, again)
+        finally:
+            running[-1].close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("names", nargs="+", metavar="MODEL | WAY")
     parser.add_argument("--server", type=Path)
     parser.add_argument("--gguf", type=Path)
     given = parser.parse_args()
-    rows = dict[str, dict[str, int]]()
-    for name, way in (("edgeq, whole histories", histories), ("edgeq, one Chat", conversation)):
-        with tempfile.TemporaryDirectory() as folder:
-
-            def start(way: Callable[[edgeq.Model], Ask] = way, folder: str = folder) -> Ask:
-                model = edgeq.load(given.model, threads=1)
-                model.keep_prefixes(folder, "8G")
-                return way(model)
-
-            rows[name] = talk(start(), start)
-            print(name, rows[name], flush=True)
-    for name, saved in (("llama-server", False), ("llama-server, slot saved", True)) if given.server else ():
-        with tempfile.TemporaryDirectory() as folder:
-            servers = [Server(given.server, given.gguf, Path(folder))]
-
-            def again(saved: bool = saved, folder: str = folder, servers: list[Server] = servers) -> Ask:
-                if saved:
-                    servers[-1].slot("save")
-                servers[-1].close()
-                servers.append(Server(given.server, given.gguf, Path(folder)))
-                if saved:
-                    servers[-1].slot("restore")
-                return servers[-1].ask
-
-            try:
-                rows[name] = talk(servers[0].ask, again)
-            finally:
-                servers[-1].close()
-            print(name, rows[name], flush=True)
-    parts = list(next(iter(rows.values())))
-    print("| tokens read | " + " | ".join(parts) + " |\n|---|" + "---|" * len(parts))
-    for name, counts in rows.items():
-        print(f"| {name} | " + " | ".join(f"{counts[part]:,}" for part in parts) + " |")
+    for way in given.names if given.server else given.names[1:]:
+        if given.server:
+            counts = servers(given.server, given.gguf, saved=way == "slot")
+        else:
+            counts = edgeqs(given.names[0], {"histories": histories, "chat": conversation}[way])
+        print(
+            f"| {'llama-server' if given.server else 'edgeq'}, {way} | " + " | ".join(f"{n:,}" for n in counts.values())
+        )
 
 
 if __name__ == "__main__":

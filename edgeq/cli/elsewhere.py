@@ -20,7 +20,7 @@ COMMANDS = {
     "create": "`edgeq quantize MODEL -o OUT` does that",
     "fuse": "`edgeq quantize MODEL -o OUT --adapter PATH` does that",
     "benchmark": "`edgeq bench MODEL` does that",
-    "perplexity": "`edgeq kld REFERENCE MODEL --text FILE` does that",
+    "perplexity": "`edgeq eval MODEL --text FILE` does that, and with --kld REFERENCE the divergence",
     "pull": _DOWNLOADS,
     "list": _DOWNLOADS,
     "ls": _DOWNLOADS,

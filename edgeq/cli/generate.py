@@ -56,12 +56,14 @@ def generate(
     The prompt comes from --prompt, a file or stdin; several are joined. Pictures come before it. The completion goes to
     stdout.
     """
-    text, settings = prompt.text(words, stdin=not visuals.takes_stdin), visuals.settings()
+    text = prompt.text(words, stdin=not visuals.takes_stdin)
+    visuals.settings()  # what is wrong with them is told before the model is loaded
     options = sampling.given() | answer.given()
     check_forms(as_json=as_json, stream=stream, logprobs=answer.logprobs is not None)
     images, videos = visuals.named()
     loaded = model.load()
     prefixes.use(loaded, once=True)
+    settings = visuals.settings(loaded.chat_visuals)
     shown = completion_prompt(loaded.language, loaded.sight, text, images, videos, settings)
     if not display.quiet:
         announce(loaded, shown.visuals)

@@ -371,12 +371,12 @@ class VisualOptions:
         """Whether one of them is `-`."""
         return "-" in [*(self.image or ()), *(self.video or ())]
 
-    def settings(self) -> VisualSettings:
-        """Those of a conversation with what was asked for; UsageError for a value out of range."""
+    def settings(self, base: VisualSettings | None = None) -> VisualSettings:
+        """Those of a conversation, or `base`, with what was asked for; UsageError for a value out of range."""
         from edgeq.session.visual_settings import CHAT_VISUALS
 
         given = {name: getattr(self, name) for name in (field.name for field in fields(CHAT_VISUALS))}
-        return CHAT_VISUALS.replace(**given)
+        return (base or CHAT_VISUALS).replace(**given)
 
 
 _KWARGS_EXAMPLE = """--chat-template-kwargs '{"enable_thinking": true}'"""

@@ -71,25 +71,30 @@ class Budget:
         room = self.room(weights=weights)
         return room is None or nbytes <= room
 
-    def claim(self, nbytes: int, what: str, *, weights: bool = True, hint: str | None = None) -> None:
+    def claim(
+        self, nbytes: int | Callable[[], int], what: str, *, weights: bool = True, hint: str | None = None
+    ) -> None:
         """Make room for `nbytes` more, for a purpose `what` ("keys and values of 4,096 tokens").
 
+        nbytes: or a function that says how many, where some are there already as long as nobody gives way.
         weights: whether this model's planned weights are resident meanwhile; if not, their pages have been let go
-        before. Raises MemoryBudgetError, by which nothing
-        has changed but that some have given way.
+        before. Raises MemoryBudgetError, by which nothing has changed but that some have given way.
         """
-        if self.ceiling is None or self.fits(nbytes, weights=weights):
+        if self.ceiling is None:
+            return
+        needed = nbytes if callable(nbytes) else lambda: nbytes
+        if self.fits(needed(), weights=weights):
             return
         self._release()
         for give_way in self._yielding():
-            if (lacking := nbytes - (self.room(weights=weights) or 0)) <= 0:
+            if (lacking := needed() - (self.room(weights=weights) or 0)) <= 0:
                 return
             if give_way(lacking):
                 self._release()
-        if not self.fits(nbytes, weights=weights):
-            used = self.used(weights=weights)
+        if not self.fits(more := needed(), weights=weights):
+            whole = self.used(weights=weights) + more + SPARE
             raise MemoryBudgetError(
-                f"{what} do not fit: {megabytes(nbytes)} more would make {megabytes(used + nbytes + SPARE)}, "
+                f"{what} do not fit: {megabytes(more)} more would make {megabytes(whole)}, "
                 f"and {self.origin or 'the ceiling'} allows {megabytes(self.ceiling)}",
                 hint=hint or "let go of other conversations or states, or allow more with --memory (memory= in Python)",
             )

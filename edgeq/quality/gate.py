@@ -7,7 +7,7 @@ Two things are measured on text that was not calibrated on, of the weights alone
 output of every layer has drifted from the source's, and how far the predictions have (KL divergence).
 
 How much of either so many bits may cost differs from model to model by a factor of fifty (docs/concepts/
-quantization.md), so no number fits all. The yardstick is the simplest thing that can be done with the same bits: every
+quality.md), so no number fits all. The yardstick is the simplest thing that can be done with the same bits: every
 matrix of the source rounded to the smallest and largest weight of each group, run beside. What chooses its scales, or
 its codes by calibration, is far better than that (KL 0.1 to 0.7 of it), so a model that is worse has been damaged on
 its way: by a bug, by calibration text that fits nothing, by a file that was not written as it was meant.

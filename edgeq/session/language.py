@@ -11,6 +11,7 @@ from edgeq.checkpoint import Checkpoint
 from edgeq.engine import Engine
 from edgeq.errors import ModelError
 from edgeq.generate import THINKING_CUT, GenerationSettings, Sampler, ThinkTokens, check_draft, preset
+from edgeq.memory.budget import Budget
 from edgeq.session.cuts import Messages, no_messages
 from edgeq.session.speculation import Speculation
 from edgeq.text.messages import protected_kwargs
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Language"]
 
+GRAMMAR_NBYTES = 256
+"""Bytes that the first grammar takes for each token of the vocabulary."""
+
 
 class Language:
     """The text side of a checkpoint. `tokenizer` is None for one without; token ids still work.
@@ -35,6 +39,8 @@ class Language:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
+        self.budget: Budget | None = None
+        """Asked before tables are built, if there is one."""
         self.vocab_size = checkpoint.config.text.vocab_size
         self._warned = set[str]()
         tokenizer, known = checkpoint.tokenizer(), checkpoint.eos_token_ids
@@ -115,6 +121,8 @@ class Language:
         """The vocabulary as grammars need it: 0.6 s and 60 MB for the family's, spent where one is asked for."""
         from edgeq.text.grammar import Grammars
 
+        if self.budget is not None:
+            self.budget.claim(GRAMMAR_NBYTES * self.tokens, "the tables of a grammar")
         return Grammars(self.need_tokenizer(), tokens=self.tokens, eos_ids=self.eos_ids)
 
     def tool_calls(self, tools: Sequence[Mapping[str, Any]] | None, prefix: str) -> ToolCallParser | None:

@@ -9,7 +9,7 @@ from edgeq.errors import UsageError
 from edgeq.numbers import Range
 from edgeq.printable import brief
 
-__all__ = ["CHAT_VISUALS", "VisualSettings"]
+__all__ = ["CHAT_VISUALS", "VisualSettings", "fitting_visuals"]
 
 _RANGES = {
     "image_tokens": Range(1, 1 << 20, whole=True), "video_tokens": Range(1, 1 << 20, whole=True),
@@ -51,3 +51,13 @@ class VisualSettings:
 CHAT_VISUALS = VisualSettings(image_tokens=1024, video_tokens=2048, max_frames=64)
 """What conversations begin with. The checkpoints' own limits are 16,384 tokens for an image and 12,288 for a video:
 minutes of work on a small machine, and hundreds of megabytes of keys and values."""
+
+
+def fitting_visuals(tokens: int) -> VisualSettings:
+    """The same where the vision tower has room for a picture of so many tokens."""
+    most = CHAT_VISUALS.image_tokens or tokens
+    if tokens >= most:
+        return CHAT_VISUALS
+    return CHAT_VISUALS.replace(
+        image_tokens=max(16, tokens), video_tokens=max(32, 2 * tokens), max_frames=max(4, 64 * tokens // most)
+    )
