@@ -250,7 +250,7 @@ def models(folder: Path, how: dict[str, Any]) -> tuple[Model, Model]:
     return warm, cold
 
 
-@pytest.mark.parametrize("examples", [12, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [8, pytest.param(400, marks=pytest.mark.slow)])
 def test_conversations_have_the_bits_that_they_have_alone(models: tuple[Model, Model], examples: int) -> None:
     class Case(Conversations):
         warm, cold = models
