@@ -402,8 +402,12 @@ def test_the_folder_is_bounded_and_what_has_a_name_stays(model: Model, tmp_path:
     for n in range(8):
         done(talk(model).send(f"{n} {LONG}"))
         assert size() <= limit
-    again(model, tmp_path)
+    store = again(model, tmp_path)
     assert model.chat(documents=[("report.txt", f"{LONG} {LONG}")]).prepare() == (tokens, tokens)
+    assert store.folder is not None
+    before, store.folder.limit = size(), 100  # less than any
+    done(talk(model).send("no room"))
+    assert size() == before
     for refused in ("3 apples", -1, True, "", 1.5):
         with pytest.raises(UsageError, match="size of the folder"):
             model.keep_prefixes(tmp_path, refused)  # type: ignore[arg-type]
