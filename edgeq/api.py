@@ -104,7 +104,7 @@ def load(
     if bound is not None and not ops.keeps_ceiling:
         if memory is not None:
             raise UsageError(
-                f"the {ops.name} backend cannot be held to a ceiling: its library allocates as it likes",
+                f"the {ops.name} backend cannot be held to a ceiling: it allocates more than can be planned",
                 hint="leave out --memory (memory= in Python), or use the cpu backend",
             )
         bound = None

@@ -268,6 +268,8 @@ class NumpyOps(ArrayOps[Matrix[Array]]):
         super().__init__(kv_dtype)
         self._states = Tally()
 
+    keeps_ceiling = False  # its attention holds the scores and copies of all keys and values of a layer
+
     def held(self) -> Mapping[str, int]:
         return {"KV cache": sum(page.nbytes for page in Page.alive), "DeltaNet states": self._states.nbytes}
 
