@@ -102,7 +102,7 @@ def load(
     ops = make_ops(kv_bits)
     checked_context(context, checkpoint.config.text.longest_context)
     if bound is not None and not ops.keeps_ceiling:
-        if memory is not None:
+        if bound.asked:
             raise UsageError(
                 f"the {ops.name} backend cannot be held to a ceiling: it allocates more than can be planned",
                 hint="leave out --memory (memory= in Python), or use the cpu backend",

@@ -35,6 +35,7 @@ class Ceiling(NamedTuple):
 
     nbytes: int
     origin: str
+    asked: bool = True  # for by somebody, not the control group's
 
 
 def ceiling(asked: Size | None = None) -> Ceiling | None:
@@ -123,7 +124,9 @@ def _limits(root: Path, path: str, name: str) -> list[Ceiling]:
             continue
         if limit < most:
             left = max(0, limit - _others(group))
-            found.append(Ceiling(int(left * (1 - _KERNEL)), f"{name} of the control group, {limit / 1e6:,.0f} MB,"))
+            found.append(
+                Ceiling(int(left * (1 - _KERNEL)), f"{name} of the control group, {limit / 1e6:,.0f} MB,", asked=False)
+            )
     return found
 
 
