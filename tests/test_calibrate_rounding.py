@@ -89,8 +89,9 @@ def test_codes_are_those_of_gptq() -> None:
 def test_every_step_lowers_the_error_of_the_output(
     seed: int, bits: int, group_size: int, dtype: np.dtype[np.uint16], tokens: int
 ) -> None:
-    """Descent is never worse than rounding by columns row by row, and both beat rounding to nearest in sum: but for
-    little text, from which nothing but the weights' own error is known, where the full search is a little better."""
+    """Descent is never worse than rounding by columns, row by row; that is better in sum than rounding to nearest by
+    the full search, where there are more tokens than columns. (With fewer the Hessian is nearly the identity, and only
+    the searches are compared: test_scales_are_near_those_of_the_full_search.)"""
     rng = np.random.default_rng(seed)
     w, h, spec = weights(rng, 24, 128), hessian(inputs(rng, tokens, 128)), QuantSpec(bits, group_size)
     gram = h.damped()
@@ -100,9 +101,10 @@ def test_every_step_lowers_the_error_of_the_output(
     for sweeps in (1, 3):
         errors.append(objective(improve(w, gram, rounded, grid, sweeps).weights() - w, gram))
         assert (errors[-1] <= errors[-2] * (1 + 1e-4)).all()  # sums in float32
-    q = quantize_rows(w, bits, group_size, dtype)
-    nearest = dequantize(QMatrix(q.codes, q.scales, q.biases, bits, group_size))
-    assert errors[0].sum() < (1.05 if tokens < 128 else 1) * objective(nearest - w, gram).sum()
+    if tokens > 128:
+        q = quantize_rows(w, bits, group_size, dtype)
+        nearest = dequantize(QMatrix(q.codes, q.scales, q.biases, bits, group_size))
+        assert errors[0].sum() < objective(nearest - w, gram).sum()
 
 
 def test_descent_ends_where_no_single_code_helps() -> None:

@@ -215,7 +215,7 @@ class AffineGrid:
 
     As `quant.search` does it, with weights and with fewer starts, for `improve` comes after: from grids wider and
     narrower than the range, alternate between codes and least squares, then try the neighbouring stored values. What is
-    stored is what is judged. Its error is within 2 to 4 % of the full search's.
+    stored is what is judged. Its error is within 2 to 6 % of the full search's.
     """
 
     def __init__(self, spec: QuantSpec, dtype: np.dtype[Any], starts: int) -> None:
