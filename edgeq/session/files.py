@@ -465,7 +465,7 @@ class SavedSession:
             self.tokens = len(self._small("ids"))
             self._document()
         except _DAMAGED as error:
-            raise self.damaged(one_line(error)) from None
+            raise self.damaged(_problem(error)) from None
 
     def damaged(self, problem: str) -> ModelError:
         return ModelError(f"{self.path} is damaged: {problem}", hint="copy the file again, or use an earlier one")
@@ -476,7 +476,7 @@ class SavedSession:
         try:
             return read_settings(self.values["conversation"]["settings"])
         except _DAMAGED as error:
-            raise self.damaged(one_line(error)) from None
+            raise self.damaged(_problem(error)) from None
 
     @property
     def system(self) -> Any:
@@ -495,14 +495,14 @@ class SavedSession:
                 )
             return {str(name): value for name, value in options.items() if value is not None}
         except _DAMAGED[:-1] as error:
-            raise self.damaged(one_line(error)) from None
+            raise self.damaged(_problem(error)) from None
 
     def facts(self) -> dict[str, Any]:
         """What is worth telling of it."""
         try:
             return self._facts()
         except _DAMAGED as error:
-            raise self.damaged(one_line(error)) from None
+            raise self.damaged(_problem(error)) from None
 
     def _facts(self) -> dict[str, Any]:
         values, talk = self.values, self.values["conversation"]
@@ -550,7 +550,7 @@ class SavedSession:
         try:
             return self._restored(model)
         except _DAMAGED as error:
-            raise self.damaged(one_line(error)) from None
+            raise self.damaged(_problem(error)) from None
 
     def _restored(self, model: Speaker) -> tuple[Snapshot, _Known | None]:
         engine, document = model.engine, self._document()
@@ -591,7 +591,7 @@ class SavedSession:
             try:
                 found: Any = [crc32(row) for row in self._rows(name)] if isinstance(expected, list) else self._sum(name)
             except _DAMAGED as error:
-                raise self.damaged(one_line(error)) from None
+                raise self.damaged(_problem(error)) from None
             if found != expected:
                 raise self.damaged(f"{brief(name)} does not match its checksum")
         self._file.check_whole()
@@ -764,3 +764,8 @@ def _number(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 1 << 40:
         raise TypeError(f"{brief(value)} is no number of anything")
     return value
+
+
+def _problem(error: Exception) -> str:
+    """What a document that nobody wrote so led to."""
+    return f"its document lacks {error}" if isinstance(error, KeyError) else one_line(error)
