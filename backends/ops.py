@@ -175,6 +175,10 @@ class Ops(ABC, Generic[A, M]):
     def array(self, x: Array) -> A:
         """A NumPy array of numbers (float32, int32) as the backend's array."""
 
+    def activations(self, x: Float32) -> A:
+        """What `numpy` gave of hidden states or features, in the type that the backend computes with."""
+        return self.array(x)
+
     @abstractmethod
     def numpy(self, x: A) -> Float32:
         """The backend's array as float32 NumPy; waits for a lazy backend."""

@@ -96,8 +96,8 @@ def load(
     source: dict[str, Any] = {
         "model": _lasting(model), "backend": backend, "context": context, "kv_bits": kv_bits,
         "rope_scaling": rope_scaling, "mmproj": None if mmproj is None else _lasting(mmproj),
-        "adapter": None if adapter is None else [_lasting(a) for a in _each(adapter)],
-        "chat_template": None if chat_template is None else str(chat_template),
+        "adapter": None if adapter is None else [_lasting_scaled(a) for a in _each(adapter)],
+        "chat_template": None if chat_template is None else _lasting(chat_template),
     }  # fmt: skip
     ops = make_ops(kv_bits)
     checked_context(context, checkpoint.config.text.longest_context)
@@ -180,6 +180,12 @@ def _lasting(name: str | Path) -> str:
     """A name that means the same from another folder: what is a path becomes an absolute one."""
     path = expand_user(Path(name))
     return str(path.absolute()) if exists(path) else str(name)
+
+
+def _lasting_scaled(name: str | Path) -> str:
+    """The same for `PATH:SCALE`."""
+    path, colon, scale = str(name).rpartition(":")
+    return f"{_lasting(path)}{colon}{scale}" if path and exists(expand_user(Path(path))) else _lasting(name)
 
 
 class Model:

@@ -201,7 +201,7 @@ def _draft(
         raise ModelError(f"{what}, expected int32 {[3, waiting]}", hint=_HINT)
     if positions.min() < 0 or positions.max() >= c.max_position_embeddings:
         raise ModelError("the saved state's draft.positions are outside of the context window", hint=_HINT)
-    return DraftState(cache(), (Rows(ops.array(vectors), ops.array(hidden), positions),))
+    return DraftState(cache(), (Rows(ops.activations(vectors), ops.activations(hidden), positions),))
 
 
 def _tokens(arrays: Mapping[str, Array], name: str, axis: int) -> int:

@@ -250,7 +250,7 @@ def models(folder: Path, how: dict[str, Any]) -> tuple[Model, Model]:
     return warm, cold
 
 
-@pytest.mark.parametrize("examples", [12, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [8, pytest.param(400, marks=pytest.mark.slow)])
 def test_conversations_have_the_bits_that_they_have_alone(models: tuple[Model, Model], examples: int) -> None:
     class Case(Conversations):
         warm, cold = models
@@ -402,8 +402,12 @@ def test_the_folder_is_bounded_and_what_has_a_name_stays(model: Model, tmp_path:
     for n in range(8):
         done(talk(model).send(f"{n} {LONG}"))
         assert size() <= limit
-    again(model, tmp_path)
+    store = again(model, tmp_path)
     assert model.chat(documents=[("report.txt", f"{LONG} {LONG}")]).prepare() == (tokens, tokens)
+    assert store.folder is not None
+    before, store.folder.limit = size(), 100  # less than any
+    done(talk(model).send("no room"))
+    assert size() == before
     for refused in ("3 apples", -1, True, "", 1.5):
         with pytest.raises(UsageError, match="size of the folder"):
             model.keep_prefixes(tmp_path, refused)  # type: ignore[arg-type]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import lzma
 import math
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import edgeq
 from edgeq.api import Model
 from edgeq.backends import available
 from edgeq.backends.floats import float_ops
+from edgeq.backends.numpy import NumpyOps
 from edgeq.cli.eval import table
 from edgeq.errors import MemoryBudgetError, ModelError, QualityError, UsageError
 from edgeq.formats.bf16 import Array
@@ -159,6 +162,25 @@ class TestDivergence:
             cut(text(7), 3)
         with pytest.raises(ModelError, match="the text has token 287, the vocabulary is 160"):
             perplexity(stream(other), cut([*text(7), 287], 8))
+
+    def test_a_layer_is_let_go_before_the_next(self, models: tuple[Model, Model]) -> None:
+        """Without waiting for the collector of garbage, which would keep the whole model in float32."""
+        made = list[Any]()
+
+        class Watched(NumpyOps):
+            def matrix(self, w: Any) -> Any:
+                w = np.array(w) if isinstance(w, np.ndarray) else w
+                if isinstance(w, np.ndarray):
+                    made.append(weakref.ref(w))
+                return w
+
+        gc.disable()
+        try:
+            for name, _ in Stream(models[1].checkpoint, Watched(), floats=True).steps(cut(text(8), 8)):
+                assert not any(ref() is not None for ref in made), name
+        finally:
+            gc.enable()
+        assert len(made) > 20
 
     def test_models_of_two_shapes_have_no_drift(self, models: tuple[Model, Model], tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "deep", config_values(layer_types=["linear_attention"] * 5))

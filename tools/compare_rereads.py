@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Tokens of prompts that are read in a conversation with an edit and a restart: edgeq's and llama-server's.
 
-    python tools/compare_rereads.py MODEL [histories | chat]
+    python tools/compare_rereads.py MODEL [histories] [chat]
     python tools/compare_rereads.py --server LLAMA_SERVER --gguf FILE.gguf [restart | slot]
 
 Thirty turns; the 15th is changed; the program ends and begins again; a last turn. What is counted is what the engine
-says: `timings.prompt_n` of llama-server, `usage` of edgeq. Every engine is asked three ways where it can be: as a
-program that sends the whole history with every request, as edgeq's Chat, and with the slot saved before the restart and
-restored after it. The weights may be random.
+says: `timings.prompt_n` of llama-server, `usage` of edgeq. edgeq is asked by a program that sends the whole history
+with every request (histories), and as one Chat that is saved and loaded (chat); llama-server with and without its slot
+saved before the restart and restored after it. The weights may be random.
 """
 
 from __future__ import annotations
@@ -92,13 +92,17 @@ def histories(model: edgeq.Model) -> Ask:
     return ask
 
 
-def conversation(model: edgeq.Model) -> Ask:
-    """edgeq's Chat, which is told what the history has become."""
-    chat = model.chat(system=SYSTEM, thinking=False, temperature=0, max_tokens=REPLY)
+def conversation(model: edgeq.Model, session: Path) -> Ask:
+    """edgeq's Chat, which is told what the history has become, and saved after every reply."""
+    if session.exists():
+        chat = edgeq.load_session(session, model)
+    else:
+        chat = model.chat(system=SYSTEM, thinking=False, temperature=0, max_tokens=REPLY)
 
     def ask(messages: list[dict[str, str]]) -> tuple[str, int, int]:
         reply = chat.answer(messages)
         text = "".join(piece.text for piece in reply)
+        chat.save(session)
         return text, reply.usage.prompt_tokens, reply.usage.prompt_tokens - reply.usage.cached_tokens
 
     return ask
@@ -125,13 +129,15 @@ def talk(ask: Ask, restart: Callable[[], Ask]) -> dict[str, int]:
     return counts
 
 
-def edgeqs(path: str, way: Callable[[edgeq.Model], Ask]) -> dict[str, int]:
+def edgeqs(path: str, way: str) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
 
         def start() -> Ask:
             model = edgeq.load(path)
+            if way == "chat":
+                return conversation(model, Path(folder, "session.eqs"))
             model.keep_prefixes(folder, "8G")
-            return way(model)
+            return histories(model)
 
         return talk(start(), start)
 
@@ -165,7 +171,7 @@ def main() -> None:
         if given.server:
             counts = servers(given.server, given.gguf, saved=way == "slot")
         else:
-            counts = edgeqs(given.names[0], {"histories": histories, "chat": conversation}[way])
+            counts = edgeqs(given.names[0], way)
         print(
             f"| {'llama-server' if given.server else 'edgeq'}, {way} | " + " | ".join(f"{n:,}" for n in counts.values())
         )

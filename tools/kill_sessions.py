@@ -49,9 +49,11 @@ class Counts:
         self.kills = self.turns = self.untold = 0
 
 
-def killed(model: Model, path: Path, kills: int, rng: Random, seconds: float = 0.5) -> Counts:
-    """Kill so many times, within so many seconds. Raises AssertionError or EdgeqError for a wrong file."""
-    counts, source = Counts(), model.source
+def killed(
+    model: Model, path: Path, kills: int, rng: Random, seconds: float = 0.5, counts: Counts | None = None
+) -> Counts:  # fmt: skip
+    """Kill so many times, within so many seconds, and count on. AssertionError or EdgeqError for a wrong file."""
+    counts, source = counts or Counts(), model.source
     assert source is not None
     for _ in range(kills):
         arguments = [sys.executable, "-c", TALKS, str(path), source["model"], model.ops.name]
@@ -89,7 +91,10 @@ def main() -> None:
     model = edgeq.load(arguments.model, context=4096)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            counts = killed(model, Path(folder) / "talk.eqs", arguments.kills, Random(arguments.seed))
+            path, rng, counts = Path(folder) / "talk.eqs", Random(arguments.seed), Counts()
+            for done in range(0, arguments.kills, 10):
+                killed(model, path, min(10, arguments.kills - done), rng, counts=counts)
+                print(f"{counts.kills} kills: {counts.turns} turns", file=sys.stderr, flush=True)
         except (AssertionError, EdgeqError) as error:
             sys.exit(f"wrong: {error}")
     print(f"{counts.kills} kills: {counts.turns} turns, none lost; {counts.untold} were saved and not yet told of")

@@ -5,9 +5,9 @@
 
 #include <tuple>
 
+#include "kernels/linear.h"
 #include "kernels/scratch.h"
 #include "kernels/threads.h"
-#include "kernels/linear.h"
 #include "layers/rows.h"
 #include "layers/stack.h"
 
@@ -196,8 +196,7 @@ void bind_pages(nb::module_& m) {
     m.def("memory_held", &memory_held, "Bytes held now by pages of keys and values, by states, and by scratch memory.");
     m.def("idle_blocks", &idle_blocks, "nbytes"_a,
           "Blocks of a size that nobody uses, and that are still this process's memory.");
-    m.def("release_scratch", &release_scratch,
-          "Give back to the system what the calling thread has kept to work in.");
+    m.def("release_scratch", &release_scratch, "Give back to the system what the calling thread has kept to work in.");
     m.def("release_idle_blocks", &trim_blocks, "Give back to the system the pages of blocks that nobody uses.");
     nb::class_<Page>(m, "Page",
                      "Room for KV_PAGE tokens' keys and values of a layer, laid out as layers/layers.h says.")

@@ -352,7 +352,8 @@ void bind_mixers(nb::module_& m) {
              "layers"_a, "key_heads"_a, "eps"_a, "norm"_a, "frequencies"_a, "factor"_a, "sections"_a)
         .def(
             "call_after_each", [](Layers& layers, nb::callable call) { layers.after_layer = call; }, "call"_a,
-            "From now on the decoder calls it with the number of each layer that has run; it must not hold the layers.");
+            "From now on the decoder calls it with the number of each layer that has run; it must not hold the "
+            "layers.");
     m.def("decoder", &decoder, "x"_a.noconvert(), "layers"_a, "positions"_a.noconvert(), "states"_a, "lengths"_a,
           "keep"_a, "kind"_a, "out"_a.noconvert(),
           "Rotary angles for positions int32 [3, T], the layers, and the final norm; states and result as below.");

@@ -134,6 +134,9 @@ class MlxOps(BaseOps[mx.array, MlxMatrix]):
     def array(self, x: Array) -> mx.array:
         return mx.array(x)
 
+    def activations(self, x: Float32) -> mx.array:
+        return mx.array(x).astype(self.dtype)
+
     def numpy(self, x: mx.array) -> Float32:
         return np.array(x.astype(mx.float32))
 

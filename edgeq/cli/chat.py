@@ -116,7 +116,7 @@ def chat(
     ):  # fmt: skip
         loaded = model.load(conversation.chat_template, session.load_options() if session else None, told)
         options["visual_settings"] = visuals.settings(loaded.chat_visuals)
-        prefixes.use(loaded, once=one_shot, default=bool(conversation.document))
+        prefixes.use(loaded, once=one_shot and session is None, default=bool(conversation.document))
         calls: dict[str, Any] = {"on_prefill": reading, "on_look": looking}
         talk = session.chat(loaded, options, told, **calls) if session else loaded.chat(**options, **calls)
         if conversation.document and not (session and session.saved):

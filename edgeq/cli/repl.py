@@ -391,7 +391,8 @@ class Repl:
         settings = self._chat.settings
         for field in fields(GenerationSettings):
             say(f"{field.name:20} {getattr(settings, field.name)}")
-        say(f"{'thinking':20} {self._chat.thinking}\n{'system':20} {self._chat.system}")
+        system = self._chat.system and printable(text_of(self._chat.system), keep="\n", longest=2000)
+        say(f"{'thinking':20} {self._chat.thinking}\n{'system':20} {system}")
 
     def _copy(self) -> None:
         replies = [turn.reply for turn in self._chat.turns if turn.reply is not None]

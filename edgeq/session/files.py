@@ -705,7 +705,7 @@ class _States:
         if positions.min() < 0 or positions.max() >= c.longest_context:
             raise ValueError(f"{name}.positions are outside of the context window")
         vectors, hidden = (array(f"{name}.{part}", (waiting, c.hidden_size)) for part in ("vectors", "hidden"))
-        return DraftState(cache, (Rows(ops.array(vectors), ops.array(hidden), positions.copy()),))
+        return DraftState(cache, (Rows(ops.activations(vectors), ops.activations(hidden), positions.copy()),))
 
     def _caches(self, group: str, record: Mapping[str, Any], length: int, layers: int) -> list[KVCache[Any]]:
         """The caches of a state, a layer each."""

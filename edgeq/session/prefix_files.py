@@ -230,7 +230,8 @@ class PrefixFolder:
         about = {"line": line, "shown": shown, "spoken": spoken, "named": named}
         try:
             headers = len(json.dumps(about)) + 256 * (len(caches) + len(arrays) + 8)
-            self._make_room(headers + sum(array.nbytes for array in (*caches.values(), *arrays.values())))
+            if not self._makes_room(headers + sum(array.nbytes for array in (*caches.values(), *arrays.values()))):
+                return line[:-1]
             for part, tensors in ((".kv", caches), (".state", arrays)):
                 self._put(f"{name}{part}", tensors, about if part == ".kv" else {})
         except OSError as error:
@@ -273,8 +274,11 @@ class PrefixFolder:
 
     # --- what goes ---------------------------------------------------------------------------------------------------
 
-    def _make_room(self, nbytes: int) -> None:
-        """Let go of what was used longest ago, what has a name last, until so many bytes more are within the limit."""
+    def _makes_room(self, nbytes: int) -> bool:
+        """Let go of what was used longest ago, what has a name last, until so many bytes more are within the limit;
+        whether they are."""
+        if nbytes > self.limit:
+            return False
         now, files = time(), dict[str, os.stat_result]()
         for path in self._files("."):
             with suppress(OSError):
@@ -285,7 +289,7 @@ class PrefixFolder:
                 files[path.name] = path.stat()
         total = sum(status.st_size for status in files.values())
         if total + nbytes <= self.limit:
-            return
+            return True
         lines = {name.removesuffix(".kv"): self._line(name) for name in files if name.endswith(".kv")}
         states = [name for name in files if name.endswith(".state")]
         states.sort(key=lambda name: (bool(lines.get(name.removesuffix(".state"), ((), ""))[1]), files[name].st_mtime))
@@ -299,7 +303,8 @@ class PrefixFolder:
                 self._remove(name)
                 total -= files.pop(name).st_size
             if not states and not any(name.endswith(".kv") for name in files):
-                return
+                break
+        return total + nbytes <= self.limit
 
     def _line(self, name: str) -> tuple[tuple[str, ...], str]:
         """The names of the files that a prefix of any model needs, and what people call it."""

@@ -126,7 +126,7 @@ class Sight:
         """
         found = {_key(place): self._kept[_key(place)] for place in places if _key(place) in self._kept}
         for key in {_key(place) for place in places} & self._stored.keys() - found.keys():
-            found[key] = self._kept[key] = self._engine.ops.array(self._stored[key])
+            found[key] = self._kept[key] = self._engine.ops.activations(self._stored[key])
         missing = list({_key(place): place for place in places if _key(place) not in found}.values())
         total, done = sum(place.stop - place.start for place in missing), 0
         for band in _bands(missing):

@@ -151,4 +151,7 @@ def map_tree(convert: Callable[[Any], Any], tree: Any) -> Any:
             converted[id(node)] = convert(node)
         return converted[id(node)]
 
-    return walk(tree)
+    try:
+        return walk(tree)
+    finally:
+        converted.clear()  # `walk` refers to itself, so what it knows would stay until the next collection of garbage
