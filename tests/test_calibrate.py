@@ -352,6 +352,7 @@ def test_command(bed: Bed, tmp_path: Path) -> None:
     words = ["quantize", str(bed.model), "-o", str(tmp_path / "out"), "--calibrate", str(bed.text), "--effort", "fast"]
     found = CliRunner().invoke(app, words)
     assert found.exit_code == 0, found.output
+    assert "KL divergence on held-out text" in found.output
     words = ["quantize", str(bed.model), "--calibrate", "--target-bpw", "5", "--dry-run"]  # no text: the default
     dry = CliRunner().invoke(app, words)
     assert "to be chosen for 14 matrices" in dry.output, dry.output

@@ -197,10 +197,17 @@ def quantize(
 
 
 def _summary(report: Report) -> str:
-    return (
+    written = (
         f"{printable(report.out)}: {report.nbytes() / 1e6:,.1f} MB, "
         f"text {report.bits_per_weight('text'):.3f} bits per weight | "
         f"{report.seconds:.1f} s | {peak_memory_text()}"
+    )
+    if report.gate is None:
+        return written
+    kl, plain = report.gate["kl"], report.gate["plain_rounding"]["kl"]
+    return (
+        f"{written}\nKL divergence on held-out text {kl['mean']:.5f} nats (plain rounding {plain['mean']:.5f}), "
+        f"{kl['top1']:.1%} the same most likely token"
     )
 
 
