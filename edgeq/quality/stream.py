@@ -127,6 +127,7 @@ class Stream(Generic[A, M]):
                 hint="its tokenizer belongs to another model",
             )
         rows = self.checkpoint.rows(self._declared.embed_tokens.name, ids)
+        self.checkpoint.drop_pages()
         return np.ascontiguousarray(rows[places.reshape(-1)])
 
     def _leaf(self, spec: TensorSpec) -> Any:
