@@ -199,7 +199,7 @@ def _draft(
     if positions.shape != (3, waiting) or positions.dtype != np.int32:
         what = f"the saved state's draft.positions is {_what(positions)}"
         raise ModelError(f"{what}, expected int32 {[3, waiting]}", hint=_HINT)
-    if positions.min() < 0 or positions.max() >= c.max_position_embeddings:
+    if positions.min() < 0 or positions.max() >= c.longest_context:
         raise ModelError("the saved state's draft.positions are outside of the context window", hint=_HINT)
     return DraftState(cache(), (Rows(ops.activations(vectors), ops.activations(hidden), positions),))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from edgeq.api import Model
 from edgeq.backends import available
 from edgeq.checkpoint import Checkpoint, open_checkpoint
 from edgeq.checkpoint.folder import FolderCheckpoint
+from edgeq.config import Yarn
 from edgeq.draft_head import draft_prefix
 from edgeq.engine import Feed
 from edgeq.errors import UsageError
@@ -272,6 +274,16 @@ def test_it_is_saved_and_comes_back(model: Model, pieces: list[int]) -> None:
         assert np.array_equal(x, saved[name]), name
     head, vocabulary = model.engine.need_head(), model.engine.draft_vocabulary(288)
     assert head.draft(back, 5, 3, vocabulary.choose)[0] == head.draft(state, 5, 3, vocabulary.choose)[0]
+
+
+def test_it_comes_back_where_the_context_was_stretched(model: Model) -> None:
+    """A state whose last token stands behind the model's own context window."""
+    state = after(model, model.engine.state(draft=True), ids_of(30), [30])
+    c = model.config.text
+    short = replace(c, max_position_embeddings=20, rope=replace(c.rope, scaling=Yarn(2.0, 20, 1.0)))
+    saved = state_arrays(model.ops, state)
+    for name, x in state_arrays(model.ops, state_from_arrays(model.ops, short, saved)).items():
+        assert np.array_equal(x, saved[name]), name
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,21 @@ class TestElsewhere:
         same(moved, edgeq.load_session(path, b))
         assert SavedSession(path).values["backend"] == b.ops.name
 
+    @pytest.mark.parametrize(("one", "other"), [("cpu", "numpy"), ("numpy", "cpu"), ("cpu", "mlx")])
+    def test_on_another_backend_before_the_first_draft(
+        self, folder: Path, path: Path, one: str, other: str
+    ) -> None:  # fmt: skip
+        """The MTP head has read nothing yet, what it has to read waits."""
+        chat = loaded(folder, one).chat(max_tokens=1, temperature=0)
+        done(chat.send("hi"))
+        chat.save(path)
+        assert SavedSession(path).values["states"][0]["draft"] == [0, []]
+        moved = edgeq.load_session(path, loaded(folder, other))
+        same(chat, moved)
+        draft = moved._context.state.draft
+        assert draft is not None
+        assert draft.waiting == moved._context.position > 0
+
     def test_in_half_precision(self, folder: Path, path: Path) -> None:
         """On MLX activations may be bfloat16: so is, again, what the model saw, and what its MTP head has not read."""
         mlx = pytest.importorskip("edgeq.backends.mlx", reason="mlx is not installed", exc_type=ImportError)

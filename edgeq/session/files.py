@@ -740,9 +740,9 @@ class _States:
             if any(block.shape != shape or block.dtype != dtype for block in blocks):
                 raise ValueError(f"the keys and values are not {dtype} {list(shape)}")
             return ops.stored_cache(blocks, length, heads, dim)
+        none = np.zeros((0, heads, dim), np.float32)  # as an MTP head has that has not read
         both = [_unpacked(block, str(values["backend"]), str(values["kv"]), heads, dim) for block in blocks]
-        empty = np.zeros((0, heads, dim), np.float32)
-        keys, entries = (np.concatenate([empty, *side]) for side in zip(*both, strict=True))
+        keys, entries = (np.concatenate(side) for side in zip((none, none), *both, strict=True))
         return ops.kv_cache(keys[:length], entries[:length])
 
 
