@@ -406,7 +406,9 @@ def test_the_folder_is_bounded_and_what_has_a_name_stays(model: Model, tmp_path:
     assert model.chat(documents=[("report.txt", f"{LONG} {LONG}")]).prepare() == (tokens, tokens)
     assert store.folder is not None
     before, store.folder.limit = size(), 100  # less than any
-    done(talk(model).send("no room"))
+    with pytest.warns(UserWarning, match="may take 0.0 MB, and what was read takes .*: a later run reads it again"):
+        done(talk(model).send("no room"))
+    done(talk(model).send("it was said once"))
     assert size() == before
     for refused in ("3 apples", -1, True, "", 1.5):
         with pytest.raises(UsageError, match="size of the folder"):
@@ -416,6 +418,10 @@ def test_the_folder_is_bounded_and_what_has_a_name_stays(model: Model, tmp_path:
         model.keep_prefixes(tmp_path / "notes.txt")
     assert split_folder("a:4G") == (Path("a"), "4G")
     assert split_folder("C:/a") == (Path("C:/a"), None)
+    assert split_folder("a:b/") == (Path("a:b"), None)
+    for refused in ("a:abc", "a:4X", "a:"):
+        with pytest.raises(UsageError, match="FOLDER or FOLDER:SIZE"):
+            split_folder(refused)
     assert [folder_size(tmp_path, text) for text in ("4G", "1.5 MiB", 7)] == [4_000_000_000, 3 << 19, 7]
 
 

@@ -34,7 +34,7 @@ from edgeq.engine import Engine, Ids
 from edgeq.errors import EdgeqError, UsageError
 from edgeq.formats.bf16 import Array
 from edgeq.formats.safetensors import SafetensorsFile, SafetensorsWriter, dtype_name
-from edgeq.inputs import expand_user
+from edgeq.inputs import exists, expand_user
 from edgeq.printable import brief
 from edgeq.session.cuts import Said
 from edgeq.state import BLOCK, KVCache, State
@@ -86,6 +86,7 @@ class PrefixFolder:
         self._model = blake2b(f"{FORMAT} {engine.fingerprint}".encode(), digest_size=8).hexdigest()
         self._known: dict[str, Filed] = {}
         self._seen = -1  # when the folder was changed last
+        self._told = False  # that there is no room
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
@@ -214,7 +215,8 @@ class PrefixFolder:
         """Put a prefix into the folder, unless it is there; the files that have its keys and values.
 
         keys: of all of it. line: the files that its state is known to have grown out of. named: what people call it;
-        others make room first. Nothing is raised where the disk is full: what cannot be written is done without.
+        others make room first. Nothing is raised where there is no room: what cannot be written is done without, and a
+        warning says so once.
         """
         name = self._name(keys, shown, spoken)
         if (there := self._whole(name)) is not None and there.has_state and (self.folder / f"{name}.state").exists():
@@ -229,18 +231,26 @@ class PrefixFolder:
         line = (*line, (len(keys), name))
         about = {"line": line, "shown": shown, "spoken": spoken, "named": named}
         try:
-            headers = len(json.dumps(about)) + 256 * (len(caches) + len(arrays) + 8)
-            if not self._makes_room(headers + sum(array.nbytes for array in (*caches.values(), *arrays.values()))):
+            nbytes = len(json.dumps(about)) + 256 * (len(caches) + len(arrays) + 8)
+            nbytes += sum(array.nbytes for array in (*caches.values(), *arrays.values()))
+            if not self._makes_room(nbytes):
+                self._do_without(f"may take {self.limit / 1e6:,.1f} MB, and what was read takes {nbytes / 1e6:,.1f} MB")
                 return line[:-1]
             for part, tensors in ((".kv", caches), (".state", arrays)):
                 self._put(f"{name}{part}", tensors, about if part == ".kv" else {})
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                warnings.warn(f"{self.folder} is full: prefixes are not kept on disk", stacklevel=2)
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            self._do_without("is on a full disk" if full else f"cannot be written to ({error.strerror})")
             return ()
         self._known = {**self._known, name: Filed(name, line, keys[start:], shown, spoken, has_state=True)}
         self._seen = -1
         return line
+
+    def _do_without(self, why: str) -> None:
+        """Say, once, that something is not kept on disk."""
+        if not self._told:
+            self._told = True
+            warnings.warn(f"{self.folder} {why}: a later run reads it again", stacklevel=3)
 
     def _whole(self, name: str) -> Filed | None:
         """A prefix whose keys and values are all there still."""
@@ -342,10 +352,16 @@ def default_folder() -> Path:
 
 
 def split_folder(given: str) -> tuple[Path, str | None]:
-    """A folder as the command line has it, FOLDER or FOLDER:SIZE."""
+    """A folder as the command line has it, FOLDER or FOLDER:SIZE. UsageError for a name that ends in what is no size,
+    unless there is such a folder, or a slash makes it one."""
     folder, colon, size = given.rpartition(":")
     if colon and folder and _SIZE.fullmatch(size):
         return expand_user(Path(folder)), size
+    if colon and "/" not in size and not exists(expand_user(Path(given))):
+        raise UsageError(
+            f"a folder for prefixes is FOLDER or FOLDER:SIZE, such as cache:4G, got {brief(given)}",
+            hint="give a size behind the colon, or a slash behind a name that has a colon",
+        )
     return expand_user(Path(given)), None
 
 
