@@ -453,7 +453,7 @@ class TestCommand:
         assert told["text"] == expected
 
     def test_what_is_refused(self, run: Run, folder: Path, path: Path, tmp_path: Path) -> None:
-        assert run("chat", "--session", path, "-p", "x").err.startswith("error: no model given")
+        assert "does not exist, and no model is given to begin it with" in run("chat", "--session", path, "-p", "x").err
         assert run("chat", folder, "--session", path, "-p", "x", "--max-tokens", "2").code == 0
         data, messages, tools = path.read_bytes(), tmp_path / "m.json", tmp_path / "t.json"
         messages.write_text('[{"role": "user", "content": "x"}]')

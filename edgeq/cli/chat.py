@@ -31,6 +31,7 @@ from edgeq.cli.pictures import announce, by_kind, check_one, draw_boxes_of
 from edgeq.cli.reply import check_forms, hear, print_json, show_reply
 from edgeq.cli.session import Session, opened_session
 from edgeq.cli.tools import follow, show_calls
+from edgeq.errors import UsageError
 from edgeq.session.reply import Reply
 
 if TYPE_CHECKING:
@@ -114,6 +115,11 @@ def chat(
         opened_session(conversation.session) as session, prefill_bar() as reading,
         prefill_bar("looking", patience=0) as looking,
     ):  # fmt: skip
+        if session and not session.saved and not (model.named or model.model):
+            raise UsageError(
+                f"{session.path} does not exist, and no model is given to begin it with",
+                hint="name the model: `edgeq chat MODEL --session FILE`; or correct the file's name",
+            )
         loaded = model.load(conversation.chat_template, session.load_options() if session else None, told)
         options["visual_settings"] = visuals.settings(loaded.chat_visuals)
         prefixes.use(loaded, once=one_shot and session is None, default=bool(conversation.document))
