@@ -149,7 +149,7 @@ def quantize(
             plan.assignments = list(plan.calibration.assignments)
             planned = replace(planned, tensors=plan.report(planned.source, planned.out).tensors)
         folder = stack.enter_context(new_folder(target.out, room=plan.nbytes(), may_replace=target.may_replace))
-        errors, judged = _write_folder(plan, folder, Source(plan.source.path, revision), threads, progress)
+        errors, judged = _write_folder(plan, folder, target.out, Source(plan.source.path, revision), threads, progress)
     tensors = tuple(replace(t, nmse=errors.get(t.name)) for t in planned.tensors)
     gate = judged.as_json() if judged else None
     done = replace(planned, tensors=tensors, seconds=time.perf_counter() - start, gate=gate)
@@ -367,10 +367,10 @@ class _Plan:
 
 
 def _write_folder(
-    plan: _Plan, folder: Path, source: Source, threads: int, progress: Progress | None
+    plan: _Plan, folder: Path, out: Path, source: Source, threads: int, progress: Progress | None
 ) -> tuple[dict[str, float], GateResult | None]:
-    """Write everything into `folder`; the relative squared error of every quantized tensor, and how good a calibrated
-    result is. QualityError for one that is damaged."""
+    """Write everything into `folder`, which is going to be `out`; the relative squared error of every quantized tensor,
+    and how good a calibrated result is. QualityError for one that is damaged."""
     stop, judged = threading.Event(), None
     with ThreadPoolExecutor(threads + 1) as pool:
         inputs = pool.submit(hash_files, plan.source.files, stop=stop.is_set)
@@ -380,7 +380,7 @@ def _write_folder(
             _write_json(folder / "config.json", plan.config())
             if plan.calibration is not None:
                 judged = check(
-                    plan.source.checkpoint, folder, plan.calibration.windows.held_out, threads=threads,
+                    plan.source.checkpoint, folder, plan.calibration.windows.held_out, out=out, threads=threads,
                     progress=progress and _judging(progress),
                 )  # fmt: skip
                 judged.need()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from edgeq.quant.calibrate.calibrator import Calibrator, Recorded, matrices
 from edgeq.quant.calibrate.folding import fold_block
 from edgeq.quant.calibrate.request import Budget
 from edgeq.quant.calibrate.rounder import AffineRounder
+from edgeq.quant.calibrate.rounding import AffineGrid, round_rows
 from edgeq.quant.calibrate.sensitivity import measure
 from edgeq.quant.calibrate.taps import TappedOps, tapped_ops
 from edgeq.quant.calibrate.windows import read_windows
@@ -175,6 +177,28 @@ class TestResuming:
         assert "layers.0.mlp.up_proj.weight" not in seen[: seen.index("mtp.fc.weight")]
         assert weights(out) == weights(standard)
         assert not (tmp_path / ".out.calibration").exists()
+
+    def test_any_byte_of_the_source_starts_anew(self, bed: Bed, tmp_path: Path) -> None:
+        """Whichever it is: a matrix of the file as it was before never gets into the result."""
+        model = tmp_path / "model"
+        shutil.copytree(bed.model, model)
+        name = "model.language_model.layers.1.mlp.down_proj.weight"
+        seen = list[str]()
+
+        def stop(done: int, total: int, what: str) -> None:
+            seen.append(what)
+            if what == "layers.0.mlp.down_proj.weight":
+                raise KeyboardInterrupt
+
+        for values in (np.full(1, 7, "<u2"), np.full(1, 8, "<u2")):
+            overwrite(model, name, values)
+            seen.clear()
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                with pytest.raises(KeyboardInterrupt):
+                    quantize(model, tmp_path / "out", calibrate=bed.text, effort="fast", progress=stop)
+            assert "layers.0.mlp.up_proj.weight" in seen
+        assert "an unfinished calibration had another source" in str(told[-1].message)
 
     def test_another_setting_starts_anew_and_says_so(self, bed: Bed, standard: Path, tmp_path: Path) -> None:
         folder = tmp_path / ".out.calibration"
@@ -381,6 +405,21 @@ class TestRefusals:
             quantize(model, tmp_path / "out", calibrate=bed.text)
         assert not (tmp_path / "out").exists()
 
+    def test_nan_is_told_once_with_its_name(self, bed: Bed, tmp_path: Path) -> None:
+        model = tmp_path / "model"
+        shutil.copytree(bed.model, model)
+        overwrite(model, "model.language_model.embed_tokens.weight", np.full(64, 0x7FC0, "<u2"))
+        with pytest.raises(ModelError, match=r"^[^:]*model: embed_tokens.weight holds NaN or infinity$"):
+            quantize(model, tmp_path / "out", calibrate=bed.text, effort="fast")
+
+    def test_weights_next_to_zero(self, bed: Bed) -> None:
+        """Steps whose inverse float32 does not have: no warning, and no NaN."""
+        w = (np.random.default_rng(0).standard_normal((8, 64)) * 1e-38).astype(np.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            rows = round_rows(w, np.eye(64, dtype=np.float32), AffineGrid(Q4, np.dtype(np.float32), 1))
+        assert np.abs(rows.weights() - w).max() < 1e-37
+
     def test_a_damaged_result(self, bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         rounded = AffineRounder.__call__
 
@@ -389,7 +428,7 @@ class TestRefusals:
             return solved._replace(scales=np.zeros_like(solved.scales)) if "down_proj" in name else solved
 
         monkeypatch.setattr(AffineRounder, "__call__", damaged)
-        with pytest.raises(QualityError, match="the quantized model is damaged"):
+        with pytest.raises(QualityError, match=r"^[^:]*/out: the quantized model is damaged"):
             quantize(bed.model, tmp_path / "out", calibrate=bed.text)
         assert not list(tmp_path.iterdir()), "neither the result nor what it was made from"
 

@@ -15,7 +15,6 @@ import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
@@ -30,12 +29,11 @@ from edgeq.formats.bf16 import Array, Float32
 from edgeq.formats.qmatrix import QMatrix
 from edgeq.formats.safetensors import SafetensorsFile, SafetensorsWriter, dtype_name
 
-__all__ = ["Solved", "SolvedMatrix", "Unfinished", "Workspace", "find_unfinished", "fingerprint"]
+__all__ = ["Solved", "SolvedMatrix", "Unfinished", "Workspace", "find_unfinished"]
 
 _ASKED = "asked.json"
 _KIND = ".calibration"
 _OURS = (".safetensors", ".arrays", ".json", ".new")  # how names of files in it end, but for the lock's
-_PAGE, _SAMPLES = 4096, 256  # of a source's file
 
 
 class SolvedMatrix(Protocol):
@@ -261,7 +259,7 @@ def _sum(arrays: Mapping[str, Array], facts: Any) -> str:
     shapes = [(name, dtype_name(x.dtype), x.shape) for name, x in sorted(arrays.items())]
     crc = zlib.crc32(json.dumps([shapes, facts], sort_keys=True).encode())
     for _, x in sorted(arrays.items()):
-        crc = zlib.crc32(memoryview(np.ascontiguousarray(x).reshape(-1).view(np.uint8)), crc)
+        crc = zlib.crc32(np.ascontiguousarray(x).data, crc)
     return f"{crc:08x}"
 
 
@@ -269,16 +267,3 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs, in a few words."""
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     return f"another {', '.join(names)}" if names else "other settings"
-
-
-def fingerprint(files: list[Path]) -> str:
-    """What tells a source from another: lengths of its files, and pages all over them, as text."""
-    digest = sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb", buffering=0) as file:
-            for start in range(0, size, max(_PAGE, size // _SAMPLES)):
-                file.seek(start)
-                digest.update(file.read(_PAGE))
-    return digest.hexdigest()
