@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -170,7 +169,7 @@ def export_gguf(
 
 def _gate(checkpoint: Checkpoint, out: Path, calibrated: Calibration, threads: int | None, path: Path) -> GateResult:
     """What the file `path`, which is to become `out`, is found to be; QualityError if it is damaged."""
-    result = replace(check(checkpoint, path, calibrated.windows.held_out, threads=threads), path=str(out))
+    result = check(checkpoint, path, calibrated.windows.held_out, out=out, threads=threads)
     result.need()
     return result
 

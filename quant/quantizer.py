@@ -96,10 +96,10 @@ def quantize(
     quantized) or "none" (left out); `mtp` is whether the MTP head is kept. A part of `src` that is not fit for use is
     an error, unless it is left out on purpose. `adapter` is a LoRA adapter to merge first, or several (see
     `edgeq.load`). With `dry_run` nothing is quantized and `out` may be None. `report` is a file for the sizes and
-    errors of all tensors, as JSON; a page of them, the same name with .html, is written beside it. With `force` an
-    existing model folder, or report, is replaced once the new one is complete. `revision` goes on record; it is known
-    for folders in the hub's cache. `chat_template` replaces the source's: a file, or the name of one of its own. Memory
-    stays below about 300 MB, whatever the model's size.
+    errors of all tensors: JSON, and a page with the same name but .html, whichever of the two is named. With `force`
+    an existing model folder, or report, is replaced once the new one is complete. `revision` goes on record; it is
+    known for folders in the hub's cache. `chat_template` replaces the source's: a file, or the name of one of its own.
+    Memory stays below about 300 MB, whatever the model's size.
 
     `calibrate` (True or "default", or a UTF-8 text file) rounds the matrices for what they are multiplied by on a text,
     with an `effort` of "fast", "standard" (the default) or "best"; `target_bpw` (bits per weight of the language model,
@@ -149,7 +149,7 @@ def quantize(
             plan.assignments = list(plan.calibration.assignments)
             planned = replace(planned, tensors=plan.report(planned.source, planned.out).tensors)
         folder = stack.enter_context(new_folder(target.out, room=plan.nbytes(), may_replace=target.may_replace))
-        errors, judged = _write_folder(plan, folder, Source(plan.source.path, revision), threads, progress)
+        errors, judged = _write_folder(plan, folder, target.out, Source(plan.source.path, revision), threads, progress)
     tensors = tuple(replace(t, nmse=errors.get(t.name)) for t in planned.tensors)
     gate = judged.as_json() if judged else None
     done = replace(planned, tensors=tensors, seconds=time.perf_counter() - start, gate=gate)
@@ -166,7 +166,7 @@ class _Targets:
             raise UsageError("no output folder given", hint="give one with -o FOLDER, or as `out` in Python")
         self.folder = None if out is None or dry else FolderTarget(Path(out), source, inputs, force=force)
         outputs = [self.folder.out] if self.folder else []
-        names = [] if report is None else list(dict.fromkeys((Path(report), Path(report).with_suffix(".html"))))
+        names = [] if report is None else _report_names(Path(report))
         self.reports = [FileTarget(name, source, inputs, outputs, force=force) for name in names]
         for target in (self.folder, *self.reports):
             if target is not None:
@@ -175,13 +175,17 @@ class _Targets:
             raise UsageError(f"{report}: folder not found: {names[0].parent}", hint="make the folder first")
 
     def write_report(self, report: Report) -> None:
-        """The report as JSON and as a page beside it; the page alone where that is what was asked for."""
-        for target in self.reports:
+        """The report as JSON and as a page beside it."""
+        for target, write in zip(self.reports, (_write_json, _write_page), strict=False):
             with new_file(target.out, may_replace=target.may_replace) as path:
-                if target.out.suffix == ".html":
-                    path.write_text(page(report.as_json()), encoding="utf-8")
-                else:
-                    _write_json(path, report.as_json())
+                write(path, report.as_json())
+
+
+def _report_names(name: Path) -> tuple[Path, Path]:
+    """What a report's JSON and its page are called, by the name of either."""
+    if name.suffix.lower() in (".html", ".htm"):
+        return name.with_suffix(".json"), name
+    return name, name.with_suffix(".html")
 
 
 # --- planning --------------------------------------------------------------------------------------------------------
@@ -255,17 +259,9 @@ class _Plan:
     def allowance(self, request: CalibrationRequest) -> Allowance:
         """What the target leaves to the language model's matrices that no rule has decided on. UsageError if it is not
         enough."""
-        counted = [a for a in self.assignments if request.target_bpw is None or a.spec.part is Part.TEXT]
-        if request.target_bpw is not None:
-            total = int(request.target_bpw * sum(a.spec.size for a in counted) / 8)
-        else:
-            total = request.target_nbytes or 0
+        tensors = ((a.spec, sum(part.nbytes for part in self.parts(a))) for a in self.assignments)
         free = [a for a in self.assignments if isinstance(a.storage, QuantSpec) and self._is_free(a)]
-        names = {a.spec.name for a in free}
-        others = sum(part.nbytes for a in counted if a.spec.name not in names for part in self.parts(a))
-        allowance = Allowance(free, total - others, others)
-        allowance.check()
-        return allowance
+        return Allowance.of(request, tensors, free)
 
     def _is_free(self, a: Assignment) -> bool:
         decided = (rule.matches(a.spec.name, a.file_name) and rule.applies(a.spec) for rule in self.rules)
@@ -371,10 +367,10 @@ class _Plan:
 
 
 def _write_folder(
-    plan: _Plan, folder: Path, source: Source, threads: int, progress: Progress | None
+    plan: _Plan, folder: Path, out: Path, source: Source, threads: int, progress: Progress | None
 ) -> tuple[dict[str, float], GateResult | None]:
-    """Write everything into `folder`; the relative squared error of every quantized tensor, and how good a calibrated
-    result is. QualityError for one that is damaged."""
+    """Write everything into `folder`, which is going to be `out`; the relative squared error of every quantized tensor,
+    and how good a calibrated result is. QualityError for one that is damaged."""
     stop, judged = threading.Event(), None
     with ThreadPoolExecutor(threads + 1) as pool:
         inputs = pool.submit(hash_files, plan.source.files, stop=stop.is_set)
@@ -384,7 +380,7 @@ def _write_folder(
             _write_json(folder / "config.json", plan.config())
             if plan.calibration is not None:
                 judged = check(
-                    plan.source.checkpoint, folder, plan.calibration.windows.held_out, threads=threads,
+                    plan.source.checkpoint, folder, plan.calibration.windows.held_out, out=out, threads=threads,
                     progress=progress and _judging(progress),
                 )  # fmt: skip
                 judged.need()
@@ -540,6 +536,10 @@ def _in_order(pool: ThreadPoolExecutor, job: Callable[[A], B], items: Sequence[A
     finally:
         for _, future in pending:
             future.cancel()
+
+
+def _write_page(path: Path, report: dict[str, Any]) -> None:
+    path.write_text(page(report), encoding="utf-8")
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

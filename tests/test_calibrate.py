@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +28,14 @@ from edgeq.quant.calibrate.calibrator import Calibrator, Recorded, matrices
 from edgeq.quant.calibrate.folding import fold_block
 from edgeq.quant.calibrate.request import Budget
 from edgeq.quant.calibrate.rounder import AffineRounder
+from edgeq.quant.calibrate.rounding import AffineGrid, round_rows
 from edgeq.quant.calibrate.sensitivity import measure
 from edgeq.quant.calibrate.taps import TappedOps, tapped_ops
 from edgeq.quant.calibrate.windows import read_windows
-from edgeq.quant.calibrate.workspace import Solved
+from edgeq.quant.calibrate.workspace import Solved, Workspace
 from edgeq.quant.quantizer import quantize
 from edgeq.quant.recipe import QuantSpec
+from edgeq.quant.report import Report
 from edgeq.quant.source import open_source
 from edgeq.testing import config_values, nmse, write_checkpoint
 
@@ -174,6 +178,28 @@ class TestResuming:
         assert weights(out) == weights(standard)
         assert not (tmp_path / ".out.calibration").exists()
 
+    def test_any_byte_of_the_source_starts_anew(self, bed: Bed, tmp_path: Path) -> None:
+        """Whichever it is: a matrix of the file as it was before never gets into the result."""
+        model = tmp_path / "model"
+        shutil.copytree(bed.model, model)
+        name = "model.language_model.layers.1.mlp.down_proj.weight"
+        seen = list[str]()
+
+        def stop(done: int, total: int, what: str) -> None:
+            seen.append(what)
+            if what == "layers.0.mlp.down_proj.weight":
+                raise KeyboardInterrupt
+
+        for values in (np.full(1, 7, "<u2"), np.full(1, 8, "<u2")):
+            overwrite(model, name, values)
+            seen.clear()
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                with pytest.raises(KeyboardInterrupt):
+                    quantize(model, tmp_path / "out", calibrate=bed.text, effort="fast", progress=stop)
+            assert "layers.0.mlp.up_proj.weight" in seen
+        assert "an unfinished calibration had another source" in str(told[-1].message)
+
     def test_another_setting_starts_anew_and_says_so(self, bed: Bed, standard: Path, tmp_path: Path) -> None:
         folder = tmp_path / ".out.calibration"
         folder.mkdir()
@@ -194,6 +220,36 @@ class TestResuming:
             quantize(bed.model, tmp_path / "out", calibrate=bed.text, progress=kill)
         quantize(bed.model, tmp_path / "out", calibrate=bed.text)
         assert weights(tmp_path / "out") == weights(standard)
+
+    @pytest.mark.parametrize("damage", [b"", b"3", b'{"x": 1}', b'{"value": {}, "sum": "00000000"}', b"[" * 100_000])
+    def test_no_value_that_is_damaged_is_read(self, tmp_path: Path, damage: bytes) -> None:
+        with Workspace(tmp_path / "out", {}) as work:
+            work.keep_value("costs", {"a": [[4, 64, float("inf")]]})
+            assert work.value("costs") == {"a": [[4, 64, float("inf")]]}
+            (work.folder / "costs.json").write_bytes(damage)
+            assert work.value("costs") is None
+
+    def test_no_arrays_that_are_damaged_are_read(self, tmp_path: Path) -> None:
+        """A bit in them, or another's file under their name; a run trusts what it has written itself."""
+        solved = Solved(
+            np.zeros((2, 8), np.uint32), np.ones((2, 1), np.uint16), np.ones((2, 1), np.uint16), 4, 64, 1.0, 2.0, 0.5
+        )  # fmt: skip
+        with Workspace(tmp_path / "out", {}) as work:
+            work.keep_solved("a", solved)
+            work.keep_arrays("b", {"block": np.array(3), "x": np.zeros((2, 3), np.float32)})
+            file = work.folder / "a.safetensors"
+        with Workspace(tmp_path / "out", {}) as work:
+            assert work.solved("a").squared_error == 0.5
+            assert work.arrays("b") is not None
+        whole = file.read_bytes()
+        for bad in (
+            whole[:-1] + b"\1",
+            whole.replace(b"0.5", b"0.6"),
+            (work.folder / "b.arrays").read_bytes()[:-1] + b"1",
+        ):
+            file.write_bytes(bad)
+            with Workspace(tmp_path / "out", {}) as work:
+                assert work.solved("a") is None
 
 
 class TestAllocation:
@@ -275,13 +331,44 @@ class TestRefusals:
             ({"calibrate": "t", "target_bpw": float("nan")}, "target-bpw must be"),
             ({"calibrate": "t", "target_size": "much"}, "target-size 'much' is no size"),
             ({"calibrate": "t", "seed": -1}, "seed must be"),
-            ({"calibrate": "t", "target_bpw": 3.0}, "the smallest choices take"),
         ],
     )
     def test_settings(self, bed: Bed, tmp_path: Path, settings: dict[str, Any], problem: str) -> None:
         with pytest.raises(UsageError, match=problem):
             quantize(bed.model, tmp_path / "out", **settings)
         assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("types", [(), ["*.mlp.*=4g32"]])
+    def test_a_target_that_is_too_small_is_told_the_least(self, bed: Bed, types: Sequence[str]) -> None:
+        """The hint holds when tried; what does not count for a target is not named."""
+
+        def dry(**settings: Any) -> Report:
+            return quantize(bed.model, None, calibrate="t", types=types, dry_run=True, **settings)
+
+        with pytest.raises(
+            UsageError, match=r"the smallest choices take [34]\..* bits per weight of the lang"
+        ) as small:
+            dry(target_bpw=2)
+        least = re.fullmatch(r"give at least (\d\.\d+)", small.value.hint or "")
+        assert least is not None
+        assert dry(target_bpw=float(least[1])).allocation
+        with pytest.raises(UsageError, match="the smallest choices take"):
+            dry(target_bpw=float(least[1]) - 0.01)
+        with pytest.raises(UsageError, match="the smallest choices take") as small:
+            dry(target_size=10)
+        hint = small.value.hint or ""
+        least = re.fullmatch(r"give at least (\d+), or leave out the MTP head with `--no-mtp` .*", hint)
+        assert least is not None
+        assert dry(target_size=int(least[1])).allocation
+        with pytest.raises(UsageError, match="the smallest choices take"):
+            dry(target_size=int(least[1]) - 1)
+        with pytest.raises(UsageError) as small:
+            dry(target_size=10, mtp=False)
+        assert re.fullmatch(r"give at least \d+", small.value.hint or "")
+
+    def test_a_target_without_anything_to_choose(self, bed: Bed) -> None:
+        with pytest.raises(UsageError, match=r"target-bpw 5: there is no matrix to choose bits for"):
+            quantize(bed.model, None, calibrate="t", types=["*=4g32"], target_bpw=5, dry_run=True)
 
     @pytest.mark.parametrize(
         ("data", "problem"),
@@ -318,6 +405,21 @@ class TestRefusals:
             quantize(model, tmp_path / "out", calibrate=bed.text)
         assert not (tmp_path / "out").exists()
 
+    def test_nan_is_told_once_with_its_name(self, bed: Bed, tmp_path: Path) -> None:
+        model = tmp_path / "model"
+        shutil.copytree(bed.model, model)
+        overwrite(model, "model.language_model.embed_tokens.weight", np.full(64, 0x7FC0, "<u2"))
+        with pytest.raises(ModelError, match=r"^[^:]*model: embed_tokens.weight holds NaN or infinity$"):
+            quantize(model, tmp_path / "out", calibrate=bed.text, effort="fast")
+
+    def test_weights_next_to_zero(self, bed: Bed) -> None:
+        """Steps whose inverse float32 does not have: no warning, and no NaN."""
+        w = (np.random.default_rng(0).standard_normal((8, 64)) * 1e-38).astype(np.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            rows = round_rows(w, np.eye(64, dtype=np.float32), AffineGrid(Q4, np.dtype(np.float32), 1))
+        assert np.abs(rows.weights() - w).max() < 1e-37
+
     def test_a_damaged_result(self, bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         rounded = AffineRounder.__call__
 
@@ -326,7 +428,7 @@ class TestRefusals:
             return solved._replace(scales=np.zeros_like(solved.scales)) if "down_proj" in name else solved
 
         monkeypatch.setattr(AffineRounder, "__call__", damaged)
-        with pytest.raises(QualityError, match="the quantized model is damaged"):
+        with pytest.raises(QualityError, match=r"^[^:]*/out: the quantized model is damaged"):
             quantize(bed.model, tmp_path / "out", calibrate=bed.text)
         assert not list(tmp_path.iterdir()), "neither the result nor what it was made from"
 

@@ -124,6 +124,10 @@ class TestPage:
         for name in ("nan", "inf"):
             page({**report.as_json(), "gate": {**gate, "drift": dict.fromkeys(gate["drift"], float(name))}})
 
-    def test_the_page_alone(self, folder: Path, tmp_path: Path) -> None:
-        edgeq.quantize(folder / "model", None, dry_run=True, report=tmp_path / "plan.html")
-        assert [path.name for path in tmp_path.iterdir()] == ["plan.html"]
+    @pytest.mark.parametrize("name", ["plan.html", "plan.HTM", "plan.json", "plan"])
+    def test_json_and_page_by_the_name_of_either(self, folder: Path, tmp_path: Path, name: str) -> None:
+        edgeq.quantize(folder / "model", None, dry_run=True, report=tmp_path / name)
+        data, shown = sorted(tmp_path.iterdir(), key=lambda path: path.suffix.lower().startswith(".htm"))
+        assert name in (data.name, shown.name)
+        assert json.loads(data.read_text("utf-8"))["tensors"]
+        assert shown.read_text("utf-8").startswith("<!doctype html>")

@@ -142,7 +142,7 @@ def quantize(
             "--report",
             metavar="FILE",
             env=False,
-            help="Write sizes and errors as JSON, and a page of them beside it (.html).",
+            help="Write sizes and errors as JSON (.json), and as a page beside it (.html).",
         ),
     ] = None,
     force: Annotated[

@@ -110,15 +110,17 @@ class GateResult:
 
 
 def check(
-    source: Checkpoint, folder: Path, chunks: Chunks, *, threads: int | None = None, progress: Progress | None = None
-) -> GateResult:
-    """Measure the model in `folder` against `source` on chunks int32 [n, T]. A bad result is no error here."""
+    source: Checkpoint, folder: Path, chunks: Chunks, *, out: Path | None = None, threads: int | None = None,
+    progress: Progress | None = None,
+) -> GateResult:  # fmt: skip
+    """Measure the model in `folder`, which is going to be `out` if that is given, against `source` on chunks int32
+    [n, T]. A bad result is no error here."""
     model, ops = open_checkpoint(folder), float_ops(threads)
     streams = [Stream(one, ops, floats=True) for one in (model, PlainlyRounded(source, model))]
     found, plain = compare(Stream(source, ops, floats=True), streams, chunks, progress)
     counts = np.bincount(np.searchsorted(BINS, found.kl.reshape(-1)), minlength=len(BINS) + 1)
     return GateResult(
-        path=str(folder), source=str(source.path), bits=bits_per_weight(model), context=chunks.shape[1],
+        path=str(out or folder), source=str(source.path), bits=bits_per_weight(model), context=chunks.shape[1],
         chunks=len(chunks), divergence=found.divergence, drift=found.drift, plain=plain.divergence,
         plain_drift=plain.drift, histogram=tuple(counts.tolist()), verdicts=tuple(_verdicts(found, plain)),
     )  # fmt: skip

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, Protocol
 
 from edgeq.errors import UsageError
 from edgeq.quant.calibrate.allocate import Choice, allocate
+from edgeq.quant.calibrate.request import BPW, CalibrationRequest
 from edgeq.quant.calibrate.sensitivity import Costs
 from edgeq.quant.recipe import Assignment, QuantSpec
+from edgeq.weights import Part, TensorSpec
 
 __all__ = ["AFFINE", "Allowance", "Menu", "as_json", "from_json"]
 
@@ -18,6 +21,10 @@ _CHOICES = (
     QuantSpec(5, 64), QuantSpec(6, 128), QuantSpec(6, 64), QuantSpec(8, 128), QuantSpec(8, 64),
 )  # fmt: skip
 _FACTORS = 4  # bytes of a group's scale and bias
+_WITHOUT = {
+    Part.VISION: "leave out the vision tower with `--no-vision` (vision='none' in Python)",
+    Part.MTP: "leave out the MTP head with `--no-mtp` (mtp=False in Python)",
+}
 
 
 class Menu(Protocol):
@@ -50,12 +57,43 @@ AFFINE: Menu = _AffineMenu()
 @dataclass(frozen=True, slots=True)
 class Allowance:
     """The matrices whose bits may be chosen, and the bytes that they may take together; `others` are those of what
-    counts beside them. UsageError from `check` if they cannot fit."""
+    counts beside them."""
 
     free: Sequence[Assignment]
     budget: int
     others: int
     menu: Menu = AFFINE
+
+    @classmethod
+    def of(
+        cls, request: CalibrationRequest, tensors: Iterable[tuple[TensorSpec, int]], free: Sequence[Assignment],
+        menu: Menu = AFFINE,
+    ) -> Allowance:  # fmt: skip
+        """What the target of `request` leaves to the matrices `free` of all `tensors`, which come with their bytes if
+        nothing is chosen. UsageError if there is none, or not even the smallest choices fit."""
+        names, bpw = {a.spec.name for a in free}, request.target_bpw
+        counted = [(spec, nbytes) for spec, nbytes in tensors if bpw is None or spec.part is Part.TEXT]
+        weights, others = sum(spec.size for spec, _ in counted), sum(n for spec, n in counted if spec.name not in names)
+        total = _nbytes(bpw, weights) if bpw is not None else request.target_nbytes or 0
+        found = cls(free, total - others, others, menu)
+        target = f"target-size {total:,} (bytes)" if bpw is None else f"target-bpw {bpw:g}"
+        if not free:
+            raise UsageError(f"{target}: there is no matrix to choose bits for", hint="leave it out")
+        least = found.least + others
+        if least > total and bpw is not None:
+            raise UsageError(
+                f"{target} is too small: the smallest choices take {8 * least / weights:.3f} bits per weight of the "
+                f"language model ({8 * others / weights:.3f} of them for what is not allocated)",
+                hint=_least_bpw(least, weights),
+            )
+        if least > total:
+            parts = {spec.part for spec, _ in counted}
+            raise UsageError(
+                f"{target} is too small: the smallest choices take {least:,} bytes ({others:,} of them for what is not "
+                "allocated)",
+                hint=", or ".join((f"give at least {least}", *(_WITHOUT[p] for p in _WITHOUT if p in parts))),
+            )
+        return found
 
     @property
     def least(self) -> int:
@@ -66,15 +104,6 @@ class Allowance:
     def record(self) -> dict[str, Any]:
         """Its figures."""
         return {"matrices": len(self.free), "budget": self.budget, "others": self.others, "least": self.least}
-
-    def check(self) -> None:
-        """UsageError where not even the smallest choices fit."""
-        if self.budget < self.least:
-            raise UsageError(
-                f"the target allows {max(0, self.budget + self.others):,} bytes, and the smallest choices take "
-                f"{self.least + self.others:,} ({self.others:,} of them for what is not allocated)",
-                hint="give a larger target, or leave out the tower or the MTP head",
-            )
 
     def allocate(self, costs: Costs) -> dict[str, QuantSpec]:
         """The choice of every matrix by `costs`."""
@@ -87,6 +116,17 @@ class Allowance:
     def applied(self, assignments: Sequence[Assignment], chosen: Mapping[str, QuantSpec]) -> list[Assignment]:
         """The assignments with what was chosen."""
         return [replace(a, storage=chosen.get(a.spec.name, a.storage)) for a in assignments]
+
+
+def _nbytes(bpw: float, weights: int) -> int:
+    """Whole bytes of so many bits per weight."""
+    return int(bpw * weights / 8)
+
+
+def _least_bpw(nbytes: int, weights: int) -> str:
+    """What to do about a target below so many bytes: the least that is not, in hundredths of a bit."""
+    least = next(x / 100 for x in count(800 * nbytes // weights) if _nbytes(x / 100, weights) >= nbytes)
+    return f"give at least {least:g}" if BPW.holds(least) else "take back some of `--type` (types= in Python)"
 
 
 def as_json(costs: Costs) -> dict[str, Any]:

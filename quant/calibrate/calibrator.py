@@ -272,8 +272,9 @@ class Calibrator:
         """Round a matrix and keep it."""
         parts = []
         for rows in row_blocks(w.shape, _ROUNDED_AT_ONCE, _ROWS):
+            values = np.ascontiguousarray(w.float_rows(rows))
             try:
-                parts.append(self.rounder(w.name, np.ascontiguousarray(w.float_rows(rows)), h))
+                parts.append(self.rounder(w.name, values, h))
             except ModelError as error:
                 raise ModelError(f"{self.checkpoint.path}: {w.name}: {error.message}", hint=error.hint) from None
             self.told(_rounding(rows.stop - rows.start, w.shape[1]), w.name)

@@ -41,16 +41,8 @@ def calibrated_blocks(
     ]
     allowance = None
     if request.allocates:
-        free = [a for a in assignments if a.spec.part is Part.TEXT]
-        names = {a.spec.name for a in free}
-        counted = [spec for spec in specs if request.target_bpw is None or spec.part is Part.TEXT]
-        if request.target_bpw is not None:
-            total = int(request.target_bpw * sum(spec.size for spec in counted) / 8)
-        else:
-            total = request.target_nbytes or 0
-        others = sum(_nbytes(spec, types[spec.name]) for spec in counted if spec.name not in names)
-        allowance = Allowance(free, total - others, others, KMenu())
-        allowance.check()
+        tensors = ((spec, _nbytes(spec, types[spec.name])) for spec in specs)
+        allowance = Allowance.of(request, tensors, [a for a in assignments if a.spec.part is Part.TEXT], KMenu())
     recipe = {"types": {name: kind.name for name, kind in types.items()}}
     return calibrated(
         request, source, assignments, allowance, recipe, out, np.dtype(np.float16), threads, progress,

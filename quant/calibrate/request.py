@@ -15,7 +15,7 @@ from edgeq.printable import brief
 from edgeq.quant.calibrate.rounding import EFFORTS, Effort
 from edgeq.quant.calibrate.windows import DEFAULT
 
-__all__ = ["BUDGETS", "Budget", "CalibrationRequest", "choose_calibration"]
+__all__ = ["BPW", "BUDGETS", "Budget", "CalibrationRequest", "choose_calibration"]
 
 
 class Budget(NamedTuple):
@@ -39,7 +39,8 @@ BUDGETS: Mapping[str, Budget] = MappingProxyType(
         "best": Budget(32768, 16384, 16, 16, asymmetric=True),
     }
 )
-_BPW = Range(2, 16)
+BPW = Range(2, 16)
+"""Bits per weight that can be asked for."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
 
@@ -108,7 +109,7 @@ def choose_calibration(
                 f"{target} and {name} contradict each other: the one has bits chosen, the other says how many",
                 hint="give one of them; `--type` (types= in Python) sets single tensors",
             )
-    if target_bpw is not None and not _BPW.holds(target_bpw):
+    if target_bpw is not None and not BPW.holds(target_bpw):
         raise UsageError(f"target-bpw must be 2 to 16 bits per weight, got {brief(target_bpw)}")
     if seed is not None and not Range(0, 2**63 - 1, whole=True).holds(seed):
         raise UsageError(f"seed must be 0 to 2^63 - 1, got {brief(seed)}")

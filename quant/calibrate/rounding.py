@@ -53,6 +53,7 @@ ROWS = 512
 """Rows that a thread works on at a time: fixed, so that no result depends on the number of threads."""
 
 
+_TINY = np.finfo(np.float32).tiny
 _LARGEST = 1e12  # of a weight; float32 holds what is summed of squares, times those of activations
 
 
@@ -207,7 +208,8 @@ def _codes(x: Float32, scale: Float32, bias: Float32, levels: np.float32) -> Flo
 
 
 def _inverse(scale: Float32) -> Float32:
-    return np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+    """1 / scale; 0 where it is beyond float32, of zero and of what is next to it."""
+    return np.divide(1, scale, out=np.zeros_like(scale), where=np.abs(scale) >= _TINY)
 
 
 class AffineGrid:

@@ -22,7 +22,8 @@ from edgeq.quant.calibrate.rounder import AffineRounder
 from edgeq.quant.calibrate.sensitivity import expected, measure
 from edgeq.quant.calibrate.taps import tapped_ops
 from edgeq.quant.calibrate.windows import Windows, read_windows
-from edgeq.quant.calibrate.workspace import Solved, Workspace, fingerprint
+from edgeq.quant.calibrate.workspace import Solved, Workspace
+from edgeq.quant.provenance import hash_files
 from edgeq.quant.recipe import Assignment, QuantSpec
 from edgeq.quant.source import WeightSource
 from edgeq.version import __version__
@@ -105,7 +106,7 @@ def calibrated(
     windows = read_windows(source.checkpoint, request.text, budget.tokens, budget.judged, request.seed)
     ops = tapped_ops(threads)
     asked = {
-        "source": fingerprint(source.files),
+        "source": hash_files(source.files),
         "adapters": [dict(adapter) for adapter in source.adapters],
         "text": windows.record,
         "settings": request.record,

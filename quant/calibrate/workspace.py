@@ -2,6 +2,9 @@
 
 It stands beside the output, `.NAME.calibration`, and holds a lock, what the run was asked for, every matrix that is
 solved, and the activations that the next block begins with. A run that was asked for anything else clears it.
+
+What is kept has a checksum with it, looked at when a run first reads what another wrote: what is damaged counts as not
+there, and is made again.
 """
 
 from __future__ import annotations
@@ -9,9 +12,9 @@ from __future__ import annotations
 import json
 import os
 import warnings
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
@@ -26,12 +29,11 @@ from edgeq.formats.bf16 import Array, Float32
 from edgeq.formats.qmatrix import QMatrix
 from edgeq.formats.safetensors import SafetensorsFile, SafetensorsWriter, dtype_name
 
-__all__ = ["Solved", "SolvedMatrix", "Unfinished", "Workspace", "find_unfinished", "fingerprint"]
+__all__ = ["Solved", "SolvedMatrix", "Unfinished", "Workspace", "find_unfinished"]
 
 _ASKED = "asked.json"
 _KIND = ".calibration"
 _OURS = (".safetensors", ".arrays", ".json", ".new")  # how names of files in it end, but for the lock's
-_PAGE, _SAMPLES = 4096, 256  # of a source's file
 
 
 class SolvedMatrix(Protocol):
@@ -98,6 +100,7 @@ class Workspace:
 
     def __init__(self, out: Path, asked: Mapping[str, Any], form: type[Any] = Solved) -> None:
         self._form = form
+        self._whole = set[str]()  # files that this run has written or looked at
         place = real_place(out)
         self.folder = place.with_name(f".{place.name}{_KIND}")
         if self.folder.is_symlink():
@@ -163,27 +166,34 @@ class Workspace:
 
     def value(self, name: str) -> Any:
         """A value kept under `name`; None if there is none."""
-        with suppress(OSError, ValueError):
-            return json.loads((self.folder / f"{name}.json").read_bytes())
+        with suppress(OSError, ValueError, RecursionError):
+            kept = json.loads((self.folder / f"{name}.json").read_bytes())
+            if isinstance(kept, dict) and kept.get("sum") == _sum({}, kept.get("value")):
+                return kept["value"]
         return None
 
     def keep_value(self, name: str, value: Any) -> None:
         """Keep a value as JSON."""
-        self._write(f"{name}.json", json.dumps(value).encode())
+        self._write(f"{name}.json", json.dumps({"value": value, "sum": _sum({}, value)}).encode())
 
     def _file(self, name: str) -> SafetensorsFile | None:
         """A whole file, if there is one."""
         with suppress(OSError, ModelError):
-            return SafetensorsFile(self.folder / name)
+            file = SafetensorsFile(self.folder / name)
+            told = file.metadata.pop("sum", None)
+            if name in self._whole or told == _sum({key: file.array(key) for key in file.tensors}, file.metadata):
+                self._whole.add(name)
+                return file
         return None
 
     def _write_arrays(self, file_name: str, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
         entries = {name: (dtype_name(x.dtype), x.shape) for name, x in arrays.items()}
         new = self.folder / f"{file_name}.new"
-        with SafetensorsWriter(new, entries, metadata) as file:
+        with SafetensorsWriter(new, entries, {**metadata, "sum": _sum(arrays, metadata)}) as file:
             for name, x in arrays.items():
                 file.write(name, x)
         new.replace(self.folder / file_name)
+        self._whole.add(file_name)
 
     def _write(self, name: str, data: bytes) -> None:
         new = self.folder / f"{name}.new"
@@ -244,20 +254,16 @@ def _remove(folder: Path) -> None:
         folder.rmdir()
 
 
+def _sum(arrays: Mapping[str, Array], facts: Any) -> str:
+    """A checksum (CRC-32) of arrays by name and what else is kept with them, as JSON takes it."""
+    shapes = [(name, dtype_name(x.dtype), x.shape) for name, x in sorted(arrays.items())]
+    crc = zlib.crc32(json.dumps([shapes, facts], sort_keys=True).encode())
+    for _, x in sorted(arrays.items()):
+        crc = zlib.crc32(np.ascontiguousarray(x).data, crc)
+    return f"{crc:08x}"
+
+
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs, in a few words."""
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     return f"another {', '.join(names)}" if names else "other settings"
-
-
-def fingerprint(files: list[Path]) -> str:
-    """What tells a source from another: lengths of its files, and pages all over them, as text."""
-    digest = sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb", buffering=0) as file:
-            for start in range(0, size, max(_PAGE, size // _SAMPLES)):
-                file.seek(start)
-                digest.update(file.read(_PAGE))
-    return digest.hexdigest()
