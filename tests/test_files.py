@@ -584,7 +584,7 @@ class TestWhatForceNeverReplaces:
         (tmp_path / "f.gguf").write_text("old")
         export_gguf(open_checkpoint(model), tmp_path / "f.gguf", "f16", force=True)
         export_gguf(open_checkpoint(model), model / "inside.gguf", "f16")
-        assert names(tmp_path) == ["empty", "f.gguf", "model", "out", "r.json"]
+        assert names(tmp_path) == ["empty", "f.gguf", "model", "out", "r.html", "r.json"]
 
     def test_a_report_is_not_replaced_without_force(self, model: Path, tmp_path: Path) -> None:
         (tmp_path / "r.json").write_text("mine")

@@ -67,7 +67,7 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what this machine does, what to change, and what killed runs left behind.
+    """Show what this machine does, and what to change.
 
     \b
     edgeq doctor

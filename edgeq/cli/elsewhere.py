@@ -36,7 +36,7 @@ _RAW = "use `edgeq generate MODEL TEXT`, which has no chat template"
 _THINK = "give --think or --no-think"
 _DRAFT = "give --draft: the model drafts with its own MTP head, not with a second model"
 _ALONE = "give the model alone: `edgeq bench MODEL`"
-_SESSION = "give --messages FILE.json, which /save FILE.json writes in the chat"
+_SESSION = "give --session FILE.eqs to `edgeq chat`, or --cache-dir FOLDER: nothing is read twice"
 
 _CHAT = {
     "-ngl": _BACKEND,
@@ -63,7 +63,6 @@ _CHAT = {
     "--model-draft": _DRAFT,
     "--draft-model": _DRAFT,
     "--prompt-cache": _SESSION,
-    "--session": _SESSION,
     "--format": "give --schema FILE for an answer in JSON, or --json for the whole reply as an object",
     "--verbose": "leave it out: statistics follow each reply, unless --quiet is given",
     "--jinja": "leave it out: the checkpoint's chat template is always used",
@@ -74,7 +73,7 @@ _CHAT = {
 
 FLAGS = {
     "chat": _CHAT,
-    "generate": _CHAT,
+    "generate": {**_CHAT, "--session": _SESSION},
     "quantize": {
         "--hf-path": "give the model alone: `edgeq quantize MODEL -o OUT`",
         "--mlx-path": "give -o OUT",

@@ -84,7 +84,7 @@ def eval(
     reference_adapter: ReferenceAdapterOption = None,
     threads: ThreadsOption = None,
 ) -> None:  # fmt: skip
-    """Measure what quantization does to predictions, or perplexity.
+    """Measure what quantization does to predictions.
 
     \b
     edgeq eval q2b --kld Qwen/Qwen3.5-2B

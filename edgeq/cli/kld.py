@@ -47,7 +47,7 @@ def kld(
         ),
     ] = None,
 ) -> None:  # fmt: skip
-    """Compare models as they run on a backend: `edgeq eval MODEL... --kld REFERENCE --backend auto`.
+    """Compare models with a reference, as they run on a backend.
 
     \b
     edgeq kld Qwen/Qwen3.5-2B q2b --text notes.txt

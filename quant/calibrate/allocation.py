@@ -78,7 +78,7 @@ class Allowance:
         found = cls(free, total - others, others, menu)
         target = f"target-size {total:,} (bytes)" if bpw is None else f"target-bpw {bpw:g}"
         if not free:
-            raise UsageError(f"{target}: there is no matrix to choose bits for", hint="leave it out")
+            raise UsageError(f"{target}: no matrix is left to choose bits for", hint="leave it out")
         least = found.least + others
         if least > total and bpw is not None:
             raise UsageError(
