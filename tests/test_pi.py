@@ -136,9 +136,15 @@ def test_pins_where_there_are_none(capsys: pytest.CaptureFixture[str], monkeypat
 # --- the assistant ----------------------------------------------------------------------------------------------------
 
 
-def test_once(capsys: pytest.CaptureFixture[str]) -> None:
-    """All of it, with the demo model: it counts, calls a tool and answers from its result, sees, and remembers."""
-    assert assistant.main(["demo", "--once", "--mock-pins"]) == 0
+def test_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of it, with the demo model: it counts, calls a tool and answers from its result, sees, and remembers.
+    What was kept of earlier conversations is as it was.
+    """
+    kept = put(tmp_path / "kept.eqs", "mine")
+    sessions = ["--session", str(kept), "--sessions", str(tmp_path / "all")]
+    assert assistant.main(["demo", "--once", "--mock-pins", *sessions]) == 0
+    assert kept.read_text() == "mine"
+    assert [*tmp_path.iterdir()] == [kept]
     out, err = capsys.readouterr()
     assert "12 + 30 = 42" in out
     assert 'get_time({"city": "Rome"})' in err
@@ -159,6 +165,27 @@ def test_the_conversation_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert assistant.main(["demo", *session, "--new", "--ask", "Hello!"]) == 0
     assert "going on" not in capsys.readouterr().err
     assert len(edgeq.load_session(tmp_path / "talk.eqs", "demo").turns) == 1
+
+
+def test_each_model_has_its_conversation(tmp_path: Path, helper: assistant.Assistant) -> None:
+    """Neither another model nor the same name with other weights fails, or replaces a conversation."""
+    sessions = tmp_path / "of/models"
+    assert assistant.main(["demo", "--sessions", str(sessions), "--ask", "My name is Ada."]) == 0
+    mine = assistant.session_of(helper.model, sessions)
+    assert [*sessions.iterdir()] == [mine]
+
+    shutil.copytree(DEMO_PICTURE.parent, tmp_path / "demo")
+    with (tmp_path / "demo/model.safetensors").open("r+b") as weights:
+        weights.seek(-1, os.SEEK_END)
+        weights.write(b"?")
+    other = edgeq.load(tmp_path / "demo")
+    theirs = assistant.session_of(other, sessions)
+    assert theirs.name.startswith("demo-")
+    assert theirs != mine
+    assistant.Assistant(other, Board(), theirs)
+    with pytest.raises(EdgeqError, match="made with another model") as refused:
+        assistant.Assistant(other, Board(), mine)
+    assert "--new" in str(refused.value.hint)
 
 
 def test_a_session_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -326,8 +353,10 @@ def test_start_picks_what_fits(start: Start, tmp_path: Path) -> None:
         f"edgeq fit qwen3.5:{size} --bits 4 --context 4096 --memory 1500000000" for size in ("4b", "2b")
     ]
     assert asked[3] == f"edgeq quantize qwen3.5:2b -o {folder} --bits 4"
-    assert asked[4].startswith(f"python {TOOLS}/pi/assistant.py {folder} --memory 1500000000 --context 4096 --session ")
-    assert asked[4].endswith("conversation.eqs --look")
+    assert asked[4].startswith(
+        f"python {TOOLS}/pi/assistant.py {folder} --memory 1500000000 --context 4096 --sessions "
+    )
+    assert asked[4].endswith("home/conversations --look")
 
     put(folder / "config.json", "{}")
     done = start("--memory", "1500MB", edgeq='case "$*" in "fit qwen3.5:4b"*) exit 3 ;; esac')

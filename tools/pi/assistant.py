@@ -8,14 +8,16 @@
     assistant.py MODEL --watch FOLDER               answer what is put into a folder: pictures, and questions (*.txt)
     assistant.py demo --once                        show each of these once, with the built-in model, in seconds
 
-MODEL is whatever edgeq.load takes. With --memory the whole process keeps to that size. With --session the conversation
-goes on where it was, whatever ended the program; a crash loses at most the turn in progress.
+MODEL is whatever edgeq.load takes. With --memory the whole process keeps to that size. With --session FILE, or --sessions
+FOLDER for one of each model, the conversation goes on where it was, whatever ended the program; a crash loses at most the
+turn in progress.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from board_tools import Board, Pins
 
 import edgeq
 from edgeq.errors import EdgeqError, UsageError
+from edgeq.session.identity import model_identity
 
 SYSTEM = (
     "You are a helpful assistant on a small board without a network. Answer briefly. Use the tools to read the board."
@@ -52,7 +56,11 @@ class Assistant:
     def __init__(self, model: edgeq.Model, board: Board, session: Path | None = None, *, new: bool = False) -> None:
         self.model, self.board, self._session = model, board, session
         if session is not None and session.exists() and not new:
-            self.chat = edgeq.load_session(session, model)
+            try:
+                self.chat = edgeq.load_session(session, model)
+            except EdgeqError as error:
+                error.hint = f"{error.hint}; or begin anew with --new" if error.hint else "begin anew with --new"
+                raise
             tell(f"going on with {session}: {count(len(self.chat.turns), 'turn')}")
         else:
             self.begin()
@@ -98,6 +106,20 @@ class Assistant:
                 f"the {kind} could not be read: the answer was cut off after {len(reply.ids)} tokens",
                 hint="bound what the schema lets grow (maxLength, maxItems), or give a longer --context",
             ) from None
+
+
+def session_of(model: edgeq.Model, folder: Path) -> Path:
+    """The file of a model's conversation: no other model can go on with it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"conversations cannot be kept in {folder}: {error.strerror}", hint="give a folder of your own"
+        ) from None
+    given = model.source["model"] if model.source else model.checkpoint.path
+    name = re.sub(r"[^\w.-]+", "-", Path(given).name)
+    identity = json.dumps(model_identity(model.checkpoint, model.language), sort_keys=True)
+    return folder / f"{name}-{sha256(identity.encode()).hexdigest()[:8]}.eqs"
 
 
 def spoken(reply: edgeq.Reply) -> str:
@@ -302,13 +324,13 @@ def write(file: Path, text: str) -> None:
         raise EdgeqError(f"{file} cannot be written: {error.strerror}") from None
 
 
-def once(model: edgeq.Model, board: Board, session: Path | None) -> None:
-    """Each part once; what this machine does not have is said in a line."""
+def once(model: edgeq.Model, board: Board) -> None:
+    """Each part once, in a conversation of its own; what this machine does not have is said in a line."""
     with tempfile.TemporaryDirectory() as folder:
-        kept = session or Path(folder) / "once.eqs"
+        kept = Path(folder) / "once.eqs"
         print(f"board    {board.call('read_board', {})}")
         print(f"pin 17   {board.call('read_pin', {'pin': 17})}")
-        assistant = Assistant(model, board, kept, new=True)
+        assistant = Assistant(model, board, kept)
         for question in ("What is 12 + 30?", "What time is it in Rome?"):
             print(f"question {question}")
             assistant.ask(question)
@@ -353,7 +375,8 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--memory", metavar="SIZE", help="most that the process may take, such as 1.5G")
     parser.add_argument("--context", type=int, metavar="N", help="tokens that a conversation can have")
     parser.add_argument("--session", type=Path, metavar="FILE", help="keep the conversation in a file (.eqs)")
-    parser.add_argument("--new", action="store_true", help="begin anew, whatever is in the session's file")
+    parser.add_argument("--sessions", type=Path, metavar="FOLDER", help="keep one of each model in a folder")
+    parser.add_argument("--new", action="store_true", help="begin anew; the conversation that was kept is replaced")
     parser.add_argument(
         "--switch", type=int, action="append", default=[], metavar="PIN", help="let it switch a GPIO pin"
     )
@@ -362,7 +385,7 @@ def options() -> argparse.ArgumentParser:
     way.add_argument("--ask", metavar="TEXT", help="one question")
     way.add_argument("--look", nargs="?", const="camera", metavar="FILE", help="describe a picture, or the camera's")
     way.add_argument("--watch", type=Path, metavar="FOLDER", help="answer what is put into a folder")
-    way.add_argument("--once", action="store_true", help="show each part once")
+    way.add_argument("--once", action="store_true", help="show each part once; no conversation is kept or changed")
     parser.add_argument(
         "--read",
         nargs="+",
@@ -378,9 +401,10 @@ def run(args: argparse.Namespace) -> None:
     board = board_of(args)
     model = edgeq.load(args.model, context=args.context, memory=args.memory)
     if args.once:
-        once(model, board, args.session)
+        once(model, board)
         return
-    assistant = Assistant(model, board, args.session, new=args.new)
+    session = args.session or (session_of(model, args.sessions) if args.sessions else None)
+    assistant = Assistant(model, board, session, new=args.new)
     if args.watch:
         watch(assistant, args.watch, args.read[0] if args.read else None)
     elif args.read:
