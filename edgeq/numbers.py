@@ -6,13 +6,14 @@ passes some later check by accident.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from edgeq.errors import ModelError
 from edgeq.printable import brief
 
-__all__ = ["SAMPLING", "Range", "number", "whole_number"]
+__all__ = ["SAMPLING", "Range", "for_json", "number", "whole_number"]
 
 
 class Range(NamedTuple):
@@ -82,3 +83,12 @@ def number(
     if isinstance(value, int | float) and allowed.holds(value):
         return float(value)
     raise ModelError(f"{where} is {brief(value)}, expected a number {allowed}", hint=hint)
+
+
+def for_json(value: Any) -> Any:
+    """A value as JSON can have it: null in the place of NaN and infinity, which it has no words for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: for_json(one) for key, one in value.items()}
+    return [for_json(one) for one in value] if isinstance(value, list | tuple) else value

@@ -30,6 +30,7 @@ from edgeq.checkpoint.gguf_layout import (
     vision_metadata,
 )
 from edgeq.checkpoint.gguf_tokenizer import tokenizer_metadata
+from edgeq.config import TextConfig
 from edgeq.errors import ModelError, UsageError
 from edgeq.files import new_file
 from edgeq.files.pieces import PieceWriter
@@ -155,6 +156,10 @@ def export_gguf(
         if stored != wanted:
             (name,) = file_names(spec.name, len(c.layer_types))
             notes.append(f"{name} is {stored.name}: rows of {spec.shape[-1]} do not fit {wanted.name}")
+        if (size := _cuts_heads(spec, stored, c)) is not None:
+            types[spec.name] = _BY_NAME["F16"]
+            (name,) = file_names(spec.name, len(c.layer_types))
+            notes.append(f"{name} is F16: groups of {size} cut heads of {c.linear_value_head_dim}")
     with ExitStack() as stack:
         values, gate = _Values(checkpoint), None
         if calibration is not None:
@@ -242,6 +247,14 @@ def _fitting(wanted: GGMLType, width: int) -> GGMLType:
     if width % wanted.block == 0:
         return wanted
     return _fitting(_BY_NAME[_INSTEAD.get(wanted.name, "F16")], width)
+
+
+def _cuts_heads(spec: TensorSpec, kind: GGMLType, c: TextConfig) -> int | None:
+    """The size of groups that share a scale, where some hold columns of two heads that the file orders anew: what is
+    stored so cannot be put back in the model's order."""
+    order = head_order(spec.name, c)
+    cut = order is not None and order.axis == 1 and kind.coding and c.linear_value_head_dim % kind.coding.group_size
+    return kind.coding.group_size if cut and kind.coding else None
 
 
 def _vision_type(spec: TensorSpec, kind: str) -> GGMLType:

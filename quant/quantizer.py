@@ -33,6 +33,7 @@ from edgeq.formats.packed import Grouped
 from edgeq.formats.safetensors import DTYPES, SafetensorsWriter, dtype_name
 from edgeq.hub import find_model
 from edgeq.inputs import check_output
+from edgeq.numbers import for_json
 from edgeq.quality.gate import GateResult, check
 from edgeq.quant.calibrate.allocation import Allowance
 from edgeq.quant.calibrate.blas import cores
@@ -543,4 +544,4 @@ def _write_page(path: Path, report: dict[str, Any]) -> None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(for_json(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

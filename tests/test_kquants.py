@@ -114,6 +114,18 @@ def test_an_exported_mixture(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("kind", ["q4_k_m", "q8_0", "q4_0", "q5_1"])
+def test_groups_do_not_cut_heads(tmp_path: Path, kind: str) -> None:
+    """Heads of 16 that the file orders anew, in groups of 32: such a matrix is stored as it is."""
+    values = config_values(linear_num_key_heads=2, linear_num_value_heads=4, linear_value_head_dim=16)
+    write_checkpoint(tmp_path / "model", values)
+    report = export_gguf(open_checkpoint(tmp_path / "model"), tmp_path / "model.gguf", kind)
+    name = "layers.0.linear_attn.out_proj.weight"
+    stored = {spec.name: storage.type for spec, storage in open_checkpoint(tmp_path / "model.gguf").storage()}
+    assert stored[name] == "F16"
+    assert "blk.0.ssm_out.weight is F16: groups of 32 cut heads of 16" in report.notes
+
+
 # --- calibrated ------------------------------------------------------------------------------------------------------
 
 WIDE = config_values(

@@ -248,6 +248,18 @@ class TestCommand:
         assert record["mean"] == 0
         assert record["top1"] == 1
 
+    @pytest.mark.parametrize("chunks", ["1", "3"])
+    def test_the_shortest_chunks(self, command: Run, folder: Path, chunks: str) -> None:
+        """One position of each is scored; what one alone does not have, an error of the mean, is null in JSON."""
+        done = command("eval", folder, "--kld", folder, "-c", "4", "--chunks", chunks, "--json")
+        (record,) = json.loads(done.out, parse_constant=pytest.fail)
+        assert record["positions"] == int(chunks)
+        assert record["mean_error"] == (None if chunks == "1" else 0)
+
+    def test_an_adapter_of_no_reference(self, command: Run, folder: Path) -> None:
+        done = command("eval", folder, "--perplexity", "-c", "4", "--reference-adapter", "nosuch")
+        assert (done.code, "--reference-adapter is of a model to compare with" in done.err) == (2, True)
+
     def test_a_limit_is_an_exit_code(self, command: Run, models: tuple[Model, Model]) -> None:
         reference, model = (which.checkpoint.path for which in models)
         assert command("kld", reference, reference, "-c", "8", "--max-kl", "0").code == 0

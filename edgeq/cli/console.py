@@ -15,6 +15,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, TextIO
 
 from edgeq.errors import EdgeqError
+from edgeq.numbers import for_json
 from edgeq.printable import printable
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def is_dumb() -> bool:
 
 def show_json(value: object, *, indent: int | None = None) -> None:
     """Print a value as JSON: as readable as stdout's encoding allows, and valid in any."""
+    value = for_json(value)
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     try:
         text.encode(sys.stdout.encoding)

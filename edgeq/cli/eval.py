@@ -106,6 +106,8 @@ def eval(
                 "--perplexity is of a model by itself" if kld else "--max-kl needs a model to compare with",
                 hint="leave out --kld, which prints perplexities too" if kld else "name it with --kld REFERENCE",
             )
+        if reference_adapter:
+            raise UsageError("--reference-adapter is of a model to compare with", hint="name it with --kld REFERENCE")
         given, rows = given_text(text), []
         for model in models:
             with progress_bar() as progress:

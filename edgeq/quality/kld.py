@@ -208,7 +208,8 @@ def _measure(
     for group in groups:
         hidden, squares = _run_layers(streams, pairs, group, ticks)
         scored = _Scored(group[:, length // 2 + 1 :], len(streams), pairs)
-        hidden = [x.reshape(*group.shape, -1)[:, length // 2 : -1].reshape(scored.positions, -1) for x in hidden]
+        halves = (x.reshape(*group.shape, -1)[:, length // 2 : -1] for x in hidden)
+        hidden = [np.ascontiguousarray(x.reshape(scored.positions, -1)) for x in halves]
         for at, reads in zip(range(0, size, step), zip(*(s.head(step) for s in streams), strict=True), strict=True):
             scored.add(at, min(step, size - at), hidden, reads)
             ticks.tick()
