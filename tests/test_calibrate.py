@@ -198,14 +198,16 @@ class TestResuming:
                 with pytest.raises(KeyboardInterrupt):
                     quantize(model, tmp_path / "out", calibrate=bed.text, effort="fast", progress=stop)
             assert "layers.0.mlp.up_proj.weight" in seen
-        assert "an unfinished calibration had another source" in str(told[-1].message)
+        assert "an unfinished calibration differs in source: starting anew" in str(told[-1].message)
 
     def test_another_setting_starts_anew_and_says_so(self, bed: Bed, standard: Path, tmp_path: Path) -> None:
         folder = tmp_path / ".out.calibration"
         folder.mkdir()
         (folder / "asked.json").write_text('{"settings": {"seed": 7}}')
         (folder / "embed_tokens.weight.safetensors").write_bytes(b"of that other run")
-        with pytest.warns(UserWarning, match=r"an unfinished calibration had another .*settings.*: starting anew"):
+        with pytest.warns(
+            UserWarning, match=r"an unfinished calibration differs in .*settings \(.*seed.*\), .*: starting anew"
+        ):
             quantize(bed.model, tmp_path / "out", calibrate=bed.text)
         assert weights(tmp_path / "out") == weights(standard)
 
@@ -331,6 +333,7 @@ class TestRefusals:
             ({"calibrate": "t", "target_bpw": float("nan")}, "target-bpw must be"),
             ({"calibrate": "t", "target_size": "much"}, "target-size 'much' is no size"),
             ({"calibrate": "t", "seed": -1}, "seed must be"),
+            ({"calibrate": ""}, "calibrate names no text"),
         ],
     )
     def test_settings(self, bed: Bed, tmp_path: Path, settings: dict[str, Any], problem: str) -> None:

@@ -7,6 +7,7 @@ import json
 import lzma
 import math
 import shutil
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,21 @@ class TestCommand:
         (record,) = json.loads(done.out, parse_constant=pytest.fail)
         assert record["positions"] == int(chunks)
         assert record["mean_error"] == (None if chunks == "1" else 0)
+
+    def test_another_tokenizer_is_told(self, command: Run, chat_folder: Path, tmp_path: Path) -> None:
+        """Both models are given the reference's tokens; one that would read others of its own is named."""
+        shutil.copytree(chat_folder, tmp_path / "other")
+        spec = json.loads((chat_folder / "tokenizer.json").read_text("utf-8"))
+        vocab = spec["model"]["vocab"]
+        spec["model"]["vocab"] = dict(zip(vocab, reversed(vocab.values()), strict=True))
+        (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+        (tmp_path / "text").write_text("the water " * 20)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            done = command("eval", tmp_path / "other", "--kld", chat_folder, "-f", tmp_path / "text", "-c", "8")
+        assert done.code == 0
+        assert f"other: its tokenizer is not that of {chat_folder}, whose tokens both are given" in done.err
+        assert command("eval", chat_folder, "--kld", chat_folder, "-f", tmp_path / "text", "-c", "8").code == 0
 
     def test_an_adapter_of_no_reference(self, command: Run, folder: Path) -> None:
         done = command("eval", folder, "--perplexity", "-c", "4", "--reference-adapter", "nosuch")

@@ -10,6 +10,7 @@ backend's against the float32 run of the same weights.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,8 @@ def evaluate(
     original = open_model(reference, reference_adapter)
     read = read_text(original, text, context, chunks)
     opened = [open_model(model, adapter) for model in models]
+    for checkpoint in opened:
+        _warn_of_other_tokens(original, checkpoint, read)
     floats = float_ops(threads)
     expected: Stream[Any, Any] = Stream(original, floats, floats=True)
     if reference_backend is not None:
@@ -121,6 +124,20 @@ def evaluate(
         Evaluation(name, what, "float32" if streams[q].floats else streams[q].ops.name, streams[q].ops.kv_dtype, one)
         for (name, what, _, q), one in zip(asked, found, strict=True)
     ]
+
+
+def _warn_of_other_tokens(original: Checkpoint, model: Checkpoint, read: Text) -> None:
+    """A warning where a model's own tokenizer reads the beginning of what is predicted as other tokens."""
+    theirs, own = original.tokenizer(), model.tokenizer()
+    if theirs is None or own is None:
+        return
+    text = theirs.decode(read.chunks[0].tolist())
+    if own.encode(text) != theirs.encode(text):
+        warnings.warn(
+            f"{model.path}: its tokenizer is not that of {original.path}, whose tokens both are given: with its own it "
+            "predicts otherwise",
+            stacklevel=3,
+        )
 
 
 def evaluate_perplexity(

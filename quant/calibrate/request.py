@@ -93,6 +93,8 @@ def choose_calibration(
                     hint="add `--calibrate` (calibrate=True in Python)",
                 )
         return None
+    if str(calibrate) in ("", "."):
+        raise UsageError("calibrate names no text", hint="give a UTF-8 text file, or `default`")
     if effort is not None and effort not in BUDGETS:
         raise UsageError(f"unknown effort {brief(effort)}", hint=f"use one of {', '.join(BUDGETS)}")
     if recipe in ("keep", "none"):

@@ -115,10 +115,8 @@ class Workspace:
         if before != text:
             self._clear()
             if before is not None:
-                warnings.warn(
-                    f"{out}: an unfinished calibration had {_difference(json.loads(before), asked)}: starting anew",
-                    stacklevel=4,
-                )
+                differs = _difference(json.loads(before), asked)
+                warnings.warn(f"{out}: an unfinished calibration differs in {differs}: starting anew", stacklevel=4)
             self._write(_ASKED, text.encode())
         self.resumed = before == text
 
@@ -264,6 +262,13 @@ def _sum(arrays: Mapping[str, Array], facts: Any) -> str:
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs, in a few words."""
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return f"another {', '.join(names)}" if names else "other settings"
+    """What differs, by name; of the settings, which."""
+
+    def names(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+        return [name for name in {**one, **other} if one.get(name) != other.get(name)]
+
+    found = names(before, now)
+    old, new = before.get("settings"), now.get("settings")
+    if "settings" in found and isinstance(old, Mapping) and isinstance(new, Mapping):
+        found[found.index("settings")] = f"settings ({', '.join(names(old, new))})"
+    return ", ".join(found) or "its form"
