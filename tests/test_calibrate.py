@@ -370,7 +370,7 @@ class TestRefusals:
         assert re.fullmatch(r"give at least \d+", small.value.hint or "")
 
     def test_a_target_without_anything_to_choose(self, bed: Bed) -> None:
-        with pytest.raises(UsageError, match="target-bpw 5 has no matrix to choose bits for"):
+        with pytest.raises(UsageError, match="target-bpw 5: no matrix is left to choose bits for"):
             quantize(bed.model, None, calibrate="t", types=["*=4g32"], target_bpw=5, dry_run=True)
 
     @pytest.mark.parametrize(
