@@ -8,9 +8,9 @@
     assistant.py MODEL --watch FOLDER               answer what is put into a folder: pictures, and questions (*.txt)
     assistant.py demo --once                        show each of these once, with the built-in model, in seconds
 
-MODEL is whatever edgeq.load takes. With --memory the whole process keeps to that size. With --session FILE, or --sessions
-FOLDER for one of each model, the conversation goes on where it was, whatever ended the program; a crash loses at most the
-turn in progress.
+MODEL is whatever edgeq.load takes. With --memory the whole process keeps to that size. With --session FILE, or
+--sessions FOLDER for one of each model, the conversation goes on where it was, whatever ended the program; a crash loses
+at most the turn in progress.
 """
 
 from __future__ import annotations
