@@ -9,8 +9,8 @@
     assistant.py demo --once                        show each of these once, with the built-in model, in seconds
 
 MODEL is whatever edgeq.load takes. With --memory the whole process keeps to that size. With --session FILE, or
---sessions FOLDER for one of each model, the conversation goes on where it was, whatever ended the program; a crash loses
-at most the turn in progress.
+--sessions FOLDER for one of each model, the conversation goes on where it was, whatever ended the program; a crash
+loses at most the turn in progress.
 """
 
 from __future__ import annotations
