@@ -165,7 +165,7 @@ def load_session(
     file = SessionFile(expand_user(Path(path)).absolute())
     saved = file.read()
     if not isinstance(model, Model):
-        known = saved.load_options if model is None else {"model": model}
+        known = saved.load_options(options.get("backend")) if model is None else {"model": model}
         model = load(**known | options)
     elif options:
         raise UsageError(f"{min(options)} is an option of a model that is yet to be loaded", hint="leave it out")

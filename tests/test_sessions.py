@@ -202,13 +202,14 @@ class TestElsewhere:
     def test_on_another_backend_before_the_first_draft(
         self, folder: Path, path: Path, one: str, other: str
     ) -> None:  # fmt: skip
-        """The MTP head has read nothing yet, what it has to read waits."""
-        chat = loaded(folder, one).chat(max_tokens=1, temperature=0)
+        """The MTP head has read nothing yet, what it has to read waits; and KV bits stay with their backend."""
+        there, chat = loaded(folder, other), loaded(folder, one, kv_bits=8).chat(max_tokens=1, temperature=0)
         done(chat.send("hi"))
         chat.save(path)
         assert SavedSession(path).values["states"][0]["draft"] == [0, []]
-        moved = edgeq.load_session(path, loaded(folder, other))
+        moved = edgeq.load_session(path, backend=other)
         same(chat, moved)
+        assert moved.model.engine.ops.kv_dtype == there.ops.kv_dtype
         draft = moved._context.state.draft
         assert draft is not None
         assert draft.waiting == moved._context.position > 0

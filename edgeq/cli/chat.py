@@ -120,7 +120,8 @@ def chat(
                 f"{session.path} does not exist, and no model is given to begin it with",
                 hint="name the model: `edgeq chat MODEL --session FILE`; or correct the file's name",
             )
-        loaded = model.load(conversation.chat_template, session.load_options() if session else None, told)
+        before = session.load_options(model.backend if told("backend") else None) if session else None
+        loaded = model.load(conversation.chat_template, before, told)
         options["visual_settings"] = visuals.settings(loaded.chat_visuals)
         prefixes.use(loaded, once=one_shot and session is None, default=bool(conversation.document))
         calls: dict[str, Any] = {"on_prefill": reading, "on_look": looking}

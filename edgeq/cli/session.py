@@ -50,9 +50,10 @@ class Session:
         self.file = SessionFile(self.path, hold=True)
         self.saved: SavedSession | None = self.file.read() if exists(self.path) else None
 
-    def load_options(self) -> dict[str, Any]:
-        """What its model was loaded with; nothing of a new session."""
-        return {} if self.saved is None else self.saved.load_options
+    def load_options(self, backend: str | None) -> dict[str, Any]:
+        """What its model was loaded with, as far as it holds on a `backend` that is asked for; nothing of a new
+        session."""
+        return {} if self.saved is None else self.saved.load_options(backend)
 
     def chat(self, model: Model, given: Mapping[str, Any], told: Callable[[str], bool], **calls: Any) -> Chat:
         """The conversation in it, or a new one. given: arguments for `Model.chat`; told: whether one of them was asked

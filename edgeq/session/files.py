@@ -15,6 +15,7 @@ from zlib import crc32
 
 import numpy as np
 
+from edgeq.backends import choose
 from edgeq.backends.numpy.kv_pages import page_arrays, page_nbytes
 from edgeq.backends.ops import Ops
 from edgeq.config import TextConfig
@@ -484,16 +485,22 @@ class SavedSession:
         message = self.values["conversation"].get("system")
         return message.get("content") if isinstance(message, dict) else None
 
-    @property
-    def load_options(self) -> dict[str, Any]:
-        """Arguments of `edgeq.load` for its model. UsageError where it does not say."""
+    def load_options(self, backend: str | None = None) -> dict[str, Any]:
+        """Arguments of `edgeq.load` for its model. UsageError where it does not say.
+
+        backend: the one that is asked for in place of its own. KV bits go with the backend that they were chosen for.
+        """
         try:
             options = self._model["load"]
             if options is None:
                 raise UsageError(
                     f"{self.path} does not say where its model is: it was loaded in parts", hint="give the model, too"
                 )
-            return {str(name): value for name, value in options.items() if value is not None}
+            known = {str(name): value for name, value in options.items() if value is not None}
+            backend = backend or str(known.get("backend", "auto"))
+            if choose(None if backend == "auto" else backend).name != self.values["backend"]:
+                known.pop("kv_bits", None)
+            return known
         except _DAMAGED[:-1] as error:
             raise self.damaged(_problem(error)) from None
 
