@@ -26,9 +26,10 @@ from edgeq.inputs import expand_user
 from edgeq.memory.budget import Budget
 from edgeq.memory.ceiling import ceiling
 from edgeq.memory.choice import IMPORTED_LATER, Asked, choose_settings
-from edgeq.memory.plan import conversation_checkpoints, plan_memory
+from edgeq.memory.plan import plan_memory
 from edgeq.printable import printable
 from edgeq.session.files import SavedSession
+from edgeq.session.prefixes import most_kept
 from edgeq.text.template_files import DEFAULT
 from edgeq.weights import Part, TensorSpec
 
@@ -148,7 +149,7 @@ def _plan(checkpoint: Checkpoint, backend: str, memory: str | None, asked: Asked
         return {"path": str(checkpoint.path), **choice_facts(choose_settings(checkpoint, make_ops, bound, asked, used))}
     ops = make_ops(asked.kv_bits)
     tokens = asked.context or checkpoint.config.text.longest_context
-    kept = conversation_checkpoints(checkpoint.config.text, ops)
+    kept = most_kept(ops, checkpoint.config.text, tokens)
     return {
         "path": str(checkpoint.path),
         "context": f"{tokens:,} tokens",
