@@ -324,11 +324,11 @@ def test_a_prompt_in_two_calls_gives_the_same_bits(folder: Path, monkeypatch: py
     (whole,) = model.engine.run([Feed(model.state(), ids, rows=1)])
     calls, claim = list[int](), model.engine.claim
 
-    def short(feeds: Any, copies: int = 0) -> None:
+    def short(feeds: Any, copies: int = 0, *, drafts: bool = False) -> None:
         if sum(tokens for _, tokens, _ in feeds) > 100:
             raise MemoryBudgetError("short")
         calls.append(feeds[0][1])
-        claim(feeds)
+        claim(feeds, drafts=drafts)
 
     monkeypatch.setattr(model.engine, "claim", short)
     (pieces,) = model.engine.run([Feed(model.state(), ids, rows=1)])
