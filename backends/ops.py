@@ -85,6 +85,10 @@ class Ops(ABC, Generic[A, M]):
     maps_files: ClassVar[bool] = True
     """Whether matrices are used where the file is mapped; else they are copied when they are loaded."""
 
+    maps_states: bool = True
+    """Whether states that are read from a file stay where it is mapped, if the backend can use them there. Under a
+    ceiling they are copied: what has not been read yet of a file would not be counted."""
+
     few: ClassVar[int | None] = 1
     """Most tokens of a sequence that may share a call and each have the bits of a call of its own; None where that is
     not promised for any number."""

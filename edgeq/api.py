@@ -27,7 +27,7 @@ from edgeq.hub import find_model
 from edgeq.inputs import exists, expand_user
 from edgeq.memory.budget import Budget
 from edgeq.memory.ceiling import Size, ceiling
-from edgeq.memory.choice import IMPORTED_LATER, Asked, Choice, choose_settings, tell, warn_of_swapping
+from edgeq.memory.choice import Asked, Choice, choose_settings, taken, tell, warn_of_swapping
 from edgeq.memory.pages import lock_pages, read_ahead, weights_in_order
 from edgeq.printable import brief
 from edgeq.session.context import Context, Progress
@@ -115,7 +115,7 @@ def load(
             check_cache(loaded.engine, loaded.tokenizer)
         return loaded
     language, asked = Language(checkpoint), Asked(context, kv_bits)
-    choice = choose_settings(checkpoint, make_ops, bound, asked, Budget.process() + IMPORTED_LATER)
+    choice = choose_settings(checkpoint, make_ops, bound, asked, taken())
     source["kv_bits"] = next((bits for bits, name in KV_DTYPES.items() if name == choice.ops.kv_dtype), kv_bits)
     loaded = Model(checkpoint, choice.ops, context=choice.context, choice=choice, language=language, source=source)
     tell(choice, asked, loaded.engine.weights.medium)

@@ -40,6 +40,10 @@ class DraftHead(Generic[A, M]):
     def __init__(self, ops: Ops[A, M], c: TextConfig, weights: LoadedWeights[A, M]) -> None:
         self.ops, self.config, self._loaded = ops, c, weights
 
+    def load(self) -> None:
+        """Have its weights, which otherwise come with the first draft."""
+        assert self._weights
+
     @property
     def _weights(self) -> MTPWeights[A, M]:
         weights = self._loaded.mtp
@@ -55,8 +59,12 @@ class DraftHead(Generic[A, M]):
         """With all tokens read but the last, which has to wait for the one that follows."""
         if draft.waiting < 2:
             return draft
-        unread = joined(self.ops, draft)
-        cache = mtp.remember(self.ops, self.config, self._weights, _pairs(unread), draft.cache)
+        unread, cache = joined(self.ops, draft), draft.cache
+        vectors, hidden, positions = _pairs(unread)
+        for start in range(0, positions.shape[1], MANY):  # what it works in is for so many
+            rows = slice(start, start + MANY)
+            piece = Rows(vectors[rows], hidden[rows], positions[:, rows])
+            cache = mtp.remember(self.ops, self.config, self._weights, piece, cache)
         return DraftState(cache, (self._last(unread),))
 
     def read(self, draft: DraftState[A]) -> tuple[A, DraftState[A]]:

@@ -27,7 +27,7 @@ from edgeq.loading import LoadedWeights
 from edgeq.memory.budget import Budget
 from edgeq.memory.choice import Choice
 from edgeq.memory.ledger import Ledger
-from edgeq.memory.plan import SMALLEST_CHUNK, part_nbytes, prefill_chunk
+from edgeq.memory.plan import SMALLEST_CHUNK, head_scratch_nbytes, part_nbytes, prefill_chunk
 from edgeq.memory.resident import release_unused
 from edgeq.model import text, vision
 from edgeq.model.layers import spans
@@ -117,6 +117,7 @@ class Engine(Generic[A, M]):
         self.chunk = prefill_chunk(self.config, ops) if choice is None else choice.chunk
         self.fingerprint = f"{checkpoint.fingerprint()} {ops.name} {ops.kv_dtype}"
         ops.limit_memory()
+        ops.maps_states = choice is None
         self.weights = LoadedWeights(checkpoint, ops, choice.resident if choice is not None else None)
         self.ledger = Ledger()
         self.budget = Budget(self.ledger, self._resident_weights, ops.release_idle, choice.ceiling if choice else None)
@@ -126,6 +127,8 @@ class Engine(Generic[A, M]):
         self.ledger.open_all(ops.held)
         self.ledger.open("scratch", lambda: ops.held().get("scratch", 0), give_way=self._release_scratch)
         self.head = DraftHead(ops, self.config, self.weights) if Part.MTP in self.weights.parts else None
+        if self.head is not None and choice is not None and choice.drafts:
+            self.head.load()  # so that its pages are counted before they come
         if self.head is not None and ops.maps_files:
             self.ledger.open("draft vocabulary", lambda: sum(v.nbytes for v in DraftVocabulary.alive))
         self.pace = Pace()
@@ -204,9 +207,10 @@ class Engine(Generic[A, M]):
         layer = state.layers[self._attention[0]] if self._attention else None
         return isinstance(layer, KVCache) and layer.copies
 
-    def claim(self, feeds: Sequence[tuple[int, int, int]], copies: int = 0) -> None:
+    def claim(self, feeds: Sequence[tuple[int, int, int]], copies: int = 0, *, drafts: bool = False) -> None:
         """Make room for a call: for each feed the tokens before it, its own, and the rows of logits; `copies` of them
-        go on beside others. Whatever gives way does; MemoryBudgetError if that is not enough."""
+        go on beside others. drafts: the MTP head reads them, too. Whatever gives way does; MemoryBudgetError if that is
+        not enough."""
         if self.budget.ceiling is None:
             return
         c, ops = self.config, self.ops
@@ -214,11 +218,14 @@ class Engine(Generic[A, M]):
         keys = sum(self._kv_nbytes(length + more) - self._kv_nbytes(length) for length, more, _ in feeds)
         keys += copies * ops.kv_nbytes(c, 1)
         logits = 2 * 4 * c.vocab_size * max(1, sum(rows for _, _, rows in feeds))
+        head = 0
+        if drafts:
+            head = keys // max(1, len(self._attention)) + head_scratch_nbytes(c, min(tokens, self.chunk))
 
         def nbytes() -> int:  # what is kept from call to call is there, unless it gives way
             states = len(feeds) * ops.state_nbytes(c) - ops.idle_nbytes(c)
             work = ops.scratch_nbytes(c, min(tokens, self.chunk)) - ops.held().get("scratch", 0)
-            return keys + max(0, states) + max(0, work) + logits
+            return keys + max(0, states) + max(0, work) + logits + head
 
         self.budget.claim(
             nbytes, f"{sum(length + more for length, more, _ in feeds):,} tokens",
@@ -238,7 +245,10 @@ class Engine(Generic[A, M]):
         if self.budget.ceiling is not None:
             try:
                 copies = [feed for feed in feeds if self._copies(feed.state)]
-                self.claim([(feed.state.length, len(feed.ids), feed.rows) for feed in feeds], copies=len(copies))
+                self.claim(
+                    [(feed.state.length, len(feed.ids), feed.rows) for feed in feeds], copies=len(copies),
+                    drafts=any(feed.state.draft is not None for feed in feeds),
+                )  # fmt: skip
             except MemoryBudgetError:
                 if len(feeds) > 1 or (place := self._half(feeds[0])) is None:
                     raise

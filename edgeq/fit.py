@@ -17,10 +17,10 @@ from edgeq.machine.facts import Facts
 from edgeq.machine.speed import Speed, expected_speed
 from edgeq.memory.budget import SPARE
 from edgeq.memory.choice import IMPORTED_LATER
-from edgeq.memory.plan import Plan, Planned, largest_context, plan_memory, prefill_chunk
+from edgeq.memory.plan import Plan, Planned, largest_context, plan_memory
 from edgeq.quant.described import DescribedModel
 from edgeq.quant.recipe import choose_recipe
-from edgeq.session.prefixes import default_limit
+from edgeq.session.prefixes import most_kept
 from edgeq.session.visual_settings import CHAT_VISUALS
 from edgeq.vision.settings import processor_of
 from edgeq.vision.sizes import grid_of, image_size, sample_frames, tokens_of, video_size
@@ -175,8 +175,7 @@ class Wanted:
         chunk of a prompt, after the prompt and after the reply, up to the limit of a model's prefixes. The one before
         the chunk at hand is counted with the states."""
         state = ops.state_nbytes(model.config.text)
-        count = self.sequences * (context // prefill_chunk(model.config.text, ops) + 1)
-        count = min(count, default_limit(state) // max(1, state))
+        count = most_kept(ops, model.config.text, context, self.sequences)
         plan = plan_memory(
             model, ops, context, grids=self.grids, sequences=self.sequences, checkpoints=count, drafts=True
         )

@@ -21,13 +21,14 @@ from edgeq.backends.ops import Ops
 from edgeq.checkpoint import open_checkpoint
 from edgeq.engine import Engine, Feed
 from edgeq.errors import MemoryBudgetError, UsageError
-from edgeq.formats.mapped import Pages
+from edgeq.formats.mapped import Pages, is_mapped
 from edgeq.memory import ceiling as of_ceiling
 from edgeq.memory.budget import SPARE, Budget
 from edgeq.memory.ceiling import Ceiling, ceiling, parse_memory
 from edgeq.memory.choice import Asked, Choice, choose_settings, least_ceiling
 from edgeq.memory.ledger import Ledger
 from edgeq.memory.resident import peak_resident, release_unused, resident
+from edgeq.state import DeltaState, KVCache
 from edgeq.testing import config_values, write_checkpoint
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
@@ -230,6 +231,48 @@ class TestGivingWay:
             budget.claim(1 << 30, "a lot")
         assert asked == ["prefix checkpoints", "features of pictures", "vision tower", "scratch"]
 
+    def test_who_gave_less_than_was_said_is_asked_again(self) -> None:
+        asked, ledger = list[int](), Ledger()
+
+        def give_way(nbytes: int) -> int:  # of what others hold as well
+            asked.append(nbytes)
+            return nbytes if len(asked) < 3 else 0
+
+        ledger.open("prefix checkpoints", lambda: 0, give_way=give_way)
+        budget = Budget(ledger, lambda: 0, lambda: None, Ceiling(Budget.process() + MB, "--memory"))
+        with pytest.raises(MemoryBudgetError):
+            budget.claim(1 << 34, "much")
+        assert len(asked) == 3
+
+    @native
+    def test_a_conversation_holds_one_state_beside_what_is_kept(self) -> None:
+        model = edgeq.load("demo", backend="cpu")
+        chat, held = model.chat(max_tokens=3, draft="none"), model.engine.ops.held
+        for text in ("What is 7 * 8?", "And 8 * 9?"):
+            reply = iter(chat.send(text))
+            next(reply)
+            kept = model.prefixes.nbytes, sum(held().values()), held()["scratch"]
+            logits = sum(n for what, n in model.prefixes._own().items() if what not in ("KV cache", "DeltaNet states"))
+            model.prefixes.give_way(1 << 40)
+            assert kept[1] - sum(held().values()) == kept[0] - logits
+            list(reply)
+        assert kept[0] > logits
+
+    @linux
+    @native
+    def test_a_session_is_counted_when_it_is_loaded(self, tmp_path: Path) -> None:
+        model = edgeq.load("demo", backend="cpu", memory=(peak_resident() or 0) + 80 * MB)
+        chat = model.chat(max_tokens=3)
+        list(chat.send("What is 7 * 8?"))
+        chat.save(tmp_path / "a.eqs")
+        again = edgeq.load_session(tmp_path / "a.eqs", model)
+        state = again._context.state
+        assert not any(is_mapped(x) for layer in state.layers if isinstance(layer, DeltaState) for x in layer)
+        assert not any(is_mapped(layer.block(0)) for layer in state.layers if isinstance(layer, KVCache))
+        assert [turn.reply for turn in again.turns] == [turn.reply for turn in chat.turns]
+        again.save(tmp_path / "a.eqs")  # what was copied is known to be there
+        assert edgeq.load_session(tmp_path / "a.eqs", model).ids == chat.ids
+
     def test_without_a_ceiling_nobody_does(self) -> None:
         ledger = Ledger()
         ledger.open("scratch", lambda: 1, give_way=lambda _: pytest.fail("asked"))
@@ -281,11 +324,11 @@ def test_a_prompt_in_two_calls_gives_the_same_bits(folder: Path, monkeypatch: py
     (whole,) = model.engine.run([Feed(model.state(), ids, rows=1)])
     calls, claim = list[int](), model.engine.claim
 
-    def short(feeds: Any, copies: int = 0) -> None:
+    def short(feeds: Any, copies: int = 0, *, drafts: bool = False) -> None:
         if sum(tokens for _, tokens, _ in feeds) > 100:
             raise MemoryBudgetError("short")
         calls.append(feeds[0][1])
-        claim(feeds)
+        claim(feeds, drafts=drafts)
 
     monkeypatch.setattr(model.engine, "claim", short)
     (pieces,) = model.engine.run([Feed(model.state(), ids, rows=1)])

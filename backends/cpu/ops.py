@@ -20,7 +20,7 @@ from edgeq.backends.ops import Angles
 from edgeq.config import RopeConfig, TextConfig, VisionConfig
 from edgeq.errors import UsageError
 from edgeq.formats.bf16 import Array, Float32
-from edgeq.formats.mapped import is_mapped
+from edgeq.formats.mapped import Pages, is_mapped
 from edgeq.formats.qmatrix import TwoLevel, UpperHalves
 from edgeq.machine.facts import kept_facts
 from edgeq.model import rotary
@@ -177,6 +177,13 @@ class CpuOps(ArrayOps[_native.Matrix]):
             layers.native.call_after_each(w.layers.turns.done)
         return w._replace(layers=layers)
 
+    def array(self, x: Array) -> Array:
+        if self.maps_states or not is_mapped(x):
+            return x
+        copied = x.copy()
+        Pages([x]).let_go()
+        return copied
+
     def numpy(self, x: Array) -> Float32:
         return super().numpy(np.asarray(x))  # a state's part is written out
 
@@ -188,9 +195,11 @@ class CpuOps(ArrayOps[_native.Matrix]):
     ) -> NativeKV:
         pages = list(base.pages[: -(-length // PAGE) - len(blocks)]) if isinstance(base, NativeKV) else []
         for block in blocks:
-            page = _native.Page(self.kv_dtype, heads, dim, block)
-            pages.append(page if is_mapped(block) else page.copy())
-            pages[-1].written = PAGE if is_mapped(block) else min(PAGE, length - (len(pages) - 1) * PAGE)
+            page, stays = _native.Page(self.kv_dtype, heads, dim, block), self.maps_states and is_mapped(block)
+            pages.append(page if stays else page.copy())
+            pages[-1].written = PAGE if stays else min(PAGE, length - (len(pages) - 1) * PAGE)
+            if not stays:
+                Pages([block]).let_go()
         return NativeKV(heads, dim, self.kv_dtype, tuple(pages), length)
 
     def block_like(self, heads: int, dim: int) -> tuple[tuple[int, ...], np.dtype[Any]]:

@@ -325,7 +325,7 @@ def _environment() -> dict[str, str]:
 
 def _left_behind(folders: list[Path]) -> dict[str, str]:
     """What killed runs left near these folders, and in the cache; `edgeq clean` removes it."""
-    found: dict[str, str] = {}
+    found = {str(folder): "is not there" for folder in folders if not is_folder(folder)}
     for folder in dict.fromkeys([*folders, cache_folder()]):
         for leftover in find_leftovers(folder):
             found[str(leftover.path)] = _describe(leftover)

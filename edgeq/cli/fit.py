@@ -234,10 +234,11 @@ def _print_speed(first: Fit, ops: Ops[Any, Any], facts: Facts | None, machine: s
 
 def _does_not_fit(first: Fit, room: int, origin: str) -> MemoryBudgetError:
     need = first.plan.total - first.plan.checkpoints + SPARE
+    fewer = "fewer bits (--bits, --kv-bits)" if first.bits == 16 else "fewer bits of keys and values (--kv-bits)"
     hint = (
         f"--context {first.largest} fits"
         if first.largest
-        else f"allow {need / 1e6:,.0f} MB, or take fewer bits (--bits, --kv-bits) or a smaller model"
+        else f"allow {need / 1e6:,.0f} MB, or take {fewer} or a smaller model"
     )
     return MemoryBudgetError(
         f"{first.context:,} tokens of context take {need / 1e6:,.0f} MB, and {origin} allows {room / 1e6:,.0f}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from importlib import import_module
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,12 +24,13 @@ from edgeq.errors import ModelError, UsageError
 from edgeq.hub import find_model
 from edgeq.identify import is_adapter, is_session
 from edgeq.inputs import expand_user
-from edgeq.memory.budget import Budget
 from edgeq.memory.ceiling import ceiling
-from edgeq.memory.choice import IMPORTED_LATER, Asked, choose_settings
-from edgeq.memory.plan import conversation_checkpoints, plan_memory
+from edgeq.memory.choice import Asked, choose_settings, taken
+from edgeq.memory.plan import plan_memory
 from edgeq.printable import printable
 from edgeq.session.files import SavedSession
+from edgeq.session.language import Language
+from edgeq.session.prefixes import most_kept
 from edgeq.text.template_files import DEFAULT
 from edgeq.weights import Part, TensorSpec
 
@@ -144,11 +146,17 @@ def _plan(checkpoint: Checkpoint, backend: str, memory: str | None, asked: Asked
     check_kv_bits(asked.kv_bits)
     checked_context(asked.context, checkpoint.config.text.longest_context)
     if (bound := ceiling(memory)) is not None:
-        used = Budget.process() + IMPORTED_LATER
+        held = [
+            make_ops(asked.kv_bits),
+            Language(checkpoint),
+            import_module("edgeq.cli.chat"),
+        ]  # as where a chat chooses
+        used = taken()
+        held.clear()
         return {"path": str(checkpoint.path), **choice_facts(choose_settings(checkpoint, make_ops, bound, asked, used))}
     ops = make_ops(asked.kv_bits)
     tokens = asked.context or checkpoint.config.text.longest_context
-    kept = conversation_checkpoints(checkpoint.config.text, ops)
+    kept = most_kept(ops, checkpoint.config.text, tokens)
     return {
         "path": str(checkpoint.path),
         "context": f"{tokens:,} tokens",

@@ -87,10 +87,13 @@ class Budget:
             return
         self._release()
         for give_way in self._yielding():
-            if (lacking := needed() - (self.room(weights=weights) or 0)) <= 0:
+            while (lacking := needed() - (self.room(weights=weights) or 0)) > 0:
+                if gave := give_way(lacking):
+                    self._release()
+                if gave < lacking:  # all that it could; else somebody may hold some of it as well
+                    break
+            else:
                 return
-            if give_way(lacking):
-                self._release()
         if not self.fits(more := needed(), weights=weights):
             whole = self.used(weights=weights) + more + SPARE
             raise MemoryBudgetError(

@@ -23,7 +23,7 @@ from edgeq.backends.ops import Ops
 from edgeq.config import TextConfig
 from edgeq.errors import MemoryBudgetError
 from edgeq.formats.mapped import Pages
-from edgeq.memory.budget import SPARE, megabytes
+from edgeq.memory.budget import SPARE, Budget, megabytes
 from edgeq.memory.ceiling import Ceiling, available_memory
 from edgeq.memory.plan import (
     PAGE,
@@ -37,7 +37,7 @@ from edgeq.memory.plan import (
 )
 from edgeq.weights import Part, TensorSpec
 
-__all__ = ["IMPORTED_LATER", "Asked", "Choice", "choose_settings", "least_ceiling", "tell", "warn_of_swapping"]
+__all__ = ["IMPORTED_LATER", "Asked", "Choice", "choose_settings", "least_ceiling", "taken", "tell", "warn_of_swapping"]
 
 GOOD_CONTEXT, LEAST_CONTEXT = 16_384, 4096  # tokens
 WINDOW = 32 << 20
@@ -46,6 +46,8 @@ WINDOW = 32 << 20
 EDGES = 4 << 20  # bytes of pages around what is read anew
 IMPORTED_LATER = 12 << 20
 """Bytes that a process still takes after a model is loaded: templates' library, images'."""
+
+STEP = 4 << 20  # bytes: what is chosen does not hang on a few pages more or less
 
 MakeOps = Callable[[int | None], Ops[Any, Any]]
 """The backend's operations with keys and values of so many bits; None is as many as it likes."""
@@ -81,13 +83,18 @@ class Choice(NamedTuple):
     resident_at_a_time: int = 0
 
 
+def taken() -> int:
+    """Bytes that the process takes, with what it imports later, in whole STEPs."""
+    return -(-(Budget.process() + IMPORTED_LATER) // STEP) * STEP
+
+
 def choose_settings(model: Planned, make_ops: MakeOps, ceiling: Ceiling, asked: Asked, used: int = 0) -> Choice:
     """What runs under the ceiling; MemoryBudgetError, with numbers and what would fit, where nothing does.
 
     used: bytes that the process takes already, if that is more than the backend says of itself.
     """
     for choice in _choices(model, make_ops, ceiling, asked, used):
-        return choice
+        return choice._replace(plan=choice.plan._replace(runtime=max(choice.plan.runtime, used)))
     raise _refusal(model, make_ops, ceiling, asked, used)
 
 

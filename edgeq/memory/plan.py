@@ -23,7 +23,7 @@ __all__ = [
     "PAGE",
     "Plan",
     "Planned",
-    "conversation_checkpoints",
+    "head_scratch_nbytes",
     "largest_context",
     "part_nbytes",
     "plan_memory",
@@ -35,7 +35,6 @@ SMALLEST_CHUNK = 64
 SCRATCH_NBYTES = 32 << 20  # for the work of a chunk, unless the smallest takes more
 PAGE = 256  # tokens of keys and values that come together, on every backend
 UNREAD = 256  # tokens that may wait for the MTP head
-MOST_CHECKPOINTS, CHECKPOINTS_NBYTES = 16, 1 << 25  # of one conversation
 
 
 class Planned(Protocol):
@@ -102,7 +101,7 @@ def plan_memory(
     if drafts and (head := part_nbytes(model, Part.MTP)):
         weights += head
         kv += kv // max(1, c.layer_types.count("full_attention"))
-        scratch += 2 * 4 * UNREAD * c.hidden_size
+        scratch += 2 * 4 * UNREAD * c.hidden_size + head_scratch_nbytes(c, chunk)
     state = ops.state_nbytes(c)
     plan = Plan(
         weights, ops.process_nbytes, 2 * sequences * state, sequences * kv, scratch, checkpoints=checkpoints * state
@@ -137,6 +136,12 @@ def _rows_not_read(model: Planned, context: int) -> int:
     return model.memory_nbytes(table) * max(0, rows - context) // rows
 
 
+def head_scratch_nbytes(c: TextConfig, tokens: int) -> int:
+    """What the MTP head works in as it reads a call's `tokens` and those that waited: both in one piece, and UNREAD at
+    a time two norms, these side by side, and the vectors that they become (`edgeq.model.mtp`)."""
+    return 4 * c.hidden_size * (2 * (UNREAD + tokens) + 5 * UNREAD)
+
+
 def largest_context(
     model: Planned, ops: Ops[Any, Any], ceiling: int, chunk: int | None = None, grids: Sequence[Grid] = (), *,
     sequences: int = 1, checkpoints: int = 0, drafts: bool = False,
@@ -167,9 +172,3 @@ def prefill_chunk(c: TextConfig, ops: Ops[Any, Any], nbytes: int = SCRATCH_NBYTE
     while chunk > SMALLEST_CHUNK and ops.scratch_nbytes(c, chunk) > nbytes:
         chunk //= 2
     return chunk
-
-
-def conversation_checkpoints(c: TextConfig, ops: Ops[Any, Any]) -> int:
-    """States that a conversation keeps where nothing bounds it: as many as CHECKPOINTS_NBYTES hold, but two at least,
-    to undo and to answer again."""
-    return max(2, min(MOST_CHECKPOINTS, CHECKPOINTS_NBYTES // max(1, ops.state_nbytes(c))))

@@ -19,6 +19,7 @@ import numpy as np
 
 from edgeq.engine import Engine
 from edgeq.errors import MemoryBudgetError, UsageError
+from edgeq.formats.bf16 import Float32
 from edgeq.generate import Decoding, GenerationSettings, StopReason, Token
 from edgeq.inputs import expand_user
 from edgeq.printable import brief
@@ -27,7 +28,7 @@ from edgeq.session.context import Context, Progress
 from edgeq.session.language import Language
 from edgeq.session.parts import text_of
 from edgeq.session.places import Place, rope_delta
-from edgeq.session.prefixes import Prefix, PrefixStore
+from edgeq.session.prefixes import PrefixStore
 from edgeq.session.reply import Reply
 from edgeq.session.sight import Sight
 from edgeq.session.snapshot import Settings, Snapshot
@@ -587,7 +588,7 @@ class Chat:
         if calls is not None:
             calls.push(message["content"])  # a call may have been left in its middle
         self._reply = Reply(
-            decoding, parser, self._tokens(decoding, found), settings.stop,
+            decoding, parser, self._tokens(decoding, found.logits), settings.stop,
             cached=len(found.ids), prompt=len(ids), miss=self._context.miss, on_end=record, calls=calls,
             prefix=message["content"], forgotten=forgotten,
         )  # fmt: skip
@@ -610,9 +611,9 @@ class Chat:
         ids, generated = self._conversation.ids, self._conversation.generated or ()
         return ids[: len(ids) - len(generated)]
 
-    def _tokens(self, decoding: Decoding, found: Prefix) -> Iterator[Token]:
-        """Drive a reply, also beyond the end of the context where turns can be forgotten."""
-        logits = found.logits
+    def _tokens(self, decoding: Decoding, logits: Float32 | None) -> Iterator[Token]:
+        """Drive a reply, also beyond the end of the context where turns can be forgotten. logits: those after what has
+        been read, if known."""
         while True:
             yield from self._context.tokens(decoding, self._places, start=0, logits=logits)
             if decoding.finish.reason is not StopReason.CONTEXT_FULL or self.overflow != "shift":

@@ -48,7 +48,7 @@ class Context:
         self._named = ""  # what people call what it reads now
         self._line: Line = ()  # the files that have its keys and values, as far as they are known
         self._begun: tuple[int, Said] = 0, ()  # how long what it went on from was, and what was said in it
-        self._end: Prefix | None = None  # of the last prompt that was replied to
+        self._end: tuple[Ids, Sequence[Place]] | None = None  # the last prompt replied to; its state is the store's
         if state is None:
             state = engine.state(draft=speculation is not None and speculation.with_head)
         self.state = state
@@ -77,7 +77,8 @@ class Context:
         if self._speculation is not None:
             self._speculation.observe(self.state.length, tokens)
         total, start, logits = len(tokens), self.state.length, list[Float32]()
-        self.engine.claim([(start, total, rows)])  # all of it, before any of the work
+        drafts = self.state.draft is not None
+        self.engine.claim([(start, total, rows)], drafts=drafts)  # all of it, before any of the work
         pictures = self._look(_between(places, start, start + total))
         calls = self._calls(start, total)
         for call in calls:
@@ -194,7 +195,7 @@ class Context:
         here, *others = prefixes
         self.state, self._ids, self._places = here.state, array("i", here.ids.tobytes()), here.places
         self._begun, self._cuts = (len(here.ids), here.spoken), None
-        self._end = next((prefix for prefix in others if prefix.logits is not None), None)
+        self._end = next(((other.ids, other.places) for other in others if other.logits is not None), None)
         for prefix in reversed(prefixes):
             self._line = self._prefixes.keep(prefix)
 
@@ -226,9 +227,10 @@ class Context:
         the prompt before."""
         if self._prefixes is not None:
             if self._end is not None:
-                self._prefixes.forget(self._end)
-            self._end = self._prefix(logits)
-            self._prefixes.keep(self._end, "prompt")
+                self._prefixes.forget(*self._end)
+            end = self._prefix(logits)
+            self._end = end.ids, end.places
+            self._prefixes.keep(end, "prompt")
 
     def tokens(
         self, decoding: Decoding, places: Sequence[Place] = (), *, start: int | None = None,

@@ -25,6 +25,7 @@ from edgeq.files.lock import Lock
 from edgeq.files.publish import new_file, told
 from edgeq.formats.bf16 import Array, to_float32
 from edgeq.formats.growing import GrowingFile, GrownFile
+from edgeq.formats.mapped import Pages
 from edgeq.formats.safetensors import dtype_name
 from edgeq.identify import is_session
 from edgeq.inputs import exists, is_file
@@ -44,6 +45,7 @@ from edgeq.vision.visual import Visual
 __all__ = ["SavedSession", "SessionFile"]
 
 FORMAT, VERSION = "edgeq session", 1
+PIECE = 1 << 20  # bytes that are checked at a time
 KEPT = 1 << 27  # bytes of DeltaNet states that are written beside the one where the conversation stands
 WASTE = 1 << 26  # bytes of a file that may be of no use any more, or half of what is
 _DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError, UsageError)
@@ -290,6 +292,20 @@ def _add(file: GrowingFile, known: _Known, name: str, array: Array) -> None:
     file.add(name, dtype_name(data.dtype), data.shape, [data.data] if data.size else [])
 
 
+def _add_each(file: GrowingFile, known: _Known, name: str, parts: Sequence[Any], ops: Ops[Any, Any]) -> None:
+    """Add [parts, ...], of which only one is in memory a second time."""
+    known.checksums[name] = 0
+
+    def pieces() -> Iterator[memoryview]:
+        for part in parts:
+            data = np.ascontiguousarray(ops.numpy(part)).data
+            known.checksums[name] = crc32(data, known.checksums[name])
+            yield data
+
+    file.drop([name])
+    file.add(name, "F32", (len(parts), *parts[0].shape), pieces())
+
+
 def _chosen(prefixes: Sequence[Prefix], ops: Ops[Any, Any], c: TextConfig) -> list[Prefix]:
     """Those that are worth their bytes: where it stands; the end of a prompt, for another reply to it; and the latest
     of the others, to undo and to edit."""
@@ -359,8 +375,8 @@ def _put_state(
     if found is None:
         deltas = [layer for layer in state.layers if isinstance(layer, DeltaState)]
         if deltas:
-            _add(file, known, f"{name}.conv", np.stack([ops.numpy(delta.conv) for delta in deltas]))
-            _add(file, known, f"{name}.matrix", np.stack([ops.numpy(delta.matrix) for delta in deltas]))
+            _add_each(file, known, f"{name}.conv", [delta.conv for delta in deltas], ops)
+            _add_each(file, known, f"{name}.matrix", [delta.matrix for delta in deltas], ops)
         if state.draft is not None and state.draft.unread:
             unread = joined(ops, state.draft)
             _add(file, known, f"{name}.vectors", ops.numpy(unread.vectors))
@@ -578,25 +594,29 @@ class SavedSession:
         snapshot = read_document(document, conversation, model.sight)
         conversation.restore(snapshot.entries)
         states, known = _States(self, engine).read(), None
+        records = [record for record, found in zip(self.values["states"], states, strict=True) if found]
+        read = [found for found in states if found]
         ids = np.array(conversation.ids, np.int32)
         prefixes = [
             Prefix(
                 ids[: state.length], tuple(p for p in snapshot.places if p.start < state.length), state, logits,
                 tuple((_number(start), _number(stop)) for start, stop in record["spoken"]),
             )
-            for (state, logits), record in zip(states, self.values["states"], strict=True)
+            for (state, logits), record in zip(read, records, strict=True)
         ]  # fmt: skip
         if any(len(prefix.ids) != prefix.state.length for prefix in prefixes):
             raise ValueError("a state is of more tokens than there are")
         if self._is_ours(engine):
-            known = self._known([state for state, _ in states])
+            known = self._known([state for state, _ in read], records)
         return snapshot._replace(prefixes=prefixes), known
 
     def check(self) -> None:
         """ModelError unless everything in the file is as it was written; reads all of it."""
         for name, expected in self._checksums.items():
             try:
-                found: Any = [crc32(row) for row in self._rows(name)] if isinstance(expected, list) else self._sum(name)
+                found: Any = (
+                    [_checksum(row) for row in self._rows(name)] if isinstance(expected, list) else self._sum(name)
+                )
             except _DAMAGED as error:
                 raise self.damaged(_problem(error)) from None
             if found != expected:
@@ -606,10 +626,10 @@ class SavedSession:
     def _is_ours(self, engine: Engine[Any, Any]) -> bool:
         return bool((self.values["backend"], self.values["kv"]) == (engine.ops.name, engine.ops.kv_dtype))
 
-    def _known(self, states: Sequence[State[Any]]) -> _Known:
+    def _known(self, states: Sequence[State[Any]], records: Sequence[dict[str, Any]]) -> _Known:
         """What stands for what is in the file."""
         known = _Known({}, [], dict(self._checksums))
-        for state, record in zip(states, self.values["states"], strict=True):
+        for state, record in zip(states, records, strict=True):
             known.states.append((_Handle.of(state), record))
             for group, caches in _groups(state).items():
                 length, runs = record[group]
@@ -654,10 +674,20 @@ class SavedSession:
 
     def _sum(self, name: str) -> int:
         array = self._array(name, None)
-        return crc32(array.data if array.size else b"")
+        return _checksum(array) if array.size else 0
 
-    def _rows(self, name: str) -> Iterator[memoryview]:
-        return (row.data for row in self._array(name, None))
+    def _rows(self, name: str) -> Iterator[Array]:
+        return iter(self._array(name, None))
+
+
+def _checksum(array: Array) -> int:
+    """Of an array in the mapped file, whose pages need not stay: those of a long session would be all of it."""
+    data, found = array.reshape(-1).view(np.uint8), 0
+    for start in range(0, len(data), PIECE):
+        piece = data[start : start + PIECE]
+        found = crc32(piece.data, found)
+        Pages([piece]).let_go()
+    return found
 
 
 class _States:
@@ -669,12 +699,20 @@ class _States:
         self._config: TextConfig = engine.config
         self._read = dict[str, list[tuple[list[tuple[str, int]], list[KVCache[Any]]]]]()
 
-    def read(self) -> list[tuple[State[Any], Array | None]]:
-        """States and the logits after them, in the order of the document."""
+    def read(self) -> list[tuple[State[Any], Array | None] | None]:
+        """States and the logits after them, in the order of the document; None for what a ceiling leaves no room for,
+        beside the first, where the conversation stands. MemoryBudgetError if that does not fit."""
         records = self._saved.values["states"]
         order = sorted(range(len(records)), key=lambda i: -_number(records[i]["length"]))
-        found = {i: self._state(records[i]) for i in order}
-        return [found[i] for i in range(len(records))]
+        found = {i: self._state(records[i]) for i in order if self._fits(records[i], needed=i == 0)}
+        return [found.get(i) for i in range(len(records))]
+
+    def _fits(self, record: Mapping[str, Any], *, needed: bool) -> bool:
+        c, ops, budget, length = self._config, self._ops, self._engine.budget, _number(record["length"])
+        nbytes = ops.state_nbytes(c) + (0 if self._read or not length else ops.kv_nbytes(c, length))
+        if needed:
+            budget.claim(nbytes, f"{length:,} tokens of {self._saved.path}")
+        return needed or budget.fits(nbytes)
 
     def _state(self, record: Mapping[str, Any]) -> tuple[State[Any], Array | None]:
         c, ops, name = self._config, self._ops, str(record["name"])

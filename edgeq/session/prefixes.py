@@ -21,15 +21,18 @@ from weakref import WeakSet
 
 import numpy as np
 
+from edgeq.backends.ops import Ops
+from edgeq.config import TextConfig
 from edgeq.engine import Engine, Ids
 from edgeq.errors import MemoryBudgetError
 from edgeq.formats.bf16 import Float32
+from edgeq.memory.plan import prefill_chunk
 from edgeq.session.cuts import Said
 from edgeq.session.places import Place
 from edgeq.session.prefix_files import Filed, Line, PrefixFolder, Shown
 from edgeq.state import Piece, State, pieces
 
-__all__ = ["Miss", "Prefix", "PrefixStore", "default_limit", "shown"]
+__all__ = ["Miss", "Prefix", "PrefixStore", "default_limit", "most_kept", "shown"]
 
 SHARE = 32  # of the machine's memory
 MOST = 512 << 20  # bytes, whatever the machine has
@@ -218,10 +221,10 @@ class PrefixStore:
         kept = [(node, node.kept) for node in path if node.kept and node.shown == shown(places, node.stop)]
         return [Prefix(ids[: node.stop], tuple(places), *found) for node, found in kept]
 
-    def forget(self, prefix: Prefix) -> None:
-        """Let go of a prefix's state, if it is in memory."""
-        path, matched = self._walk(_keys(prefix.ids, prefix.places))
-        if path[-1].stop == matched == len(prefix.ids) and path[-1].kept is not None:
+    def forget(self, ids: Ids, places: Sequence[Place] = ()) -> None:
+        """Let go of the state after `ids`, if it is in memory."""
+        path, matched = self._walk(_keys(ids, places))
+        if path[-1].stop == matched == len(ids) and path[-1].kept is not None:
             self._drop(path[-1])
 
     def longest(
@@ -271,9 +274,7 @@ class PrefixStore:
         """A state from the disk, which stays in memory if there is room; None where it is gone, or does not fit."""
         assert self.folder is not None
         engine = self._engine
-        nbytes = engine.ops.state_nbytes(engine.config)
-        if engine.ops.name != "cpu":  # which leaves keys and values in the file
-            nbytes += engine.ops.kv_nbytes(engine.config, filed.stop)
+        nbytes = engine.ops.state_nbytes(engine.config) + engine.ops.kv_nbytes(engine.config, filed.stop)
         try:
             engine.budget.claim(nbytes, "a kept prefix")
         except MemoryBudgetError:
@@ -450,6 +451,13 @@ class PrefixStore:
         for owner in ("KV cache", "DeltaNet states"):
             if owner in ops.held():
                 ledger.open(owner, lambda owner=owner: ops.held()[owner] - self._own().get(owner, 0))  # type: ignore[misc]
+
+
+def most_kept(ops: Ops[Any, Any], c: TextConfig, tokens: int, sequences: int = 1) -> int:
+    """States that a store keeps of sequences of so many tokens, if nothing but `default_limit` bounds it: one after
+    every chunk of a prompt, and after the reply."""
+    state = max(1, ops.state_nbytes(c))
+    return min(sequences * (tokens // prefill_chunk(c, ops) + 1), default_limit(state) // state, STATES)
 
 
 def default_limit(state_nbytes: int) -> int:
