@@ -305,6 +305,9 @@ def test_wrong_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         ["no/such/model"],
         ["demo", "--read", "meter", "a", "b"],
         ["demo", "--watch", str(Path(__file__) / "x")],
+        ["demo", "--watch", "/proc/self"],
+        ["demo", "--watch", "in", "--read", "meter", "a"],
+        ["demo", "--new"],
     ):
         assert assistant.main(words) != 0
         assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
@@ -375,6 +378,7 @@ def test_start_without_a_network(start: Start) -> None:
     [
         (["--memory", "much"], "--memory must be a size such as 1.5G, got much", 2),
         (["--memory"], "--memory needs a value", 2),
+        (["--context", "abc"], "--context must be a number of tokens, got abc", 2),
         (["--fast"], "there is no option --fast", 2),
         (["--memory", "100M"], "no model fits 100000000 bytes with a context of 4096 tokens", 3),
     ],

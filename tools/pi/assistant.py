@@ -8,15 +8,16 @@
     assistant.py MODEL --watch FOLDER               answer what is put into a folder: pictures, and questions (*.txt)
     assistant.py demo --once                        show each of these once, with the built-in model, in seconds
 
-MODEL is whatever edgeq.load takes. With --memory the whole process keeps to that size. With --session FILE, or
---sessions FOLDER for one of each model, the conversation goes on where it was, whatever ended the program; a crash
-loses at most the turn in progress.
+MODEL is whatever edgeq.load takes. With --memory the whole process keeps to that size. With --session FILE, or with
+--sessions FOLDER for one of each model, the conversation goes on where it was, whatever ended the program.
+A crash loses at most the turn in progress.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -162,6 +163,8 @@ def schema_of(kind: str) -> dict[str, Any]:
         raise UsageError(f"{file} is not JSON: {error}", hint="it must be a JSON schema") from None
     if not isinstance(schema, dict):
         raise UsageError(f"{file} must be a JSON schema, an object, got {type(schema).__name__}")
+    if not isinstance(schema.get("title", ""), str):
+        raise UsageError(f"{file}: title must be text, got {schema['title']!r}", hint="it is what the model is told")
     return schema
 
 
@@ -259,17 +262,25 @@ def watch(assistant: Assistant, folder: Path, kind: str | None, *, forever: bool
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{folder} cannot be watched: {error.strerror}", hint="give a folder of your own") from None
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{folder} cannot be written to", hint="answers go there: give a folder of your own")
     if kind is not None:
         schema_of(kind)
+    unanswerable = set[Path]()
     tell(f"watching {folder} for pictures and questions (*.txt)")
     while True:
         for file in unanswered(folder):
+            if file in unanswerable:
+                continue
             tell(file.name)
             try:
                 answer_file(assistant, file, kind)
             except (EdgeqError, OSError) as error:
                 tell(one_line(error))
-                write(answer_of(file, "txt"), one_line(error))
+                try:
+                    write(answer_of(file, "txt"), one_line(error))
+                except EdgeqError:  # no room, say: it is not asked again and again
+                    unanswerable.add(file)
         if not forever:
             return
         time.sleep(1)
@@ -396,8 +407,12 @@ def options() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.read and (len(args.read) > 2 or args.ask or args.look or args.once):
+    if args.read and (len(args.read) > 2 or args.ask is not None or args.look or args.once):
         raise UsageError("--read takes a kind and one file", hint="--read meter photo.jpg")
+    if args.watch and args.read and len(args.read) > 1:
+        raise UsageError("--watch with --read takes a kind and no file", hint="--watch FOLDER --read meter")
+    if args.new and not (args.session or args.sessions):
+        raise UsageError("--new needs a conversation that is kept", hint="give --session FILE, or leave --new out")
     board = board_of(args)
     model = edgeq.load(args.model, context=args.context, memory=args.memory)
     if args.once:
@@ -412,7 +427,7 @@ def run(args: argparse.Namespace) -> None:
     elif args.look:
         with picture_of(args.look) as picture:
             assistant.ask(DESCRIBE, picture)
-    elif args.ask:
+    elif args.ask is not None:
         assistant.ask(args.ask)
     else:
         talk(assistant)
@@ -421,11 +436,15 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(options().parse_args(argv))
+        sys.stdout.flush()
     except EdgeqError as error:
         print(one_line(error), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader of our output has left: nothing more to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 
