@@ -238,8 +238,8 @@ def _session(path: Path) -> UsageError:
 def _other_file(path: Path, head: bytes) -> ModelError | UsageError:
     """What else a file is."""
     suffix = path.suffix.lower()
-    if suffix == ".eqs":
-        return _session(path)
+    if suffix == ".eqs":  # and has not the content of one
+        return ModelError(f"{path} is not a session file, though its name says so", hint="copy the file again")
     if suffix in _FOREIGN:
         return ModelError(f"{path} is {_FOREIGN[suffix]}, which edgeq does not read", hint=_OTHERS)
     if "imatrix" in path.name.lower():
