@@ -224,7 +224,10 @@ class Engine(Generic[A, M]):
 
         def nbytes() -> int:  # what is kept from call to call is there, unless it gives way
             states = len(feeds) * ops.state_nbytes(c) - ops.idle_nbytes(c)
-            work = ops.scratch_nbytes(c, min(tokens, self.chunk)) - ops.held().get("scratch", 0)
+            held, most = ops.held().get("scratch", 0), min(tokens, self.chunk)
+            work = ops.scratch_nbytes(c, most)
+            if work - 8 * most * c.hidden_size <= 1.05 * held:  # else it grows, and the allocator keeps what it was
+                work -= held
             return keys + max(0, states) + max(0, work) + logits + head
 
         self.budget.claim(
