@@ -239,7 +239,10 @@ def _other_file(path: Path, head: bytes) -> ModelError | UsageError:
     """What else a file is."""
     suffix = path.suffix.lower()
     if suffix == ".eqs":
-        return _session(path)
+        return ModelError(
+            f"{path} is not a session file, whatever its name says",
+            hint="restore it from a copy, or begin another session",
+        )
     if suffix in _FOREIGN:
         return ModelError(f"{path} is {_FOREIGN[suffix]}, which edgeq does not read", hint=_OTHERS)
     if "imatrix" in path.name.lower():

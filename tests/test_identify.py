@@ -485,7 +485,7 @@ file("tar archive", tarred(), "model.tar")
 file("gzip archive", b"\x1f\x8b\x08", "model.gguf.gz")
 file("config.json, or another text file of a model", b"{}", "config.json")
 file("Modelfile", b"# mine\nFROM ./model.gguf\nPARAMETER temperature 0.5\n", "Modelfile")
-file("saved session (.eqs)", b"EQS1", "talk.eqs")
+file(".eqs that is no session", b"junk", "talk.eqs")
 file("damaged GGUF file", b"\x01\x02\x03\x04\x05")
 file("anything else", b"\x01\x02\x03\x04\x05", "model.dat")
 
