@@ -2,8 +2,8 @@
 
 What was asked for is kept, or refused with what would fit instead. What was not is chosen, in this order:
 
-* keys and values as the backend has them where GOOD_CONTEXT tokens (or those asked for) fit, else in 8 bits, and never
-  in fewer;
+* keys and values as the backend has them where GOOD_CONTEXT tokens fit, else in 8 bits where they fit so, else the same
+  with LEAST_CONTEXT (those asked for instead of both), and never in fewer bits;
 * all weights resident, and the most tokens of context that then fit;
 * where not LEAST_CONTEXT tokens (or not those asked for) do, prompts in smaller chunks;
 * where that is not enough, part of the weights resident and the rest read anew in every pass
