@@ -42,9 +42,9 @@ def ceiling(asked: Size | None = None) -> Ceiling | None:
     """The ceiling: as asked for, else EDGEQ_MEMORY, else the control group's; None where there is none ("none" asks
     for that). A control group's holds as well where it is lower. Raises UsageError for what is no size.
     """
-    origin = "--memory"
-    if asked is None and (asked := os.environ.get("EDGEQ_MEMORY") or None) is not None:
-        origin = "EDGEQ_MEMORY"
+    variable = os.environ.get("EDGEQ_MEMORY") or None
+    origin = "EDGEQ_MEMORY" if asked in (None, variable) else "--memory"  # a command hands the variable's value on
+    asked = variable if asked is None else asked
     if isinstance(asked, str) and asked.strip().lower() in _NO_CEILING:
         return None
     group = _group_limit()
