@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgeq.cli.console import new_bar, peak_memory_text, say, show, show_json
+from edgeq.cli.console import new_bar, peak_memory_text, say, show, show_json, show_warning
 from edgeq.cli.options import MODEL_HELP, AdapterOption, ThreadsOption, option
 from edgeq.cli.prompt import file_text, piped_text
 from edgeq.errors import UsageError
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ChunksOption", "ContextOption", "JsonOption", "MaxKlOption", "ReferenceAdapterOption", "TextOption",
-    "check_max_kl", "eval", "given_text", "print_evaluations", "progress_bar",
+    "check_max_kl", "eval", "given_text", "print_evaluations", "progress_bar", "warn_of_memory",
 ]  # fmt: skip
 
 TextOption = Annotated[
@@ -100,14 +101,9 @@ def eval(
     from edgeq.quality.evaluate import evaluate, evaluate_perplexity
 
     check_max_kl(max_kl)
+    warn_of_memory()
     if kld is None or perplexity:
-        if kld is not None or max_kl is not None:
-            raise UsageError(
-                "--perplexity is of a model by itself" if kld else "--max-kl needs a model to compare with",
-                hint="leave out --kld, which prints perplexities too" if kld else "name it with --kld REFERENCE",
-            )
-        if reference_adapter:
-            raise UsageError("--reference-adapter is of a model to compare with", hint="name it with --kld REFERENCE")
+        _check_alone(kld, max_kl, reference_adapter)
         given, rows = given_text(text), []
         for model in models:
             with progress_bar() as progress:
@@ -124,6 +120,22 @@ def eval(
             threads=threads, adapter=adapter, reference_adapter=reference_adapter, progress=progress,
         )  # fmt: skip
     print_evaluations(found, read, kld, max_kl, as_json=as_json)
+
+
+def _check_alone(kld: str | None, max_kl: float | None, reference_adapter: Sequence[str] | None) -> None:
+    """Raise UsageError for what perplexity has no use for."""
+    if kld is not None:
+        raise UsageError("--perplexity is of a model by itself", hint="leave it out: --kld prints perplexities, too")
+    if max_kl is not None:
+        raise UsageError("--max-kl needs a model to compare with", hint="name it with --kld REFERENCE")
+    if reference_adapter:
+        raise UsageError("--reference-adapter is of a model to compare with", hint="name it with --kld REFERENCE")
+
+
+def warn_of_memory() -> None:
+    """A line where EDGEQ_MEMORY is set, which these commands do not keep."""
+    if os.environ.get("EDGEQ_MEMORY"):
+        show_warning("EDGEQ_MEMORY is not kept here: one layer of each model is in memory, and peak memory is told")
 
 
 def check_max_kl(max_kl: float | None) -> None:

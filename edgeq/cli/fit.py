@@ -106,8 +106,10 @@ def fit(
     if ops.name != "cpu":
         facts = None
     grids, tokens = picture_grids(target.variants[0].model.config, sizes, seconds)
-    free = available_memory()
-    room, origin = (bound.nbytes, bound.origin) if bound else (free, "free memory")
+    if machine is not None and bound is not None and not bound.asked:
+        bound = None  # this machine's, as its free memory is
+    here = (available_memory(), "free memory") if machine is None else (None, f"not known of {machine}")
+    room, origin = (bound.nbytes, bound.origin) if bound else here
     wanted = Wanted(grids, parallel, room)
     longest = target.variants[0].model.config.text.longest_context
     shown = min(context or _SHOWN, longest) if context is None else context

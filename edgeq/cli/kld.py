@@ -17,6 +17,7 @@ from edgeq.cli.eval import (
     given_text,
     print_evaluations,
     progress_bar,
+    warn_of_memory,
 )
 from edgeq.cli.options import MODEL_HELP, AdapterOption, BackendOption, ThreadsOption, option
 
@@ -60,6 +61,7 @@ def kld(
     from edgeq.quality.evaluate import evaluate
 
     check_max_kl(max_kl)
+    warn_of_memory()
     with progress_bar() as progress:
         read, found = evaluate(
             models, reference, text=given_text(text), context=context, chunks=chunks, backend=backend, kv_bits=kv_bits,

@@ -19,7 +19,7 @@ from edgeq.session.cost import seconds_to_see
 from edgeq.vision.visual import Visual
 
 if TYPE_CHECKING:
-    from edgeq.session.chat import Speaker
+    from edgeq.session.speaker import Speaker
 
 __all__ = ["announce", "by_kind", "check_one", "draw_boxes_of", "dropped", "named"]
 

@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
-from edgeq.engine import Engine
 from edgeq.errors import MemoryBudgetError, UsageError
 from edgeq.formats.bf16 import Float32
 from edgeq.generate import Decoding, GenerationSettings, StopReason, Token
@@ -25,13 +24,11 @@ from edgeq.inputs import expand_user
 from edgeq.printable import brief
 from edgeq.session import turns as turns_of
 from edgeq.session.context import Context, Progress
-from edgeq.session.language import Language
 from edgeq.session.parts import text_of
 from edgeq.session.places import Place, rope_delta
-from edgeq.session.prefixes import PrefixStore
 from edgeq.session.reply import Reply
-from edgeq.session.sight import Sight
 from edgeq.session.snapshot import Settings, Snapshot
+from edgeq.session.speaker import Speaker
 from edgeq.session.turns import ContextUse, Said, Turn
 from edgeq.session.visual_settings import CHAT_VISUALS, VisualSettings
 from edgeq.text.channels import ChannelParser, ends_in_thinking
@@ -45,23 +42,10 @@ if TYPE_CHECKING:
     from edgeq.session.files import SavedSession, SessionFile
     from edgeq.text.tool_calls import ToolCallParser
 
-__all__ = ["Chat", "Speaker"]
+__all__ = ["Chat"]
 
 _WHOLE = (StopReason.STOP_TOKEN, StopReason.STOP_STRING, StopReason.COMPLETE)
 """How a reply ends that has nothing more to say."""
-
-
-class Speaker(Protocol):
-    """Who a conversation is with: an `edgeq.Model`, or whatever else has these four."""
-
-    @property
-    def engine(self) -> Engine[Any, Any]: ...
-    @property
-    def language(self) -> Language: ...
-    @property
-    def sight(self) -> Sight: ...
-    @property
-    def prefixes(self) -> PrefixStore: ...
 
 
 class _Saved(NamedTuple):

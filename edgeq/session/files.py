@@ -32,11 +32,10 @@ from edgeq.inputs import exists, is_file
 from edgeq.printable import brief, one_line
 from edgeq.session.document import Document, read_document, read_pictures, read_settings, written_document
 from edgeq.session.identity import model_identity
-from edgeq.session.language import Language
 from edgeq.session.places import Place
 from edgeq.session.prefixes import Prefix
-from edgeq.session.sight import Sight
 from edgeq.session.snapshot import Settings, Snapshot
+from edgeq.session.speaker import Speaker
 from edgeq.state import BLOCK, DeltaState, DraftState, KVCache, Rows, State, joined
 from edgeq.text.conversation import Conversation
 from edgeq.version import __version__
@@ -51,17 +50,6 @@ WASTE = 1 << 26  # bytes of a file that may be of no use any more, or half of wh
 _DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError, UsageError)
 _IDENTITY = {"weights": "weights", "config": "settings in config.json", "tokenizer": "tokens"}
 _SMALL = ("ids", "tokens", "flags", "session")
-
-
-class Speaker(Protocol):
-    """Who a conversation is with: `edgeq.Model`."""
-
-    @property
-    def engine(self) -> Engine[Any, Any]: ...
-    @property
-    def language(self) -> Language: ...
-    @property
-    def sight(self) -> Sight: ...
 
 
 class Savable(Protocol):
