@@ -26,7 +26,7 @@ from edgeq.generate import Decoding, GenerationSettings
 from edgeq.hub import find_model
 from edgeq.inputs import exists, expand_user
 from edgeq.memory.budget import Budget
-from edgeq.memory.ceiling import Size, ceiling
+from edgeq.memory.ceiling import Ceiling, Size, ceiling
 from edgeq.memory.choice import Asked, Choice, choose_settings, taken, tell, warn_of_swapping
 from edgeq.memory.pages import lock_pages, read_ahead, weights_in_order
 from edgeq.printable import brief
@@ -79,15 +79,7 @@ def load(
     bound = ceiling(memory)
     Budget.process()  # before anything is mapped
     check_kv_bits(kv_bits)
-    checkpoint = open_checkpoint(find_model(model), None if mmproj is None else Path(mmproj))
-    if adapter is not None:
-        from edgeq.adapters import adapted, given_adapters  # and with them all of GGUF: for who needs it
-
-        checkpoint = adapted(checkpoint, given_adapters(adapter))
-    if rope_scaling is not None:
-        checkpoint.config = stretched(checkpoint.config, rope_scaling)
-    if chat_template is not None:
-        checkpoint.templates = checkpoint.templates.choose(chat_template)
+    checkpoint = _opened(model, mmproj, adapter, rope_scaling, chat_template)
 
     def make_ops(bits: int | None) -> Ops[Any, Any]:
         kv_dtype = None if bits is None else KV_DTYPES[bits]
@@ -101,14 +93,7 @@ def load(
     }  # fmt: skip
     ops = make_ops(kv_bits)
     checked_context(context, checkpoint.config.text.longest_context)
-    if bound is not None and not ops.keeps_ceiling:
-        if bound.asked:
-            raise UsageError(
-                f"the {ops.name} backend cannot be held to a ceiling: it allocates more than can be planned",
-                hint="leave out --memory (memory= in Python), or use the cpu backend",
-            )
-        bound = None
-    if bound is None:
+    if bound is None or not _keeps(ops, bound):
         warn_of_swapping(checkpoint, ops, context, Budget.process())
         loaded = _settled(Model(checkpoint, ops, context=context, source=source), lock, on_read)
         if kv_bits == 4:
@@ -123,6 +108,33 @@ def load(
     if kv_bits == 4 and not choice.streamed:  # else every pass reads all weights from the disk
         check_cache(loaded.engine, loaded.tokenizer)
     return loaded
+
+
+def _opened(
+    model: str | Path, mmproj: str | Path | None, adapter: str | Path | Sequence[str | Path] | None,
+    rope_scaling: str | None, chat_template: str | Path | None,
+) -> Checkpoint:  # fmt: skip
+    """The checkpoint that `load` means, with what goes over it."""
+    checkpoint = open_checkpoint(find_model(model), None if mmproj is None else Path(mmproj))
+    if adapter is not None:
+        from edgeq.adapters import adapted, given_adapters  # and with them all of GGUF: for who needs it
+
+        checkpoint = adapted(checkpoint, given_adapters(adapter))
+    if rope_scaling is not None:
+        checkpoint.config = stretched(checkpoint.config, rope_scaling)
+    if chat_template is not None:
+        checkpoint.templates = checkpoint.templates.choose(chat_template)
+    return checkpoint
+
+
+def _keeps(ops: Ops[Any, Any], bound: Ceiling) -> bool:
+    """Whether a backend can be held to a ceiling. UsageError where it cannot, and somebody asked for it."""
+    if not ops.keeps_ceiling and bound.asked:
+        raise UsageError(
+            f"the {ops.name} backend cannot be held to a ceiling: it allocates more than can be planned",
+            hint="leave out --memory (memory= in Python), or use the cpu backend",
+        )
+    return ops.keeps_ceiling
 
 
 def _settled(model: Model, lock: bool, on_read: Progress | None, *, streamed: int = 0) -> Model:
