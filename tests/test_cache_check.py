@@ -44,3 +44,14 @@ def test_a_model_that_bears_it_says_nothing_and_another_is_one_line(
     assert len(told) == 1
     assert "\n" not in str(told[0].message)
     assert Path(told[0].filename) == Path(__file__)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the native backend was not built")
+def test_it_does_not_run_where_a_ceiling_has_no_room_for_it(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits once put the 0.8B 38 MB above a ceiling, when it was loaded."""
+    monkeypatch.setattr(cache_check, "LIMIT", 1e-9)
+    engine = edgeq.load(chat_folder, kv_bits=8).engine
+    monkeypatch.setattr(type(engine.budget), "fits", lambda _, nbytes: nbytes < cache_check._nbytes(engine))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache_check.check_cache(engine, None)
