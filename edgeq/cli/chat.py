@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from edgeq.cli.options import (
     AnswerOptions,
     ChatDisplayOptions,
     ConversationOptions,
+    JsonOptions,
     ModelOptions,
     PrefixOptions,
     PromptArgument,
@@ -28,19 +30,29 @@ from edgeq.cli.options import (
     option,
 )
 from edgeq.cli.pictures import announce, by_kind, check_one, draw_boxes_of
-from edgeq.cli.reply import check_forms, hear, print_json, show_reply
+from edgeq.cli.reply import hear, print_json, show_reply
 from edgeq.cli.session import Session, opened_session
 from edgeq.cli.tools import follow, show_calls
 from edgeq.errors import UsageError
 from edgeq.session.reply import Reply
 
 if TYPE_CHECKING:
+    from edgeq.api import Model
     from edgeq.cli.tools import ToolRunner
     from edgeq.session.chat import Chat
+    from edgeq.vision.visual import Visual
 
 __all__ = ["chat"]
 
 _SETTINGS = ("ENVIRONMENT", "DEFAULT_MAP")  # where an option comes from that was given once for all
+
+DrawBoxesOption = Annotated[
+    Path | None,
+    option(
+        "--draw-boxes", metavar="FILE", default="none", env=False,
+        help="Draw the reply's boxes and points on the image (single prompt only).",
+    ),
+]  # fmt: skip
 
 
 @command
@@ -48,23 +60,8 @@ def chat(
     ctx: typer.Context,
     *,
     prompt: PromptOptions,
-    as_json: Annotated[
-        bool, option("--json", env=False, help="Print the reply as one JSON object (single prompt only).")
-    ] = False,
-    stream: Annotated[
-        bool,
-        option("--stream", env=False, help="With --json: an object per piece, a line each (NDJSON), then the whole."),
-    ] = False,
-    draw_boxes: Annotated[
-        Path | None,
-        option(
-            "--draw-boxes",
-            metavar="FILE",
-            default="none",
-            env=False,
-            help="Draw the reply's boxes and points on the image (single prompt only).",
-        ),
-    ] = None,
+    form: JsonOptions,
+    draw_boxes: DrawBoxesOption = None,
     display: ChatDisplayOptions,
     visuals: VisualOptions,
     conversation: ConversationOptions,
@@ -92,36 +89,25 @@ def chat(
     """
     messages = [] if conversation.messages is None else read_messages(conversation.messages)
     asks = bool(messages) and messages[-1].get("role") in ("user", "tool")  # a prompt comes with the messages
-    single = as_json or draw_boxes is not None or conversation.assistant_prefix is not None
+    single = form.as_json or draw_boxes is not None or conversation.assistant_prefix is not None
     one_shot = bool(words) or prompt.given or single or asks or not sys.stdin.isatty()
     stdin_taken = visuals.takes_stdin or str(conversation.messages) == "-"
     text = prompt.text(words, stdin=not stdin_taken, needed=not asks) if one_shot else ""
     options = {**conversation.given(), **sampling.given(), **answer.given(), "visual_settings": visuals.settings()}
-    options |= tools.given()
+    options |= {**tools.given(), "messages": messages, "draft": model.draft}
     runner = tools.runner()
-    check_forms(as_json=as_json, stream=stream, logprobs=answer.logprobs is not None)
+    form.check(logprobs=answer.logprobs)
     if draw_boxes is not None:
         check_drawing(draw_boxes)
         check_one(visuals.image or ())
     images, videos = visuals.named()
-    options |= {"messages": messages, "draft": model.draft}
-
-    def told(name: str) -> bool:
-        """Whether an option was given; a model in the environment does for conversations that name none."""
-        source = ctx.get_parameter_source(name)
-        return source is not None and source.name in ("COMMANDLINE", *(() if name == "model" else _SETTINGS))
 
     with (
         opened_session(conversation.session) as session, prefill_bar() as reading,
         prefill_bar("looking", patience=0) as looking,
     ):  # fmt: skip
-        if session and not session.saved and not (model.named or model.model):
-            raise UsageError(
-                f"{session.path} does not exist, and no model is given to begin it with",
-                hint="name the model: `edgeq chat MODEL --session FILE`; or correct the file's name",
-            )
-        before = session.load_options(model.backend if told("backend") else None) if session else None
-        loaded = model.load(conversation.chat_template, before, told)
+        told = _told(ctx)
+        loaded = _load(model, conversation, session, told)
         options["visual_settings"] = visuals.settings(loaded.chat_visuals)
         prefixes.use(loaded, once=one_shot and session is None, default=bool(conversation.document))
         calls: dict[str, Any] = {"on_prefill": reading, "on_look": looking}
@@ -137,12 +123,9 @@ def chat(
             return
         if not display.quiet:
             announce(loaded, opened)
-        prefix = conversation.assistant_prefix or ""
-        if text or opened:
-            reply = talk.send(text, assistant_prefix=prefix, **by_kind(opened))
-        else:
-            reply = talk.answer(assistant_prefix=prefix)
-        reply, whole = _shown(talk, reply, display, runner, session, as_json=as_json, stream=stream)
+        reply, whole = _shown(
+            talk, _reply(talk, text, opened, conversation.assistant_prefix or ""), form, display, runner, session
+        )
         warn_of_a_cut(reply, options)
         if not whole:
             raise KeyboardInterrupt
@@ -150,9 +133,41 @@ def chat(
             draw_boxes_of(reply.text, images[0], draw_boxes)
 
 
+def _told(ctx: typer.Context) -> Callable[[str], bool]:
+    """Whether an option was given; a model in the environment does for conversations that name none."""
+
+    def told(name: str) -> bool:
+        source = ctx.get_parameter_source(name)
+        return source is not None and source.name in ("COMMANDLINE", *(() if name == "model" else _SETTINGS))
+
+    return told
+
+
+def _load(
+    model: ModelOptions, conversation: ConversationOptions, session: Session | None, told: Callable[[str], bool]
+) -> Model:
+    """The model that was named, or the one that the session was held with."""
+    if session is None:
+        return model.load(conversation.chat_template)
+    if not session.saved and not (model.named or model.model):
+        raise UsageError(
+            f"{session.path} does not exist, and no model is given to begin it with",
+            hint="name the model: `edgeq chat MODEL --session FILE`; or correct the file's name",
+        )
+    before = session.load_options(model.backend if told("backend") else None)
+    return model.load(conversation.chat_template, before, told)
+
+
+def _reply(talk: Chat, text: str, opened: Sequence[Visual], prefix: str) -> Reply:
+    """The reply to a prompt, or, without one, to the messages that were given."""
+    if text or opened:
+        return talk.send(text, assistant_prefix=prefix, **by_kind(opened))
+    return talk.answer(assistant_prefix=prefix)
+
+
 def _shown(
-    talk: Chat, reply: Reply, display: ChatDisplayOptions, runner: ToolRunner | None, session: Session | None, *,
-    as_json: bool, stream: bool,
+    talk: Chat, reply: Reply, form: JsonOptions, display: ChatDisplayOptions, runner: ToolRunner | None,
+    session: Session | None,
 ) -> tuple[Reply, bool]:  # fmt: skip
     """Show a single reply, and those after the tools that it calls; the last of them, and whether it was not
     interrupted.
@@ -160,8 +175,8 @@ def _shown(
     model, thinking = talk.model, not display.hide_thinking
 
     def show(reply: Reply) -> bool:
-        if as_json:
-            whole = hear(reply, stream=stream, thinking=thinking)
+        if form.as_json:
+            whole = hear(reply, stream=form.stream, thinking=thinking)
         else:
             whole = show_reply(reply, model.engine.ops, display, before=reply.prefix)
         if session:
@@ -169,9 +184,9 @@ def _shown(
         return whole
 
     reply, whole = follow(talk, reply, show, runner)
-    if as_json:
+    if form.as_json:
         ran = {"tool_runs": runner.runs} if runner else {}
-        print_json(reply, model.language.tokenizer, stream=stream, thinking=thinking, **ran)
+        print_json(reply, model.language.tokenizer, stream=form.stream, thinking=thinking, **ran)
     else:
         show_calls(reply)
     return reply, whole

@@ -9,6 +9,7 @@ from edgeq.cli.console import prefill_bar, say
 from edgeq.cli.options import (
     AnswerOptions,
     DisplayOptions,
+    JsonOptions,
     ModelOptions,
     PrefixOptions,
     PromptArgument,
@@ -19,7 +20,7 @@ from edgeq.cli.options import (
     option,
 )
 from edgeq.cli.pictures import announce
-from edgeq.cli.reply import check_forms, hear, print_json, show_reply, usage_line
+from edgeq.cli.reply import hear, print_json, show_reply, usage_line
 from edgeq.generate import GenerationSettings
 from edgeq.session.prompt import completion_prompt
 
@@ -33,13 +34,7 @@ def generate(
     *,
     prompt: PromptOptions,
     ignore_eos: Annotated[bool, option("--ignore-eos", env=False, help="Keep generating after an end token.")] = False,
-    as_json: Annotated[
-        bool, option("--json", env=False, help="Print the reply as one JSON object instead of its text.")
-    ] = False,
-    stream: Annotated[
-        bool,
-        option("--stream", env=False, help="With --json: an object per piece, a line each (NDJSON), then the whole."),
-    ] = False,
+    form: JsonOptions,
     display: DisplayOptions,
     visuals: VisualOptions,
     answer: AnswerOptions,
@@ -59,7 +54,7 @@ def generate(
     text = prompt.text(words, stdin=not visuals.takes_stdin)
     visuals.settings()  # what is wrong with them is told before the model is loaded
     options = sampling.given() | answer.given()
-    check_forms(as_json=as_json, stream=stream, logprobs=answer.logprobs is not None)
+    form.check(logprobs=answer.logprobs)
     images, videos = visuals.named()
     loaded = model.load()
     prefixes.use(loaded, once=True)
@@ -70,9 +65,9 @@ def generate(
     options |= {"draft": model.draft, "ignore_eos": ignore_eos}
     with prefill_bar() as reading, prefill_bar("looking", patience=0) as looking:
         reply = loaded.generate(shown, on_prefill=reading, on_look=looking, **options)
-        whole = hear(reply, stream=stream) if as_json else show_reply(reply, loaded.ops, display)
-    if as_json:
-        print_json(reply, loaded.tokenizer, stream=stream)
+        whole = hear(reply, stream=form.stream) if form.as_json else show_reply(reply, loaded.ops, display)
+    if form.as_json:
+        print_json(reply, loaded.tokenizer, stream=form.stream)
         if not display.quiet:
             say(usage_line(reply, loaded.ops), faint=True)
     warn_of_a_cut(reply, options)

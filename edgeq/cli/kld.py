@@ -19,7 +19,7 @@ from edgeq.cli.eval import (
     progress_bar,
     warn_of_memory,
 )
-from edgeq.cli.options import MODEL_HELP, AdapterOption, BackendOption, ThreadsOption, option
+from edgeq.cli.options import MODEL_HELP, AdapterOption, BackendOption, KvBitsOption, ThreadsOption, option
 
 __all__ = ["kld"]
 
@@ -40,14 +40,8 @@ def kld(
     reference_adapter: ReferenceAdapterOption = None,
     backend: BackendOption = "auto",
     threads: ThreadsOption = None,
-    kv_bits: Annotated[
-        int | None,
-        option(
-            "--kv-bits", metavar="N", default="chosen by the backend (cpu: 16)",
-            help="KV cache precision of MODEL in bits: 16, 8 or 4.",
-        ),
-    ] = None,
-) -> None:  # fmt: skip
+    kv_bits: KvBitsOption = None,
+) -> None:
     """Compare models with a reference, as they run on a backend.
 
     \b

@@ -9,13 +9,12 @@ from edgeq.backends.ops import Ops
 from edgeq.cli.console import dim, peak_memory_text, say, show_json, warn
 from edgeq.cli.options import DisplayOptions
 from edgeq.cli.page import Hidden, Page, page_on
-from edgeq.errors import UsageError
 from edgeq.generate import StopReason
 from edgeq.printable import brief
 from edgeq.session.reply import Reply, Usage
 from edgeq.text.tokenizer import Tokenizer
 
-__all__ = ["check_forms", "hear", "print_json", "reply_object", "show_reply", "usage_line"]
+__all__ = ["hear", "print_json", "reply_object", "show_reply", "usage_line"]
 
 _ENDINGS = {
     StopReason.LENGTH: "stopped at --max-tokens",
@@ -129,16 +128,6 @@ def _tell_forgotten(reply: Reply) -> None:
     if reply.forgotten:
         turns = "turn was" if reply.forgotten == 1 else f"{reply.forgotten} turns were"
         warn(f"the oldest {turns} forgotten to make room: the context window was full")
-
-
-def check_forms(*, as_json: bool, stream: bool, logprobs: bool) -> None:
-    """UsageError where something is asked for that only a reply in JSON has."""
-    if as_json:
-        return
-    if logprobs:
-        raise UsageError("--logprobs prints to the JSON object of a reply", hint="add --json")
-    if stream:
-        raise UsageError("--stream prints JSON objects", hint="add --json; text comes piece by piece without it")
 
 
 def print_json(
