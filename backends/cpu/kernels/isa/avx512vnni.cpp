@@ -117,9 +117,6 @@ void b_store(void* p, B v) { _mm512_storeu_si512(p, v); }
 using Codes = const int8_t*;
 Codes load_codes(const int8_t* p) { return p; }
 
-using Codes16 = const int8_t*;
-Codes16 load_codes16(const int8_t* p) { return p; }
-
 // Codes of 3, 5 or 6 bits: every 64-bit lane gets the `bits` bytes of its 8 codes, then every byte of it the 8 bits
 // that begin with its code.
 template <int bits>
@@ -175,7 +172,7 @@ B look_up(B v) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), v);
 }
 
-// Written out because GCC 12 copies the accumulator before and after the intrinsic: 24 moves beside gemm's 12 products.
+// Written out because GCC 12 copies the accumulator before and after the intrinsic: 24 moves beside 12 products.
 inline I dot(I acc, B w, Codes a) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "m"(*reinterpret_cast<const __m512i_u*>(a)));
     return acc;
@@ -183,11 +180,24 @@ inline I dot(I acc, B w, Codes a) {
 
 inline I dot8(I acc, B w, Codes a) { return dot(acc, w, a); }
 inline I dot_apart(I acc, B w, Codes a) { return dot(acc, w, a); }
-template <int bits>
-inline I dot_rows(I acc, const B* w, Codes16 a) {
-    const auto* fours = reinterpret_cast<const int32_t*>(a);
-    for (int i = 0; i < 4; i++) __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w[i]), "m"(fours[i]));
-    return acc;
+
+// Four codes of a token are spread over a register once for all rows: as the product's memory operand they would be
+// read for every one, and a core reads no more vectors in a cycle than it multiplies.
+template <int bits, int tokens>
+EDGEQ_INLINE void dot_group(const uint8_t* codes, int distance, const int8_t* q, int64_t stride, int group,
+                            I (*d)[tokens]) {
+    for (int k = 0; k < group; k += 16) {
+        for (int i = k; i < k + 16; i += 4) {
+            B w[row_vectors];
+            for (int v = 0; v < row_vectors; v++) w[v] = b_load(codes + v * distance + i * lanes);
+            for (int t = 0; t < tokens; t++) {
+                B x;
+                __asm__("vpbroadcastd %1, %0" : "=v"(x) : "m"(*reinterpret_cast<const int32_t*>(q + t * stride + i)));
+                for (int v = 0; v < row_vectors; v++)
+                    __asm__("vpdpbusd %2, %1, %0" : "+v"(d[v][t]) : "v"(w[v]), "v"(x));
+            }
+        }
+    }
 }
 
 // One number from memory costs no shuffle, which GCC would make of it where it has p in a register.
@@ -244,7 +254,6 @@ void f_transpose(const float* p, int n, F* out) {
 }  // namespace
 }  // namespace edgeq
 
-#include "kernels/dot-rows-inl.h"
 #include "kernels/linear-inl.h"
 
 const edgeq::LinearKernels edgeq::linear_avx512vnni = {quantize, gemv, gemm, tile_rows};
