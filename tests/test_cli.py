@@ -17,6 +17,7 @@ from prompt_toolkit.output import DummyOutput
 import edgeq
 from edgeq.cli import main
 from edgeq.cli.elsewhere import COMMANDS, FLAGS
+from edgeq.cli.messages import save
 from edgeq.cli.repl import Repl
 from edgeq.session.reply import Reply
 
@@ -32,6 +33,45 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 FIXED = ("--seed", "0", "--max-tokens", "6")
+
+
+class TestOutputs:
+    """A folder that an output needs and that does not exist is made, and told of before the work."""
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["quantize", "MODEL", "--out", "OUT"],
+            ["quantize", "MODEL", "--out", "q", "--report", "OUT.json"],
+            ["export", "MODEL", "--out", "OUT.gguf"],
+            ["chat", "MODEL", "--session", "OUT.eqs", "-p", "Hi", "-n", "1"],
+        ],
+    )
+    def test_a_folder_is_made_and_told_of(
+        self, run: Run, chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        note = "note: the folder new does not exist and will be made\n"
+        names = {"MODEL": str(chat_folder)}
+        first = run(*(names.get(argument, argument).replace("OUT", "new/out") for argument in arguments))
+        assert (first.code, first.err.count(note)) == (0, 1)
+        assert list((tmp_path / "new").glob("out*"))
+        names |= {"q": "q2"}
+        again = run(*(names.get(argument, argument).replace("OUT", "new/other") for argument in arguments))
+        assert (again.code, note in again.err) == (0, False)
+
+    def test_nothing_is_made_where_nothing_is_written(self, run: Run, chat_folder: Path, tmp_path: Path) -> None:
+        done = run("quantize", chat_folder, "--out", tmp_path / "new/out", "--dry-run")
+        assert (done.code, done.err) == (0, "")
+        done = run("chat", "nowhere", "--session", tmp_path / "new/x.eqs", "-p", "Hi")
+        assert done.code != 0
+        assert not (tmp_path / "new").exists()
+
+    def test_a_saved_conversation(self, chat_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        chat = edgeq.load(chat_folder, backend="numpy").chat()
+        save(chat, tmp_path / "new/chat.md")
+        assert f"the folder {tmp_path / 'new'} does not exist" in capsys.readouterr().err
+        assert (tmp_path / "new/chat.md").exists()
 
 
 class TestStreams:

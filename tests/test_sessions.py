@@ -30,7 +30,6 @@ from edgeq.formats.growing import GrowingFile
 from edgeq.formats.safetensors import SafetensorsFile
 from edgeq.hub import DEMO
 from edgeq.identify import is_session
-from edgeq.session import files
 from edgeq.session.chat import Chat
 from edgeq.session.files import SavedSession, SessionFile
 from edgeq.session.reply import Reply
@@ -326,8 +325,8 @@ class TestFile:
     def test_it_does_not_grow_without_end(
         self, chat: Chat, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:  # fmt: skip
-        monkeypatch.setattr(files, "WASTE", 1 << 16)
-        monkeypatch.setattr(files, "KEPT", 0)
+        monkeypatch.setattr("edgeq.session.files.file.WASTE", 1 << 16)
+        monkeypatch.setattr("edgeq.session.files.writing.KEPT", 0)
         sizes = list[int]()
         for _ in range(30):
             done(chat.regenerate())

@@ -29,6 +29,7 @@ from edgeq.cli.options import (
     command,
     option,
 )
+from edgeq.cli.outputs import check_outputs
 from edgeq.cli.pictures import announce, by_kind, check_one, draw_boxes_of
 from edgeq.cli.reply import hear, print_json, show_reply
 from edgeq.cli.session import Session, opened_session
@@ -100,6 +101,7 @@ def chat(
     if draw_boxes is not None:
         check_drawing(draw_boxes)
         check_one(visuals.image or ())
+    check_outputs(conversation.session, draw_boxes, quiet=display.quiet)
     images, videos = visuals.named()
 
     with (

@@ -11,6 +11,7 @@ from edgeq.adapters import adapted, given_adapters
 from edgeq.checkpoint import open_checkpoint
 from edgeq.cli.console import peak_memory_text, say
 from edgeq.cli.options import MODEL_HELP, AdapterOption, ThreadsOption, chat_template_option, option
+from edgeq.cli.outputs import check_outputs
 from edgeq.cli.quantize import (
     CalibrateOption,
     CalibrationSeedOption,
@@ -21,7 +22,6 @@ from edgeq.cli.quantize import (
 )
 from edgeq.errors import UsageError
 from edgeq.hub import find_model
-from edgeq.inputs import check_output
 from edgeq.printable import printable
 from edgeq.quant.calibrate.request import choose_calibration
 from edgeq.quant.gguf_export import EXPORT_TYPES, ExportReport, check_target, export_gguf, export_mmproj
@@ -68,9 +68,7 @@ def export(
     calibration = choose_calibration(
         calibrate, effort, target_bpw, target_size, seed, recipe=None, bits=None, group_size=None
     )  # fmt: skip
-    for path in (out, mmproj):
-        if path is not None:
-            check_output(path)
+    check_outputs(out, mmproj)
     checkpoint = adapted(open_checkpoint(find_model(source)), given_adapters(adapter))
     if no_vision and mmproj is not None:
         raise UsageError("--no-vision and --mmproj contradict each other", hint="give one of them")

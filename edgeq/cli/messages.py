@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgeq.cli.outputs import check_outputs
 from edgeq.cli.prompt import file_text, piped_text
 from edgeq.errors import UsageError
 from edgeq.files.publish import new_file
-from edgeq.inputs import check_output, exists, is_file
+from edgeq.inputs import exists, is_file
 from edgeq.printable import one_line
 from edgeq.session.chat import Chat
 from edgeq.vision.visual import Visual
@@ -46,7 +47,7 @@ def read_messages(file: Path) -> list[dict[str, Any]]:
 def save(chat: Chat, path: Path) -> None:
     """Write a conversation to a file: as Markdown, as messages that `read_messages` takes (.json), or as a session
     (.eqs)."""
-    check_output(path)
+    check_outputs(path)
     if path.suffix.lower() == ".eqs":
         chat.save(path)
         return

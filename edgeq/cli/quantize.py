@@ -12,8 +12,8 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 
 from edgeq.cli.console import new_bar, peak_memory_text, say, show, show_warning
 from edgeq.cli.options import AdapterOption, chat_template_option, option
+from edgeq.cli.outputs import check_outputs
 from edgeq.errors import UsageError
-from edgeq.inputs import check_output
 from edgeq.printable import printable
 from edgeq.quant.quantizer import Progress
 from edgeq.quant.quantizer import quantize as quantize_checkpoint
@@ -164,8 +164,7 @@ def quantize(
     del quantize_flag
     if no_vision and vision not in (None, "none"):
         raise UsageError(f"--no-vision and --vision {vision} contradict each other", hint="give one of them")
-    if report is not None:
-        check_output(report)
+    check_outputs(None if dry_run else out, report)
     with progress_bar() as progress:
         result = quantize_checkpoint(
             source,

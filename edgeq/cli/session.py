@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeq.errors import UsageError
-from edgeq.inputs import check_output, exists, expand_user
+from edgeq.inputs import exists, expand_user
 from edgeq.session.documents import with_documents
 from edgeq.session.files import SavedSession, SessionFile
 
@@ -45,8 +45,6 @@ class Session:
 
     def __init__(self, path: Path) -> None:
         self.path = expand_user(path).absolute()
-        if not exists(self.path):
-            check_output(self.path)
         self.file = SessionFile(self.path, hold=True)
         self.saved: SavedSession | None = self.file.read() if exists(self.path) else None
 
