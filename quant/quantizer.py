@@ -172,8 +172,6 @@ class _Targets:
         for target in (self.folder, *self.reports):
             if target is not None:
                 target.check()
-        if names and not names[0].absolute().parent.is_dir():
-            raise UsageError(f"{report}: folder not found: {names[0].parent}", hint="make the folder first")
 
     def write_report(self, report: Report) -> None:
         """The report as JSON and as a page beside it."""

@@ -415,8 +415,9 @@ class TestWhatForceNeverReplaces:
         with pytest.raises(SystemExit) as left:
             main([str(argument) for argument in arguments])
         assert left.value.code == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ")
+        notes, begins, error = capsys.readouterr().err.partition("error: ")
+        assert begins
+        assert all(line.startswith("note: the folder ") for line in notes.splitlines())
         assert "Traceback" not in error
         return error
 

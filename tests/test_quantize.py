@@ -448,6 +448,7 @@ class TestCommand:
         assert 0 < tensors["layers.0.mlp.up_proj.weight"]["nmse"] < 0.01
 
     def test_unwritable_report_is_found_before_the_work(self, source: Path, tmp_path: Path) -> None:
-        result = self.run(source, "-o", tmp_path / "out", "--report", tmp_path / "no/report.json")
+        (tmp_path / "file").touch()
+        result = self.run(source, "-o", tmp_path / "out", "--report", tmp_path / "file/report.json")
         assert isinstance(result.exception, EdgeqError)
         assert not (tmp_path / "out").exists()
