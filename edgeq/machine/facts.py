@@ -23,23 +23,27 @@ from edgeq.inputs import cache_home, read_text
 
 __all__ = ["Facts", "facts_file", "keep_facts", "kept_facts", "machine_name"]
 
-_VERSION = 1
+_VERSION = 2
 _LIMIT = 1 << 16  # bytes of the file
 _MAX_THREADS = 1024
 _FASTEST = 1e18  # of any rate; more is a damaged file
+BUSY = 0.25  # processors that other programs keep busy, above which measurements are not this machine's
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
     """Rates are per second, with as many threads as `prompt_threads` or `generation_threads` say.
 
-    isa: the kernels that were measured. load: programs that ran beside, on average, when it began.
+    isa: the kernels that were measured. load: processors that other programs kept busy meanwhile, on average.
     stream: bytes that a plain read of memory gets, by the number of threads.
     weights: bytes of weights that one token's products read, by the bits of their codes (16: bfloat16).
     products: multiply-adds of the same kernels with many tokens: the integer rate, but for 16 bits.
-    attention, prompt_attention: multiply-adds, by the type of the keys and values; one token, and many.
-    delta, prompt_delta: entries of DeltaNet's state that are updated; one token at a time, and many.
+    attention, prompt_attention: multiply-adds, by the type of the keys and values; one token, and many. Those of one
+    token come from memory.
+    delta, prompt_delta: entries of DeltaNet's state that are updated; one token's, from memory, and many.
+    layers, tokens: what one token takes beside all that, by layers, and whatever the model.
     values: numbers between the products that many tokens' norms, gates and convolutions work through.
+    pages: bytes of a mapped file that come from the page cache.
     """
 
     isa: str
@@ -54,12 +58,15 @@ class Facts:
     prompt_attention: Mapping[str, float]
     delta: float
     prompt_delta: float
+    layers: float
+    tokens: float
     values: float
+    pages: float
 
     @property
-    def memory_rate(self) -> float:
-        """Bytes that reading memory gets at best, by any of the programs that were measured."""
-        return max(*self.stream.values(), *self.weights.values())
+    def busy(self) -> bool:
+        """Whether other programs took so much that the rates are lower than this machine's."""
+        return self.load > BUSY
 
 
 def machine_name() -> str:
@@ -133,7 +140,7 @@ def _parsed(values: Any, isa: str) -> Facts:
         raise ValueError
     if not (isinstance(facts.load, int | float) and facts.load >= 0):
         raise ValueError
-    rates = [facts.delta, facts.prompt_delta, facts.values]
+    rates = [facts.delta, facts.prompt_delta, facts.layers, facts.tokens, facts.values, facts.pages]
     for table in (facts.stream, facts.weights, facts.products, facts.attention, facts.prompt_attention):
         if not table:
             raise ValueError

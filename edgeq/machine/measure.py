@@ -1,21 +1,26 @@
 """Measure what decides how fast a model runs here: memory, and the native kernels at work on what does not fit caches.
 
-A rate is the best of some passes within a fraction of a second, so that another program that runs now and then does not
-count. Numbers of threads are tried with 4-bit products, for one token and for many apart: reading memory is often
-fastest with fewer threads than arithmetic (of a Raspberry Pi 5's four cores, two read most).
+A rate is the median of some passes within a fraction of a second, and of several rounds, which are seconds apart, the
+best one counts: what this machine usually gives while no other program runs beside. What a layer takes beside its
+weights is what is left of a whole model's token. Numbers of threads are tried with 4-bit products, for one token and
+for many apart: reading memory is often fastest with fewer threads than arithmetic (of a Raspberry Pi 5's four cores,
+two read most).
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +28,16 @@ from numpy.typing import NDArray
 from edgeq.backends.cpu import CpuOps, _native
 from edgeq.backends.cpu.kv import NativeKV
 from edgeq.config import TextConfig
+from edgeq.engine import Engine, Feed
 from edgeq.family import family_config
-from edgeq.formats.bf16 import Array
+from edgeq.formats.mapped import Pages, map_file
+from edgeq.machine import system
 from edgeq.machine.facts import Facts
-from edgeq.machine.speed import values_per_token
+from edgeq.machine.speed import delta_entries, values_per_token
+from edgeq.machine.stand_in import StandIn
 from edgeq.machine.stream import read_rate
-from edgeq.model import text
-from edgeq.weights import Matrix, Role, TensorSpec, declare_text, map_tree, text_tensors
+from edgeq.memory.ceiling import ceiling, machine_memory
+from edgeq.weights import Role, TensorSpec, text_tensors
 
 __all__ = ["BITS", "KV_DTYPES", "Progress", "measure_machine"]
 
@@ -39,20 +47,36 @@ Progress = Callable[[int, int, str], None]
 BITS = (4, 6, 8, 16)
 KV_DTYPES = ("f16", "int8", "int4")
 
-_POOL = 128 << 20  # bytes of weights that are read: several times a laptop's last cache
+_POOL = 512 << 20  # bytes of weights that are read: many times a last cache, which otherwise keeps a fifth of them
 _COLUMNS = 2048
 _ROWS = 4096  # of a matrix that many tokens go through
 _ONE_ROWS = 2048  # of those that one token goes through
 _LARGEST = 2 * _ROWS * _COLUMNS  # bytes of the largest of them
 _TOKENS = 256
 _PAST = 4096  # tokens before those whose attention is measured
+_CACHES = 6  # layers whose keys and values a token goes through, one after the other
+_STATES = 18  # layers of DeltaNet, likewise
 _HEADS, _KV_HEADS, _DIM = 8, 2, 256
-_ROUNDS = 2
+_STATE = (16, 128, 128)  # of such a layer: heads, values, keys
+_ROUNDS = 3
 _CLEARLY = 1.05  # times as fast: the number of threads is another than the backend's own
 _SCALE = 0x3C00  # bfloat16: 0.0078
 
 
-def measure_machine(progress: Progress | None = None, *, seconds: float = 0.08, nbytes: int | None = None) -> Facts:
+class _Pass(NamedTuple):
+    """A call, and the work that it does, in whatever a rate counts."""
+
+    work: float
+    call: Callable[[], object]
+
+
+_Steps: TypeAlias = Sequence[Mapping[str, Callable[[], _Pass]]]
+"""What is measured one after the other; of a step, what is measured in turns, by name."""
+
+_Rates: TypeAlias = dict[str, float]
+
+
+def measure_machine(progress: Progress | None = None, *, seconds: float = 0.06, nbytes: int | None = None) -> Facts:
     """Measure this machine for about `seconds` per rate, a few seconds in all; the numbers of threads that were in
     force are again in the end. nbytes: of the weights that are read; None is what caches do not hold."""
     before = _native.thread_count()
@@ -71,75 +95,108 @@ def _candidates() -> list[int]:
 
 
 def _pool_nbytes() -> int:
-    """Bytes of weights to read: an eighth of the memory where that is scarce."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(16 << 20, min(_POOL, total // 8)) >> 20 << 20
+    """Bytes of weights to read: an eighth of the memory, or of the limit, where that is scarce."""
+    bound, memory = ceiling(), machine_memory()
+    least = min(bound.nbytes if bound else _POOL * 8, memory or _POOL * 8)
+    return max(16 << 20, min(_POOL, least // 8)) >> 20 << 20
 
 
 class _Probe:
     def __init__(self, progress: Progress, seconds: float, nbytes: int) -> None:
-        self._load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0
         self._progress, self._seconds, self._read_nbytes = progress, seconds, nbytes
         self._rng = np.random.default_rng(0)
-        self._pool = _small_pages(max(nbytes, _LARGEST) // 4)
+        self._pool = _large_pages(max(nbytes, _LARGEST) // 4)
         self._pool[:] = np.resize(self._rng.integers(0, 1 << 32, 1 << 20, dtype=np.uint32), self._pool.size)
+        self._whole = _model_config(self._pool.nbytes)
         self._default, self._counts = _native.thread_count(), _candidates()
-        self._steps = _ROUNDS * (3 * len(self._counts) + 2 * len(BITS) + 2 * len(KV_DTYPES) + 3)
         self._done = 0
-        self._rates: dict[str, dict[str, float]] = {}
 
     def facts(self) -> Facts:
+        token, prompt, when = self._of_a_token(), self._of_a_prompt(), datetime.now().astimezone()
+        self._steps = _ROUNDS * (3 * len(self._counts) + len(token) + len(prompt))
+        with system.Neighbours() as neighbours:
+            stream, one, many = self._thread_counts()
+            rates = self._best_round(one, token, "model") | self._best_round(many, prompt, "layer")
+        layers, tokens = _beside(rates, self._whole)
+
+        def of(name: str, kinds: Sequence[object]) -> dict[str, float]:
+            return {f"{kind}": rates[f"{name} {kind}"] for kind in kinds}
+
+        return Facts(
+            isa=_native.isa(), measured=when.isoformat(timespec="seconds"), load=round(neighbours.load, 2),
+            prompt_threads=many, generation_threads=one, stream=stream, weights=of("weights", BITS),
+            products=of("products", BITS), attention=of("attention", KV_DTYPES),
+            prompt_attention=of("prompt attention", KV_DTYPES), delta=rates["delta"],
+            prompt_delta=rates["prompt delta"], layers=layers, tokens=tokens, values=_values(rates),
+            pages=rates["pages"],
+        )  # fmt: skip
+
+    def _of_a_token(self) -> _Steps:
+        """The last step's are subtracted from each other."""
+        return [
+            {"pages": _pages},
+            *({f"attention {kv}": partial(self._attention, kv)} for kv in KV_DTYPES),
+            *({f"weights {bits}": partial(self._weights, bits)} for bits in BITS if bits != 4),
+            {
+                "weights 4": partial(self._weights, 4),
+                "delta": self._delta,
+                "next to none": partial(self._model, _least_config(), 1),
+                "model": partial(self._model, self._whole, 1),
+            },
+        ]
+
+    def _of_a_prompt(self) -> _Steps:
+        return [
+            *({f"prompt attention {kv}": partial(self._prompt_attention, kv)} for kv in KV_DTYPES),
+            *({f"products {bits}": partial(self._products, bits)} for bits in BITS if bits != 4),
+            {
+                "products 4": partial(self._products, 4),
+                "prompt delta": self._prompt_delta,
+                "layer": partial(self._model, _layer_config(), _TOKENS),
+            },
+        ]
+
+    def _thread_counts(self) -> tuple[Mapping[str, float], int, int]:
+        """What a plain read gets, by the number of threads; and those that are best for one token, and for many."""
+        stream, one, many = dict[int, float](), dict[int, float](), dict[int, float]()
         for n in _ROUNDS * self._counts:
             self._use(n)
-            self._step("stream", f"{n}", lambda: 1e9 * self._read(n))  # noqa: B023
-            self._step("one token", f"{n}", lambda: self._weights_rate(4))
-            self._step("many tokens", f"{n}", lambda: self._products_rate(4))
-        one, many = (_best_count(self._rates[name], self._default) for name in ("one token", "many tokens"))
+            self._tell(f"stream, {n} threads")
+            stream[n] = max(stream.get(n, 0.0), 1e9 * read_rate(n, nbytes=min(self._read_nbytes, 256 << 20)))
+            for rates, name, make in ((one, "one token", self._weights), (many, "many tokens", self._products)):
+                self._tell(f"{name}, {n} threads")
+                rates[n] = max(rates.get(n, 0.0), *self._measured({name: partial(make, 4)}).values())
+        by_threads = {f"{n}": rate for n, rate in stream.items()}
+        return by_threads, _best_count(one, self._default), _best_count(many, self._default)
+
+    def _best_round(self, threads: int, steps: _Steps, by: str) -> _Rates:
+        """Every rate, of the best of some rounds as a whole: the one with the highest rate `by`."""
+        rounds = list[_Rates]()
+        self._use(threads)
         for _ in range(_ROUNDS):
-            self._use(one)
-            for bits in BITS:
-                self._step("weights", f"{bits}", partial(self._weights_rate, bits))
-            for kv in KV_DTYPES:
-                self._step("attention", kv, partial(self._attention_rate, kv, 1))
-            self._step("delta", "", lambda: self._delta_rate(1))
-            self._use(many)
-            for bits in BITS:
-                self._step("products", f"{bits}", partial(self._products_rate, bits))
-            for kv in KV_DTYPES:
-                self._step("prompt attention", kv, partial(self._attention_rate, kv, _TOKENS))
-            self._step("prompt delta", "", lambda: self._delta_rate(_TOKENS))
-            self._step("layer", "", self._layer_rate)
-        rates = self._rates
-        return Facts(
-            isa=_native.isa(), measured=datetime.now().astimezone().isoformat(timespec="seconds"), load=self._load,
-            prompt_threads=many, generation_threads=one, stream=rates["stream"], weights=rates["weights"],
-            products=rates["products"], attention=rates["attention"], prompt_attention=rates["prompt attention"],
-            delta=rates["delta"][""], prompt_delta=rates["prompt delta"][""], values=self._values(),
-        )  # fmt: skip
+            rates: _Rates = {}
+            for step in steps:
+                self._tell(", ".join(step))
+                rates |= self._measured(step)
+            rounds.append(rates)
+        return max(rounds, key=lambda rates: rates[by])
 
     def _use(self, threads: int) -> None:
         _native.set_thread_count(threads)
         _native.start_threads()
 
-    def _step(self, name: str, kind: str, rate: Callable[[], float]) -> None:
-        """Measure a rate; of several rounds the best counts, for another program may run in one of them."""
-        self._progress(self._done, self._steps, f"{name} {kind}")
+    def _tell(self, what: str) -> None:
+        self._progress(self._done, self._steps, what)
         self._done += 1
-        rates = self._rates.setdefault(name, {})
-        rates[kind] = max(rates.get(kind, 0.0), rate())
 
-    def _best(self, call: Callable[[], object]) -> float:
-        """Seconds of the fastest of some calls; one that is not counted goes first."""
-        call()
-        best, end = float("inf"), perf_counter() + self._seconds
-        for _ in range(3):
-            best = min(best, _seconds(call))
-        while perf_counter() < end:
-            best = min(best, _seconds(call))
-        return best
-
-    def _read(self, threads: int) -> float:
-        return read_rate(threads, nbytes=2 * self._read_nbytes)
+    def _measured(self, step: Mapping[str, Callable[[], _Pass]]) -> _Rates:
+        """Rates by the median of some passes, in turns. Each goes twice, and the second counts: the first finds in
+        caches what another has left."""
+        passes, times = {name: make() for name, make in step.items()}, list[list[float]]()
+        end = perf_counter() + 2 * self._seconds * len(passes)
+        while len(times) < 3 or perf_counter() < end:
+            times.append([[_seconds(each.call) for _ in range(2)][1] for each in passes.values()])
+        return {name: passes[name].work / median(of) for name, of in zip(passes, zip(*times, strict=True), strict=True)}
 
     # --- products ----------------------------------------------------------------------------------------------------
 
@@ -153,8 +210,8 @@ class _Probe:
         scales = np.full((rows, columns // 64), _SCALE, np.uint16)
         return _native.Matrix(codes, scales, scales.copy(), bits, 64)
 
-    def _weights_rate(self, bits: int) -> float:
-        """One token through matrices of a layer's size, one after the other, which are more than caches hold."""
+    def _weights(self, bits: int) -> _Pass:
+        """Bytes of matrices of a layer's size, together more than caches hold, that one token goes through."""
         words = _ONE_ROWS * _COLUMNS * bits // 32
         starts = range(0, max(1, self._read_nbytes // 4 - words), words)
         ws = [self._matrix(bits, _ONE_ROWS, _COLUMNS, start) for start in starts]
@@ -164,65 +221,113 @@ class _Probe:
             for w in ws:
                 _native.linear(x, w, y)
 
-        return sum(w.nbytes for w in ws) / self._best(through)
+        return _Pass(sum(w.nbytes for w in ws), through)
 
-    def _products_rate(self, bits: int) -> float:
+    def _products(self, bits: int) -> _Pass:
+        """Multiply-adds of many tokens with a matrix."""
         w = self._matrix(bits, _ROWS, _COLUMNS)
-        return _TOKENS * _ROWS * _COLUMNS / self._product_seconds(w, _TOKENS)
-
-    def _product_seconds(self, w: _native.Matrix, tokens: int) -> float:
-        x, y = self._normal(tokens, w.shape[1]), np.empty((tokens, w.shape[0]), np.float32)
-        return self._best(lambda: _native.linear(x, w, y))
+        x, y = self._normal(_TOKENS, _COLUMNS), np.empty((_TOKENS, _ROWS), np.float32)
+        return _Pass(_TOKENS * _ROWS * _COLUMNS, lambda: _native.linear(x, w, y))
 
     # --- between the products ----------------------------------------------------------------------------------------
 
     def _normal(self, *shape: int) -> NDArray[np.float32]:
         return self._rng.standard_normal(shape, dtype=np.float32)
 
-    def _attention_rate(self, kv_dtype: str, tokens: int) -> float:
-        ops = CpuOps(_native.thread_count(), kv_dtype)
-        past = self._normal(_PAST, _KV_HEADS, _DIM)
-        cache = NativeKV(_KV_HEADS, _DIM, kv_dtype).appended(past, past)
-        q, kv = self._normal(tokens, _HEADS, _DIM), self._normal(tokens, _KV_HEADS, _DIM)
-        each = 2 * _HEADS * _DIM * (_PAST + (tokens + 1) / 2)
-        return tokens * each / self._best(lambda: ops.attention(q, kv, kv, cache))
+    def _attention(self, kv_dtype: str) -> _Pass:
+        """Multiply-adds of one token, in one layer after the other: keys and values are more than caches hold."""
+        ops, (q, kv, first) = self._with_past(kv_dtype, 1)
+        caches = [
+            NativeKV(_KV_HEADS, _DIM, kv_dtype, tuple(page.copy() for page in first.pages), _PAST)
+            for _ in range(_CACHES)
+        ]
 
-    def _delta_rate(self, tokens: int) -> float:
-        heads, width = 16, 128
+        def through() -> None:
+            for cache in caches:
+                ops.attention(q, kv, kv, cache)
+
+        return _Pass(_CACHES * 2 * q.size * (_PAST + 1), through)
+
+    def _prompt_attention(self, kv_dtype: str) -> _Pass:
+        """Multiply-adds of many tokens in a layer, with those before them and with each other."""
+        ops, (q, kv, cache) = self._with_past(kv_dtype, _TOKENS)
+        return _Pass(2 * q.size * (_PAST + (_TOKENS + 1) / 2), lambda: ops.attention(q, kv, kv, cache))
+
+    def _with_past(
+        self, kv_dtype: str, tokens: int
+    ) -> tuple[CpuOps, tuple[NDArray[np.float32], NDArray[np.float32], NativeKV]]:
+        """Operations, queries, keys, and a cache of those before them."""
+        past, ops = self._normal(_PAST, _KV_HEADS, _DIM), CpuOps(_native.thread_count(), kv_dtype)
+        cache = NativeKV(_KV_HEADS, _DIM, kv_dtype).appended(past, past)
+        return ops, (self._normal(tokens, _HEADS, _DIM), self._normal(tokens, _KV_HEADS, _DIM), cache)
+
+    def _delta(self) -> _Pass:
+        """Entries of states that one token updates, in one layer after the other."""
+        step, states = self._delta_rule(1), [np.zeros(_STATE, np.float32) for _ in range(_STATES + 1)]
+
+        def through() -> None:
+            for before, after in pairwise(states):
+                step(before, after)
+
+        return _Pass(_STATES * states[0].size, through)
+
+    def _prompt_delta(self) -> _Pass:
+        """The same of many tokens in a layer."""
+        step, state, after = self._delta_rule(_TOKENS), np.zeros(_STATE, np.float32), np.empty(_STATE, np.float32)
+        return _Pass(_TOKENS * state.size, lambda: step(state, after))
+
+    def _delta_rule(self, tokens: int) -> Callable[[NDArray[np.float32], NDArray[np.float32]], None]:
+        """From a state before `tokens` tokens to that after them."""
+        heads, width, _ = _STATE
         q, v = self._normal(tokens, heads, width), self._normal(tokens, heads, width)
         q *= np.float32(width**-0.5)
         g, beta = np.full((tokens, heads), -0.01, np.float32), np.full((tokens, heads), 0.5, np.float32)
-        state, out = np.zeros((heads, width, width), np.float32), np.empty_like(v)
-        after = [np.empty_like(state)]
-        return tokens * state.size / self._best(lambda: _native.delta_rule(q, q, v, g, beta, state, after, out))
+        out = np.empty_like(v)
+        return lambda before, after: _native.delta_rule(q, q, v, g, beta, before, [after], out)
 
-    def _layer_rate(self) -> float:
-        """DeltaNet layers of 4 bits that a second is enough for, with many tokens."""
-        c = _layer_config()
-        ops = CpuOps(_native.thread_count())
-        weights = ops.ready(map_tree(partial(self._leaf, ops), declare_text(c)), c)
-        states = [[layer] for layer in text.initial_state(ops, c).layers]
-        x, positions = self._normal(_TOKENS, c.hidden_size), np.tile(np.arange(_TOKENS, dtype=np.int32), (3, 1))
-        return 1 / self._best(lambda: ops.decoder(x, weights, c, positions, states, [_TOKENS], [0]))
+    def _model(self, c: TextConfig, tokens: int) -> _Pass:
+        """Calls of the engine with `tokens` tokens of a model of 4 bits; single tokens follow each other."""
+        engine: Engine[Any, Any] = Engine(StandIn(c, self._pool), CpuOps(_native.thread_count()))
+        ids, state = np.zeros(tokens, np.int32), engine.state()
 
-    def _values(self) -> float:
-        """What is left of such a layer's time, by the numbers that it works through."""
-        c, rates = _layer_config(), self._rates
-        seconds = 1 / rates["layer"][""]
-        macs = sum(spec.size for spec in _linear_specs(c))
-        entries = c.linear_num_value_heads * c.linear_value_head_dim * c.linear_key_head_dim
-        left = seconds - _TOKENS * (macs / rates["products"]["4"] + entries / rates["prompt delta"][""])
-        return _TOKENS * values_per_token(c) / max(left, 0.05 * seconds)
+        def run() -> None:
+            nonlocal state
+            (output,) = engine.run([Feed(state, ids)])
+            state = output.state if tokens == 1 else state
 
-    def _leaf(self, ops: CpuOps, spec: TensorSpec) -> Any:
-        if spec.role is Role.GATE:
-            return ops.matrix(self._bfloat16(spec))
-        if spec.is_matrix:
-            return self._matrix(4, *spec.shape)
-        return ops.vector(np.full((spec.shape[0], *spec.shape[2:]), 0.1, np.float32))
+        return _Pass(1, run)
 
-    def _bfloat16(self, spec: TensorSpec) -> Matrix[Array]:
-        return np.full(spec.shape, _SCALE, np.uint16)
+
+def _beside(rates: _Rates, c: TextConfig) -> tuple[float, float]:
+    """What one token takes beside weights and states: layers, and tokens of a model with next to none, in a second.
+    c: the model's whose rate is among these."""
+    token, seconds = 1 / rates["next to none"], 1 / rates["model"]
+    nbytes = sum(StandIn.nbytes(spec) for spec in _used(c))
+    left = seconds - token - nbytes / rates["weights 4"] - delta_entries(c) / rates["delta"]
+    return len(c.layer_types) / max(left, 0.02 * seconds), 1 / token
+
+
+def _values(rates: _Rates) -> float:
+    """What is left of a layer's time with many tokens, by the numbers that it works through."""
+    c, seconds = _layer_config(), 1 / rates["layer"]
+    macs = sum(spec.size for spec in _used(c))
+    left = seconds - _TOKENS * (macs / rates["products 4"] + delta_entries(c) / rates["prompt delta"])
+    return _TOKENS * values_per_token(c) / max(left, 0.05 * seconds)
+
+
+def _model_config(pool_nbytes: int) -> TextConfig:
+    """The 0.8B, whose matrices are the smallest of the family: what a layer takes beside them shows. Its head is as
+    large as the pool at most."""
+    c = family_config("0.8b").text
+    return replace(c, vocab_size=min(c.vocab_size, 2 * pool_nbytes // c.hidden_size))
+
+
+def _least_config() -> TextConfig:
+    """A layer that takes no time, so that what a token takes whatever the model shows."""
+    return replace(
+        _layer_config(), hidden_size=64, intermediate_size=64,
+        linear_num_key_heads=1, linear_num_value_heads=1, linear_key_head_dim=64, linear_value_head_dim=64,
+    )  # fmt: skip
 
 
 def _layer_config() -> TextConfig:
@@ -230,25 +335,37 @@ def _layer_config() -> TextConfig:
     return replace(family_config("2b").text, layer_types=("linear_attention",), vocab_size=64)
 
 
-def _linear_specs(c: TextConfig) -> Iterator[TensorSpec]:
-    return (spec for spec in text_tensors(c) if spec.role is Role.LINEAR and spec.name != "lm_head.weight")
+def _used(c: TextConfig) -> Iterator[TensorSpec]:
+    """The matrices that a token goes through."""
+    head = "embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"
+    return (spec for spec in text_tensors(c) if spec.role is Role.LINEAR or spec.name == head)
 
 
-def _small_pages(words: int) -> NDArray[np.uint32]:
-    """Memory in pages of the usual size, as those of most mapped files are: NumPy's own is in huge ones, which are read
-    up to a fifth faster."""
+def _pages() -> _Pass:
+    """Bytes of a mapped file that come from the page cache: those of the kernels themselves, which are everywhere."""
+    pages = Pages([np.frombuffer(map_file(Path(_native.__file__)), np.uint8)])
+
+    def again() -> None:
+        pages.let_go()
+        pages.come()
+
+    return _Pass(pages.nbytes, again)
+
+
+def _large_pages(words: int) -> NDArray[np.uint32]:
+    """Memory in large pages where the system has them, as a model's file is mapped."""
     mapping = mmap.mmap(-1, 4 * words)
-    if (advice := getattr(mmap, "MADV_NOHUGEPAGE", None)) is not None:
-        with suppress(OSError):  # a kernel without huge pages
+    if (advice := getattr(mmap, "MADV_HUGEPAGE", None)) is not None:
+        with suppress(OSError):  # a system without them
             mapping.madvise(advice)
     return np.frombuffer(mapping, np.uint32)
 
 
-def _best_count(rates: Mapping[str, float], default: int) -> int:
+def _best_count(rates: Mapping[int, float], default: int) -> int:
     """The backend's own number of threads, unless another is clearly faster: a machine that was busy while it was
     measured is no reason to use less of it ever after."""
     best = max(rates, key=lambda n: rates[n])
-    return int(best) if rates[best] > _CLEARLY * rates[f"{default}"] else default
+    return best if rates[best] > _CLEARLY * rates[default] else default
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -3,9 +3,10 @@
 A generated token reads every weight of the language model once, so
 
     seconds = sum over matrices: bytes / weights(bits)                  the products, at the rate of their kernels
-            + (2 * states + norms) / memory                             DeltaNet states, read and written
-            + max(KV bytes / memory, multiply-adds / attention)         keys and values before it
-            + entries / delta                                           the delta rule
+            + entries / delta                                           DeltaNet states, read and written
+            + multiply-adds / attention                                 with all tokens before it
+            + layers / layers rate                                      norms, gates, waiting between small matrices
+            + 1 / tokens                                                what there is once, most of it in Python
 
 A prompt computes, and its weights are read once for hundreds of tokens, so per token
 
@@ -29,7 +30,7 @@ from edgeq.machine.facts import Facts
 from edgeq.memory.plan import Planned, prefill_chunk
 from edgeq.weights import Part, Role
 
-__all__ = ["Speed", "expected_speed", "values_per_token"]
+__all__ = ["Speed", "delta_entries", "expected_speed", "values_per_token"]
 
 
 class Speed(NamedTuple):
@@ -53,18 +54,14 @@ class _Work(NamedTuple):
     weights: Mapping[str, int]
     head: tuple[str, int]
     nbytes: Mapping[str, int]
-    vectors: int
 
     @classmethod
     def of(cls, model: Planned) -> _Work:
-        weights, nbytes, vectors = dict[str, int](), dict[str, int](), 0
+        weights, nbytes = dict[str, int](), dict[str, int]()
         head = ("16", 0)
         tied = model.config.text.tie_word_embeddings
         for spec, _ in model.storage():
-            if spec.part is not Part.TEXT:
-                continue
-            if not spec.is_matrix:
-                vectors += 4 * spec.size
+            if spec.part is not Part.TEXT or not spec.is_matrix:
                 continue
             is_head = spec.name == ("embed_tokens.weight" if tied else "lm_head.weight")
             if spec.role is Role.EMBEDDING and not is_head:
@@ -76,7 +73,7 @@ class _Work(NamedTuple):
                 head = kind, spec.size
             else:
                 weights[kind] = weights.get(kind, 0) + spec.size
-        return cls(weights, head, nbytes, vectors)
+        return cls(weights, head, nbytes)
 
 
 def _kind(bits: float) -> str:
@@ -85,19 +82,17 @@ def _kind(bits: float) -> str:
 
 
 def _token_seconds(work: _Work, c: TextConfig, ops: Ops[Any, Any], facts: Facts, position: int) -> float:
-    memory = facts.memory_rate
     products = sum(nbytes / _rate(facts.weights, kind) for kind, nbytes in work.nbytes.items())
-    states = (2 * ops.state_nbytes(c) + work.vectors) / memory
-    keys = ops.kv_nbytes(c, position) / memory
     attention = _attention_macs(c) * position / _rate(facts.attention, ops.kv_dtype)
-    return products + states + max(keys, attention) + _delta_entries(c) / facts.delta
+    beside = len(c.layer_types) / facts.layers + 1 / facts.tokens
+    return products + delta_entries(c) / facts.delta + attention + beside
 
 
 def _prompt_seconds(work: _Work, c: TextConfig, ops: Ops[Any, Any], facts: Facts, tokens: int) -> float:
     chunk = min(tokens, prefill_chunk(c, ops))
     each = sum(size / _rate(facts.products, kind) for kind, size in work.weights.items())
     each += _attention_macs(c) * (tokens + 1) / 2 / _rate(facts.prompt_attention, ops.kv_dtype)
-    each += _delta_entries(c) / facts.prompt_delta + values_per_token(c) / facts.values
+    each += delta_entries(c) / facts.prompt_delta + values_per_token(c) / facts.values
     kind, size = work.head
     read = sum(nbytes / _rate(facts.weights, kind) for kind, nbytes in work.nbytes.items())
     head = work.nbytes.get(kind, 0) / _rate(facts.weights, kind) if size else 0.0
@@ -115,7 +110,8 @@ def _attention_macs(c: TextConfig) -> int:
     return 2 * c.attention_dim * c.layer_types.count("full_attention")
 
 
-def _delta_entries(c: TextConfig) -> int:
+def delta_entries(c: TextConfig) -> int:
+    """Entries of the DeltaNet states, all of which a token updates."""
     heads = c.linear_num_value_heads * c.layer_types.count("linear_attention")
     return heads * c.linear_value_head_dim * c.linear_key_head_dim
 

@@ -12,13 +12,14 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import NamedTuple
 
 from edgeq.inputs import read_text
 
 __all__ = [
     "Medium",
+    "Neighbours",
     "Swap",
     "core_speeds",
     "governors",
@@ -104,6 +105,38 @@ def _firmware_bits(root: Path) -> int | None:
     with suppress(ValueError):
         return None if text is None else int(text, 16)
     return None
+
+
+class Neighbours:
+    """Other programs, while a block runs.
+
+    load: processors that they kept busy on average, of those that this process may use: from Linux's /proc/stat; what
+    the average of the last minute was when the block began where there is none.
+    """
+
+    def __init__(self, root: Path = _ROOT) -> None:
+        self._root, self.load = root, 0.0
+
+    def __enter__(self) -> Neighbours:
+        self._before, self._started = self._others(), perf_counter()
+        self.load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        now, seconds = self._others(), perf_counter() - self._started
+        if now is not None and self._before is not None and seconds:
+            self.load = max(0.0, (now - self._before) / seconds)
+
+    def _others(self) -> float | None:
+        """Seconds of the processors that were idle for nobody, less this process's own."""
+        usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set[int]()
+        busy = list[int]()
+        for line in (_read(self._root / "proc/stat") or "").splitlines():
+            name, *words = line.split()
+            if name[:3] == "cpu" and name[3:].isdigit() and int(name[3:]) in usable and len(words) >= 8:
+                user, nice, kernel, _, _, *interrupts = map(int, words[:8])  # between them idle, and waiting for disks
+                busy.append(user + nice + kernel + sum(interrupts))
+        return sum(busy) / os.sysconf("SC_CLK_TCK") - process_time() if busy else None
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
