@@ -388,7 +388,12 @@ def test_clocks_do_not_matter_in_a_watched_folder(
 ) -> None:
     """A file from tomorrow is answered, and once; so is one of yesterday in its place; one that grows waits."""
     asked = list[str]()
-    monkeypatch.setattr(assistant.Assistant, "ask", lambda self, text: (asked.append(text), text.upper())[1])
+
+    def ask(_: object, text: str) -> str:
+        asked.append(text)
+        return text.upper()
+
+    monkeypatch.setattr(assistant.Assistant, "ask", ask)
     question, answer, now = tmp_path / "q.txt", tmp_path / "q.txt.answer.txt", time.time()
     for text, day in (("tomorrow", 1), ("yesterday", -1)):
         os.utime(put(question, text), (now + 86400 * day,) * 2)
