@@ -107,7 +107,9 @@ def test_a_program_that_never_ends(path: Path) -> None:
     sleep = shutil.which("sleep", path=os.defpath)
     slow = program(path / "slow", f"{sleep} 60 & echo $! >{path}/pid; wait")
     with pytest.raises(TimeoutError, match="slow did not end"):
-        ask_program(str(slow), seconds=0.3)
+        ask_program(str(slow), seconds=0.5)
+    if not (path / "pid").exists():  # the machine is busy: it was ended before it had started anything
+        return
     child = Path(f"/proc/{(path / 'pid').read_text().strip()}/stat")
     for _ in range(100):
         if not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z":

@@ -23,8 +23,8 @@ from edgeq.generate.settings import GenerationSettings
 
 __all__ = ["Sampler"]
 
-# Columns that the vocabulary is laid out in when its k largest entries are looked for: a maximum of each is a maximum of
-# rows, which NumPy takes four times as fast as one along a row.
+# Columns that the vocabulary is laid out in when its k largest entries are looked for: NumPy finds the largest of each
+# column four times as fast as that of each row.
 _COLUMNS = 1024
 
 
