@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -19,6 +21,8 @@ from board_tools import Board, Pins
 
 import edgeq
 from edgeq.errors import EdgeqError, UsageError
+from edgeq.machine import system
+from edgeq.machine.programs import ask_program
 
 TOOLS = Path(__file__).parent.parent / "tools"
 DEMO_PICTURE = Path(edgeq.__file__).parent / "demo" / "picture.png"
@@ -74,11 +78,44 @@ def test_sensors(root: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert said == {"cpu_temperature_celsius": 61.2, "load_percent": 25, "memory_free_percent": 25}
 
 
-@pytest.mark.parametrize(("bits", "throttled"), [("0x0", False), ("0x50000", False), ("0x50005", True)])
-def test_throttling(root: Path, path: Path, bits: str, throttled: bool) -> None:
+@pytest.mark.parametrize(("bits", "throttled"), [("0", False), ("50000", False), ("50005", True)])
+def test_throttling(root: Path, bits: str, throttled: bool) -> None:
     """What happened since the board was started does not count, only what is now."""
-    program(path / "vcgencmd", f"echo throttled={bits}")
+    put(root / "sys/devices/platform/soc/soc:firmware/get_throttled", bits)
     assert read(Board(root=root, disk=root))["throttled"] is throttled
+
+
+@pytest.mark.skipif(system.firmware_bits() is not None, reason="a Raspberry Pi's kernel says it")
+@pytest.mark.parametrize(
+    ("script", "bits"),
+    [
+        ("echo throttled=0x50005", 0x50005),
+        ("echo VCHI initialization failed; exit 1", None),
+        ("printf '\\377\\376=\\0'", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_the_firmwares_program(path: Path, script: str | None, bits: int | None) -> None:
+    if script is not None:
+        program(path / "vcgencmd", script)
+    assert system.firmware_bits() == bits
+
+
+def test_a_program_that_never_ends(path: Path) -> None:
+    """What it has started ends with it, though that holds its output open."""
+    sleep = shutil.which("sleep", path=os.defpath)
+    slow = program(path / "slow", f"{sleep} 60 & echo $! >{path}/pid; wait")
+    with pytest.raises(TimeoutError, match="slow did not end"):
+        ask_program(str(slow), seconds=0.5)
+    if not (path / "pid").exists():  # the machine is busy: it was ended before it had started anything
+        return
+    child = Path(f"/proc/{(path / 'pid').read_text().strip()}/stat")
+    for _ in range(100):
+        if not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.02)
+    pytest.fail("what it had started lives on")
 
 
 def test_sensors_that_are_not_there(root: Path, path: Path) -> None:
@@ -131,6 +168,14 @@ def test_pins_where_there_are_none(capsys: pytest.CaptureFixture[str], monkeypat
     board = assistant.board_of(args)
     assert capsys.readouterr().err == "[no GPIO pins: gpiozero is not installed (pip install gpiozero)]\n"
     assert [tool["function"]["name"] for tool in board.tools] == ["read_board", "get_time"]
+    with pytest.raises(UsageError, match="gpiozero"):
+        assistant.board_of(assistant.options().parse_args(["demo", "--switch", "17"]))
+
+
+@pytest.mark.parametrize("pin", ["99", "-1", "40"])
+def test_a_pin_that_no_board_has_is_not_switched(pin: str) -> None:
+    with pytest.raises(UsageError, match=f"--switch {pin}: this board has no such GPIO pin"):
+        assistant.board_of(assistant.options().parse_args(["demo", "--mock-pins", "--switch", "17", "--switch", pin]))
 
 
 # --- the assistant ----------------------------------------------------------------------------------------------------
@@ -186,6 +231,63 @@ def test_each_model_has_its_conversation(tmp_path: Path, helper: assistant.Assis
     with pytest.raises(EdgeqError, match="made with another model") as refused:
         assistant.Assistant(other, Board(), mine)
     assert "--new" in str(refused.value.hint)
+
+
+def test_switching_is_used_or_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The demo model knows no pins, and a conversation keeps the tools that it began with."""
+    switch = ["--mock-pins", "--switch", "17"]
+    assert assistant.main(["demo", *switch, "--ask", "Switch pin 17 on."]) == 2
+    assert "the demo model switches no pins" in capsys.readouterr().err
+
+    monkeypatch.setattr(assistant.Assistant, "_options", lambda self: {"tools": self.board.tools, "temperature": 0.0})
+    session = ["--session", str(tmp_path / "talk.eqs"), "--ask", "What is 2 + 3?"]
+    assert assistant.main(["demo", "--mock-pins", *session]) == 0
+    assert assistant.main(["demo", *switch, *session]) == 2
+    assert "the conversation began with read_board, get_time, read_pin (add --new)" in capsys.readouterr().err
+    assert assistant.main(["demo", *switch, "--new", *session]) == 0
+    assert assistant.main(["demo", *switch, *session]) == 0
+    assert "it keeps the tools" not in capsys.readouterr().err
+    assert assistant.main(["demo", "--mock-pins", *session]) == 0
+    assert "it keeps the tools that it began with, read_board, get_time, read_pin, set_pin" in capsys.readouterr().err
+
+
+def test_one_assistant_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two would take turns at replacing what the other has saved."""
+    session = tmp_path / "new/talk.eqs"
+    words = ["demo", "--session", str(session), "--ask", "Hello!"]
+    with assistant.held(session):
+        assert assistant.main(words) == 2
+        assert "another assistant is in the conversation" in capsys.readouterr().err
+        assert not session.exists()
+    assert assistant.main(words) == 0
+    assert [*session.parent.iterdir()] == [session]
+
+
+def in_locale(script: str, *words: str | Path, given: bytes = b"", **variables: str) -> bytes:
+    """What a script prints that has the assistant, in another environment."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys, assistant\n{script}", *words], input=given, capture_output=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | variables,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_characters_that_the_locale_has_not(tmp_path: Path) -> None:
+    """They are shown as "?"; files are UTF-8 in any locale."""
+    echo = 'assistant.Assistant.ask = lambda self, text: print(text, "\\N{GRINNING FACE}")\nassistant.main(["demo"])'
+    assert in_locale(echo, given=b"caf\xe9\n", PYTHONIOENCODING="ascii") == b"caf? ?\n"
+
+    question = put(tmp_path / "q.txt", "Ärger 😀")
+    answer = """
+assistant.Assistant.begin = lambda self: None
+assistant.Assistant.ask = lambda self, text: text
+assistant.watch(assistant.Assistant(None, None), assistant.Path(sys.argv[1]), None, looks=2, pause=0)
+"""
+    in_locale(answer, tmp_path, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert assistant.answer_of(question, "txt").read_text(encoding="utf-8") == "Ärger 😀\n"
 
 
 def test_a_session_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,6 +354,10 @@ def test_a_camera(
         assistant.obey(helper, "/look")
 
 
+def look_twice(helper: assistant.Assistant, folder: Path, kind: str | None = None) -> None:
+    assistant.watch(helper, folder, kind, looks=2, pause=0)
+
+
 def test_a_watched_folder(helper: assistant.Assistant, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every file is answered once, the oldest first; again when it was changed; what cannot be read says why."""
     helper.begin()
@@ -260,26 +366,64 @@ def test_a_watched_folder(helper: assistant.Assistant, tmp_path: Path, capsys: p
     put(folder / "b.txt", "What is 2 + 3?\n")
     put(folder / "broken.jpg", "no picture")
     put(folder / "notes.md", "not for us")
-    put(folder / "fresh.txt", "still being written")
     now = time.time()
     for age, name in enumerate(("broken.jpg", "b.txt", "a.png")):
         os.utime(folder / name, (now - 10 - age,) * 2)
-    os.utime(folder / "fresh.txt", (now + 60,) * 2)
     assert [file.name for file in assistant.unanswered(folder)] == ["a.png", "b.txt", "broken.jpg"]
 
-    assistant.watch(helper, folder, None, forever=False)
+    look_twice(helper, folder)
     assert (folder / "b.txt.answer.txt").read_text() == "2 + 3 = 5.\n"
     assert (folder / "a.png.answer.txt").read_text().strip()
     assert (folder / "broken.jpg.answer.txt").read_text().startswith("error: ")
     assert len(helper.chat.turns) == 1  # a picture is a conversation of its own
-    assert assistant.unanswered(folder) == []
+    assert assistant.unanswered(folder) == {}
     assert not list(folder.glob(".*"))
 
-    for answer in folder.glob("*.answer.*"):
-        os.utime(answer, (now - 60,) * 2)
+    os.utime(folder / "a.png", (now, now))
     (folder / "broken.jpg").unlink()
-    assistant.watch(helper, folder, "meter", forever=False)
+    look_twice(helper, folder, "meter")
     assert set(json.loads((folder / "a.png.answer.json").read_text())) == {"kind", "reading", "unit"}
+
+
+def test_clocks_do_not_matter_in_a_watched_folder(
+    helper: assistant.Assistant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file from tomorrow is answered, and once; so is one of yesterday in its place; one that grows waits."""
+    asked = list[str]()
+
+    def ask(_: object, text: str) -> str:
+        asked.append(text)
+        return text.upper()
+
+    monkeypatch.setattr(assistant.Assistant, "ask", ask)
+    question, answer, now = tmp_path / "q.txt", tmp_path / "q.txt.answer.txt", time.time()
+    for text, day in (("tomorrow", 1), ("yesterday", -1)):
+        os.utime(put(question, text), (now + 86400 * day,) * 2)
+        for _ in range(2):
+            look_twice(helper, tmp_path)
+            assert answer.read_text() == f"{text.upper()}\n"
+    assert asked == ["tomorrow", "yesterday"]
+
+    lengths = iter(range(1, 10))
+    monkeypatch.setattr(time, "sleep", lambda _: put(question, "x" * next(lengths)))
+    assistant.watch(helper, tmp_path, None, looks=5)
+    assert asked == ["tomorrow", "yesterday"]
+
+
+def test_a_folder_without_room(
+    helper: assistant.Assistant, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be answered is not asked again and again."""
+    monkeypatch.setattr(assistant.Assistant, "ask", lambda self, text: (_ for _ in ()).throw(EdgeqError("no room")))
+
+    def full(*_: Any) -> None:
+        raise EdgeqError("the disk is full")
+
+    monkeypatch.setattr(assistant, "write", full)
+    put(tmp_path / "q.txt", "?")
+    assistant.watch(helper, tmp_path, None, looks=6, pause=0)
+    said = capsys.readouterr().err
+    assert said.count("[q.txt]") == said.count("no room") == said.count("the disk is full") == 1
 
 
 @pytest.mark.parametrize(
@@ -320,9 +464,9 @@ def test_wrong_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def start(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """tools/pi/start with an edgeq of shell that writes down what it was asked; {name: what it does}."""
 
-    def run(*words: str, **programs: str) -> subprocess.CompletedProcess[str]:
+    def run(*words: str, folder: str = "venv", **programs: str) -> subprocess.CompletedProcess[str]:
         log = tmp_path / "log"
-        binaries = tmp_path / "venv/bin"
+        binaries = tmp_path / folder / "bin"
         scripts = {
             "edgeq": "true",
             "python": f'case $1 in -P) exec "{sys.executable}" "$@" ;; esac',
@@ -376,8 +520,10 @@ def test_start_without_a_network(start: Start) -> None:
 @pytest.mark.parametrize(
     ("words", "words_said", "code"),
     [
-        (["--memory", "much"], "--memory must be a size such as 1.5G, got much", 2),
+        (["--memory", "much"], "--memory must be a size such as 1.5G, or none, got much", 2),
         (["--memory"], "--memory needs a value", 2),
+        (["--home", ""], "--home needs a value", 2),
+        (["--home", "two\nlines"], "must be one line each", 2),
         (["--context", "abc"], "--context must be a number of tokens, got abc", 2),
         (["--fast"], "there is no option --fast", 2),
         (["--memory", "100M"], "no model fits 100000000 bytes with a context of 4096 tokens", 3),
@@ -389,20 +535,107 @@ def test_start_refuses(start: Start, words: list[str], words_said: str, code: in
     assert words_said in done.stderr.splitlines()[-1]
 
 
-def test_start_as_a_service(start: Start, tmp_path: Path) -> None:
-    """The unit's MemoryMax is --memory, in bytes."""
-    done = start("--service", "--memory", "1GiB", "--model", "demo", systemctl="true", loginctl="true")
+def test_start_without_a_limit(start: Start) -> None:
+    """The size is picked for the memory that is free."""
+    done = start("--memory", "none", systemd_run="true")
+    assert done.returncode == 0, done.stderr
+    fit = next(line for line in done.args if line.startswith("edgeq fit"))
+    assert int(fit.rpartition(" ")[2]) > 1_000_000
+    assert " --memory none --context 4096 " in done.args[-1]
+    assert not any(line.startswith("systemd_run") for line in done.args)
+    assert "bound memory" not in done.stderr
+
+
+def words_of_unit(unit: str) -> list[str]:
+    """The words of ExecStart, as systemd.service(5) and systemd.syntax(7) read them."""
+    command = next(line for line in unit.splitlines() if line.startswith("ExecStart=")).partition("=")[2]
+    words = re.findall(r'"((?:[^"\\]|\\.)*)"|(\S+)', command)
+    return [re.sub(r"\\(.)", r"\1", quoted or plain).replace("%%", "%").replace("$$", "$") for quoted, plain in words]
+
+
+@pytest.mark.parametrize("odd", ["home", 'it\'s "50 %" & $HOME\\n|ä'])
+def test_start_as_a_service(start: Start, tmp_path: Path, odd: str) -> None:
+    """The unit's MemoryMax is --memory, in bytes; odd names and the assistant's options reach it as they are."""
+    words = ["--home", odd, "--memory", "1GiB", "--model", "demo"]
+    done = start("--service", *words, "--", "--read", "meter", folder=f"venv {odd}", systemctl="true", loginctl="true")
     assert done.returncode == 0, done.stderr
     unit = (tmp_path / ".config/systemd/user/edgeq-assistant.service").read_text()
     assert f"MemoryMax={1 << 30}\n" in unit
-    assert f"--memory {1 << 30} --context 4096" in unit
+    assert words_of_unit(unit) == [
+        "/usr/bin/env", f"{tmp_path}/venv {odd}/bin/python", "-u", str(TOOLS / "pi/assistant.py"), "demo",
+        "--memory", str(1 << 30), "--context", "4096", "--sessions", f"{tmp_path}/{odd}/conversations/inbox",
+        "--watch", f"{tmp_path}/{odd}/inbox", "--read", "meter",
+    ]  # fmt: skip
     assert "@" not in unit.partition("[Unit]")[2]
     assert "systemctl --user restart edgeq-assistant" in done.args
 
-    done = start("--service", "--model", "demo")
+    done = start("--service", *words)
     assert done.returncode == 1
-    assert "there is no systemd" in done.stderr.splitlines()[-1]
-    assert "assistant.py demo --memory" in done.stderr.splitlines()[-1]
+    said, _, command = done.stderr.splitlines()[-1].partition("run: ")
+    assert "there is no systemd" in said
+    assert shlex.split(command)[1:6] == [str(TOOLS / "pi/assistant.py"), "demo", "--memory", str(1 << 30), "--context"]
+    assert shlex.split(command)[-1] == f"{tmp_path}/{odd}/inbox"
+
+
+def test_a_service_without_a_limit_or_with_options_that_are_none(start: Start, tmp_path: Path) -> None:
+    unit = tmp_path / ".config/systemd/user/edgeq-assistant.service"
+    done = start("--service", "--model", "demo", "--", "--ask", "Hello!", systemctl="true", loginctl="true")
+    assert done.returncode == 2
+    assert "not allowed with argument" in done.stderr.splitlines()[-1]
+    assert not unit.exists()
+    assert start("--service", "--model", "demo", "--memory", "none", systemctl="true", loginctl="true").returncode == 0
+    assert "MemoryMax=infinity\n" in unit.read_text()
+    assert words_of_unit(unit.read_text())[5:7] == ["--memory", "none"]
+
+
+def test_uninstalling(tmp_path: Path) -> None:
+    """The service and edgeq go; what the user has made stays, and where that is is said."""
+    tools, home = tmp_path / "check out/tools/pi", tmp_path / "my home"
+    shutil.copytree(TOOLS / "pi", tools)
+    unit = put(tmp_path / ".config/systemd/user/edgeq-assistant.service", "")
+    put(tools.parents[1] / ".venv/bin/edgeq", "")
+    kept = put(home / "conversations/demo.eqs", "mine")
+    log = tmp_path / "log"
+    program(tmp_path / "bin/systemctl", f'echo "$*" >>"{log}"')
+    done = subprocess.run(
+        ["sh", tools / "start", "--uninstall", "--home", home], capture_output=True, text=True,
+        env={"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert log.read_text().splitlines()[0] == "--user disable --quiet --now edgeq-assistant"
+    assert not unit.exists()
+    assert not (tools.parents[1] / ".venv").exists()
+    assert kept.read_text() == "mine"
+    assert f"rm -r '{home}' " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("programs", "words", "code"),
+    [
+        ({"getconf": "echo 32"}, "this system has 32 bits and edgeq needs 64", 2),
+        (
+            {"python3": "case $1 in --version) echo Python 3.10.12 ;; *) exit 1 ;; esac"},
+            "3.11 or newer, Python 3.10.12",
+            2,
+        ),
+        ({"PYTHON": "python9.9"}, "there is no python9.9", 2),
+        ({"python3": 'case "$*" in *venv*) exit 1 ;; esac'}, "not installed: python3-venv", 1),
+        ({"python3": "true", "flock": "exit 1"}, "another tools/pi/start is installing edgeq here", 1),
+    ],
+)
+def test_machines_that_cannot_install(tmp_path: Path, programs: dict[str, str], words: str, code: int) -> None:
+    """Nothing is changed, and one line says what to do."""
+    shutil.copytree(TOOLS / "pi", tmp_path / "tools/pi")
+    binaries = tmp_path / "bin"
+    for name, script in ({"apt-get": "exit 100", "id": "echo 0"} | programs).items():
+        program(binaries / name, script)
+    done = subprocess.run(
+        ["sh", tmp_path / "tools/pi/start"], capture_output=True, text=True,
+        env={"PATH": f"{binaries}:/usr/bin:/bin", "HOME": str(tmp_path), "PYTHON": programs.get("PYTHON", "")},
+    )  # fmt: skip
+    assert done.returncode == code
+    assert words in done.stderr.splitlines()[-1]
+    assert not (tmp_path / ".venv").exists()
 
 
 def test_start_under_the_systems_limit(start: Start) -> None:

@@ -23,8 +23,9 @@ from edgeq.generate.settings import GenerationSettings
 
 __all__ = ["Sampler"]
 
-# Entries whose maximum is taken together when the k largest of the vocabulary are looked for.
-_BLOCK = 256
+# Columns that the vocabulary is laid out in when its k largest entries are looked for: NumPy finds the largest of each
+# column four times as fast as that of each row.
+_COLUMNS = 1024
 
 
 class Sampler:
@@ -50,7 +51,7 @@ class Sampler:
         self._counts = np.zeros(vocab_size, dtype=np.int32)  # of each token in this reply
         self._penalty = np.zeros(vocab_size, dtype=np.float32)  # presence + frequency * count, where count > 0
         self._seen = np.zeros(vocab_size, dtype=np.bool_)  # in the prompt or the reply
-        self._scores = np.full((-(-vocab_size // _BLOCK), _BLOCK), -np.inf, dtype=np.float32)
+        self._scores = np.full((-(-vocab_size // _COLUMNS), _COLUMNS), -np.inf, dtype=np.float32)
         self._flat = self._scores.reshape(-1)[:vocab_size]
 
     def observe_prompt(self, ids: Sequence[int]) -> None:
@@ -77,7 +78,7 @@ class Sampler:
         scores = self._penalized(logits, allowed)
         if self.settings.temperature == 0:
             return int(np.argmax(scores))
-        ids, probabilities = self._distribution(self._in_blocks(scores))
+        ids, probabilities = self._distribution(self._in_columns(scores))
         cumulative = np.cumsum(probabilities)
         at = self._random.random() * cumulative[-1]
         self.drawn += 1
@@ -94,7 +95,7 @@ class Sampler:
         scores = self._penalized(logits, allowed)
         if self.settings.temperature == 0:
             return np.array([np.argmax(scores)], dtype=np.int64), np.ones(1)
-        return self._distribution(self._in_blocks(scores))
+        return self._distribution(self._in_columns(scores))
 
     def _penalized(self, logits: NDArray[np.float32], allowed: NDArray[np.bool_] | None) -> NDArray[np.float32]:
         """Scores of the tokens [V]: logits with bias and penalties, -inf for what cannot be drawn.
@@ -114,8 +115,8 @@ class Sampler:
             scores = np.where(allowed, scores, np.float32(-np.inf))
         return scores
 
-    def _in_blocks(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Scores [V] as [blocks, _BLOCK], flat index = token id, -inf behind the last."""
+    def _in_columns(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Scores [V] as [rows, _COLUMNS], flat index = token id, -inf behind the last."""
         if scores is not self._flat:
             self._flat[:] = scores
         return self._scores
@@ -138,7 +139,7 @@ class Sampler:
         return scores
 
     def _distribution(self, scores: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Temperature, top-k, top-p and min-p over scores [blocks, _BLOCK]: ids, ascending, and probabilities.
+        """Temperature, top-k, top-p and min-p over scores [rows, _COLUMNS]: ids, ascending, and probabilities.
 
         Top-k comes first here, as it is the same before and after the temperature, and leaves little to compute.
         """
@@ -152,16 +153,22 @@ class Sampler:
 
 
 def _largest(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    """Flat indices, ascending, of the k largest entries of scores [blocks, _BLOCK], and of all that tie with the last.
+    """Flat indices, ascending, of the k largest entries of scores [rows, columns], and of all that tie with the last.
 
-    k = 0 means all but -inf. The k-th largest of the blocks' maxima is no larger than the k-th largest entry, so it
-    sorts out nearly everything in two passes over the vocabulary: ten times faster than np.partition on all of it.
+    k = 0 means all but -inf. The k-th largest of the columns' maxima is no larger than the k-th largest entry, so only
+    the columns that reach it have any: one pass over the vocabulary, where np.partition takes ten times as long.
     """
     flat = scores.reshape(-1)
     if not 0 < k < flat.size:
         return np.flatnonzero(flat > -np.inf)
-    floor = _kth_largest(scores.max(axis=1), k) if k <= len(scores) else np.float32(-np.inf)
-    candidates = np.flatnonzero(flat >= floor if floor > -np.inf else flat > -np.inf)  # the latter: few are allowed
+    tops = scores.max(axis=0)
+    floor = _kth_largest(tops, k) if k <= len(tops) else np.float32(-np.inf)
+    if floor == -np.inf:  # few are allowed
+        candidates = np.flatnonzero(flat > -np.inf)
+    else:
+        columns = np.flatnonzero(tops >= floor)
+        row, column = np.nonzero(scores[:, columns] >= floor)
+        candidates = row * scores.shape[1] + columns[column]
     if len(candidates) <= k:
         return candidates
     return candidates[flat[candidates] >= _kth_largest(flat[candidates], k)]

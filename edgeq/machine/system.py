@@ -8,7 +8,6 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,12 +15,14 @@ from time import perf_counter, process_time
 from typing import NamedTuple
 
 from edgeq.inputs import read_text
+from edgeq.machine.programs import ask_program
 
 __all__ = [
     "Medium",
     "Neighbours",
     "Swap",
     "core_speeds",
+    "firmware_bits",
     "governors",
     "huge_pages",
     "medium_of",
@@ -86,7 +87,7 @@ def temperatures(root: Path = _ROOT) -> dict[str, float]:
 
 def throttling(root: Path = _ROOT) -> list[str] | None:
     """What slows, or has slowed, the processor down; None where the system does not tell."""
-    if (bits := _firmware_bits(root)) is not None:
+    if (bits := firmware_bits(root)) is not None:
         return [text for bit, text in _THROTTLED.items() if bits >> bit & 1]
     counts = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/core_throttle_count")
     times = [int(text) for path in counts if (text := _read(path)) and text.isdigit()]
@@ -95,13 +96,14 @@ def throttling(root: Path = _ROOT) -> list[str] | None:
     return [f"it has been throttled {sum(times)} times since it was started"] if any(times) else []
 
 
-def _firmware_bits(root: Path) -> int | None:
-    """The Raspberry Pi's word about throttling: from the kernel, or from its own program."""
+def firmware_bits(root: Path = _ROOT) -> int | None:
+    """The Raspberry Pi's word about throttling, from the kernel or from its own program: bits 0 to 3 say what is now
+    (too little voltage, capped, throttled, near the limit), bits 16 to 19 what has been; None where it says nothing.
+    """
     text = _read(root / "sys/devices/platform/soc/soc:firmware/get_throttled")
     if text is None and root == _ROOT and (program := shutil.which("vcgencmd")):
-        with suppress(OSError, subprocess.SubprocessError):
-            done = subprocess.run([program, "get_throttled"], capture_output=True, text=True, timeout=3, check=True)
-            text = done.stdout.strip().rpartition("=")[2]
+        with suppress(OSError):
+            text = ask_program(program, "get_throttled", seconds=3).out.strip().rpartition("=")[2]
     with suppress(ValueError):
         return None if text is None else int(text, 16)
     return None

@@ -20,13 +20,14 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from hashlib import sha256
+from io import TextIOWrapper
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ from board_tools import Board, Pins
 
 import edgeq
 from edgeq.errors import EdgeqError, UsageError
+from edgeq.files import new_file
+from edgeq.files.lock import Lock
+from edgeq.machine.programs import ask_program
 from edgeq.session.identity import model_identity
 
 SYSTEM = (
@@ -62,16 +66,37 @@ class Assistant:
             except EdgeqError as error:
                 error.hint = f"{error.hint}; or begin anew with --new" if error.hint else "begin anew with --new"
                 raise
-            tell(f"going on with {session}: {count(len(self.chat.turns), 'turn')}")
+            tell(f"going on with {session}: {number(len(self.chat.turns), 'turn')}")
+            if (told := self.tools) != (now := self._options()["tools"]):
+                tell(
+                    f"it keeps the tools that it began with, {names(told)}; a new one has {names(now)}: --new, or /new"
+                )
         else:
             self.begin()
 
     def begin(self) -> None:
         """Begin a new conversation; the old one's file is replaced after the first turn."""
-        options: dict[str, Any] = {"tools": self.board.tools, "system": SYSTEM}
+        self.chat = self.model.chat(thinking=False, overflow="shift", **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        """What a new conversation begins with."""
         if self.model.vocab_size < 10_000:  # the demo model was taught no system prompt, and mixes up more tools
-            options = {"tools": self.board.tools[:2], "temperature": 0.0}
-        self.chat = self.model.chat(thinking=False, overflow="shift", **options)
+            return {"tools": self.board.tools[:2], "temperature": 0.0}
+        return {"tools": self.board.tools, "system": SYSTEM}
+
+    @property
+    def tools(self) -> list[Mapping[str, Any]]:
+        """The tools that the model was told of when the conversation began."""
+        return list(self.chat.snapshot().settings.tools or ())
+
+    def check_switch(self) -> None:
+        """UsageError unless the model was told of the pins that it may switch."""
+        for tool in self.board.tools:
+            if tool["function"]["name"] != "set_pin" or tool in self.tools:
+                continue
+            if tool in self._options()["tools"]:
+                raise UsageError(f"--switch: the conversation began with {names(self.tools)}", hint="add --new")
+            raise UsageError("--switch: the demo model switches no pins", hint="give another MODEL")
 
     def ask(self, text: str, *pictures: Path | bytes) -> str:
         """Say something, answer the tool calls that come, and save; the answer, which was printed as it came."""
@@ -123,6 +148,31 @@ def session_of(model: edgeq.Model, folder: Path) -> Path:
     return folder / f"{name}-{sha256(identity.encode()).hexdigest()[:8]}.eqs"
 
 
+@contextmanager
+def held(session: Path | None) -> Iterator[None]:
+    """Keep a second assistant away from a conversation: the turns of the one would replace the other's."""
+    lock = None
+    if session is not None:
+        file = session.with_name(f".{session.name}.lock")
+        with suppress(OSError):  # where nothing can be written, saving says so
+            session.parent.mkdir(parents=True, exist_ok=True)
+            lock = Lock(file)
+    if session is None or lock is None:
+        yield
+        return
+    with closing(lock):
+        if lock.state == "taken":
+            raise UsageError(
+                f"another assistant is in the conversation {session}",
+                hint="end that one, or have another conversation with --session FILE",
+            )
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                file.unlink()
+
+
 def spoken(reply: edgeq.Reply) -> str:
     """Print an answer as it comes. Ctrl-C ends it; what was said stays in the conversation."""
     try:
@@ -146,15 +196,19 @@ def tell(text: str) -> None:
     print(f"[{shown(text)}]", file=sys.stderr, flush=True)
 
 
-def count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def names(tools: Iterable[Mapping[str, Any]]) -> str:
+    return ", ".join(tool["function"]["name"] for tool in tools) or "none"
+
+
+def number(of: int, what: str) -> str:
+    return f"{of} {what}{'' if of == 1 else 's'}"
 
 
 def schema_of(kind: str) -> dict[str, Any]:
     """The schema of a kind that comes along, or of a file."""
     file = SCHEMAS / f"{kind}.json" if kind in kinds() else Path(kind)
     try:
-        schema = json.loads(file.read_text())
+        schema = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(
             f"there is no schema {kind}: {error.strerror}", hint=f"choose {', '.join(kinds())}, or give a JSON file"
@@ -197,11 +251,11 @@ def photo(file: Path) -> Path:
         )
     size = ["--width", "1296", "--height", "972"]
     try:
-        took = subprocess.run([camera, "-n", "-t", "500", *size, "-o", str(file)], capture_output=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        took = ask_program(camera, "-n", "-t", "500", *size, "-o", str(file), seconds=30)
+    except OSError as error:
         raise UsageError(f"the camera took no picture: {error}", hint="try `rpicam-hello`") from None
-    if took.returncode or not file.exists():
-        said = took.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {took.returncode}"]
+    if took.code or not file.exists():
+        said = took.errors.strip().splitlines() or [f"exit status {took.code}"]
         raise UsageError(f"the camera took no picture: {said[-1]}", hint="try `rpicam-hello`")
     return file
 
@@ -256,8 +310,11 @@ def read_out(assistant: Assistant, kind: str, name: str | None = None) -> None:
         print(json.dumps(assistant.read(kind, picture), ensure_ascii=False))
 
 
-def watch(assistant: Assistant, folder: Path, kind: str | None, *, forever: bool = True) -> None:
-    """Answer what is put into a folder: NAME gets NAME.answer.txt, or NAME.answer.json where a kind is to be read."""
+def watch(assistant: Assistant, folder: Path, kind: str | None, *, looks: int | None = None, pause: float = 1) -> None:
+    """Answer what is put into a folder: NAME gets NAME.answer.txt, or NAME.answer.json where a kind is to be read.
+
+    A file that is the same at two looks, `pause` seconds apart, is whole. looks: how many there are; None never ends.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -266,29 +323,29 @@ def watch(assistant: Assistant, folder: Path, kind: str | None, *, forever: bool
         raise UsageError(f"{folder} cannot be written to", hint="answers go there: give a folder of your own")
     if kind is not None:
         schema_of(kind)
-    unanswerable = set[Path]()
     tell(f"watching {folder} for pictures and questions (*.txt)")
-    while True:
-        for file in unanswered(folder):
-            if file in unanswerable:
-                continue
-            tell(file.name)
-            try:
-                answer_file(assistant, file, kind)
-            except (EdgeqError, OSError) as error:
-                tell(one_line(error))
-                try:
-                    write(answer_of(file, "txt"), one_line(error))
-                except EdgeqError:  # no room, say: it is not asked again and again
-                    unanswerable.add(file)
-        if not forever:
-            return
-        time.sleep(1)
+    before, tried = dict[Path, Version](), dict[Path, Version]()
+    for look in count() if looks is None else range(looks):
+        if look:
+            time.sleep(pause)
+        now = unanswered(folder)
+        for file, version in now.items():
+            if before.get(file) == version and tried.get(file) != version:
+                tried[file] = version  # where there is no room for an answer, say: it is not asked again and again
+                answer_file(assistant, file, version, kind)
+        before = now
 
 
-def unanswered(folder: Path) -> list[Path]:
-    """Files without an answer that is newer, and that nobody has written to for a second; the oldest first."""
-    found = list[tuple[float, Path]]()
+Version = tuple[int, int]
+"""When a file was written, in nanoseconds by the clock of whoever wrote it, and its size."""
+
+
+def unanswered(folder: Path) -> dict[Path, Version]:
+    """The files that have no answer, the oldest first.
+
+    An answer has the time of what it answers: a Raspberry Pi has no clock while it is off, so later may be earlier.
+    """
+    found = dict[Path, Version]()
     try:
         files = list(folder.iterdir())
     except OSError as error:
@@ -296,43 +353,48 @@ def unanswered(folder: Path) -> list[Path]:
     for file in files:
         if file.suffix.lower() not in (*PICTURES, ".txt") or ".answer." in file.name or file.name.startswith("."):
             continue
-        try:
-            written = file.stat().st_mtime
-            answered = max(
-                (answer.stat().st_mtime for end in ("txt", "json") if (answer := answer_of(file, end)).exists()),
-                default=-1.0,
-            )
-        except OSError:  # gone already
-            continue
-        if file.is_file() and answered <= written <= time.time() - 1:
-            found.append((written, file))
-    return [file for _, file in sorted(found)]
+        with suppress(OSError):  # gone already
+            written, answers = file.stat(), [answer_of(file, end) for end in ("txt", "json")]
+            answered = [answer.stat().st_mtime_ns for answer in answers if answer.exists()]
+            if file.is_file() and written.st_mtime_ns not in answered:
+                found[file] = written.st_mtime_ns, written.st_size
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def answer_of(file: Path, end: str) -> Path:
     return file.with_name(f"{file.name}.answer.{end}")
 
 
-def answer_file(assistant: Assistant, file: Path, kind: str | None) -> None:
-    """Answer one file: a question in the conversation, a picture in a conversation of its own."""
-    if file.suffix.lower() == ".txt":
-        question = file.read_text(errors="replace").strip()
-        write(answer_of(file, "txt"), assistant.ask(question) if question else "")
-    elif kind is None:
-        reply = assistant.model.chat(thinking=False).send(DESCRIBE, images=[file])
-        write(answer_of(file, "txt"), spoken(reply))
-    else:
-        write(answer_of(file, "json"), json.dumps(assistant.read(kind, file), ensure_ascii=False))
-
-
-def write(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    new = file.with_name(f".{file.name}.new")
+def answer_file(assistant: Assistant, file: Path, version: Version, kind: str | None) -> None:
+    """Answer one file, or say why that is not possible."""
+    tell(file.name)
     try:
-        new.write_text(text + "\n")
-        new.replace(file)
-    except OSError as error:
-        raise EdgeqError(f"{file} cannot be written: {error.strerror}") from None
+        end, text = answer_to(assistant, file, kind)
+    except (EdgeqError, OSError) as error:
+        end, text = "txt", one_line(error)
+        tell(text)
+    try:
+        write(answer_of(file, end), text, version)
+    except EdgeqError as error:
+        tell(one_line(error))
+
+
+def answer_to(assistant: Assistant, file: Path, kind: str | None) -> tuple[str, str]:
+    """The answer to a file, and how its name ends: a question is asked in the conversation, a picture in one of its
+    own."""
+    if file.suffix.lower() == ".txt":
+        question = file.read_text(encoding="utf-8", errors="replace").strip()
+        return "txt", assistant.ask(question) if question else ""
+    if kind is None:
+        return "txt", spoken(assistant.model.chat(thinking=False).send(DESCRIBE, images=[file]))
+    return "json", json.dumps(assistant.read(kind, file), ensure_ascii=False)
+
+
+def write(file: Path, text: str, version: Version) -> None:
+    """Write an answer, with the time of what it answers."""
+    with new_file(file, may_replace=lambda _: None) as new:
+        new.write_text(text + "\n", encoding="utf-8")
+        os.utime(new, ns=(version[0], version[0]))
 
 
 def once(model: edgeq.Model, board: Board) -> None:
@@ -342,6 +404,7 @@ def once(model: edgeq.Model, board: Board) -> None:
         print(f"board    {board.call('read_board', {})}")
         print(f"pin 17   {board.call('read_pin', {'pin': 17})}")
         assistant = Assistant(model, board, kept)
+        assistant.check_switch()
         for question in ("What is 12 + 30?", "What time is it in Rome?"):
             print(f"question {question}")
             assistant.ask(question)
@@ -355,7 +418,7 @@ def once(model: edgeq.Model, board: Board) -> None:
         again = Assistant(model, board, kept).chat
         if again.transcript() != said:
             raise EdgeqError(f"the conversation in {kept} is not the one that was saved", hint="report this")
-        print(f"session  {count(len(again.turns), 'turn')}, the same after a restart")
+        print(f"session  {number(len(again.turns), 'turn')}, the same after a restart")
     try:
         with picture_of("camera"):
             print("camera   took a picture")
@@ -373,8 +436,14 @@ def board_of(args: argparse.Namespace) -> Board:
     try:
         pins = Pins(mock=args.mock_pins)
     except ImportError:
+        if args.switch or args.mock_pins:
+            raise UsageError("GPIO pins need gpiozero, which is not installed", hint="pip install gpiozero") from None
         tell("no GPIO pins: gpiozero is not installed (pip install gpiozero)")
         return Board()
+    if missing := [pin for pin in args.switch if pin not in pins]:
+        raise UsageError(
+            f"--switch {missing[0]}: this board has no such GPIO pin", hint="give a BCM number, such as 17 for GPIO17"
+        )
     if pins.mock:
         tell("no GPIO pins here: mock pins take their place")
     return Board(pins, args.switch)
@@ -419,7 +488,13 @@ def run(args: argparse.Namespace) -> None:
         once(model, board)
         return
     session = args.session or (session_of(model, args.sessions) if args.sessions else None)
-    assistant = Assistant(model, board, session, new=args.new)
+    with held(session):
+        serve(Assistant(model, board, session, new=args.new), args)
+
+
+def serve(assistant: Assistant, args: argparse.Namespace) -> None:
+    """Use the assistant in the way that was asked for."""
+    assistant.check_switch()
     if args.watch:
         watch(assistant, args.watch, args.read[0] if args.read else None)
     elif args.read:
@@ -434,6 +509,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, TextIOWrapper):  # what the locale has no character for is no reason to end
+            stream.reconfigure(errors="replace")
     try:
         run(options().parse_args(argv))
         sys.stdout.flush()

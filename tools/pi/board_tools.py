@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 from zoneinfo import available_timezones
+
+from edgeq.machine.system import firmware_bits
 
 __all__ = ["Board", "Pins", "Tool"]
 
@@ -81,7 +82,7 @@ class Board:
         """Every sensor that is there."""
         sensors = {
             "cpu_temperature_celsius": self._temperature(),
-            "throttled": _throttled(),
+            "throttled": self._throttled(),
             "load_percent": self._load(),
             "memory_free_percent": self._memory(),
             "disk_free_gb": round(shutil.disk_usage(self._disk).free / 1e9, 1),
@@ -99,6 +100,11 @@ class Board:
             zones[kind] = max(degrees, zones.get(kind, degrees))
         cpu = [degrees for kind, degrees in zones.items() if "cpu" in kind or "soc" in kind]
         return round(max(cpu or zones.values()), 1) if zones else None
+
+    def _throttled(self) -> bool | None:
+        """Whether a Raspberry Pi runs slower than it could now, from heat or a weak power supply."""
+        bits = firmware_bits(self._root)
+        return None if bits is None else bool(bits & 0b1111)
 
     def _load(self) -> int | None:
         """Per cent of the cores that had work in the last minute."""
@@ -163,6 +169,10 @@ class Pins:
             gpiozero.Device.pin_factory = MockFactory()
         self._devices = dict[int, Any]()
 
+    def __contains__(self, pin: int) -> bool:
+        """Whether the board has a pin of that BCM number."""
+        return any(True for _ in self._gpiozero.Device.pin_factory.board_info.find_pin(pin))
+
     def read(self, pin: int) -> bool:
         """Whether a pin is on: as it was switched, or as it is from outside, where nothing connected is off."""
         if pin not in self._devices:
@@ -177,12 +187,3 @@ class Pins:
                 device.close()
             device = self._devices[pin] = self._gpiozero.OutputDevice(pin)
         device.value = bool(on)
-
-
-def _throttled() -> bool | None:
-    """Whether a Raspberry Pi runs slower than it could, from heat or a weak power supply; None if it does not say."""
-    try:
-        said = subprocess.run(["vcgencmd", "get_throttled"], capture_output=True, text=True, timeout=5)
-        return bool(int(said.stdout.strip().partition("=")[2], 16) & 0b1111)  # the higher bits: since it was started
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
