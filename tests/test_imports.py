@@ -33,8 +33,6 @@ ORDER = [
     "edgeq.guard",
     "edgeq.text",
     "edgeq.checkpoint",
-    "edgeq.ollama",
-    "edgeq.hub_guard",
     "edgeq.hub",
     "edgeq.adapters",
     "edgeq.loading",

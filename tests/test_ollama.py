@@ -205,7 +205,7 @@ def test_a_model_that_is_not_there(store: Store, blob: bytes) -> None:
 def test_where_packages_put_them(tmp_path: Path, blob: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OLLAMA_MODELS", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("edgeq.ollama._PLACES", (str(tmp_path / "system"),))
+    monkeypatch.setattr("edgeq.hub.ollama._PLACES", (str(tmp_path / "system"),))
     system = Store(tmp_path / "system").add(LIBRARY, {"model": blob})
     assert find_model("ollama:qwen3.5:2b") == system
     own = Store(tmp_path / ".ollama" / "models").add(LIBRARY, {"model": blob})
