@@ -60,6 +60,15 @@ class TestSizes:
         with pytest.raises(UsageError, match="memory must be a size"):
             parse_memory(text)
 
+    def test_the_environment_is_named_where_it_is_wrong(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("EDGEQ_MEMORY", "much")
+        with pytest.raises(UsageError, match="EDGEQ_MEMORY must be a size"):
+            ceiling()
+        with pytest.raises(UsageError, match="EDGEQ_MEMORY must be a size"):
+            ceiling("much")  # as a command hands it on
+        with pytest.raises(UsageError, match="^memory must be a size"):
+            ceiling("more")
+
     def test_what_was_asked_for_comes_before_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(of_ceiling, "_group_limit", lambda: None)
         assert ceiling() is None

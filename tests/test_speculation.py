@@ -154,9 +154,9 @@ def test_other_backends(folders: dict[str, Path], name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "cpu"])
-def test_other_backends_200_prompts(folders: dict[str, Path], name: str) -> None:
+def test_other_backends_more_prompts(folders: dict[str, Path], name: str) -> None:
     models = {ratio: edgeq.load(folders[ratio], backend=name) for ratio in (*RATIOS, "q4")}
-    assert check_identity(models, range(200), bits=False).accepted > 1000
+    assert check_identity(models, range(80), bits=False).accepted > 400  # every model ten times with each of its ways
 
 
 @pytest.fixture(scope="module")

@@ -135,7 +135,7 @@ def _check_alone(kld: str | None, max_kl: float | None, reference_adapter: Seque
 def warn_of_memory() -> None:
     """A line where EDGEQ_MEMORY is set, which these commands do not keep."""
     if os.environ.get("EDGEQ_MEMORY"):
-        show_warning("EDGEQ_MEMORY is not kept here: one layer of each model is in memory, and peak memory is told")
+        show_warning("EDGEQ_MEMORY has no effect here: one layer of each model at a time is in memory")
 
 
 def check_max_kl(max_kl: float | None) -> None:

@@ -50,12 +50,15 @@ def ceiling(asked: Size | None = None) -> Ceiling | None:
     group = _group_limit()
     if asked is None:
         return group
-    given = Ceiling(parse_memory(asked), f"{origin} {asked if isinstance(asked, str) else f'{asked:,}'}")
+    nbytes = parse_memory(asked, "memory" if origin == "--memory" else origin)
+    given = Ceiling(nbytes, f"{origin} {asked if isinstance(asked, str) else f'{asked:,}'}")
     return group if group is not None and group.nbytes < given.nbytes else given
 
 
-def parse_memory(size: Size) -> int:
-    """A size in bytes; UsageError for anything else. G and GB are 10^9 bytes, GiB 2^30, % of the machine's memory."""
+def parse_memory(size: Size, name: str = "memory") -> int:
+    """A size in bytes; UsageError, about the setting `name`, for anything else. G and GB are 10^9 bytes, GiB 2^30, % of
+    the machine's memory.
+    """
     nbytes: float = 0
     if isinstance(size, int) and not isinstance(size, bool):
         nbytes = size
@@ -64,11 +67,11 @@ def parse_memory(size: Size) -> int:
     elif isinstance(size, str) and (found := _SHARE.fullmatch(size.strip())):
         share, machine = float(found[1]), machine_memory()
         if machine is None:
-            raise UsageError(f"memory {brief(size)}: the machine's memory is not known", hint="give a size, as in 1.5G")
+            raise UsageError(f"{name} {brief(size)}: the machine's memory is not known", hint="give a size, as in 1.5G")
         nbytes = machine * share / 100 if share <= 100 else 0
     if not _LEAST <= nbytes < 1 << 62:
         raise UsageError(
-            f"memory must be a size of at least 1 MB, such as 1.5G, 1500M, 1.5GiB or 50%, got {brief(size)}",
+            f"{name} must be a size of at least 1 MB, such as 1.5G, 1500M, 1.5GiB or 50%, got {brief(size)}",
             hint="1.5G are 1,500,000,000 bytes; none takes as much as there is",
         )
     return int(nbytes)
