@@ -66,7 +66,7 @@ class TestSizes:
             ceiling()
         with pytest.raises(UsageError, match="EDGEQ_MEMORY must be a size"):
             ceiling("much")  # as a command hands it on
-        with pytest.raises(UsageError, match="^memory must be a size"):
+        with pytest.raises(UsageError, match=r"^memory must be a size"):
             ceiling("more")
 
     def test_what_was_asked_for_comes_before_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
