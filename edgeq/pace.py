@@ -5,10 +5,10 @@ it were (Leviathan et al., "Fast Inference from Transformers via Speculative Dec
 time that such passes took here. The choice is the n with the most tokens a second. Both sides are running averages over
 all replies of a model, so that they follow the text and the machine.
 
-An estimate can be wrong, so drafts are paid out of an allowance. It begins with `START` plain passes and grows by `LOSS`
-of their time; what drafting gains is added, up to `BANK` passes, and what it loses is taken away. A pass is chosen only
-if the allowance stands its loss should all its drafts be wrong. So what is lost in all stays below `START` passes and
-`LOSS` of the time.
+An estimate can be wrong, so drafts are paid out of an allowance. It begins with `START` plain passes and grows by
+`LOSS` of their time; what drafting gains is added, up to `BANK` passes, and what it loses is taken away. A pass is
+chosen only if the allowance stands its loss should all its drafts be wrong. So what is lost in all stays below `START`
+passes and `LOSS` of the time.
 """
 
 from __future__ import annotations

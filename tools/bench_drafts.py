@@ -159,7 +159,7 @@ def main() -> None:
     if not options.vocabulary:
         measure(model, options)
     for size in map(int, filter(None, options.vocabulary.split(","))):
-        edgeq.engine.draft_prefix = lambda *_, size=size: size
+        setattr(edgeq.engine, "draft_prefix", lambda *_, size=size: size)  # noqa: B010
         print(f"{size} ids: ", end="")
         measure(model, options)
 
