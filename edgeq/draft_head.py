@@ -24,9 +24,6 @@ Ids = NDArray[np.int32]
 
 PREFIXES = (1 << 16, 1 << 15, 1 << 14, 1 << 13)
 PREFIX_SHARE = 0.05  # of the language model's bytes; the head of a draft may read no more
-FEW = 16
-"""Unread tokens that go through the whole layer when something is drafted; of more, all but the last are only read."""
-
 MANY = 256
 """Tokens that may wait: a short prompt with a short reply never needs the head. 2 MB for each 1024 of hidden size."""
 
@@ -79,24 +76,16 @@ class DraftHead(Generic[A, M]):
         choose: the token for what the head says, [1, hidden].
         """
         assert state.draft is not None
-        draft = state.draft if state.draft.waiting <= FEW else self.caught_up(state.draft)
-        unread = joined(self.ops, draft)
-        vectors = self._embed(token)
-        if draft.waiting > 1:
-            vectors = self.ops.concat([unread.vectors[1:], vectors])
-        hidden, cache = mtp.predict(
-            self.ops, self.config, self._weights, unread._replace(vectors=vectors), draft.cache
-        )  # fmt: skip
-        read = cache.truncated(cache.length - 1)
-        hidden = hidden[-1:]
-        ids = [choose(hidden)]
-        for i in range(n - 1):
-            stands = np.full((3, 1), state.next_position + i, np.int32)
+        draft = self.caught_up(state.draft)
+        (last,), cache, ids = draft.unread, draft.cache, [token]
+        hidden, stands = last.hidden, last.positions
+        for i in range(n):
             rows = Rows(self._embed(ids[-1]), hidden, stands)
             hidden, cache = mtp.predict(self.ops, self.config, self._weights, rows, cache)
             ids.append(choose(hidden))
-        read.take_back(cache)
-        return ids, state._replace(draft=DraftState(read, (self._last(unread),)))
+            stands = np.full((3, 1), state.next_position + i, np.int32)
+        draft.cache.take_back(cache)
+        return ids[1:], state._replace(draft=draft)
 
     def _last(self, rows: Rows[A]) -> Rows[A]:
         """The last of some tokens, in memory of its own: a view would keep all of a prompt's chunk with every state."""
@@ -136,8 +125,7 @@ class DraftVocabulary(Generic[A, M]):
 
     def include(self, ids: Ids) -> None:
         """Tokens of the sequence, which from now on can be drafted."""
-        for i in np.unique(ids[(ids >= self._prefix) & (ids < self._tokens)]).tolist():
-            self._others[i] = None
+        self._others.update(dict.fromkeys(ids[(ids >= self._prefix) & (ids < self._tokens)].tolist()))
 
     def choose(self, hidden: A) -> int:
         """The likeliest of them for what the MTP head says, [1, hidden]."""

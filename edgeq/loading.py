@@ -151,7 +151,8 @@ class LoadedWeights(Generic[A, M]):
         if part not in self._trees and part in self.parts:
             self._nbytes[part] = {True: 0, False: 0}
             self._trees[part] = ready(map_tree(self._leaf, declare()))
-            self.checkpoint.drop_pages()  # where the backend has copies of its own, the file's pages need not stay
+            if part is not Part.MTP or not self.ops.maps_files:  # the head comes while the others are in use
+                self.checkpoint.drop_pages()  # where the backend has copies of its own, the file's pages need not stay
         return self._trees.get(part)
 
     def _leaf(self, spec: TensorSpec) -> A | M:

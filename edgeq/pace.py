@@ -5,20 +5,23 @@ it were (Leviathan et al., "Fast Inference from Transformers via Speculative Dec
 time that such passes took here. The choice is the n with the most tokens a second. Both sides are running averages over
 all replies of a model, so that they follow the text and the machine.
 
-An estimate can be wrong, so drafts are paid out of an allowance. It begins with nothing and grows by `LOSS` of the time
-of plain passes; what drafting gains is added, up to `BANK` passes, and what it loses is taken away. A pass is chosen
-only if the allowance stands its loss should all its drafts be wrong. So the first tokens of a process are plain, and
-what is lost in all stays below `LOSS` of its time.
+An estimate can be wrong, so drafts are paid out of an allowance. It begins with `START` plain passes and grows by
+`LOSS` of their time; what drafting gains is added, up to `BANK` passes, and what it loses is taken away. A pass is
+chosen only if the allowance stands its loss should all its drafts be wrong. So what is lost in all stays below `START`
+passes and `LOSS` of the time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 __all__ = ["Pace"]
 
-LOSS = 0.01
-"""Time that may be lost by drafts that were not worth it, as a part of the time of plain passes."""
+START = 0.9
+"""Plain passes that may be lost to find out what drafts are worth."""
+
+LOSS = 0.007
+"""Time that may be lost on top, in looking whether they have become worth it, as a part of the time of plain passes."""
 
 BANK = 6.0
 """Plain passes gained that are saved up."""
@@ -29,6 +32,9 @@ _FORGET = 0.96
 _LEAST_WEIGHT = 0.06
 """Weight of the latest time of a kind of pass, once there are some."""
 
+_FIRST = 4
+"""Times of a kind of pass that are few: one of them may be long because the machine had something else to do."""
+
 _PRIOR, _PRIOR_WEIGHT = 0.6, 2.0
 """Chance that a draft is right, before anything is known, and as how many drafts that counts."""
 
@@ -37,13 +43,17 @@ _STEP = {"mtp": 0.2, "ngram": 0.1}
 
 
 class _Mean:
-    """A running average, whose first values count alike and later ones less and less."""
+    """A running average, whose first values count alike and later ones less and less; none of the first by much more
+    than the least of them."""
 
     def __init__(self) -> None:
         self.value, self.count = 0.0, 0
 
     def add(self, value: float) -> None:
         self.count += 1
+        if 1 < self.count <= _FIRST:
+            self.value = min(self.value, 1.1 * value)
+            value = min(value, 1.1 * self.value)
         self.value += (value - self.value) * max(1 / self.count, _LEAST_WEIGHT)
 
 
@@ -57,23 +67,25 @@ class Pace:
         self._seconds: dict[tuple[str, int], _Mean] = {}
         self._right: dict[str, list[list[float]]] = {}  # by source and place: drafts that were right, and all
         self._begun: set[str] = set()
-        self._credit = 0.0
+        self._credit = START
 
     @property
     def plain(self) -> float | None:
-        """Seconds of a pass without drafts, once that is known."""
+        """Seconds of a pass without drafts, once that is known: the first tokens of a process have none."""
         mean = self._seconds.get(("", 0))
-        return mean.value if mean is not None and mean.count > 1 else None
+        return mean.value if mean is not None and mean.count >= _FIRST else None
+
+    def affords(self, sources: Iterable[str]) -> bool:
+        """Whether a pass with drafts of any of them may be chosen now."""
+        return self.plain is not None and any(self.cost(source, 1) - 1 <= self._credit for source in sources)
 
     def choose(self, most: Mapping[str, int]) -> tuple[str, int]:
         """The source and number of drafts for the next pass, given how many each source may have: ("", 0) for none."""
-        if self.plain is None:
-            return "", 0
         rated = [
             (self.gain(source, n), source, n)
             for source, high in most.items()
             for n in range(1, min(high, self._deepest(source) + 1) + 1)  # of more nobody knows what they cost
-            if self.cost(source, n) - 1 <= self._credit
+            if self.plain is not None and self.cost(source, n) - 1 <= self._credit
         ]
         gain, source, n = max(rated, default=(0.0, "", 0))
         if gain > 1:
@@ -133,7 +145,7 @@ class Pace:
     def _time(self, source: str, drafts: int, seconds: float) -> None:
         """Take a time into its average; where the machine has become faster or slower, the others follow slowly."""
         mean = self._seconds.setdefault((source, drafts), _Mean())
-        if mean.count > 3:
+        if mean.count >= _FIRST:
             seconds = min(1.5 * mean.value, max(seconds, mean.value / 1.5))  # the machine had something else to do
             drift = (seconds / mean.value) ** (_LEAST_WEIGHT / 2)
             for key, other in self._seconds.items():

@@ -64,15 +64,16 @@ def look_up(ids: NDArray[np.int32], most: int) -> list[int]:
     end = len(ids)
     if end <= SHORTEST or most < 1:
         return []
-    found = np.flatnonzero(ids[: end - 1] == ids[-1])  # where an earlier copy of the end may end
-    for length in range(2, LONGEST + 1):
+    last = SHORTEST - 1  # where the earliest copy of the last ones may end
+    found = np.flatnonzero(np.logical_and.reduce([ids[last - i : end - 1 - i] == ids[-1 - i] for i in range(SHORTEST)]))
+    found += last
+    for length in range(SHORTEST + 1, LONGEST + 1):
         longer = found[found >= length - 1]
-        longer = longer[ids[longer - (length - 1)] == ids[end - length]] if length <= end else longer[:0]
+        longer = longer[ids[longer - (length - 1)] == ids[-length]] if len(longer) else longer
         if not len(longer):
-            length -= 1
             break
         found = longer
-    if length < SHORTEST or not len(found):
+    if not len(found):
         return []
     start = int(found[-1]) + 1
     drafts: list[int] = ids[start : start + most].tolist()

@@ -111,7 +111,9 @@ class Speculation:
 
     def _draft(self, state: State[Any], token: int, room: int) -> tuple[str, list[int], State[Any]]:
         """Where the next drafts come from, the drafts, and the state with the MTP head caught up if it made them."""
-        most = {source: min(high, room) for source, high in self._most.items() if room > 0}
+        if room < 1 or not (self._fixed or self.engine.pace.affords(self._most)):
+            return "", [], state
+        most = {source: min(high, room) for source, high in self._most.items()}
         known, found = self._ids[: state.length + 1], list[int]()
         if "ngram" in most:
             found = look_up(known, most["ngram"])
