@@ -156,9 +156,8 @@ def test_other_backends(folders: dict[str, Path], name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "cpu"])
 def test_other_backends_more_prompts(folders: dict[str, Path], name: str, count: int) -> None:
     models = {ratio: edgeq.load(folders[ratio], backend=name) for ratio in (*RATIOS, "q4")}
-    assert (
-        check_identity(models, range(count), bits=False).accepted > 5 * count
-    )  # 80: every model ten times with each of its ways
+    # 80: every model ten times with each of its ways.
+    assert check_identity(models, range(count), bits=False).accepted > 5 * count
 
 
 @pytest.fixture(scope="module")
