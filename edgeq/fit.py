@@ -8,20 +8,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgeq.backends.ops import Ops
-from edgeq.checkpoint import open_checkpoint
+from edgeq.checkpoint import Checkpoint, open_checkpoint
 from edgeq.config import ModelConfig, parse_config, stretched
-from edgeq.errors import UsageError
+from edgeq.errors import MemoryBudgetError, UsageError
 from edgeq.family import family_config, size_of
 from edgeq.hub import find_here, hub_config
 from edgeq.machine.facts import Facts
 from edgeq.machine.speed import Speed, expected_speed
 from edgeq.memory.budget import SPARE
-from edgeq.memory.choice import IMPORTED_LATER
-from edgeq.memory.plan import Plan, Planned, largest_context, plan_memory
+from edgeq.memory.ceiling import Ceiling
+from edgeq.memory.choice import (
+    IMPORTED_LATER,
+    LEAST_CONTEXT,
+    Asked,
+    MakeOps,
+    find_settings,
+    least_plan,
+    most_context,
+    refusal,
+)
+from edgeq.memory.plan import SMALLEST_CHUNK, Plan, Planned, largest_context, plan_memory, prefill_chunk
 from edgeq.quant.described import DescribedModel
 from edgeq.quant.recipe import choose_recipe
 from edgeq.session.prefixes import most_kept
-from edgeq.session.visual_settings import CHAT_VISUALS
+from edgeq.session.visual_settings import CHAT_VISUALS, VisualSettings, fitting_visuals
 from edgeq.vision.settings import processor_of
 from edgeq.vision.sizes import grid_of, image_size, sample_frames, tokens_of, video_size
 from edgeq.vision.visual import Grid
@@ -29,6 +39,7 @@ from edgeq.weights import Part
 
 __all__ = ["CONTEXTS", "PARTS", "Fit", "Target", "Variant", "Wanted", "find_target", "picture_grids", "table"]
 
+SHOWN = 4096  # tokens of context where none are given
 CONTEXTS = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
 """Those of the table; where a model was not made for so many tokens, YaRN stretches it."""
 
@@ -36,6 +47,7 @@ BITS = (4, 8, 16)
 _YARN = 4  # times the context that the model cards allow
 _FRAMES = 24  # of a second of a video, and its height and width
 _VIDEO = (1080, 1920)
+MOST_TOKENS = 16_384  # of a picture, by the checkpoints
 
 
 class Variant(NamedTuple):
@@ -56,22 +68,30 @@ class Target(NamedTuple):
     name: str
     variants: Sequence[Variant]
     here: Path | None = None
+    checkpoint: Checkpoint | None = None
 
 
 class Fit(NamedTuple):
     """A model with a context on a machine.
 
-    plan: bytes. largest: most tokens of context that fit. fits: whether this context does. speed: None where the
-    machine was not measured. yarn: by how much the context is stretched.
+    ops: the backend, with keys and values of the type that they have. plan: bytes. largest: most tokens of context that
+    fit with all weights in memory, or, where none do, with part of them. fits: whether it runs. speed: None where the
+    machine was not measured, or the medium was not that weights are read from. yarn: by how much the context is
+    stretched. picture_tokens: those of pictures, as large as there is room for. streamed: bytes of the weights that do
+    not stay, and are read anew for every token, and for every `chunk` tokens of a prompt.
     """
 
     bits: float
     context: int
+    ops: Ops[Any, Any]
+    chunk: int
     plan: Plan
     largest: int
     fits: bool
     speed: Speed | None
     yarn: int | None
+    picture_tokens: int
+    streamed: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """Under the names of the command's JSON: bytes, tokens and tokens a second."""
@@ -85,6 +105,10 @@ class Fit(NamedTuple):
             "largest_context": self.largest,
             "prompt_tokens_per_s": self.speed and _rounded(self.speed.prompt),
             "generated_tokens_per_s": self.speed and _rounded(self.speed.generated),
+            "kv_dtype": self.ops.kv_dtype,
+            "chunk": self.chunk,
+            "streamed": self.streamed,
+            "picture_tokens": self.picture_tokens,
         }
 
 
@@ -108,13 +132,13 @@ def find_target(name: str, bits: int | None = None) -> Target:
         own = Variant(checkpoint, 0.0)
         own = own._replace(bits=round(own.bits_per_weight, 2))
         if bits is None:
-            return Target(name, [own], path)
+            return Target(name, [own], path, checkpoint)
         if own.bits_per_weight < 16:
             raise UsageError(
                 f"{name} has {own.bits:g} bits per weight already, and {bits} bits were asked for",
                 hint="leave out the bits, or name the checkpoint that it was made from",
             )
-        return Target(name, list(_recipes(checkpoint.config, bits)), path)
+        return Target(name, list(_recipes(checkpoint.config, bits)), path, checkpoint)
     values = hub_config(name)
     if values is None:
         raise UsageError(
@@ -150,40 +174,100 @@ def _of_hub(name: str, values: Mapping[str, Any], bits: int | None) -> Iterator[
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What is asked of a model: grids of its pictures, sequences at a time, and bytes that it may take (None: no
-    matter)."""
+    """What is asked of a model on a machine.
 
-    grids: Sequence[Grid] = ()
+    make_ops: the backend with keys and values of so many bits. kv_bits: None is as many as the backend likes, and under
+    a ceiling 8 where it needs them. images (width, height) and videos (seconds). sequences: at a time.
+    ceiling: kept; used: bytes of it that the process takes already. free: else the bytes that there are; None is no
+    matter. facts: of the machine. reread: bytes a second of weights that are read anew; None where that is not known.
+    """
+
+    make_ops: MakeOps
+    kv_bits: int | None = None
+    images: Sequence[tuple[int, int]] = ()
+    videos: Sequence[float] = ()
     sequences: int = 1
-    ceiling: int | None = None
+    ceiling: Ceiling | None = None
+    used: int = 0
+    free: int | None = None
+    facts: Facts | None = None
+    reread: float | None = None
 
-    def of(self, variant: Variant, ops: Ops[Any, Any], facts: Facts | None, context: int) -> Fit:
-        """A variant with a context; it is stretched by YaRN where it has to be. UsageError beyond that."""
-        model, yarn = _stretched(variant.model, context)
-        room = None if self.ceiling is None else self.ceiling - SPARE - IMPORTED_LATER
-        plan = self._plan(model, ops, context, room)
-        largest = model.config.text.longest_context
-        if room is not None:
-            largest = largest_context(model, ops, room, grids=self.grids, sequences=self.sequences)
-        speed = None if facts is None else expected_speed(model, ops, facts, context)
-        fits = room is None or plan.total <= room
-        plan = plan._replace(runtime=plan.runtime + IMPORTED_LATER)
-        return Fit(variant.bits, context, plan, largest, fits, speed, yarn)
+    def of(self, variant: Variant, context: int | None = None) -> Fit:
+        """A variant with a context, which is stretched by YaRN where it has to be; with None what a chat takes under
+        the ceiling, and else SHOWN, or what fits. UsageError beyond what YaRN can."""
+        model, yarn = _stretched(variant.model, context or 1)
+        if self.ceiling is not None:
+            fit = self._under(self.ceiling, model, context)
+        else:
+            fit = self._free(model, context or min(SHOWN, model.config.text.longest_context))
+            if context is None and not fit.fits and fit.largest:
+                fit = self._free(model, fit.largest)
+        return fit._replace(bits=variant.bits, yarn=yarn)
 
-    def _plan(self, model: Planned, ops: Ops[Any, Any], context: int, room: int | None) -> Plan:
-        """With the MTP head and the states that conversations keep, as far as there is room for them: one after every
-        chunk of a prompt, after the prompt and after the reply, up to the limit of a model's prefixes. The one before
-        the chunk at hand is counted with the states."""
-        state = ops.state_nbytes(model.config.text)
-        count = most_kept(ops, model.config.text, context, self.sequences)
-        plan = plan_memory(
-            model, ops, context, grids=self.grids, sequences=self.sequences, checkpoints=count, drafts=True
+    def refusal(self, variant: Variant, context: int | None) -> MemoryBudgetError:
+        """What a chat says where it does not run under the ceiling: numbers, and what would fit."""
+        assert self.ceiling is not None
+        model, _ = _stretched(variant.model, context or 1)
+        grids, _ = self._pictures(model, 0)
+        asked = Asked(context, self.kv_bits, grids, self.sequences)
+        return refusal(model, self.make_ops, self.ceiling, asked, self.used)
+
+    def _under(self, ceiling: Ceiling, model: Planned, context: int | None) -> Fit:
+        """What runs under a ceiling: what a chat chooses (`edgeq.memory.choice`)."""
+        asked = Asked(context, self.kv_bits, (), self.sequences)
+        choice = find_settings(model, self.make_ops, ceiling, asked, self.used)
+        grids, tokens = self._pictures(model, choice.picture_tokens if choice else 0)
+        if grids:
+            asked = asked._replace(grids=grids)
+            choice = choice and find_settings(model, self.make_ops, ceiling, asked, self.used)
+        largest = most_context(model, self.make_ops, ceiling, asked, self.used)
+        if choice is None:
+            plan, ops = least_plan(model, self.make_ops, asked, self.used), self.make_ops(self.kv_bits)
+            context = context or min(LEAST_CONTEXT, model.config.text.longest_context)
+            speed = self._speed(model, ops, context, None, 0)
+            return Fit(0, context, ops, SMALLEST_CHUNK, plan, largest, False, speed, None, tokens)
+        room = ceiling.nbytes - SPARE - choice.plan.total
+        plan = choice.plan._replace(
+            checkpoints=0 if choice.streamed else self._kept(model, choice.ops, choice.context, room)
         )
-        if room is None or plan.total <= room:
-            return plan
-        plan = plan_memory(model, ops, context, grids=self.grids, sequences=self.sequences)
-        kept = min(count, max(0, room - plan.total) // max(1, state))
-        return plan._replace(checkpoints=kept * state)
+        speed = self._speed(model, choice.ops, choice.context, choice.chunk, choice.streamed)
+        return Fit(
+            0, choice.context, choice.ops, choice.chunk, plan, largest, True, speed, None, tokens, choice.streamed
+        )  # fmt: skip
+
+    def _free(self, model: Planned, context: int) -> Fit:
+        """With all weights in memory, and the MTP head and kept states as far as there is room for them."""
+        ops, (grids, tokens) = self.make_ops(self.kv_bits), self._pictures(model, MOST_TOKENS)
+        room = None if self.free is None else self.free - SPARE - IMPORTED_LATER
+        plan = plan_memory(model, ops, context, grids=grids, sequences=self.sequences, drafts=True)
+        if room is not None and plan.total > room:
+            plan = plan_memory(model, ops, context, grids=grids, sequences=self.sequences)
+        largest, fits = model.config.text.longest_context, room is None or plan.total <= room
+        if room is not None:
+            largest = largest_context(model, ops, room, grids=grids, sequences=self.sequences)
+        kept = self._kept(model, ops, context, None if room is None else room - plan.total)
+        plan = plan._replace(runtime=plan.runtime + IMPORTED_LATER, checkpoints=kept)
+        speed = self._speed(model, ops, context, None, 0)
+        return Fit(0, context, ops, prefill_chunk(model.config.text, ops), plan, largest, fits, speed, None, tokens)
+
+    def _kept(self, model: Planned, ops: Ops[Any, Any], context: int, room: int | None) -> int:
+        """Bytes of states that conversations keep, as far as there is room for them: one after every chunk of a prompt,
+        after the prompt and after the reply, up to the limit of a model's prefixes. The one before the chunk at hand is
+        counted with the states."""
+        state, count = ops.state_nbytes(model.config.text), most_kept(ops, model.config.text, context, self.sequences)
+        return state * (count if room is None else min(count, max(0, room) // max(1, state)))
+
+    def _pictures(self, model: Planned, most: int) -> tuple[list[Grid], int]:
+        return picture_grids(model.config, self.images, self.videos, fitting_visuals(most))
+
+    def _speed(
+        self, model: Planned, ops: Ops[Any, Any], context: int, chunk: int | None, streamed: int
+    ) -> Speed | None:
+        if self.facts is None or (streamed and self.reread is None):
+            return None
+        seconds = streamed / self.reread if streamed and self.reread else 0.0
+        return expected_speed(model, ops, self.facts, context, chunk=chunk, reading_anew=seconds)
 
 
 def _stretched(model: Planned, context: int) -> tuple[Planned, int | None]:
@@ -206,26 +290,28 @@ class _Stretched:
 
 
 def picture_grids(
-    config: ModelConfig, images: Sequence[tuple[int, int]] = (), videos: Sequence[float] = ()
-) -> tuple[list[Grid], int]:
+    config: ModelConfig, images: Sequence[tuple[int, int]] = (), videos: Sequence[float] = (),
+    visuals: VisualSettings = CHAT_VISUALS,
+) -> tuple[list[Grid], int]:  # fmt: skip
     """Patches of images (width, height) and of videos of so many seconds, as a conversation takes them, and the tokens
     that they are. UsageError for a model that does not see."""
-    if config.vision is None:
-        if images or videos:
-            raise UsageError("the model does not see: it has no vision tower", hint="leave out images and videos")
+    if not images and not videos:
         return [], 0
-    c, own, grids = processor_of(config), CHAT_VISUALS, list[Grid]()
+    if config.vision is None:
+        raise UsageError("the model does not see: it has no vision tower", hint="leave out images and videos")
+    c, grids = processor_of(config), list[Grid]()
     for width, height in images:
-        grids.append(grid_of(1, image_size(height, width, config, image_tokens=own.image_tokens), c))
+        grids.append(grid_of(1, image_size(height, width, config, image_tokens=visuals.image_tokens), c))
     for seconds in videos:
-        frames, _ = sample_frames(max(1, round(seconds * _FRAMES)), _FRAMES, config, max_frames=own.max_frames)
-        grids.append(grid_of(len(frames), video_size(len(frames), *_VIDEO, config, video_tokens=own.video_tokens), c))
+        frames, _ = sample_frames(max(1, round(seconds * _FRAMES)), _FRAMES, config, max_frames=visuals.max_frames)
+        size = video_size(len(frames), *_VIDEO, config, video_tokens=visuals.video_tokens)
+        grids.append(grid_of(len(frames), size, c))
     return grids, sum(tokens_of(grid, config) for grid in grids)
 
 
-def table(target: Target, ops: Ops[Any, Any], facts: Facts | None, wanted: Wanted) -> list[Fit]:
+def table(target: Target, wanted: Wanted) -> list[Fit]:
     """Every variant with every context of `CONTEXTS` that it can have."""
     text = target.variants[0].model.config.text
     most = text.longest_context * (_YARN if text.rope.scaling is None else 1)
     contexts = [tokens for tokens in CONTEXTS if tokens <= most] or [text.longest_context]
-    return [wanted.of(variant, ops, facts, tokens) for variant in target.variants for tokens in contexts]
+    return [wanted.of(variant, tokens) for variant in target.variants for tokens in contexts]

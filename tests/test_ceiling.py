@@ -150,7 +150,7 @@ def make_ops(bits: int | None) -> Ops[Any, Any]:
     return select("cpu", kv_dtype=None if bits is None else KV_DTYPES[bits])
 
 
-def chosen(megabytes: int, *, factor: int = 100, **asked: int) -> Choice:
+def chosen(megabytes: int, *, factor: int = 100, **asked: Any) -> Choice:
     return choose_settings(Described(factor), make_ops, Ceiling(megabytes * MB, "--memory"), Asked(**asked))
 
 

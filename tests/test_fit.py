@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import edgeq.hub
+from edgeq import load
+from edgeq.api import KV_DTYPES
 from edgeq.backends import select
 from edgeq.checkpoint import open_checkpoint
 from edgeq.cli import main
-from edgeq.errors import UsageError
+from edgeq.errors import EdgeqError, MemoryBudgetError, UsageError
 from edgeq.family import SIZES, family_config, size_of
 from edgeq.fit import PARTS, Wanted, find_target, picture_grids
 from edgeq.machine import measure
@@ -22,6 +25,7 @@ from edgeq.machine.boards import BOARDS, board_facts
 from edgeq.machine.facts import Facts, facts_file, keep_facts, kept_facts
 from edgeq.machine.speed import expected_speed
 from edgeq.memory.budget import SPARE
+from edgeq.memory.ceiling import Ceiling
 from edgeq.memory.plan import plan_memory
 from edgeq.quant.described import DescribedModel
 from edgeq.quant.recipe import choose_recipe
@@ -134,15 +138,23 @@ class TestCommand:
         most = str(small["largest_context"])
         assert fitted(capsys, "qwen3.5:2b", "--bits", "4", "--memory", "1.4G", "--context", most)["fits"]
         monkeypatch.setenv("EDGEQ_MEMORY", "1.4G")
-        refused = fitted(capsys, "qwen3.5:2b", "--bits", "4", "--context", str(int(most) + 256), code=3)
-        assert not refused["fits"]
-        assert "1.4G" in refused["memory_from"]
+        longer = fitted(capsys, "qwen3.5:2b", "--bits", "4", "--context", str(int(most) + 256))
+        assert (longer["fits"], longer["kv_dtype"]) == (True, "f16")  # what a chat prefers to fewer bits of keys
+        assert longer["streamed"] > 0
+        assert "1.4G" in longer["memory_from"]
+        assert longer["generated_tokens_per_s"] < 0.8 * small["generated_tokens_per_s"]
         fewer = fitted(capsys, "qwen3.5:2b", "--bits", "4", "--kv-bits", "4")
-        assert fewer["largest_context"] > 3 * small["largest_context"]
-        code, out, err = run(capsys, "qwen3.5:2b", "--bits", "8", "--context", "4096")
+        assert fewer["largest_context"] > 1.5 * small["largest_context"]
+        refused = fitted(capsys, "qwen3.5:2b", "--bits", "8", "--context", "262144", code=3)
+        assert not refused["fits"]
+        code, out, err = run(capsys, "qwen3.5:2b", "--bits", "4", "--context", "22528")
+        assert not code
+        assert "read anew for every token" in out
+        code, out, err = run(capsys, "qwen3.5:2b", "--bits", "8", "--context", "262144")
         assert code == 3
         assert "does not fit" in out
         assert err.startswith("error: ") or "\nerror: " in err
+        assert "EDGEQ_MEMORY 1.4G allows 1,400 MB" in err
 
     @pytest.mark.usefixtures("native")
     def test_several_conversations_and_pictures(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,6 +224,11 @@ class TestHub:
         assert "cannot be reached" in err
 
 
+def numpy_ops(kv_bits: int | None) -> Any:
+    """Its arithmetic is the native backend's but for keys and values."""
+    return select("numpy", kv_dtype=kv_bits and KV_DTYPES[kv_bits])
+
+
 class TestWanted:
     @settings(max_examples=12)
     @given(
@@ -219,21 +236,114 @@ class TestWanted:
         st.integers(10**8, 2 * 10**10),
     )  # fmt: skip
     def test_what_fits_is_below_the_ceiling(
-        self, size: str, bits: int, context: int, sequences: int, ceiling: int
+        self, size: str, bits: int, context: int, sequences: int, nbytes: int
     ) -> None:
-        (variant,), ops = find_target(size, bits).variants, select("numpy")
-        found = Wanted((), sequences, ceiling).of(variant, ops, board_facts("pi5"), context)
-        assert found.fits == (found.plan.total <= ceiling - SPARE)
+        (variant,), asked = find_target(size, bits).variants, Ceiling(nbytes, "--memory")
+        facts = board_facts("pi5")
+        wanted = Wanted(numpy_ops, None, (), (), sequences, ceiling=asked, facts=facts, reread=facts.pages)
+        found = wanted.of(variant, context)
+        assert not found.fits or found.plan.total <= nbytes - SPARE
+        assert found.fits or context > found.largest
         if found.largest:
-            assert Wanted((), sequences, ceiling).of(variant, ops, None, found.largest).fits
-        assert found.fits <= (context <= max(found.largest, 256))
+            assert wanted.of(variant, found.largest).fits
         assert found.speed is not None
         assert min(found.speed) > 0
+
+    @settings(max_examples=12)
+    @given(st.sampled_from(SIZES), st.sampled_from([4, 8, 16]), st.integers(1, 1 << 20), st.integers(10**8, 2 * 10**10))
+    def test_what_fits_free_memory(self, size: str, bits: int, context: int, nbytes: int) -> None:
+        (variant,) = find_target(size, bits).variants
+        wanted = Wanted(numpy_ops, free=nbytes, facts=board_facts("pi5"))
+        found = wanted.of(variant, context)
+        assert found.fits == (found.plan.total <= nbytes - SPARE)
+        assert found.fits <= (context <= max(found.largest, 256))
+        if found.largest:
+            assert wanted.of(variant, found.largest).fits
+            assert wanted.of(variant).fits
+
+    def test_weights_that_do_not_stay(self) -> None:
+        """A token and a chunk of a prompt take as much longer as reading them anew takes."""
+        (variant,), facts = find_target("2b", 4).variants, board_facts("pi5")
+        whole = Wanted(numpy_ops, ceiling=Ceiling(2 * 10**9, ""), facts=facts).of(variant, 4096)
+        part = Wanted(numpy_ops, ceiling=Ceiling(650 * 10**6, ""), facts=facts, reread=1e9).of(variant, 4096)
+        assert whole.speed is not None
+        assert part.speed is not None
+        assert not whole.streamed
+        assert part.fits
+        seconds = part.streamed / 1e9
+        assert 0.3 < seconds < 1.1
+        assert 1 / part.speed.generated == pytest.approx(1 / whole.speed.generated + seconds)
+        assert 4096 / part.speed.prompt > 4096 / whole.speed.prompt + 4096 / part.chunk * seconds - 1e-6
+        assert Wanted(numpy_ops, ceiling=Ceiling(650 * 10**6, ""), facts=facts).of(variant, 4096).speed is None
 
     def test_pictures_of_a_model_that_does_not_see(self) -> None:
         config = DescribedModel.of_recipe(family_config("2b"), choose_recipe("q4", None, None, "none")).config
         with pytest.raises(UsageError, match="does not see"):
             picture_grids(config, [(10, 10)])
+
+
+class TestAgreement:
+    """What is said beforehand is what a chat does: context, KV bits, chunk, what is read anew, and refusals."""
+
+    USED = 84 << 20
+
+    @pytest.fixture(autouse=True)
+    def _used(self, native: Facts, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What the process takes is no matter here: that of the tests grows as they go on."""
+        for module in ("edgeq.api", "edgeq.cli.memory"):
+            monkeypatch.setattr(f"{module}.taken", lambda _=0: self.USED)
+
+    @pytest.mark.parametrize("more", [1, 14, 17, 20, 29])
+    @pytest.mark.parametrize("options", [
+        (), ("--context", "2048"), ("--context", "20000"), ("--kv-bits", "4"), ("--kv-bits", "8", "--context", "32768"),
+        ("--kv-bits", "16"),
+    ])  # fmt: skip
+    def test_with_a_chat(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, more: int, options: tuple[str, ...]
+    ) -> None:
+        """The demo under ceilings of so many MB more than the process takes: refused, read in part, and whole."""
+        from edgeq.memory.budget import Budget
+
+        monkeypatch.setattr(Budget, "claim", lambda *_, **__: None)  # nothing is run
+        memory = f"{(self.USED + (more << 20)) // 10**6}M"
+        given = dict(zip(options[::2], map(int, options[1::2]), strict=True))
+        said: EdgeqError | None = None
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                choice = load(
+                    "demo", memory=memory, context=given.get("--context"), kv_bits=given.get("--kv-bits")
+                ).engine.choice
+        except MemoryBudgetError as error:
+            choice, said = None, error
+        code, out, err = run(capsys, "demo", "--memory", memory, *options, "--json")
+        found = json.loads(out)
+        assert (code, found["fits"]) == ((0, True) if choice else (3, False))
+        if choice is None:
+            assert said is not None
+            assert said.message in err
+            assert said.hint is not None
+            assert said.hint in err.replace("\n", " ")
+            return
+        assert found["context"] == choice.context
+        assert found["kv_dtype"] == choice.ops.kv_dtype
+        assert (found["chunk"], found["streamed"]) == (choice.chunk, choice.streamed)
+        assert {name: found[name] for name in PARTS if name != "checkpoints"} == {
+            name: getattr(choice.plan, name) for name in PARTS if name != "checkpoints"
+        }
+        assert found["total"] <= choice.ceiling.nbytes - SPARE
+
+    @pytest.mark.parametrize("sight", [("--image", "900x700"), ("--image", "64x64", "--video", "2")])
+    @pytest.mark.parametrize("parallel", ["1", "3"])
+    def test_pictures_and_conversations_take_from_the_context(
+        self, capsys: pytest.CaptureFixture[str], sight: tuple[str, ...], parallel: str
+    ) -> None:
+        memory = f"{(self.USED + (22 << 20)) // 10**6}M"
+        alone = fitted(capsys, "demo", "--memory", memory)
+        beside = fitted(capsys, "demo", "--memory", memory, *sight, "--parallel", parallel)
+        assert 0 < beside["picture_tokens"] < beside["context"] <= alone["context"]
+        assert beside["total"] <= beside["memory"] - SPARE
+        assert beside["vision"] > 0
 
 
 class TestFacts:
@@ -288,8 +398,6 @@ class TestFacts:
             "edgeq.backends.cpu", reason="the native backend is not built", exc_type=ImportError
         )
         from dataclasses import replace
-
-        from edgeq import load
 
         module = native._native
         before = module.thread_count()

@@ -64,7 +64,7 @@ chat = model.chat(max_tokens=4, temperature=0.0)
 for question, images in ((text, pixels), ("And?", [])):
     for _ in chat.send(question, images=images):
         pass
-fit = Wanted(grids).of(Variant(model.checkpoint, 0), model.ops, None, context)
+fit = Wanted(lambda _: model.ops, images=[tuple(image)] if image else []).of(Variant(model.checkpoint, 0), context)
 peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps([peak, fit.plan.total]))
 """

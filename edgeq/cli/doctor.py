@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -27,6 +28,7 @@ from edgeq.shortage import limits
 from edgeq.text.table_cache import cache_folder, cache_problem, stale_tables
 
 if TYPE_CHECKING:
+    from edgeq.backends.ops import Ops
     from edgeq.checkpoint import Checkpoint
 
 __all__ = ["doctor"]
@@ -250,7 +252,9 @@ def _medium(path: Path) -> str:
 
 def _model(path: Path, checkpoint: Checkpoint, facts: Facts | None) -> tuple[dict[str, str], list[Finding]]:
     """What it lies on and what it will do, and what to do about that."""
+    from edgeq.api import KV_DTYPES
     from edgeq.backends import select
+    from edgeq.cli.memory import used_by_a_chat
     from edgeq.fit import Variant, Wanted
 
     files, findings = checkpoint.weight_files(), list[Finding]()
@@ -265,11 +269,18 @@ def _model(path: Path, checkpoint: Checkpoint, facts: Facts | None) -> tuple[dic
         ))  # fmt: skip
     bound, context = ceiling(), min(4096, checkpoint.config.text.longest_context)
     room = bound.nbytes if bound else available_memory()
+
+    def make_ops(kv_bits: int | None) -> Ops[Any, Any]:
+        return select(kv_dtype=kv_bits and KV_DTYPES[kv_bits])
+
     try:
-        ops = select()
+        ops = make_ops(None)
     except EdgeqError:  # said elsewhere
         return told, findings
-    fit = Wanted(ceiling=room).of(Variant(checkpoint, 0), ops, facts if ops.name == "cpu" else None, context)
+    wanted = Wanted(make_ops, free=room, facts=facts if ops.name == "cpu" else None)
+    if bound is not None and ops.keeps_ceiling:
+        wanted = replace(wanted, ceiling=bound, used=used_by_a_chat(make_ops, None, checkpoint))
+    fit = replace(wanted, reread=rate or None).of(Variant(checkpoint, 0), context)
     told["memory"] = f"{fit.plan.total / 1e6:,.0f} MB with {context:,} tokens of context"
     if room is not None:
         told["largest context"] = f"{fit.largest:,} tokens in {room / 1e6:,.0f} MB"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from importlib import import_module
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +15,7 @@ from edgeq.backends.ops import Ops
 from edgeq.checkpoint import Checkpoint, Storage, open_checkpoint
 from edgeq.cli.console import show, show_json
 from edgeq.cli.facts import description, lines, versions
-from edgeq.cli.memory import choice_facts, plan_facts
+from edgeq.cli.memory import choice_facts, plan_facts, used_by_a_chat
 from edgeq.cli.options import BackendOption, ContextOption, KvBitsOption, MemoryOption, OptionalModelArgument, option
 from edgeq.config import TextConfig
 from edgeq.engine import checked_context
@@ -25,11 +24,10 @@ from edgeq.hub import find_model
 from edgeq.identify import is_adapter, is_session
 from edgeq.inputs import expand_user
 from edgeq.memory.ceiling import ceiling
-from edgeq.memory.choice import Asked, choose_settings, taken
+from edgeq.memory.choice import Asked, choose_settings
 from edgeq.memory.plan import plan_memory
 from edgeq.printable import printable
 from edgeq.session.files import SavedSession
-from edgeq.session.language import Language
 from edgeq.session.prefixes import most_kept
 from edgeq.text.template_files import DEFAULT
 from edgeq.weights import Part, TensorSpec
@@ -146,13 +144,7 @@ def _plan(checkpoint: Checkpoint, backend: str, memory: str | None, asked: Asked
     check_kv_bits(asked.kv_bits)
     checked_context(asked.context, checkpoint.config.text.longest_context)
     if (bound := ceiling(memory)) is not None:
-        held = [
-            make_ops(asked.kv_bits),
-            Language(checkpoint),
-            import_module("edgeq.cli.chat"),
-        ]  # as where a chat chooses
-        used = taken()
-        held.clear()
+        used = used_by_a_chat(make_ops, asked.kv_bits, checkpoint)
         return {"path": str(checkpoint.path), **choice_facts(choose_settings(checkpoint, make_ops, bound, asked, used))}
     ops = make_ops(asked.kv_bits)
     tokens = asked.context or checkpoint.config.text.longest_context

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
+from edgeq.checkpoint import Checkpoint
 from edgeq.engine import Engine
 from edgeq.memory.budget import SPARE, megabytes
-from edgeq.memory.choice import Choice
+from edgeq.memory.choice import Choice, MakeOps, taken
 from edgeq.memory.plan import Plan
 from edgeq.memory.resident import peak_resident, resident
+from edgeq.session.language import Language
 
-__all__ = ["choice_facts", "ledger_facts", "plan_facts"]
+__all__ = ["choice_facts", "ledger_facts", "plan_facts", "used_by_a_chat"]
+
+_TOKENIZER = 3_000_000  # bytes, its table mapped
 
 _NAMES = {
     "weights": "weights", "runtime": "the process itself", "states": "DeltaNet states", "kv": "keys and values",
     "scratch": "work of a chunk", "vision": "more for pictures", "checkpoints": "kept states",
 }  # fmt: skip
+
+
+def used_by_a_chat(make_ops: MakeOps, kv_bits: int | None, checkpoint: Checkpoint | None) -> int:
+    """Bytes that a chat's process takes before it chooses what to run with, so that others choose the same; of a model
+    that is not here with the family's tokenizer."""
+    held = [make_ops(kv_bits), Language(checkpoint) if checkpoint else None, import_module("edgeq.cli.chat")]
+    nbytes = taken(0 if checkpoint else _TOKENIZER)
+    held.clear()
+    return nbytes
 
 
 def plan_facts(plan: Plan) -> dict[str, Any]:

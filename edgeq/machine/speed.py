@@ -15,7 +15,8 @@ A prompt computes, and its weights are read once for hundreds of tokens, so per 
             + entries / prompt delta
             + values / values rate                                      norms, gates, convolution
 
-where the head counts once, and every chunk reads all weights. Everything else (the tokenizer, sampling) is left out.
+where the head counts once, and every chunk reads all weights. Where part of them does not stay in memory, a token and a
+chunk both take as much longer as reading that part anew takes. Everything else (the tokenizer, sampling) is left out.
 docs/reference/fit.md has how near this comes.
 """
 
@@ -40,11 +41,19 @@ class Speed(NamedTuple):
     generated: float
 
 
-def expected_speed(model: Planned, ops: Ops[Any, Any], facts: Facts, context: int) -> Speed:
-    """What a machine with these facts is expected to do; the KV cache is of the type that `ops` keeps."""
-    work = _Work.of(model)
-    seconds = _prompt_seconds(work, model.config.text, ops, facts, context)
-    return Speed(context / seconds, 1 / _token_seconds(work, model.config.text, ops, facts, context))
+def expected_speed(
+    model: Planned, ops: Ops[Any, Any], facts: Facts, context: int, *, chunk: int | None = None,
+    reading_anew: float = 0.0,
+) -> Speed:  # fmt: skip
+    """What a machine with these facts is expected to do; the KV cache is of the type that `ops` keeps.
+
+    chunk: tokens of a prompt that go through together. reading_anew: seconds that every pass takes longer where part
+    of the weights does not stay.
+    """
+    work, c = _Work.of(model), model.config.text
+    chunk = min(context, chunk or prefill_chunk(c, ops))
+    prompt = _prompt_seconds(work, c, ops, facts, context, chunk) + reading_anew * -(-context // chunk)
+    return Speed(context / prompt, 1 / (_token_seconds(work, c, ops, facts, context) + reading_anew))
 
 
 class _Work(NamedTuple):
@@ -88,8 +97,7 @@ def _token_seconds(work: _Work, c: TextConfig, ops: Ops[Any, Any], facts: Facts,
     return products + delta_entries(c) / facts.delta + attention + beside
 
 
-def _prompt_seconds(work: _Work, c: TextConfig, ops: Ops[Any, Any], facts: Facts, tokens: int) -> float:
-    chunk = min(tokens, prefill_chunk(c, ops))
+def _prompt_seconds(work: _Work, c: TextConfig, ops: Ops[Any, Any], facts: Facts, tokens: int, chunk: int) -> float:
     each = sum(size / _rate(facts.products, kind) for kind, size in work.weights.items())
     each += _attention_macs(c) * (tokens + 1) / 2 / _rate(facts.prompt_attention, ops.kv_dtype)
     each += delta_entries(c) / facts.prompt_delta + values_per_token(c) / facts.values

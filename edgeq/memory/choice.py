@@ -35,9 +35,13 @@ from edgeq.memory.plan import (
     plan_memory,
     prefill_chunk,
 )
+from edgeq.vision.visual import Grid
 from edgeq.weights import Part, TensorSpec
 
-__all__ = ["IMPORTED_LATER", "Asked", "Choice", "choose_settings", "least_ceiling", "taken", "tell", "warn_of_swapping"]
+__all__ = [
+    "IMPORTED_LATER", "Asked", "Choice", "choose_settings", "find_settings", "least_ceiling",
+    "least_plan", "most_context", "refusal", "taken", "tell", "warn_of_swapping",
+]  # fmt: skip
 
 GOOD_CONTEXT, LEAST_CONTEXT = 16_384, 4096  # tokens
 WINDOW = 32 << 20
@@ -54,10 +58,13 @@ MakeOps = Callable[[int | None], Ops[Any, Any]]
 
 
 class Asked(NamedTuple):
-    """What somebody wants, whatever it takes; None leaves it to the plan."""
+    """What somebody wants, whatever it takes; None leaves it to the plan. grids: of pictures that it is to hold beside
+    all else. sequences: at a time."""
 
     context: int | None = None
     kv_bits: int | None = None
+    grids: Sequence[Grid] = ()
+    sequences: int = 1
 
 
 class Choice(NamedTuple):
@@ -83,9 +90,9 @@ class Choice(NamedTuple):
     resident_at_a_time: int = 0
 
 
-def taken() -> int:
-    """Bytes that the process takes, with what it imports later, in whole STEPs."""
-    return -(-(Budget.process() + IMPORTED_LATER) // STEP) * STEP
+def taken(more: int = 0) -> int:
+    """Bytes that the process takes, with what it imports later and `more`, in whole STEPs."""
+    return -(-(Budget.process() + IMPORTED_LATER + more) // STEP) * STEP
 
 
 def choose_settings(model: Planned, make_ops: MakeOps, ceiling: Ceiling, asked: Asked, used: int = 0) -> Choice:
@@ -93,14 +100,31 @@ def choose_settings(model: Planned, make_ops: MakeOps, ceiling: Ceiling, asked: 
 
     used: bytes that the process takes already, if that is more than the backend says of itself.
     """
+    choice = find_settings(model, make_ops, ceiling, asked, used)
+    if choice is None:
+        raise refusal(model, make_ops, ceiling, asked, used)
+    return choice
+
+
+def find_settings(model: Planned, make_ops: MakeOps, ceiling: Ceiling, asked: Asked, used: int = 0) -> Choice | None:
+    """The same; None where nothing runs."""
     for choice in _choices(model, make_ops, ceiling, asked, used):
         return choice._replace(plan=choice.plan._replace(runtime=max(choice.plan.runtime, used)))
-    raise _refusal(model, make_ops, ceiling, asked, used)
+    return None
+
+
+def most_context(model: Planned, make_ops: MakeOps, ceiling: Ceiling, asked: Asked, used: int = 0) -> int:
+    """The largest context that runs with all weights resident, if it is asked for, or where none does with part of
+    them; 0 where none does either."""
+    options = _Options(model, list(_variants(model.config.text, make_ops, asked)), ceiling, used, asked)
+    whole = max(options.most(ops, _chunks(model.config.text, ops)[-1]) for _, ops in options.variants)
+    pages = model.config.text.longest_context // PAGE
+    return whole or PAGE * _most(pages, lambda n: next(options.streamed(n * PAGE), None) is not None)
 
 
 def _choices(model: Planned, make_ops: MakeOps, ceiling: Ceiling, asked: Asked, used: int) -> Iterator[Choice]:
     """What fits, the best first."""
-    options = _Options(model, list(_variants(model.config.text, make_ops, asked)), ceiling, used)
+    options = _Options(model, list(_variants(model.config.text, make_ops, asked)), ceiling, used, asked)
     if asked.context is not None:
         yield from options.whole(asked.context, exactly=True)
         yield from options.streamed(asked.context)
@@ -121,6 +145,19 @@ class _Options(NamedTuple):
     variants: Sequence[tuple[int | None, Ops[Any, Any]]]
     ceiling: Ceiling
     used: int
+    asked: Asked
+
+    def plan(self, ops: Ops[Any, Any], context: int, chunk: int, *, drafts: bool = False) -> Plan:
+        """With all weights."""
+        return plan_memory(
+            self.model, ops, context, chunk, self.asked.grids, sequences=self.asked.sequences, drafts=drafts
+        )
+
+    def most(self, ops: Ops[Any, Any], chunk: int, *, drafts: bool = False) -> int:
+        """Tokens with which that fits."""
+        return largest_context(
+            self.model, ops, self.room(ops), chunk, self.asked.grids, sequences=self.asked.sequences, drafts=drafts
+        )
 
     def room(self, ops: Ops[Any, Any]) -> int:
         """Bytes that a plan may take."""
@@ -132,8 +169,8 @@ class _Options(NamedTuple):
             room = self.room(ops)
             for chunk in _chunks(self.model.config.text, ops)[: None if smaller_chunks else 1]:
                 for drafts in (True, False):
-                    tokens = context if exactly else largest_context(self.model, ops, room, chunk, drafts=drafts)
-                    plan = plan_memory(self.model, ops, max(1, tokens), chunk, drafts=drafts)
+                    tokens = context if exactly else self.most(ops, chunk, drafts=drafts)
+                    plan = self.plan(ops, max(1, tokens), chunk, drafts=drafts)
                     if plan.total <= room and tokens >= context:
                         pictures = _picture_tokens(self.model, ops, plan, room)
                         yield Choice(self.ceiling, ops, bits, tokens, chunk, plan, drafts, pictures)
@@ -149,7 +186,7 @@ class _Options(NamedTuple):
         for bits, ops in self.variants:
             room = self.room(ops)
             for chunk in _chunks(self.model.config.text, ops) if ops.maps_files else ():
-                plan = plan_memory(self.model, ops, context, chunk)
+                plan = self.plan(ops, context, chunk)
                 resident = room - (plan.total - mapped)
                 if window <= resident < mapped:
                     plan, stays = plan._replace(weights=plan.weights - mapped + resident), resident - window
@@ -245,7 +282,7 @@ def warn_of_swapping(model: Planned, ops: Ops[Any, Any], context: int | None, us
 # --- what would fit --------------------------------------------------------------------------------------------------
 
 
-def _refusal(model: Planned, make_ops: MakeOps, ceiling: Ceiling, asked: Asked, used: int) -> MemoryBudgetError:
+def refusal(model: Planned, make_ops: MakeOps, ceiling: Ceiling, asked: Asked, used: int = 0) -> MemoryBudgetError:
     """Numbers, and every remedy that works by itself."""
 
     def fits(nbytes: int, asked: Asked, model: Planned = model) -> bool:
@@ -267,8 +304,8 @@ def _refusal(model: Planned, make_ops: MakeOps, ceiling: Ceiling, asked: Asked, 
     if need is not None:
         remedies.append(f"--memory {-(-need // 10**6)}M")
     tokens = asked.context or min(LEAST_CONTEXT, c.longest_context)
-    plan = plan_memory(model, make_ops(asked.kv_bits), tokens, SMALLEST_CHUNK)
-    plan = plan._replace(runtime=max(plan.runtime, used) + SPARE)
+    plan = least_plan(model, make_ops, asked, used)
+    plan = plan._replace(runtime=plan.runtime + SPARE)
     return MemoryBudgetError(
         f"the model does not fit: {megabytes(plan.total)} with a context of {tokens:,} tokens (weights "
         f"{megabytes(plan.weights)}, keys and values {megabytes(plan.kv)}, states {megabytes(plan.states)}, work "
@@ -278,6 +315,14 @@ def _refusal(model: Planned, make_ops: MakeOps, ceiling: Ceiling, asked: Asked, 
         if remedies
         else "use a smaller model",
     )
+
+
+def least_plan(model: Planned, make_ops: MakeOps, asked: Asked, used: int = 0) -> Plan:
+    """What is asked for, or LEAST_CONTEXT, with all weights resident and in the smallest chunks."""
+    tokens = asked.context or min(LEAST_CONTEXT, model.config.text.longest_context)
+    options = _Options(model, (), Ceiling(0, ""), used, asked)
+    plan = options.plan(make_ops(asked.kv_bits), tokens, SMALLEST_CHUNK)
+    return plan._replace(runtime=max(plan.runtime, used))
 
 
 def least_ceiling(model: Planned, make_ops: MakeOps, asked: Asked, used: int = 0) -> int | None:
