@@ -86,6 +86,7 @@ def quantize(
     effort: str | None = None,
     target_bpw: float | None = None,
     target_size: int | str | None = None,
+    keep_bits: bool = False,
     seed: int | None = None,
 ) -> Report:
     """Quantize `src`, a checkpoint as `edgeq.load` takes it, into the new folder `out`.
@@ -103,17 +104,19 @@ def quantize(
     Memory stays below about 300 MB, whatever the model's size.
 
     `calibrate` (True or "default", or a UTF-8 text file) rounds the matrices for what they are multiplied by on a text,
-    with an `effort` of "fast", "standard" (the default) or "best"; `target_bpw` (bits per weight of the language model,
-    all its bytes counted) or `target_size` (bytes of all tensors, or "1.2G") has bits allocated to matrices by what
-    each of them costs; `seed` chooses among the windows of a long text. A run that was killed goes on where it was.
-    Memory: docs/concepts/quantization.md; 6 GB for a model of 2 billion weights.
+    with an `effort` of "fast", "standard" (the default) or "best". Bits are allocated to matrices by what each of them
+    costs, in as many bytes as the recipe takes, or for a target: `target_bpw` (bits per weight of the language model,
+    all its bytes counted) or `target_size` (bytes of all tensors, or "1.2G"). With `keep_bits` every matrix has the
+    recipe's. `seed` chooses among the windows of a long text. A run that was killed goes on where it was. Memory:
+    docs/concepts/quantization.md; 6 GB for a model of 2 billion weights.
     """
     if out is not None:
         check_output(Path(out))
     start = time.perf_counter()
     chosen = replace(choose_recipe(recipe, bits, group_size, vision), mtp=mtp)
     request = choose_calibration(
-        calibrate, effort, target_bpw, target_size, seed, recipe=recipe, bits=bits, group_size=group_size
+        calibrate, effort, target_bpw, target_size, seed,
+        keep_bits=keep_bits, recipe=recipe, bits=bits, group_size=group_size,
     )  # fmt: skip
     rules = [TypeRule.parse(t) for t in types]
     source = open_source(find_model(src), given_adapters(adapter), chosen.dropped, chat_template)
@@ -124,10 +127,10 @@ def quantize(
         )
     if source.in_groups and (recipe, bits, group_size) == (None, None, None):
         chosen = replace(choose_recipe("keep", None, None, vision), mtp=mtp)
-    if request is not None and request.allocates:
+    if request is not None and request.has_target:
         chosen = replace(chosen, name="allocated", summary="bits as they cost least")
     plan = _Plan(source, chosen, rules)
-    allowance = None if request is None or not request.allocates else plan.allowance(request)
+    allowance = None if request is None else plan.allowance(request)
     if vision in (8, 16, "8", "16") and not plan.sees:
         raise UsageError(f"{src} has no vision tower to store in {vision} bits", hint="leave that setting out")
     targets = _Targets(plan, out, report, dry_run, force)
@@ -255,9 +258,9 @@ class _Plan:
             return carried.spec
         return a.storage if isinstance(a.storage, QuantSpec) else None
 
-    def allowance(self, request: CalibrationRequest) -> Allowance:
-        """What the target leaves to the language model's matrices that no rule has decided on. UsageError if it is not
-        enough."""
+    def allowance(self, request: CalibrationRequest) -> Allowance | None:
+        """What is left to the language model's matrices that no rule has decided on, if bits are allocated. UsageError
+        if it is not enough."""
         tensors = ((a.spec, sum(part.nbytes for part in self.parts(a))) for a in self.assignments)
         free = [a for a in self.assignments if isinstance(a.storage, QuantSpec) and self._is_free(a)]
         return Allowance.of(request, tensors, free)

@@ -16,6 +16,7 @@ from edgeq.cli.quantize import (
     CalibrateOption,
     CalibrationSeedOption,
     EffortOption,
+    KeepBitsOption,
     TargetBpwOption,
     TargetSizeOption,
     progress_bar,
@@ -48,6 +49,7 @@ def export(
     effort: EffortOption = None,
     target_bpw: TargetBpwOption = None,
     target_size: TargetSizeOption = None,
+    keep_bits: KeepBitsOption = False,
     seed: CalibrationSeedOption = None,
     threads: ThreadsOption = None,
     adapter: AdapterOption = None,
@@ -65,9 +67,7 @@ def export(
     kind = kind.lower()
     if kind not in EXPORT_TYPES:
         raise UsageError(f"unknown type {kind!r}", hint=f"use one of {', '.join(EXPORT_TYPES)}")
-    calibration = choose_calibration(
-        calibrate, effort, target_bpw, target_size, seed, recipe=None, bits=None, group_size=None
-    )  # fmt: skip
+    calibration = choose_calibration(calibrate, effort, target_bpw, target_size, seed, keep_bits=keep_bits)
     check_outputs(out, mmproj)
     checkpoint = adapted(open_checkpoint(find_model(source)), given_adapters(adapter))
     if no_vision and mmproj is not None:

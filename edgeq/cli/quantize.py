@@ -33,7 +33,8 @@ CalibrateOption = Annotated[
         "--calibrate",
         metavar="[TEXT]",
         env=False,
-        help="Round the matrices for what they are multiplied by on a UTF-8 text; a run that was killed goes on.",
+        help="Round the matrices for what they are multiplied by on a UTF-8 text, and allocate bits to them by what they "
+        "gain; a run that was killed goes on.",
     ),
 ]
 EffortOption = Annotated[
@@ -52,12 +53,16 @@ TargetBpwOption = Annotated[
         "--target-bpw",
         metavar="BITS",
         env=False,
-        help="Choose every matrix' bits for so many per weight of the language model, all its bytes counted.",
+        help="Bits per weight of the language model, all its bytes counted.",
+        default="as many as without calibration",
     ),
 ]
 TargetSizeOption = Annotated[
     str | None,
-    option("--target-size", metavar="SIZE", env=False, help="The same for all tensors together: 1.2G, 900M."),
+    option("--target-size", metavar="SIZE", env=False, help="The same as the size of all tensors: 1.2G, 900M."),
+]
+KeepBitsOption = Annotated[
+    bool, option("--keep-bits", env=False, help="Calibrate with the bits that matrices have without it.")
 ]
 CalibrationSeedOption = Annotated[
     int | None,
@@ -130,6 +135,7 @@ def quantize(
     effort: EffortOption = None,
     target_bpw: TargetBpwOption = None,
     target_size: TargetSizeOption = None,
+    keep_bits: KeepBitsOption = False,
     seed: CalibrationSeedOption = None,
     adapter: AdapterOption = None,
     chat_template: Annotated[str | None, chat_template_option(env=False)] = None,
@@ -185,6 +191,7 @@ def quantize(
             effort=effort,
             target_bpw=target_bpw,
             target_size=target_size,
+            keep_bits=keep_bits,
             seed=seed,
         )
     for warning in result.warnings:
