@@ -33,8 +33,8 @@ CalibrateOption = Annotated[
         "--calibrate",
         metavar="[TEXT]",
         env=False,
-        help="Round the matrices for what they are multiplied by on a UTF-8 text, and allocate bits to them by what they "
-        "gain; a run that was killed goes on.",
+        help="Allocate bits to the matrices by what each gains, and round them for what they are multiplied by on a "
+        "UTF-8 text; a run that was killed goes on.",
     ),
 ]
 EffortOption = Annotated[
