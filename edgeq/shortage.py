@@ -101,5 +101,6 @@ def exit_on_shortage(*, debug: bool = False) -> Iterator[None]:
             raise
         message = error.message if isinstance(error, EdgeqError) else "out of memory"
         hint = error.hint if isinstance(error, EdgeqError) else _HINT
-        sys.stderr.write(f"error: {message}\nhint: {hint}\n")
+        notes = "".join(f"note: {note}\n" for note in getattr(error, "__notes__", ()))
+        sys.stderr.write(f"error: {message}\nhint: {hint}\n{notes}")
         sys.exit(3)

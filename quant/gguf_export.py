@@ -137,9 +137,9 @@ def export_gguf(
     K-quants the embedding is Q6_K. A matrix whose rows are no multiple of the type's block becomes another that fits
     them; such exceptions are in the report's notes.
 
-    With a `calibration` the matrices of K-quants are rounded for what they are multiplied by on a text, and if it has a
-    target the bits of each are chosen: Q4_K, Q5_K, Q6_K or Q8_0. A file found damaged by it (QualityError)
-    is not published.
+    With a `calibration` the matrices of K-quants are rounded for what they are multiplied by on a text, and, unless it
+    keeps bits, those of each are chosen, for its target or the mixture's size: Q4_K, Q5_K, Q6_K or Q8_0. A file found
+    damaged by it (QualityError) is not published.
     """
     check_output(out)
     if calibration is not None and kind not in _MIXES:

@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -86,6 +86,7 @@ def quantize(
     effort: str | None = None,
     target_bpw: float | None = None,
     target_size: int | str | None = None,
+    keep_bits: bool = False,
     seed: int | None = None,
 ) -> Report:
     """Quantize `src`, a checkpoint as `edgeq.load` takes it, into the new folder `out`.
@@ -103,59 +104,51 @@ def quantize(
     Memory stays below about 300 MB, whatever the model's size.
 
     `calibrate` (True or "default", or a UTF-8 text file) rounds the matrices for what they are multiplied by on a text,
-    with an `effort` of "fast", "standard" (the default) or "best"; `target_bpw` (bits per weight of the language model,
-    all its bytes counted) or `target_size` (bytes of all tensors, or "1.2G") has bits allocated to matrices by what
-    each of them costs; `seed` chooses among the windows of a long text. A run that was killed goes on where it was.
-    Memory: docs/concepts/quantization.md; 6 GB for a model of 2 billion weights.
+    with an `effort` of "fast", "standard" (the default) or "best". Bits are allocated to matrices by what each of them
+    costs, in as many bytes as the recipe takes, or for a target: `target_bpw` (bits per weight of the language model,
+    all its bytes counted) or `target_size` (bytes of all tensors, or "1.2G"). With `keep_bits` every matrix has the
+    recipe's. `seed` chooses among the windows of a long text. A run that was killed goes on where it was. Memory:
+    docs/concepts/quantization.md; 6 GB for a model of 2 billion weights.
     """
+    start = time.perf_counter()
     if out is not None:
         check_output(Path(out))
-    start = time.perf_counter()
     chosen = replace(choose_recipe(recipe, bits, group_size, vision), mtp=mtp)
     request = choose_calibration(
-        calibrate, effort, target_bpw, target_size, seed, recipe=recipe, bits=bits, group_size=group_size
+        calibrate, effort, target_bpw, target_size, seed,
+        keep_bits=keep_bits, recipe=recipe, bits=bits, group_size=group_size,
     )  # fmt: skip
     rules = [TypeRule.parse(t) for t in types]
     source = open_source(find_model(src), given_adapters(adapter), chosen.dropped, chat_template)
-    if request is not None and source.in_groups:
-        raise UsageError(
-            f"calibration is not for {source.path}: its matrices are integer codes already, which are kept as they are",
-            hint="calibrate the original model, or leave calibration out",
-        )
     if source.in_groups and (recipe, bits, group_size) == (None, None, None):
         chosen = replace(choose_recipe("keep", None, None, vision), mtp=mtp)
-    if request is not None and request.allocates:
-        chosen = replace(chosen, name="allocated", summary="bits as they cost least")
-    plan = _Plan(source, chosen, rules)
-    allowance = None if request is None or not request.allocates else plan.allowance(request)
+    plan = _Plan(source, chosen, rules, request)
     if vision in (8, 16, "8", "16") and not plan.sees:
         raise UsageError(f"{src} has no vision tower to store in {vision} bits", hint="leave that setting out")
     targets = _Targets(plan, out, report, dry_run, force)
-    planned = replace(plan.report(str(src), str(out or "")), allocation=allowance.record if allowance else None)
-    if targets.folder is None:
-        targets.write_report(planned)
-        return planned
-    target, threads = targets.folder, threads or cores()
-    with ExitStack() as stack:
-        stack.enter_context(reading_on())
-        if request is not None:
-            check_room(target.out, 2 * plan.nbytes())  # once in the working folder
-            scales = DTYPES[plan.scale_type]
-            plan.calibration = stack.enter_context(
-                calibrated(
-                    request, source, plan.assignments, allowance, plan.recipe_record(), target.out, scales, threads,
-                    progress,
-                )
-            )  # fmt: skip
-            plan.assignments = list(plan.calibration.assignments)
-            planned = replace(planned, tensors=plan.report(planned.source, planned.out).tensors)
-        folder = stack.enter_context(new_folder(target.out, room=plan.nbytes(), may_replace=target.may_replace))
-        errors, judged = _write_folder(plan, folder, target.out, Source(plan.source.path, revision), threads, progress)
-    tensors = tuple(replace(t, nmse=errors.get(t.name)) for t in planned.tensors)
-    gate = judged.as_json() if judged else None
-    done = replace(planned, tensors=tensors, seconds=time.perf_counter() - start, gate=gate)
+    done = plan.report(str(src), str(out or ""))
+    if targets.folder is not None:
+        errors, judged = _make(plan, targets.folder, Source(source.path, revision), threads or cores(), progress)
+        done = plan.report(str(src), str(out), errors, judged, seconds=time.perf_counter() - start)
     targets.write_report(done)
     return done
+
+
+def _make(
+    plan: _Plan, target: FolderTarget, source: Source, threads: int, progress: Progress | None
+) -> tuple[dict[str, float], GateResult | None]:
+    """Calibrate, if that is planned, and write the folder; what `_write_folder` found."""
+    with ExitStack() as stack:
+        stack.enter_context(reading_on())
+        if plan.request is not None:
+            check_room(target.out, 2 * plan.nbytes())  # once in the working folder
+            work = calibrated(
+                plan.request, plan.source, plan.assignments, plan.allowance, plan.recipe_record(), target.out,
+                DTYPES[plan.scale_type], threads, progress,
+            )  # fmt: skip
+            plan.settle(stack.enter_context(work))
+        folder = stack.enter_context(new_folder(target.out, room=plan.nbytes(), may_replace=target.may_replace))
+        return _write_folder(plan, folder, target.out, source, threads, progress)
 
 
 class _Targets:
@@ -219,17 +212,26 @@ class _Carried:
 
 
 class _Plan:
-    """Everything that is decided before the first byte is written."""
+    """Everything that is decided before the first byte is written. UsageError for a calibration that cannot be."""
 
-    def __init__(self, source: WeightSource, recipe: Recipe, rules: Sequence[TypeRule]) -> None:
-        self.source = source
-        self.recipe = recipe
-        self.rules = rules
+    def __init__(
+        self, source: WeightSource, recipe: Recipe, rules: Sequence[TypeRule], request: CalibrationRequest | None
+    ) -> None:
+        if request is not None and source.in_groups:
+            raise UsageError(
+                f"calibration is not for {source.path}: its matrices are integer codes already, which are kept as they "
+                "are",
+                hint="calibrate the original model, or leave calibration out",
+            )
+        if request is not None and request.has_target:
+            recipe = replace(recipe, name="allocated", summary="bits as they cost least")
+        self.source, self.recipe, self.rules, self.request = source, recipe, rules, request
         self.assignments = assign(source.tensors, recipe, rules)
         self.scale_type = source.scale_type
         kept = ((a.spec.name, source.groups(a.spec.name)) for a in self.assignments if a.storage == KEEP)
         self.carried = {name: _Carried(groups) for name, groups in kept if groups}
         source.drop_pages()  # scales have been read
+        self.allowance = None if request is None else self._allowance(request)
         self.calibration: Calibration | None = None
         self.warnings = (*source.warnings, *self._losses())
 
@@ -255,9 +257,13 @@ class _Plan:
             return carried.spec
         return a.storage if isinstance(a.storage, QuantSpec) else None
 
-    def allowance(self, request: CalibrationRequest) -> Allowance:
-        """What the target leaves to the language model's matrices that no rule has decided on. UsageError if it is not
-        enough."""
+    def settle(self, calibration: Calibration) -> None:
+        """From now on matrices are what was made of them."""
+        self.calibration, self.assignments = calibration, list(calibration.assignments)
+
+    def _allowance(self, request: CalibrationRequest) -> Allowance | None:
+        """What is left to the language model's matrices that no rule has decided on, if bits are allocated. UsageError
+        if it is not enough."""
         tensors = ((a.spec, sum(part.nbytes for part in self.parts(a))) for a in self.assignments)
         free = [a for a in self.assignments if isinstance(a.storage, QuantSpec) and self._is_free(a)]
         return Allowance.of(request, tensors, free)
@@ -292,17 +298,29 @@ class _Plan:
         weights = sum(part.nbytes for a in self.assignments for part in self.parts(a))
         return weights + _SIDE_FILES
 
-    def report(self, source: str, out: str) -> Report:
-        tensors = []
+    def report(
+        self, source: str, out: str, errors: Mapping[str, float] | None = None, judged: GateResult | None = None,
+        seconds: float = 0.0,
+    ) -> Report:  # fmt: skip
+        """What is planned, or, with the errors of quantized tensors and what a calibrated result was found to be, what
+        was done in so many seconds."""
+        errors, tensors = errors or {}, []
         for a in self.assignments:
             parts = self.parts(a)
             kind = str(self.spec(a) or parts[0].dtype)
             nbytes = sum(part.nbytes for part in parts)
             note = "as it was" if a.spec.name in self.carried else a.note
             tensors.append(
-                TensorReport(a.spec.name, a.file_name, a.spec.part.value, a.spec.shape, kind, nbytes, note=note)
-            )
-        return Report(source, out, self.recipe.name, tuple(tensors), warnings=self.warnings)
+                TensorReport(
+                    a.spec.name, a.file_name, a.spec.part.value, a.spec.shape, kind, nbytes,
+                    nmse=errors.get(a.spec.name), note=note,
+                )
+            )  # fmt: skip
+        return Report(
+            source, out, self.recipe.name, tuple(tensors), warnings=self.warnings, seconds=seconds,
+            allocation=self.allowance.record if self.allowance else None,
+            gate=judged.as_json() if judged else None,
+        )  # fmt: skip
 
     def shards(self) -> dict[str, list[Assignment]]:
         """Files by name, and what goes into each."""

@@ -85,7 +85,7 @@ def _quick() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def standard(bed: Bed, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("standard") / "out"
-    quantize(bed.model, out, calibrate=bed.text, threads=1)
+    quantize(bed.model, out, calibrate=bed.text, keep_bits=True, threads=1)
     return out
 
 
@@ -142,11 +142,11 @@ class TestResult:
 
     @pytest.mark.parametrize("threads", [2, 3])
     def test_does_not_depend_on_threads(self, bed: Bed, standard: Path, tmp_path: Path, threads: int) -> None:
-        quantize(bed.model, tmp_path / "out", calibrate=bed.text, threads=threads)
+        quantize(bed.model, tmp_path / "out", calibrate=bed.text, keep_bits=True, threads=threads)
         assert weights(tmp_path / "out") == weights(standard)
 
     def test_fast(self, bed: Bed, standard: Path, tmp_path: Path) -> None:
-        quantize(bed.model, tmp_path / "out", calibrate=bed.text, effort="fast")
+        quantize(bed.model, tmp_path / "out", calibrate=bed.text, effort="fast", keep_bits=True)
         assert list(FolderCheckpoint(tmp_path / "out").storage()) == list(FolderCheckpoint(standard).storage())
 
     def test_an_untied_model(self, bed: Bed, tmp_path: Path) -> None:
@@ -167,13 +167,21 @@ class TestResuming:
                 raise Killed
 
         out = tmp_path / "out"
-        with pytest.raises(Killed):
-            quantize(bed.model, out, calibrate=bed.text, progress=kill)
+        with pytest.raises(Killed) as killed:
+            quantize(bed.model, out, calibrate=bed.text, keep_bits=True, progress=kill)
         assert not out.exists()
+        (note,) = killed.value.__notes__
+        assert re.fullmatch(
+            rf"what is calibrated so far \(\d.* MB\) is kept in {tmp_path}/\.out\.calibration: "
+            rf"the same command goes on from it, `edgeq clean {tmp_path}` removes it",
+            note,
+        )
         before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".out.calibration").glob("layers*")}
         assert "layers.1.self_attn.q_proj.weight.safetensors" in before
         seen = list[str]()
-        quantize(bed.model, out, calibrate=bed.text, progress=lambda done, total, what: seen.append(what))
+        quantize(
+            bed.model, out, calibrate=bed.text, keep_bits=True, progress=lambda done, total, what: seen.append(what)
+        )
         assert "layers.0.mlp.up_proj.weight" not in seen[: seen.index("mtp.fc.weight")]
         assert weights(out) == weights(standard)
         assert not (tmp_path / ".out.calibration").exists()
@@ -196,7 +204,7 @@ class TestResuming:
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
                 with pytest.raises(KeyboardInterrupt):
-                    quantize(model, tmp_path / "out", calibrate=bed.text, effort="fast", progress=stop)
+                    quantize(model, tmp_path / "out", calibrate=bed.text, effort="fast", keep_bits=True, progress=stop)
             assert "layers.0.mlp.up_proj.weight" in seen
         assert "an unfinished calibration differs in source: starting anew" in str(told[-1].message)
 
@@ -208,7 +216,7 @@ class TestResuming:
         with pytest.warns(
             UserWarning, match=r"an unfinished calibration differs in .*settings \(.*seed.*\), .*: starting anew"
         ):
-            quantize(bed.model, tmp_path / "out", calibrate=bed.text)
+            quantize(bed.model, tmp_path / "out", calibrate=bed.text, keep_bits=True)
         assert weights(tmp_path / "out") == weights(standard)
 
     def test_what_is_damaged_is_made_again(self, bed: Bed, standard: Path, tmp_path: Path) -> None:
@@ -219,9 +227,18 @@ class TestResuming:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            quantize(bed.model, tmp_path / "out", calibrate=bed.text, progress=kill)
-        quantize(bed.model, tmp_path / "out", calibrate=bed.text)
+            quantize(bed.model, tmp_path / "out", calibrate=bed.text, keep_bits=True, progress=kill)
+        quantize(bed.model, tmp_path / "out", calibrate=bed.text, keep_bits=True)
         assert weights(tmp_path / "out") == weights(standard)
+
+    def test_nothing_is_left_of_a_run_that_has_done_nothing(self, bed: Bed, tmp_path: Path) -> None:
+        def stop(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            quantize(bed.model, tmp_path / "out", calibrate=bed.text, progress=stop)
+        assert not hasattr(stopped.value, "__notes__")
+        assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize("damage", [b"", b"3", b'{"x": 1}', b'{"value": {}, "sum": "00000000"}', b"[" * 100_000])
     def test_no_value_that_is_damaged_is_read(self, tmp_path: Path, damage: bytes) -> None:
@@ -266,6 +283,30 @@ class TestAllocation:
         assert len(set(kinds.values())) > 4
         record = json.loads((tmp_path / "out/edgeq.json").read_text())["recipe"]["calibration"]["allocation"]
         assert record["bits"]["embed_tokens.weight"] == kinds["embed_tokens.weight"]
+
+    def test_the_recipes_size_by_default(self, bed: Bed, standard: Path, tmp_path: Path) -> None:
+        """No byte more than the recipe takes, other bits, and whatever says no more than the default is the default."""
+        done = quantize(bed.model, tmp_path / "out", calibrate=bed.text)
+        same = quantize(bed.model, None, calibrate=bed.text, recipe="q4", bits=4, group_size=64, dry_run=True)
+        kept = quantize(bed.model, None, calibrate=bed.text, keep_bits=True, dry_run=True)
+        assert done.allocation == same.allocation != kept.allocation
+        assert kept.nbytes("text") - 3000 < done.nbytes("text") <= kept.nbytes("text")
+        assert done.nbytes("mtp") == kept.nbytes("mtp")
+        kinds = {t.type for t in done.tensors if t.part == "text"}
+        assert len(kinds & {f"{bits}-bit g{size}" for bits in (3, 4, 5, 6, 8) for size in (64, 128)}) > 3
+        assert list(FolderCheckpoint(tmp_path / "out").storage()) != list(FolderCheckpoint(standard).storage())
+
+    @pytest.mark.parametrize("settings", [{"bits": 8}, {"target_bpw": 16}])
+    def test_nothing_is_measured_where_there_is_room_for_the_largest(
+        self, bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+    ) -> None:
+        monkeypatch.setattr("edgeq.quant.calibrate.run.measure", None)
+        done = quantize(bed.model, tmp_path / "out", calibrate=bed.text, effort="fast", **settings)
+        assert {t.type for t in done.tensors if t.part == "text" and "bit" in t.type} == {"8-bit g64"}
+
+    def test_rules_that_leave_nothing_to_choose(self, bed: Bed) -> None:
+        done = quantize(bed.model, None, calibrate=bed.text, types=["*=4g32"], dry_run=True)
+        assert done.allocation is None
 
     def test_size(self, bed: Bed, tmp_path: Path) -> None:
         size = quantize(bed.model, None, dry_run=True).nbytes() + 10_000
@@ -322,6 +363,10 @@ class TestRefusals:
         [
             ({"effort": "best"}, "effort is for calibration"),
             ({"target_bpw": 4.6}, "target-bpw is for calibration"),
+            ({"keep_bits": True}, "keep-bits is for calibration"),
+            ({"calibrate": "t", "target_bpw": 4.6, "keep_bits": True}, "target-bpw and keep-bits contradict"),
+            ({"calibrate": "t", "target_size": "1G", "keep_bits": True}, "target-size and keep-bits contradict"),
+            ({"calibrate": "t", "bits": 2}, "the recipe's size is too small: the smallest choices take 3"),
             ({"calibrate": "t", "effort": "most"}, "unknown effort 'most'"),
             ({"calibrate": "t", "recipe": "keep"}, "calibration and recipe 'keep' contradict"),
             ({"calibrate": "t", "recipe": "none"}, "calibration and recipe 'none' contradict"),

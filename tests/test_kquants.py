@@ -158,7 +158,8 @@ def divergence(source: Checkpoint, files: list[Path], text: Path) -> list[float]
 def test_calibrated_blocks_are_better_at_the_same_bytes(wide: tuple[Checkpoint, Path], tmp_path: Path) -> None:
     (source, text), files = wide, [tmp_path / "plain.gguf", tmp_path / "calibrated.gguf"]
     plain = export_gguf(source, files[0], "q4_k_m")
-    done = export_gguf(source, files[1], "q4_k_m", calibration=CalibrationRequest(str(text), "standard", 0))
+    asked = CalibrationRequest(str(text), "standard", 0, keeps_bits=True)
+    done = export_gguf(source, files[1], "q4_k_m", calibration=asked)
     assert done.nbytes == plain.nbytes
     assert done.types == plain.types
     by_weights, calibrated = divergence(source, files, text)
@@ -179,6 +180,14 @@ def test_types_are_chosen_for_a_size(wide: tuple[Checkpoint, Path], tmp_path: Pa
     weights = sum(spec.size for spec, _ in stored)
     assert 5.2 < 8 * nbytes / weights <= 5.5
     assert len({s.type for spec, s in stored if spec.is_matrix}) > 2
+
+
+def test_types_are_chosen_at_the_mixtures_size(wide: tuple[Checkpoint, Path], tmp_path: Path) -> None:
+    (source, text), out = wide, tmp_path / "model.gguf"
+    plain = export_gguf(source, tmp_path / "plain.gguf", "q4_k_m")
+    done = export_gguf(source, out, "q4_k_m", calibration=CalibrationRequest(str(text), "standard", 0))
+    assert 0.99 * plain.nbytes < done.nbytes <= plain.nbytes
+    assert done.types != plain.types
 
 
 def test_what_calibration_cannot_do_is_told_before(wide: tuple[Checkpoint, Path], tmp_path: Path) -> None:

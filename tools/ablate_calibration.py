@@ -45,7 +45,7 @@ def main() -> None:
             patch("edgeq.quant.calibrate.request.BUDGETS", {"standard": budget}),
             patch("edgeq.quant.calibrate.request.EFFORTS", {"standard": effort}),
         ):
-            quantize(args.model, args.out / name, calibrate=args.text, mtp=False, vision="none")
+            quantize(args.model, args.out / name, calibrate=args.text, keep_bits=True, mtp=False, vision="none")
         print(name, flush=True)
     quantize(args.model, args.out / "5-allocation", calibrate=args.text, target_bpw=args.bpw, mtp=False, vision="none")
 

@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 
 import edgeq
 from edgeq.cli.config_file import read_config_file
-from edgeq.cli.console import prepare_streams, report_error, show, show_warning
+from edgeq.cli.console import prepare_streams, report_error, report_notes, show, show_warning
 from edgeq.cli.elsewhere import hint_for
 from edgeq.cli.help import Command, parameters
 from edgeq.errors import EdgeqError, UsageError
@@ -81,11 +81,15 @@ class _Commands(TyperGroup):
 
 @contextmanager
 def _reported(ctx: Any, *, debug: bool) -> Iterator[None]:
-    """What went wrong becomes one line on stderr, perhaps a hint, and an exit code."""
+    """What went wrong becomes one line on stderr, perhaps a hint and what it leaves behind, and an exit code."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        report_notes(interrupt)
         raise typer.Exit(130) from None
+    except SystemExit as ended:  # by a signal
+        report_notes(ended)
+        raise
     except BrokenPipeError:  # the reader of our output has left: nothing more to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
@@ -94,6 +98,7 @@ def _reported(ctx: Any, *, debug: bool) -> Iterator[None]:
             raise
         told = _as_edgeq_error(error, ctx)
         report_error(told)
+        report_notes(error)
         raise typer.Exit(told.exit_code) from None
 
 

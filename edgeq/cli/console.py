@@ -34,6 +34,7 @@ __all__ = [
     "prefill_bar",
     "prepare_streams",
     "report_error",
+    "report_notes",
     "say",
     "show",
     "show_json",
@@ -168,6 +169,12 @@ def show_warning(message: Warning | str, *_: object, **__: object) -> None:
 def report_error(error: EdgeqError) -> None:
     """Print an error and its hint to stderr."""
     say(error_line(error))
+
+
+def report_notes(error: BaseException) -> None:
+    """Print to stderr what was noted on the way of an error: what it leaves behind."""
+    for note in getattr(error, "__notes__", ()):
+        say(f"note: {note}")
 
 
 def peak_memory() -> int | None:

@@ -10,16 +10,10 @@ import typer
 from edgeq.adapters import adapted, given_adapters
 from edgeq.checkpoint import open_checkpoint
 from edgeq.cli.console import peak_memory_text, say
-from edgeq.cli.options import MODEL_HELP, AdapterOption, ThreadsOption, chat_template_option, option
+from edgeq.cli.options import MODEL_HELP, AdapterOption, ThreadsOption, chat_template_option, command, option
+from edgeq.cli.options.quantization import CalibrationOptions
 from edgeq.cli.outputs import check_outputs
-from edgeq.cli.quantize import (
-    CalibrateOption,
-    CalibrationSeedOption,
-    EffortOption,
-    TargetBpwOption,
-    TargetSizeOption,
-    progress_bar,
-)
+from edgeq.cli.quantize import progress_bar
 from edgeq.errors import UsageError
 from edgeq.hub import find_model
 from edgeq.printable import printable
@@ -30,7 +24,9 @@ from edgeq.weights import Part
 __all__ = ["export"]
 
 
+@command
 def export(
+    *,
     source: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     out: Annotated[Path, option("--out", "-o", metavar="FILE.gguf", env=False, help="File to write.")],
     kind: Annotated[
@@ -44,11 +40,7 @@ def export(
         bool, option("--no-vision", env=False, help="Export even if the vision tower is not fit for use.")
     ] = False,
     no_mtp: Annotated[bool, option("--no-mtp", env=False, help="Leave the MTP head out.")] = False,
-    calibrate: CalibrateOption = None,
-    effort: EffortOption = None,
-    target_bpw: TargetBpwOption = None,
-    target_size: TargetSizeOption = None,
-    seed: CalibrationSeedOption = None,
+    calibration: CalibrationOptions,
     threads: ThreadsOption = None,
     adapter: AdapterOption = None,
     chat_template: Annotated[str | None, chat_template_option(env=False)] = None,
@@ -65,9 +57,7 @@ def export(
     kind = kind.lower()
     if kind not in EXPORT_TYPES:
         raise UsageError(f"unknown type {kind!r}", hint=f"use one of {', '.join(EXPORT_TYPES)}")
-    calibration = choose_calibration(
-        calibrate, effort, target_bpw, target_size, seed, recipe=None, bits=None, group_size=None
-    )  # fmt: skip
+    request = choose_calibration(**calibration.settings())
     check_outputs(out, mmproj)
     checkpoint = adapted(open_checkpoint(find_model(source)), given_adapters(adapter))
     if no_vision and mmproj is not None:
@@ -84,7 +74,7 @@ def export(
             reports.append(export_mmproj(checkpoint, mmproj, kind, force=force, progress=progress))
         reports.append(export_gguf(
             checkpoint, out, kind, mtp=not no_mtp, force=force, progress=progress,
-            calibration=calibration, threads=threads,
+            calibration=request, threads=threads,
         ))  # fmt: skip
     for report in reports:
         say(_summary(report))

@@ -11,61 +11,20 @@ import typer
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from edgeq.cli.console import new_bar, peak_memory_text, say, show, show_warning
-from edgeq.cli.options import AdapterOption, chat_template_option, option
+from edgeq.cli.options import AdapterOption, chat_template_option, command, option
+from edgeq.cli.options.quantization import CalibrationOptions, RecipeOptions
 from edgeq.cli.outputs import check_outputs
-from edgeq.errors import UsageError
 from edgeq.printable import printable
 from edgeq.quant.quantizer import Progress
 from edgeq.quant.quantizer import quantize as quantize_checkpoint
-from edgeq.quant.recipe import RECIPES
 from edgeq.quant.report import Report, format_table
 
 __all__ = ["progress_bar", "quantize"]
 
-_RECIPE_HELP = "\n".join(
-    ["Which tensors get how many bits:", *(f"{recipe.name:5}{recipe.summary}" for recipe in RECIPES.values())]
-)
 
-
-CalibrateOption = Annotated[
-    str | None,
-    option(
-        "--calibrate",
-        metavar="[TEXT]",
-        env=False,
-        help="Round the matrices for what they are multiplied by on a UTF-8 text; a run that was killed goes on.",
-    ),
-]
-EffortOption = Annotated[
-    str | None,
-    option(
-        "--effort",
-        metavar="fast|standard|best",
-        env=False,
-        default="standard",
-        help="How much work calibration is.",
-    ),
-]
-TargetBpwOption = Annotated[
-    float | None,
-    option(
-        "--target-bpw",
-        metavar="BITS",
-        env=False,
-        help="Choose every matrix' bits for so many per weight of the language model, all its bytes counted.",
-    ),
-]
-TargetSizeOption = Annotated[
-    str | None,
-    option("--target-size", metavar="SIZE", env=False, help="The same for all tensors together: 1.2G, 900M."),
-]
-CalibrationSeedOption = Annotated[
-    int | None,
-    option("--seed", metavar="N", env=False, default="0", help="Chooses parts of a long calibration text."),
-]
-
-
+@command
 def quantize(
+    *,
     source: Annotated[
         str,
         typer.Argument(
@@ -77,60 +36,8 @@ def quantize(
     out: Annotated[
         Path | None, option("--out", "-o", metavar="OUT", env=False, help="Folder to write; not needed with --dry-run.")
     ] = None,
-    bits: Annotated[
-        int | None,
-        option("--bits", "--q-bits", metavar="N", env=False, default="the recipe's", help="Bits: 2, 3, 4, 5, 6 or 8."),
-    ] = None,
-    group_size: Annotated[
-        int | None,
-        option(
-            "--group-size",
-            "--q-group-size",
-            metavar="N",
-            env=False,
-            default="the recipe's",
-            help="Weights per scale: 32, 64 or 128.",
-        ),
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        option(
-            "--recipe",
-            metavar="NAME",
-            env=False,
-            default="q4; q8 with --bits 8; keep for GPTQ and the like",
-            help=_RECIPE_HELP,
-        ),
-    ] = None,
-    types: Annotated[
-        list[str] | None,
-        option(
-            "--type",
-            metavar="PATTERN=SPEC",
-            env=False,
-            help="Store tensors whose name matches PATTERN as SPEC: bits (4), bits and group size (6g32), bf16, f16 "
-            "or f32; repeatable, last match wins.",
-        ),
-    ] = None,
-    vision: Annotated[
-        str | None,
-        option(
-            "--vision",
-            metavar="16|8|none",
-            env=False,
-            default="8; 16 with --recipe none or keep",
-            help="The vision tower: as it is, its matrices in 8 bits, or left out.",
-        ),
-    ] = None,
-    no_vision: Annotated[
-        bool, option("--no-vision", env=False, help="Leave the vision tower out: --vision none.")
-    ] = False,
-    no_mtp: Annotated[bool, option("--no-mtp", env=False, help="Leave the MTP head out.")] = False,
-    calibrate: CalibrateOption = None,
-    effort: EffortOption = None,
-    target_bpw: TargetBpwOption = None,
-    target_size: TargetSizeOption = None,
-    seed: CalibrationSeedOption = None,
+    recipe: RecipeOptions,
+    calibration: CalibrationOptions,
     adapter: AdapterOption = None,
     chat_template: Annotated[str | None, chat_template_option(env=False)] = None,
     dry_run: Annotated[
@@ -155,38 +62,20 @@ def quantize(
     \b
     edgeq quantize Qwen/Qwen3.5-2B -o q2b
     edgeq quantize Qwen/Qwen3.5-2B -o q2b --type '*.down_proj=6' --dry-run
-    edgeq quantize Qwen/Qwen3.5-2B -o q2b --calibrate --target-bpw 4.6
+    edgeq quantize Qwen/Qwen3.5-2B -o q2b --calibrate
     edgeq quantize Qwen/Qwen3.5-2B -o q2b --adapter my-lora
 
     The result runs in edgeq, and unchanged in mlx-lm and mlx-vlm. A quantized GGUF file is accepted as MODEL, with a
     warning if it is below Q8_0. GPTQ, AWQ, AutoRound and compressed-tensors are converted without a change in value.
     """
     del quantize_flag
-    if no_vision and vision not in (None, "none"):
-        raise UsageError(f"--no-vision and --vision {vision} contradict each other", hint="give one of them")
+    settings = recipe.settings() | calibration.settings()
     check_outputs(None if dry_run else out, report)
     with progress_bar() as progress:
         result = quantize_checkpoint(
-            source,
-            out,
-            bits=bits,
-            group_size=group_size,
-            recipe=recipe,
-            types=types or (),
-            vision="none" if no_vision else vision,
-            mtp=not no_mtp,
-            adapter=adapter,
-            chat_template=chat_template,
-            dry_run=dry_run,
-            report=report,
-            force=force,
-            progress=progress,
-            calibrate=calibrate,
-            effort=effort,
-            target_bpw=target_bpw,
-            target_size=target_size,
-            seed=seed,
-        )
+            source, out, adapter=adapter, chat_template=chat_template, dry_run=dry_run, report=report, force=force,
+            progress=progress, **settings,
+        )  # fmt: skip
     for warning in result.warnings:
         show_warning(warning)
     if dry_run:

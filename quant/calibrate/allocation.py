@@ -21,6 +21,7 @@ _CHOICES = (
     QuantSpec(5, 64), QuantSpec(6, 128), QuantSpec(6, 64), QuantSpec(8, 128), QuantSpec(8, 64),
 )  # fmt: skip
 _FACTORS = 4  # bytes of a group's scale and bias
+_KEEP = "add `--keep-bits` (keep_bits=True in Python) to keep the recipe's bits, or give more bits"
 _WITHOUT = {
     Part.VISION: "leave out the vision tower with `--no-vision` (vision='none' in Python)",
     Part.MTP: "leave out the MTP head with `--no-mtp` (mtp=False in Python)",
@@ -41,9 +42,10 @@ class Menu(Protocol):
 
 class _AffineMenu:
     def choices(self, a: Assignment) -> list[QuantSpec]:
-        return [spec for spec in _CHOICES if a.spec.shape[1] % spec.group_size == 0] or [
-            QuantSpec(bits, 32) for bits in (3, 4, 5, 6, 8)
-        ]
+        columns = a.spec.shape[1]
+        if columns % 64:
+            return [QuantSpec(bits, 32) for bits in (3, 4, 5, 6, 8)]
+        return [spec for spec in _CHOICES if columns % spec.group_size == 0]
 
     def nbytes(self, a: Assignment, spec: QuantSpec) -> int:
         rows, columns = a.spec.shape
@@ -68,23 +70,29 @@ class Allowance:
     def of(
         cls, request: CalibrationRequest, tensors: Iterable[tuple[TensorSpec, int]], free: Sequence[Assignment],
         menu: Menu = AFFINE,
-    ) -> Allowance:  # fmt: skip
-        """What the target of `request` leaves to the matrices `free` of all `tensors`, which come with their bytes if
-        nothing is chosen. UsageError if there is none, or not even the smallest choices fit."""
+    ) -> Allowance | None:  # fmt: skip
+        """What `request` leaves to the matrices `free` of all `tensors`, which come with their bytes if nothing is
+        chosen: they are what is left of a target, or without one the bytes of these matrices. None where bits are
+        kept, or no matrix is free. UsageError for a target if none is, and where not even the smallest choices fit."""
+        if request.keeps_bits or not (free or request.has_target):
+            return None
         names, bpw = {a.spec.name for a in free}, request.target_bpw
-        counted = [(spec, nbytes) for spec, nbytes in tensors if bpw is None or spec.part is Part.TEXT]
+        counted = [(spec, n) for spec, n in tensors if request.target_nbytes is not None or spec.part is Part.TEXT]
         weights, others = sum(spec.size for spec, _ in counted), sum(n for spec, n in counted if spec.name not in names)
-        total = _nbytes(bpw, weights) if bpw is not None else request.target_nbytes or 0
-        found = cls(free, total - others, others, menu)
-        target = f"target-size {total:,} (bytes)" if bpw is None else f"target-bpw {bpw:g}"
+        total, target = sum(n for _, n in counted), "the recipe's size"
+        if bpw is not None:
+            total, target = _nbytes(bpw, weights), f"target-bpw {bpw:g}"
+        elif request.target_nbytes is not None:
+            total, target = request.target_nbytes, f"target-size {request.target_nbytes:,} (bytes)"
         if not free:
             raise UsageError(f"{target}: no matrix is left to choose bits for", hint="leave it out")
+        found = cls(free, total - others, others, menu)
         least = found.least + others
-        if least > total and bpw is not None:
+        if least > total and request.target_nbytes is None:
             raise UsageError(
                 f"{target} is too small: the smallest choices take {8 * least / weights:.3f} bits per weight of the "
                 f"language model ({8 * others / weights:.3f} of them for what is not allocated)",
-                hint=_least_bpw(least, weights),
+                hint=_least_bpw(least, weights) if request.has_target else _KEEP,
             )
         if least > total:
             parts = {spec.part for spec, _ in counted}
@@ -104,6 +112,14 @@ class Allowance:
     def record(self) -> dict[str, Any]:
         """Its figures."""
         return {"matrices": len(self.free), "budget": self.budget, "others": self.others, "least": self.least}
+
+    @property
+    def largest(self) -> dict[str, QuantSpec] | None:
+        """The largest choice of every matrix, where there is room for all: then nothing has to be measured."""
+        sizes = {a.spec.name: {spec: self.menu.nbytes(a, spec) for spec in self.menu.choices(a)} for a in self.free}
+        if sum(max(of.values()) for of in sizes.values()) > self.budget:
+            return None
+        return {name: max(of, key=lambda spec: (of[spec], spec.bits)) for name, of in sizes.items()}
 
     def allocate(self, costs: Costs) -> dict[str, QuantSpec]:
         """The choice of every matrix by `costs`."""

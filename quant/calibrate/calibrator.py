@@ -200,17 +200,18 @@ class Calibrator:
             return exact, self.run_block(i, weights, x)
 
     def float_block(
-        self, i: int, weights: LayerWeights[Array, Any], x: Float32, recorded: dict[str, Recorded] | None = None
-    ) -> Float32:
+        self, i: int, weights: LayerWeights[Array, Any], x: Float32, recorded: dict[str, Recorded] | None = None,
+        context: int | None = None,
+    ) -> Float32:  # fmt: skip
         """Run x [windows * context, hidden] through block i, some windows at a time; with `recorded`, keep what every
         matrix is multiplied by, under the name of the first that shares it."""
-        context = self.ids.shape[1]
+        context = context or self.ids.shape[1]
         step = max(1, _FLOAT_TOKENS // context) * context
         y = np.empty_like(x)
         for start in range(0, len(x), step):
             rows = slice(start, min(start + step, len(x)))
             with self._listening(None if recorded is None else _recorder(recorded, rows, len(x))):
-                y[rows] = self.run_block(i, weights, x[rows])
+                y[rows] = self.run_block(i, weights, x[rows], context)
         if not np.isfinite(y).all():
             raise ModelError(
                 f"{self.checkpoint.path}: layer {i} gives NaN or infinity on the calibration text",

@@ -31,18 +31,17 @@ def calibrated_blocks(
     checkpoint: Checkpoint, out: Path, specs: Sequence[TensorSpec], types: Mapping[str, GGMLType],
     request: CalibrationRequest, threads: int | None, progress: Progress | None,
 ) -> AbstractContextManager[Calibration]:  # fmt: skip
-    """What `specs` become in the file `out`: matrices of a K-quant by `types` are calibrated, and with a target those
-    of the language model get the types that cost least for the bytes. UsageError for a target that is too small."""
+    """What `specs` become in the file `out`: matrices of a K-quant by `types` are calibrated, and those of the
+    language model get the types that cost least for a target's bytes, or for as many as `types` take, unless bits are
+    kept. UsageError for a target that is too small."""
     source, threads = source_of(checkpoint), threads or cores()
     assignments = [
         Assignment(spec, spec.name, _SPECS[types[spec.name].name])
         for spec in specs
         if spec.role in (Role.LINEAR, Role.EMBEDDING) and types[spec.name].block == 256
     ]
-    allowance = None
-    if request.allocates:
-        tensors = ((spec, _nbytes(spec, types[spec.name])) for spec in specs)
-        allowance = Allowance.of(request, tensors, [a for a in assignments if a.spec.part is Part.TEXT], KMenu())
+    tensors = ((spec, _nbytes(spec, types[spec.name])) for spec in specs)
+    allowance = Allowance.of(request, tensors, [a for a in assignments if a.spec.part is Part.TEXT], KMenu())
     recipe = {"types": {name: kind.name for name, kind in types.items()}}
     return calibrated(
         request, source, assignments, allowance, recipe, out, np.dtype(np.float16), threads, progress,

@@ -46,19 +46,20 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 2
 
 @dataclass(frozen=True, slots=True)
 class CalibrationRequest:
-    """Calibrate on `text`, "default" or a file, with an effort by name. Of `target_bpw` (bits per weight of the
-    language model, every byte of it counted) and `target_nbytes` (of all tensors) at most one is given: then bits are
-    allocated, else the recipe has them."""
+    """Calibrate on `text`, "default" or a file, with an effort by name, and allocate bits under a target: `target_bpw`
+    (bits per weight of the language model, every byte of it counted), `target_nbytes` (of all tensors), or else the
+    bytes that the recipe takes. With `keeps_bits` nothing is allocated: the recipe decides."""
 
     text: str
     effort: str
     seed: int
     target_bpw: float | None = None
     target_nbytes: int | None = None
+    keeps_bits: bool = False
 
     @property
-    def allocates(self) -> bool:
-        """Whether bits are allocated."""
+    def has_target(self) -> bool:
+        """Whether the size is given, and not the recipe's."""
         return self.target_bpw is not None or self.target_nbytes is not None
 
     @property
@@ -75,17 +76,22 @@ class CalibrationRequest:
     def record(self) -> dict[str, Any]:
         """What a provenance record says of it."""
         return {
-            "effort": self.effort, "seed": self.seed, "target_bpw": self.target_bpw, "target_size": self.target_nbytes
+            "effort": self.effort, "seed": self.seed, "target_bpw": self.target_bpw,
+            "target_size": self.target_nbytes, "keep_bits": self.keeps_bits,
         }  # fmt: skip
 
 
 def choose_calibration(
     calibrate: str | Path | bool | None, effort: str | None, target_bpw: float | None, target_size: int | str | None,
-    seed: int | None, *, recipe: str | None, bits: int | None, group_size: int | None,
+    seed: int | None, *, keep_bits: bool = False, recipe: str | None = None, bits: int | None = None,
+    group_size: int | None = None,
 ) -> CalibrationRequest | None:  # fmt: skip
     """The calibration that is asked for, or None. UsageError for what contradicts itself or the recipe."""
     if calibrate is None or calibrate is False:
-        needs = {"effort": effort, "target-bpw": target_bpw, "target-size": target_size, "seed": seed}
+        needs = {
+            "effort": effort, "target-bpw": target_bpw, "target-size": target_size, "seed": seed,
+            "keep-bits": keep_bits or None,
+        }  # fmt: skip
         for name, value in needs.items():
             if value is not None:
                 raise UsageError(
@@ -104,8 +110,12 @@ def choose_calibration(
     if target_bpw is not None and target_size is not None:
         raise UsageError("target-bpw and target-size contradict each other", hint="give one of them")
     target = "target-bpw" if target_bpw is not None else "target-size" if target_size is not None else None
-    fixed = {"recipe": recipe, "bits": bits, "group-size": group_size}
-    for name, value in fixed.items():
+    if target and keep_bits:
+        raise UsageError(
+            f"{target} and keep-bits contradict each other: the one has bits chosen, the other keeps them",
+            hint="give one of them",
+        )
+    for name, value in {"recipe": recipe, "bits": bits, "group-size": group_size}.items():
         if target and value is not None:
             raise UsageError(
                 f"{target} and {name} contradict each other: the one has bits chosen, the other says how many",
@@ -117,7 +127,7 @@ def choose_calibration(
         raise UsageError(f"seed must be 0 to 2^63 - 1, got {brief(seed)}")
     text = DEFAULT if calibrate is True else str(calibrate)
     nbytes = None if target_size is None else _nbytes(target_size)
-    return CalibrationRequest(text, effort or "standard", seed or 0, target_bpw, nbytes)
+    return CalibrationRequest(text, effort or "standard", seed or 0, target_bpw, nbytes, bool(keep_bits))
 
 
 def _nbytes(size: int | str) -> int:

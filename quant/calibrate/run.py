@@ -19,7 +19,7 @@ from edgeq.quant.calibrate.blas import one_blas_thread
 from edgeq.quant.calibrate.calibrator import Calibrator, Rounder
 from edgeq.quant.calibrate.request import CalibrationRequest
 from edgeq.quant.calibrate.rounder import AffineRounder
-from edgeq.quant.calibrate.sensitivity import expected, measure
+from edgeq.quant.calibrate.sensitivity import Costs, expected, measure
 from edgeq.quant.calibrate.taps import tapped_ops
 from edgeq.quant.calibrate.windows import Windows, read_windows
 from edgeq.quant.calibrate.workspace import Solved, Workspace
@@ -111,6 +111,7 @@ def calibrated(
         "text": windows.record,
         "settings": request.record,
         "recipe": dict(recipe),
+        "allocation": None if allowance is None else allowance.record,
         "version of edgeq": __version__,
         "backend": ops.describe(),
     }
@@ -128,13 +129,11 @@ def calibrated(
 
         meter.total = calibrator(windows.calibration, assignments).expected()
         if allowance is not None:
-            measured = _spread(windows.calibration, budget.measured)
-            sweep, offered = calibrator(measured, ()), {a.spec.name: allowance.menu.choices(a) for a in allowance.free}
-            if (kept := work.value("costs")) is None:
-                meter.total += expected(sweep, offered, budget.probes)
-                kept = as_json(measure(sweep, offered, budget.probes, dtype))
-                work.keep_value("costs", kept)
-            assignments = allowance.applied(assignments, allowance.allocate(from_json(kept)))
+            chosen = allowance.largest
+            if chosen is None:
+                sweep = calibrator(_spread(windows.calibration, budget.measured), ())
+                chosen = allowance.allocate(_costs(allowance, sweep, budget.probes, dtype, work, meter))
+            assignments = allowance.applied(assignments, chosen)
         final = calibrator(windows.calibration, assignments)
         final.run()
         layers = len(final.declared.layers)
@@ -144,6 +143,19 @@ def calibrated(
             work.remove()  # going on from it would end the same way
             raise
         work.remove()
+
+
+def _costs(
+    allowance: Allowance, sweep: Calibrator, probes: int, dtype: np.dtype[Any], work: Workspace, meter: _Meter
+) -> Costs:
+    """What every choice costs, once for all runs in a working folder."""
+    kept = work.value("costs")
+    if kept is None:
+        offered = {a.spec.name: allowance.menu.choices(a) for a in allowance.free}
+        meter.total += expected(sweep, offered, probes)
+        kept = as_json(measure(sweep, offered, probes, dtype))
+        work.keep_value("costs", kept)
+    return from_json(kept)
 
 
 def _specs(assignments: Sequence[Assignment]) -> dict[str, QuantSpec]:

@@ -134,15 +134,15 @@ class _Sweep:
     ) -> tuple[Float32, list[Float32]]:
         """The probe, and those that are moved, behind layer i; the last is moved by this one."""
         cal = self.calibrator
-        through = cal.run_block(i, weights, np.concatenate([probe, *moved]), self.context)
+        through = cal.float_block(i, weights, np.concatenate([probe, *moved]), context=self.context)
         exact, *moved = np.split(through, 1 + len(moved))
         plain = {m.name: _Plain(m, self._plain(m.name, m.weights)) for m in matrices(weights) if m.name in self.choices}
         added = {}
         for name in plain:
-            one = cal.run_block(i, _with({name: plain[name]}, weights), probe, self.context)
+            one = cal.float_block(i, _with({name: plain[name]}, weights), probe, context=self.context)
             added[name] = float(np.square(one - exact).sum(dtype=np.float64)) or 1e-30
         self.added.append(added)
-        return exact, [*moved, cal.run_block(i, _with(plain, weights), probe, self.context)]
+        return exact, [*moved, cal.float_block(i, _with(plain, weights), probe, context=self.context)]
 
     def _reference(self, name: str) -> QuantSpec:
         """How plain rounding rounds a matrix: 4 bits in groups of 64, or what comes next to it."""

@@ -1,7 +1,8 @@
 """The working folder of a calibration, which the next run goes on from when this one is killed.
 
 It stands beside the output, `.NAME.calibration`, and holds a lock, what the run was asked for, every matrix that is
-solved, and the activations that the next block begins with. A run that was asked for anything else clears it.
+solved, and the activations that the next block begins with. A run that was asked for anything else clears it. The error
+that ends a run says where it is (as a note, PEP 678).
 
 What is kept has a checksum with it, looked at when a run first reads what another wrote: what is damaged counts as not
 there, and is made again.
@@ -13,9 +14,10 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -23,7 +25,7 @@ import numpy as np
 
 from edgeq.errors import ModelError, UsageError
 from edgeq.files.lock import Lock
-from edgeq.files.publish import real_place
+from edgeq.files.publish import real_place, told
 from edgeq.formats.affine import dequantize
 from edgeq.formats.bf16 import Array, Float32
 from edgeq.formats.qmatrix import QMatrix
@@ -93,7 +95,8 @@ class Solved(NamedTuple):
 
 class Workspace:
     """A working folder for the output `out` of a run that `asked` describes, as JSON takes it. Closing it keeps what is
-    done; `remove` does not. `form` is what a solved matrix is kept as: a NamedTuple of arrays and of values for JSON.
+    done, if anything is; `remove` does not. `form` is what a solved matrix is kept as: a NamedTuple of arrays and of
+    values for JSON.
 
     UsageError where another run is at work in it.
     """
@@ -105,8 +108,9 @@ class Workspace:
         self.folder = place.with_name(f".{place.name}{_KIND}")
         if self.folder.is_symlink():
             raise UsageError(f"{self.folder} is a link, expected a working folder", hint="remove it, or rename it")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = Lock(self.folder / "lock")
+        with told(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self.folder / "lock")
         if self._lock.state == "taken":
             self._lock.close()
             raise UsageError(f"another run is calibrating {out}", hint="wait until it is done, or choose another name")
@@ -126,7 +130,21 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        nbytes = self._nbytes()
+        if not nbytes:
+            self.remove()
+        elif error is not None:
+            error.add_note(
+                f"what is calibrated so far ({nbytes / 1e6:,.1f} MB) is kept in {self.folder}: the same command goes "
+                f"on from it, `edgeq clean {quote(str(self.folder.parent))}` removes it"
+            )
         self._lock.close()
+
+    def _nbytes(self) -> int:
+        """Bytes of what was made in it."""
+        with suppress(OSError):
+            return sum(path.stat().st_size for path in self.folder.iterdir() if path.name not in (_ASKED, "lock"))
+        return 0
 
     def remove(self) -> None:
         """Remove it: what was made in it has been put to use, or is of no use."""
@@ -186,20 +204,28 @@ class Workspace:
 
     def _write_arrays(self, file_name: str, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
         entries = {name: (dtype_name(x.dtype), x.shape) for name, x in arrays.items()}
-        new = self.folder / f"{file_name}.new"
-        with SafetensorsWriter(new, entries, {**metadata, "sum": _sum(arrays, metadata)}) as file:
+        facts = {**metadata, "sum": _sum(arrays, metadata)}
+        with self._new(file_name) as new, SafetensorsWriter(new, entries, facts) as file:
             for name, x in arrays.items():
                 file.write(name, x)
-        new.replace(self.folder / file_name)
         self._whole.add(file_name)
 
     def _write(self, name: str, data: bytes) -> None:
-        new = self.folder / f"{name}.new"
-        with new.open("wb") as file:
+        with self._new(name) as new, new.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        new.replace(self.folder / name)
+
+    @contextmanager
+    def _new(self, name: str) -> Iterator[Path]:
+        """A file that gets the name `name` once it is whole."""
+        new = self.folder / f"{name}.new"
+        with told(self.folder):
+            try:
+                yield new
+                new.replace(self.folder / name)
+            finally:
+                new.unlink(missing_ok=True)
 
     def _read_asked(self) -> str | None:
         with suppress(OSError, ValueError):
