@@ -70,7 +70,7 @@ class TestCommand:
             code, out, _ = run(capsys, *again)
             assert (code, len(calls)) == (0, count)
             assert "13.2 GB/s with 2" in out
-            assert "other programs ran while this machine was measured" in out
+            assert "processors busy while this machine was measured" in out
         assert kept_facts(facts.isa) == facts
 
     def test_models_and_folders(
@@ -162,6 +162,29 @@ class TestBoard:
         assert (system.swaps(tmp_path), system.huge_pages(tmp_path), system.governors(tmp_path)) == ([], None, [])
         assert system.medium_of(tmp_path / "gone") is None
         assert system.medium_rate([tmp_path / "gone"]) is None
+
+
+def test_neighbours_are_what_others_take_of_the_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stat = tmp_path / "proc" / "stat"
+    stat.parent.mkdir()
+    ticks = os.sysconf("SC_CLK_TCK")
+    own = iter([10.0, 11.0])  # seconds of this process
+    clock = iter([100.0, 104.0, 0.0, 0.0])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(system, "process_time", lambda: next(own))
+    monkeypatch.setattr(system, "perf_counter", lambda: next(clock))
+
+    def write(user: int) -> None:
+        lines = [f"cpu{i} {user * ticks} {ticks} {ticks} 900 {user} 0 0 0 0 0" for i in range(3)]
+        stat.write_text("\n".join(["cpu  1 1 1 1 1 1 1 1 1 1", *lines, "intr 5"]))
+
+    write(20)
+    with system.Neighbours(tmp_path) as neighbours:
+        write(22)
+    assert neighbours.load == pytest.approx((2 * 2 - 1) / 4)  # of two processors that it may use, less its own
+    with system.Neighbours(tmp_path / "nowhere") as neighbours:
+        pass
+    assert neighbours.load == os.getloadavg()[0]
 
 
 class TestPages:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,9 @@ class TestCommand:
         (["demo", "--image", "wide"], "expected WIDTHxHEIGHT"),
         (["demo", "--image", "0x4"], "expected WIDTHxHEIGHT"),
         (["demo", "--video", "0"], "expected seconds above 0"),
+        (["demo", "--video", "nan"], "expected seconds above 0"),
+        (["demo", "--parallel", "1000000000"], "expected 1 to 1024 conversations"),
+        (["demo", "--context", "4", "--video", "600"], "the pictures are"),
         (["demo", "--kv-bits", "5"], "cannot be kept in 5 bits"),
         (["demo", "--memory", "much"], "memory must be a size"),
         (["demo", "--context", "99999999"], "the context must be 1 to"),
@@ -193,6 +197,16 @@ class TestCommand:
         rates = [fitted(capsys, "qwen3.5:2b", "--bits", "4", "--machine", name) for name in ("pi5", "pi4")]
         assert rates[0]["generated_tokens_per_s"] > rates[1]["generated_tokens_per_s"] > 1
         assert rates[0]["measured"] == "computed for pi5"
+        assert (rates[0]["memory"], [each["board"] for each in rates[0]["boards"]]) == (
+            None, ["2 GB", "4 GB", "8 GB", "16 GB"]
+        )  # fmt: skip
+        contexts = [each["largest_context"] for each in rates[0]["boards"]]
+        assert 4096 < contexts[0] < contexts[1] < contexts[2] == contexts[3] == 262144
+        _, out, _ = run(capsys, "qwen3.5:4b", "--machine", "pi4")
+        assert "pi4 with 1 GB: does not fit" in out
+        with_memory = fitted(capsys, "qwen3.5:2b", "--bits", "4", "--machine", "pi5", "--memory", "1.5G")
+        assert with_memory["memory"] == 1_500_000_000
+        assert "boards" not in with_memory
 
 
 class TestHub:
@@ -392,13 +406,23 @@ class TestFacts:
         keep_facts(facts)
         assert kept_facts(facts.isa) == facts
 
+    def test_measured_on_a_busy_machine(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, native: Facts
+    ) -> None:
+        """Facts say so, and so does who uses them."""
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        module = pytest.importorskip("edgeq.backends.cpu")._native
+        for beside, busy in ((0.1, False), (1.5, True)):
+            keep_facts(replace(native, isa=module.isa(), load=beside))
+            assert fitted(capsys, "demo")["measured_under_load"] == busy
+            _, _, err = run(capsys, "demo")
+            assert ("kept 1.5 processors busy" in err and "edgeq doctor --measure" in err) == busy
+
     def test_threads_follow(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """Prompts and generation use their own numbers, and the results are the same."""
         native = pytest.importorskip(
             "edgeq.backends.cpu", reason="the native backend is not built", exc_type=ImportError
         )
-        from dataclasses import replace
-
         module = native._native
         before = module.thread_count()
         logits = {}

@@ -510,6 +510,13 @@ def test_start_picks_what_fits(start: Start, tmp_path: Path) -> None:
     assert not any("quantize" in line for line in done.args)
 
 
+def test_start_picks_what_stays_in_memory(start: Start) -> None:
+    """And not what is read from the card again for every token."""
+    done = start("--memory", "1.5G", edgeq='case "$*" in "fit qwen3.5:4b"*) echo "fits in part 1,500 MB" ;; esac')
+    assert done.returncode == 0, done.stderr
+    assert any(line.startswith("edgeq quantize qwen3.5:2b") for line in done.args)
+
+
 def test_start_without_a_network(start: Start) -> None:
     done = start(edgeq='case $1 in quantize) echo "error: no network" >&2; exit 5 ;; esac')
     assert done.returncode == 0

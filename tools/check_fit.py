@@ -4,8 +4,8 @@
     python tools/check_fit.py speed FOLDER [WORD]    # only settings with the word in them
 
 A setting is a process of its own. Memory: a conversation whose first question fills the context, and another turn.
-Speed: the machine is measured, the model runs, and both again, because what other programs leave of it changes within
-minutes; of both the best counts. A prompt's time is that of all of it, generation's the median of a token's. Prints
+Speed: the machine is measured and the model runs, three times in turns, because what other programs leave of it changes
+within minutes; medians count. A prompt's time is that of all of it, generation's the median of a token's. Prints
 Markdown.
 """
 
@@ -86,7 +86,7 @@ def seconds(ids):
 
 path, kv_bits, context, _ = json.loads(sys.argv[1])
 model, found, expected = None, [], []
-for _ in range(2):
+for _ in range(3):
     facts = measure_machine()
     if model is None:
         keep_facts(facts)
@@ -96,7 +96,7 @@ for _ in range(2):
     prompt = seconds([7 * i % model.vocab_size for i in range(context)])
     found.append((context / prompt, 1 / median([seconds([i]) for i in range(48)][8:])))
     expected.append(expected_speed(model.checkpoint, model.ops, facts, context))
-print(json.dumps([[max(rates), max(guesses)] for rates, guesses in zip(zip(*found), zip(*expected))]))
+print(json.dumps([[median(rates), median(guesses)] for rates, guesses in zip(zip(*found), zip(*expected))]))
 """
 
 

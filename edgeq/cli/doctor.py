@@ -217,6 +217,7 @@ def _rates(facts: Facts | None) -> dict[str, Any]:
     stream = {threads: f"{rate / 1e9:.1f} GB/s" for threads, rate in facts.stream.items()}
     return {
         "when": facts.measured,
+        "beside it": f"other programs kept {facts.load:.1f} processors busy" if facts.busy else "next to nothing ran",
         "reading memory": ", ".join(f"{rate} with {threads}" for threads, rate in stream.items()) + " threads",
         "reading 4-bit weights": f"{facts.weights['4'] / 1e9:.1f} GB/s",
         "integer rate": f"{facts.products['4'] / 1e9:,.0f} billion multiply-adds/s",
@@ -365,10 +366,10 @@ def _findings(facts: Facts | None) -> Iterator[Finding]:
     yield from _of_backends()
     yield from _of_heat()
     yield from _of_memory()
-    if facts is not None and facts.load > 0.5:
+    if facts is not None and facts.busy:
         yield Finding(
-            f"other programs ran while this machine was measured (load {facts.load:.1f}), so the rates are low",
-            "edgeq doctor --measure once they are done",
+            f"other programs kept {facts.load:.1f} processors busy while this machine was measured: the rates are low",
+            "edgeq doctor --measure, once they are done",
         )
     if problem := cache_problem():
         yield Finding(f"the tokenizer cache is not used: {problem}", "make its folders yours alone: chmod go-w")

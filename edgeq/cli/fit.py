@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from edgeq.cli.console import measuring_bar, say, show, show_json
 from edgeq.cli.options import BackendOption, KvBitsOption, MemoryOption, ModelArgument, option
 from edgeq.errors import MemoryBudgetError, UsageError
-from edgeq.memory.budget import megabytes
+from edgeq.memory.budget import SPARE, megabytes
 from edgeq.memory.ceiling import Ceiling, available_memory, ceiling
 from edgeq.printable import brief, printable
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["fit"]
 
 _SIZE = re.compile(r"(\d{1,6})\s*[xX]\s*(\d{1,6})")
+_MOST_PARALLEL = 1024
 _NAMES = {
     "weights": "weights", "kv": "KV cache", "states": "DeltaNet states", "checkpoints": "kept states",
     "vision": "pictures and video", "scratch": "scratch memory", "runtime": "Python and libraries", "total": "total",
@@ -95,6 +96,8 @@ def fit(
     """
     from edgeq.fit import find_target, table
 
+    if parallel > _MOST_PARALLEL:
+        raise UsageError(f"--parallel {parallel}: expected 1 to {_MOST_PARALLEL} conversations", hint="--parallel 64")
     pictures = [_size(text) for text in image or ()], [_seconds(n) for n in video or ()]
     question = _Question(bits, kv_bits, *pictures, parallel, backend, machine)
     target = find_target(model, bits)
@@ -314,7 +317,7 @@ class _Answer(NamedTuple):
         show(f"\n{'bits':>6}{'context':>12}{'total, MB':>12}{'fits':>6}{'prompt, tokens/s':>18}{'generation':>12}")
         for row in self.rows:
             prompt, generated = (f"{rate:,.1f}" for rate in row.speed) if row.speed else ("?", "?")
-            fits = "part" if row.streamed else "yes" if row.fits else "no"
+            fits = self._fits(row)
             context = f"{row.context:,}" + ("*" if row.yarn else "")
             show(f"{row.bits:>6g}{context:>12}{row.plan.total / 1e6:>12,.0f}{fits:>6}{prompt:>18}{generated:>12}")
         if any(row.yarn for row in self.rows):
@@ -323,6 +326,13 @@ class _Answer(NamedTuple):
             show("part: only part of the weights stays in memory, the rest is read anew for every token")
         if len(kinds := {row.ops.kv_dtype for row in self.rows}) > 1:
             show(f"keys and values are kept in {' or '.join(sorted(kinds))}, as they fit")
+
+    def _fits(self, row: Fit) -> str:
+        """Whether it does; of boards, the least memory with which it does."""
+        if self.boards:
+            needed = row.plan.total - row.plan.checkpoints + SPARE
+            return next((name for name, nbytes, _ in self.boards if needed <= nbytes), "no")
+        return "part" if row.streamed else "yes" if row.fits else "no"
 
     def _speed(self) -> None:
         facts, first = self.wanted.facts, self.first
