@@ -277,9 +277,7 @@ def _stretched(model: Planned, context: int) -> tuple[Planned, int | None]:
         return model, None
     if context > _YARN * longest or model.config.text.rope.scaling is not None:
         most = longest * (1 if model.config.text.rope.scaling is not None else _YARN)
-        raise UsageError(
-            f"the context must be 1 to {most:,} tokens, got {context:,}", hint=f"ask for {most:,} or less"
-        )
+        raise UsageError(f"the context must be 1 to {most:,} tokens, got {context:,}", hint=f"ask for {most:,} or less")
     return _Stretched(model, stretched(model.config, f"yarn:{_YARN}")), _YARN
 
 
