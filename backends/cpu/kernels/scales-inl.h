@@ -33,7 +33,7 @@ inline void numbers(const Matrix& w, Type type, const void* p, const uint16_t* b
 }
 
 // Both, of at most sixteen groups, of any matrix but those of fp4.
-inline void scales_and_biases(const Matrix& w, int64_t at, int n, float* scales, float* biases) {
+__attribute__((noinline)) inline void any_numbers(const Matrix& w, int64_t at, int n, float* scales, float* biases) {
     numbers(w, w.type, w.scales, w.block_scales, at, n, scales);
     if (!w.biases) {
         for (int i = 0; i < sixteen; i += lanes) f_store(biases + i, f_mul(f_load(scales + i), f_set(float(-w.zero))));
@@ -42,6 +42,19 @@ inline void scales_and_biases(const Matrix& w, int64_t at, int n, float* scales,
     numbers(w, w.type == Type::u4 ? Type::u4_high : w.type, w.biases, w.block_biases, at, n, biases);
     if (w.type == Type::u4)
         for (int i = 0; i < sixteen; i += lanes) f_store(biases + i, f_mul(f_load(biases + i), f_set(-1)));
+}
+
+template <Type type>
+EDGEQ_INLINE void widen_both(const Matrix& w, int64_t at, int n, float* scales, float* biases) {
+    widen_sixteen<type>(w.scales, at, n, scales);
+    widen_sixteen<type>(w.biases, at, n, biases);
+}
+
+// The same, inline for what most files have: a call sends the sums of those around it to memory and back.
+EDGEQ_INLINE void scales_and_biases(const Matrix& w, int64_t at, int n, float* scales, float* biases) {
+    if (w.biases && w.type == Type::bf16) return widen_both<Type::bf16>(w, at, n, scales, biases);
+    if (w.biases && w.type == Type::f16) return widen_both<Type::f16>(w, at, n, scales, biases);
+    any_numbers(w, at, n, scales, biases);
 }
 
 // Whether scales_of_blocks knows them: groups of 16 in two levels, as GGUF's types have them, sixteen at a time.
