@@ -83,7 +83,7 @@ EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row,
             else if constexpr (blocks)
                 scales_of_blocks<bits>(w, at, scales, biases);
             else
-                scales_and_biases(w, at, some, scales, biases);
+                scales_and_biases_inline<group>(w, at, some, scales, biases);
             for (int i = 0; i < sixteen; i += lanes) {
                 for (int t = 0; t < tokens; t++) {
                     int64_t at = t * a.groups + g0 + i;
