@@ -69,9 +69,9 @@ EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row,
     const int64_t groups = w.in / group, row_bytes = w.in * bits / 8;
     const uint8_t* src = static_cast<const uint8_t*>(w.data) + row * row_bytes;
     const uint8_t* next = src + prefetch_distance(rows, row_bytes);
-    F acc[rows][tokens], bias[rows][tokens];
+    F acc[rows][tokens];
     for (int r = 0; r < rows; r++)
-        for (int t = 0; t < tokens; t++) acc[r][t] = bias[r][t] = f_zero();
+        for (int t = 0; t < tokens; t++) acc[r][t] = f_zero();
     for (int64_t g0 = 0; g0 < groups; g0 += sixteen) {
         const int some = groups - g0 < sixteen ? int(groups - g0) : sixteen;
         alignas(64) float products[rows][tokens][sixteen];  // scale of the weight times scale of the activation
@@ -83,12 +83,12 @@ EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row,
             else if constexpr (blocks)
                 scales_of_blocks<bits>(w, at, scales, biases);
             else
-                scales_and_biases(w, at, some, scales, biases);
+                scales_and_biases_inline<group>(w, at, some, scales, biases);
             for (int i = 0; i < sixteen; i += lanes) {
                 for (int t = 0; t < tokens; t++) {
                     int64_t at = t * a.groups + g0 + i;
                     f_store(products[r][t] + i, f_mul(f_load(scales + i), f_load(a.scales + at)));
-                    bias[r][t] = f_fma(f_load(biases + i), f_load(a.sums + at), bias[r][t]);
+                    acc[r][t] = f_fma(f_load(biases + i), f_load(a.sums + at), acc[r][t]);
                 }
             }
         }
@@ -128,7 +128,7 @@ EDGEQ_INLINE void gemv_block(const Matrix& w, const Activations& a, int64_t row,
         }
     }
     for (int r = 0; r < rows; r++)
-        for (int t = 0; t < tokens; t++) sums[t][r] = f_add(acc[r][t], bias[r][t]);
+        for (int t = 0; t < tokens; t++) sums[t][r] = acc[r][t];
 }
 
 template <int bits, Mode mode, int group, bool blocks, int tokens>

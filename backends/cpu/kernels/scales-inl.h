@@ -32,13 +32,16 @@ inline void numbers(const Matrix& w, Type type, const void* p, const uint16_t* b
         f_store(out + i, f_mul(f_load(out + i), f_units(blocks + ((at + i) >> w.block_shift), w.block_shift, n - i)));
 }
 
+// Without biases: those of the zero.
+EDGEQ_INLINE void biases_of_zero(const Matrix& w, const float* scales, float* biases) {
+    for (int i = 0; i < sixteen; i += lanes) f_store(biases + i, f_mul(f_load(scales + i), f_set(float(-w.zero))));
+}
+
 // Both, of at most sixteen groups, of any matrix but those of fp4.
-inline void scales_and_biases(const Matrix& w, int64_t at, int n, float* scales, float* biases) {
+__attribute__((noinline)) inline void scales_and_biases(const Matrix& w, int64_t at, int n, float* scales,
+                                                        float* biases) {
     numbers(w, w.type, w.scales, w.block_scales, at, n, scales);
-    if (!w.biases) {
-        for (int i = 0; i < sixteen; i += lanes) f_store(biases + i, f_mul(f_load(scales + i), f_set(float(-w.zero))));
-        return;
-    }
+    if (!w.biases) return biases_of_zero(w, scales, biases);
     numbers(w, w.type == Type::u4 ? Type::u4_high : w.type, w.biases, w.block_biases, at, n, biases);
     if (w.type == Type::u4)
         for (int i = 0; i < sixteen; i += lanes) f_store(biases + i, f_mul(f_load(biases + i), f_set(-1)));
@@ -49,7 +52,7 @@ inline bool in_blocks(const Matrix& w) {
     return w.in % 256 == 0 && (w.bits == 2 ? w.type == Type::u4 : w.type == Type::i8 && !w.biases);
 }
 
-// Both, of sixteen groups of such a matrix. Inline: a call would send the sums of those around it to memory and back.
+// Both, of sixteen groups of such a matrix.
 template <int bits>
 EDGEQ_INLINE void scales_of_blocks(const Matrix& w, int64_t at, float* scales, float* biases) {
     constexpr bool halves = bits == 2;
@@ -61,10 +64,31 @@ EDGEQ_INLINE void scales_of_blocks(const Matrix& w, int64_t at, float* scales, f
         if constexpr (halves) {
             const F negative = f_mul(f_units(w.block_biases + block, w.block_shift, sixteen - i), f_set(-1));
             f_store(biases + i, f_mul(f_widen(w.scales, Type::u4_high, at + i), negative));
+        } else if (w.biases) {
+            const F block_unit = f_units(w.block_biases + block, w.block_shift, sixteen - i);
+            f_store(biases + i, f_mul(f_widen(w.biases, Type::i8, at + i), block_unit));
         } else {
             f_store(biases + i, f_mul(scale, f_set(float(-w.zero))));
         }
     }
+}
+
+template <Type type>
+EDGEQ_INLINE void widen_both(const Matrix& w, int64_t at, int n, float* scales, float* biases) {
+    widen_sixteen<type>(w.scales, at, n, scales);
+    if (!w.biases) return biases_of_zero(w, scales, biases);
+    widen_sixteen<type>(w.biases, at, n, biases);
+}
+
+// scales_and_biases, inline for what most files have: a call sends the sums of those around it to memory and back.
+// Groups of 32 may be those of GGUF's Q4_K and Q5_K.
+template <int group>
+EDGEQ_INLINE void scales_and_biases_inline(const Matrix& w, int64_t at, int n, float* scales, float* biases) {
+    if (w.type == Type::bf16) return widen_both<Type::bf16>(w, at, n, scales, biases);
+    if (w.type == Type::f16) return widen_both<Type::f16>(w, at, n, scales, biases);
+    if constexpr (group == 32)
+        if (w.type == Type::i8 && n == sixteen) return scales_of_blocks<4>(w, at, scales, biases);
+    scales_and_biases(w, at, n, scales, biases);
 }
 
 // Of one byte, for fp4: its codes stand for twice the numbers, plus their zero.
