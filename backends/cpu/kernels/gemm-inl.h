@@ -19,6 +19,11 @@ struct Tile {
     alignas(64) float biases[tile_depth / 16][tile_rows];
 };
 
+template <int n>
+struct Constant {
+    constexpr int operator()() const { return n; }
+};
+
 // Natural codes [c, c + n) of a row; n is a multiple of 16, the output has room for whole vectors.
 template <int bits, Mode mode = Mode::affine>
 void unpack_row(const uint8_t* src, int n, uint8_t* out) {
@@ -52,60 +57,89 @@ void any_scales_and_biases(const Matrix& w, int64_t at, int n, float* scales, fl
     w.group == 16 ? fp4_scales<Type::e4m3>(w, at, n, scales, biases) : fp4_scales<Type::e8m0>(w, at, n, scales, biases);
 }
 
-// Scales and biases of n groups from `at` on, counted through all rows, into column `r` of the tile.
-void unpack_scales(const Matrix& w, int64_t at, int n, int r, Tile& tile) {
+// Of n groups of `lanes` rows, from group `at` of the first row on, into the tile's vector v of rows. Groups are
+// counted through all rows, `groups` in each; rows from `last` on stand for it.
+void unpack_scales(const Matrix& w, int64_t at, int64_t groups, int last, int n, int v, Tile& tile) {
     for (int i = 0; i < n; i += sixteen) {
+        alignas(64) float scales[lanes][sixteen], biases[lanes][sixteen];
         const int some = n - i < sixteen ? n - i : sixteen;
-        alignas(64) float scales[sixteen], biases[sixteen];
-        any_scales_and_biases(w, at + i, some, scales, biases);
-        for (int j = 0; j < some; j++) {
-            tile.scales[i + j][r] = scales[j];
-            tile.biases[i + j][r] = biases[j];
+        for (int r = 0; r < lanes; r++)
+            any_scales_and_biases(w, at + (r < last ? r : last) * groups + i, some, scales[r], biases[r]);
+        for (int j = 0; j < some; j += lanes) {
+            F columns[lanes];
+            f_transpose(scales[0] + j, sixteen, columns);
+            for (int k = 0; k < lanes; k++) f_store(tile.scales[i + j + k] + v * lanes, columns[k]);
+            f_transpose(biases[0] + j, sixteen, columns);
+            for (int k = 0; k < lanes; k++) f_store(tile.biases[i + j + k] + v * lanes, columns[k]);
         }
     }
 }
 
-// Codes [c, c + n) of the tile's rows from `row`; rows beyond row1 become zero.
-void unpack_tile(const Matrix& w, int64_t row, int64_t row1, int64_t c, int n, Tile& tile) {
+// The same for codes [c, c + n): src is the first row's at c, the next row's is row_bytes on.
+void unpack_codes(const Matrix& w, const uint8_t* src, int64_t row_bytes, int last, int n, uint8_t* out) {
+    const bool plain = w.mode == Mode::affine && last == lanes - 1;
+    if (plain && w.bits == 8 && !signed_bytes && n % (4 * lanes) == 0) {
+        for (int i = 0; i < n; i += 4 * lanes) transpose(src + i, row_bytes, out + i * lanes);
+        return;
+    }
+    if constexpr (transposes_nibbles) {
+        if (plain && w.bits == 4 && n % (8 * lanes) == 0) {
+            for (int i = 0; i < n; i += 8 * lanes) transpose_nibbles<4>(src + i / 2, row_bytes, out + i * lanes);
+            return;
+        }
+    }
     alignas(64) uint8_t rows[lanes * tile_depth];
+    for (int r = 0; r < lanes; r++) unpack_any(w, src + (r < last ? r : last) * row_bytes, n, rows + r * tile_depth);
+    for (int i = 0; i < n; i += 4 * lanes) transpose(rows + i, tile_depth, out + i * lanes);
+}
+
+// Codes [c, c + n) of the tile's rows from `row`; rows from row1 on are like the one before.
+void unpack_tile(const Matrix& w, int64_t row, int64_t row1, int64_t c, int n, Tile& tile) {
     const int64_t row_bytes = w.in * w.bits / 8, groups = w.in / w.group;
     for (int v = 0; v < row_vectors; v++) {
-        for (int r = 0; r < lanes; r++) {
-            int64_t at = row + v * lanes + r;
-            int column = v * lanes + r;
-            if (at < row1) {
-                const uint8_t* src = static_cast<const uint8_t*>(w.data) + at * row_bytes + c * w.bits / 8;
-                unpack_any(w, src, n, rows + r * tile_depth);
-                unpack_scales(w, at * groups + c / w.group, n / w.group, column, tile);
-            } else {
-                memset(rows + r * tile_depth, 0, n);
-                for (int g = 0; g < n / w.group; g++) tile.scales[g][column] = tile.biases[g][column] = 0;
-            }
-        }
-        uint8_t* out = tile.codes + v * lanes * tile_depth;
-        for (int i = 0; i < n; i += 4 * lanes) transpose(rows + i, tile_depth, out + i * lanes);
+        const int64_t at = row + v * lanes < row1 ? row + v * lanes : row1 - 1;
+        const int last = row1 - at < lanes ? int(row1 - at) - 1 : lanes - 1;
+        const auto* src = static_cast<const uint8_t*>(w.data) + at * row_bytes + c * w.bits / 8;
+        unpack_codes(w, src, row_bytes, last, n, tile.codes + v * lanes * tile_depth);
+        unpack_scales(w, at * groups + c / w.group, groups, last, n / w.group, v, tile);
     }
 }
 
-// One register block: acc[v][t] over the groups of a tile, added to y (or stored, for the first tile of a row).
+// Asks for the codes of the tile after this one, in rows that are too short and too far apart for the hardware to see
+// them coming. It may belong to the next piece of work.
+EDGEQ_INLINE void prefetch_codes(const Matrix& w, int64_t row, int64_t c) {
+    const int64_t row_bytes = w.in * w.bits / 8, depth = w.in - c < tile_depth ? w.in - c : tile_depth;
+    const auto* p = static_cast<const char*>(w.data) + c * w.bits / 8;
+    for (int64_t r = row; r < row + tile_rows && r < w.out; r++)
+        for (int64_t i = 0; i < depth * w.bits / 8; i += 64) __builtin_prefetch(p + r * row_bytes + i);
+}
+
+// One register block: acc[v][t] over the groups of a tile, added to y (or stored, for the first tile of a row). Nothing
+// may keep it from staying in registers: a store takes as long as two products, and without the pragmas GCC 12 stores
+// all of it with every group.
 template <int tokens, int bits>
-void multiply(const Tile& tile, const Activations& a, int group, int64_t c, int n, int64_t t0, bool first, int rows,
-              float* y, int64_t stride) {
+void multiply(const Tile& tile, const Activations& a, int group, int64_t c, int n, int64_t t0, bool first, float* y,
+              int64_t stride) {
     F acc[row_vectors][tokens];
+#pragma GCC unroll 8
     for (int v = 0; v < row_vectors; v++)
-        for (int t = 0; t < tokens; t++)
-            acc[v][t] = first ? f_zero() : f_load_some(y + t * stride + v * lanes, rows - v * lanes);
+#pragma GCC unroll 8
+        for (int t = 0; t < tokens; t++) acc[v][t] = first ? f_zero() : f_load(y + t * stride + v * lanes);
     const int8_t* q = a.codes + t0 * a.stride + c;
     const int64_t at = t0 * a.groups + c / group;
     for (int g = 0; g < n / group; g++) {
         I d[row_vectors][tokens];
+#pragma GCC unroll 8
         for (int t = 0; t < tokens; t++) {
             I start = signed_bytes && bits == 8 ? i_set(128 * a.totals[at + t * a.groups + g]) : i_zero();
+#pragma GCC unroll 8
             for (int v = 0; v < row_vectors; v++) d[v][t] = start;
         }
         dot_group<bits, tokens>(tile.codes + g * group * lanes, lanes * tile_depth, q + g * group, a.stride, group, d);
+#pragma GCC unroll 8
         for (int v = 0; v < row_vectors; v++) {
             F s = f_load(tile.scales[g] + v * lanes), b = f_load(tile.biases[g] + v * lanes);
+#pragma GCC unroll 8
             for (int t = 0; t < tokens; t++) {
                 int64_t i = at + t * a.groups + g;
                 F product = f_mul(s, f_set(a.scales[i]));
@@ -114,19 +148,37 @@ void multiply(const Tile& tile, const Activations& a, int group, int64_t c, int 
             }
         }
     }
+#pragma GCC unroll 8
     for (int v = 0; v < row_vectors; v++)
-        for (int t = 0; t < tokens; t++) f_store_some(y + t * stride + v * lanes, acc[v][t], rows - v * lanes);
+#pragma GCC unroll 8
+        for (int t = 0; t < tokens; t++) f_store(y + t * stride + v * lanes, acc[v][t]);
+}
+
+// The same where the matrix has not as many rows.
+template <int tokens, int bits>
+void multiply_some(const Tile& tile, const Activations& a, int group, int64_t c, int n, int64_t t0, bool first,
+                   int rows, float* y, int64_t stride) {
+    alignas(64) float whole[tokens][tile_rows];
+    for (int t = 0; t < tokens; t++)
+        for (int i = 0; i < tile_rows; i += lanes) f_store(whole[t] + i, f_load_some(y + t * stride + i, rows - i));
+    multiply<tokens, bits>(tile, a, group, c, n, t0, first, whole[0], tile_rows);
+    for (int t = 0; t < tokens; t++)
+        for (int i = 0; i < rows; i += lanes) f_store_some(y + t * stride + i, f_load(whole[t] + i), rows - i);
 }
 
 template <int bits>
 void multiply_tokens(const Tile& tile, const Activations& a, int group, int64_t c, int n, int64_t t0, int64_t t1,
                      int rows, float* y, int64_t stride) {
-    bool first = c == 0;
+    auto block = [&](auto tokens, int64_t t) {
+        if (rows == tile_rows)
+            multiply<tokens(), bits>(tile, a, group, c, n, t, c == 0, y + t * stride, stride);
+        else
+            multiply_some<tokens(), bits>(tile, a, group, c, n, t, c == 0, rows, y + t * stride, stride);
+    };
     int64_t t = t0;
-    for (; t + tile_tokens <= t1; t += tile_tokens)
-        multiply<tile_tokens, bits>(tile, a, group, c, n, t, first, rows, y + t * stride, stride);
-    for (; t + 2 <= t1; t += 2) multiply<2, bits>(tile, a, group, c, n, t, first, rows, y + t * stride, stride);
-    for (; t < t1; t++) multiply<1, bits>(tile, a, group, c, n, t, first, rows, y + t * stride, stride);
+    for (; t + tile_tokens <= t1; t += tile_tokens) block(Constant<tile_tokens>(), t);
+    for (; t + 2 <= t1; t += 2) block(Constant<2>(), t);
+    for (; t < t1; t++) block(Constant<1>(), t);
 }
 
 // The tile of a plain or fp8 matrix: [depth][row] as float.
@@ -215,6 +267,7 @@ void gemm(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, int
         for (int64_t c = 0; c < w.in; c += tile_depth) {
             int n = w.in - c < tile_depth ? int(w.in - c) : tile_depth;
             unpack_tile(w, row, row1, c, n, tile);
+            prefetch_codes(w, c + n < w.in ? row : row + tile_rows, c + n < w.in ? c + n : 0);
             const int bits = w.bits == 8 || w.mode == Mode::iq4 ? 8 : w.bits == 6 ? 6 : 5;
             auto tokens = bits == 8 ? multiply_tokens<8> : bits == 6 ? multiply_tokens<6> : multiply_tokens<5>;
             tokens(tile, a, w.group, c, n, t0, t1, rows, y + row, stride);

@@ -37,6 +37,9 @@
 //   f_spread<n>(p, g)         lanes / n times p[g], then p[g + 1], ..., of sixteen aligned p; n up to lanes
 //   transpose(p, n, out)      lanes rows of 4 * lanes bytes, n bytes apart: the first 4 bytes of every row, then the
 //                             next 4 ... (or as many as the set's dot_group takes from a row at a time)
+//   transposes_nibbles        whether there is transpose_nibbles<4>(p, n, out): what transpose makes of 8 * lanes codes
+//   of
+//                             lanes rows, from rows of 4-bit codes n bytes apart
 //   f_transpose(p, n, out)    lanes rows of lanes floats, n floats apart, transposed
 #pragma once
 

@@ -235,12 +235,16 @@ void transpose_vectors(__m256i* r) {
     }
 }
 
-void transpose(const uint8_t* p, int n, uint8_t* out) {
+void transpose(const uint8_t* p, int64_t n, uint8_t* out) {
     __m256i r[8];
     for (int i = 0; i < 8; i++) r[i] = b_load(p + i * n);
     transpose_vectors(r);
     for (int i = 0; i < 8; i++) b_store(out + 32 * i, r[i]);
 }
+
+constexpr bool transposes_nibbles = false;
+template <int>
+void transpose_nibbles(const uint8_t*, int64_t, uint8_t*);
 
 void f_transpose(const float* p, int n, F* out) {
     __m256i r[8];

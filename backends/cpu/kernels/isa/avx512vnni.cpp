@@ -237,11 +237,26 @@ void transpose_vectors(__m512i* r) {
     }
 }
 
-void transpose(const uint8_t* p, int n, uint8_t* out) {
+void transpose(const uint8_t* p, int64_t n, uint8_t* out) {
     __m512i r[16];
     for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(p + i * n);
     transpose_vectors(r);
     for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + 64 * i, r[i]);
+}
+
+// Fours of codes lie where shifts of a 64-bit lane, which has eight of each of two rows, bring them.
+constexpr bool transposes_nibbles = true;
+template <int>
+void transpose_nibbles(const uint8_t* p, int64_t n, uint8_t* out) {
+    const __m512i low = _mm512_set1_epi64(0x2c2824200c080400), high = _mm512_set1_epi64(0x3c3834301c181410);
+    const __m512i mask = _mm512_set1_epi8(15);
+    __m512i r[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(p + i * n);
+    transpose_vectors(r);
+    for (int i = 0; i < 16; i++) {
+        _mm512_store_si512(out + 128 * i, _mm512_and_si512(_mm512_multishift_epi64_epi8(low, r[i]), mask));
+        _mm512_store_si512(out + 128 * i + 64, _mm512_and_si512(_mm512_multishift_epi64_epi8(high, r[i]), mask));
+    }
 }
 
 void f_transpose(const float* p, int n, F* out) {

@@ -194,7 +194,7 @@ F f_spread(const float* p, int g) {
     return vdupq_n_f32(p[g]);
 }
 
-void transpose(const uint8_t* p, int n, uint8_t* out) {
+void transpose(const uint8_t* p, int64_t n, uint8_t* out) {
     if constexpr (row_bytes == 8) {
         uint64x2x4_t rows;
         for (int i = 0; i < 4; i++) rows.val[i] = vreinterpretq_u64_u8(vld1q_u8(p + i * n));
@@ -205,6 +205,10 @@ void transpose(const uint8_t* p, int n, uint8_t* out) {
         vst4q_u32(reinterpret_cast<uint32_t*>(out), rows);
     }
 }
+
+constexpr bool transposes_nibbles = false;
+template <int>
+void transpose_nibbles(const uint8_t*, int64_t, uint8_t*);
 
 void f_transpose(const float* p, int n, F* out) {
     float columns[16];
