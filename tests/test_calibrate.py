@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import warnings
@@ -18,7 +20,7 @@ from typer.testing import CliRunner
 from edgeq.backends.numpy import NumpyOps
 from edgeq.checkpoint import FolderCheckpoint
 from edgeq.cli import app
-from edgeq.errors import ModelError, QualityError, UsageError
+from edgeq.errors import MemoryBudgetError, ModelError, QualityError, UsageError
 from edgeq.formats.bf16 import Array, from_float32
 from edgeq.formats.safetensors import SafetensorsFile
 from edgeq.quality.kld import compare, cut
@@ -240,6 +242,24 @@ class TestResuming:
         assert not hasattr(stopped.value, "__notes__")
         assert not list(tmp_path.iterdir())
 
+    def test_a_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One line, and nothing half-written; what was there before stays."""
+
+        def full(path: Path, *_: object) -> None:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def keep() -> None:
+            with Workspace(tmp_path / "out", {}) as work:
+                work.keep_value("costs", 1)
+                work.keep_arrays("b", {"x": np.zeros(1, np.float32)})
+
+        monkeypatch.setattr("edgeq.quant.calibrate.workspace.SafetensorsWriter", full)
+        with pytest.raises(MemoryBudgetError, match=r"\.out\.calibration could not be written: No space left") as found:
+            keep()
+        assert "the same command goes on" in found.value.__notes__[0]
+        assert {path.name for path in (tmp_path / ".out.calibration").iterdir()} == {"asked.json", "costs.json", "lock"}
+
     @pytest.mark.parametrize("damage", [b"", b"3", b'{"x": 1}', b'{"value": {}, "sum": "00000000"}', b"[" * 100_000])
     def test_no_value_that_is_damaged_is_read(self, tmp_path: Path, damage: bytes) -> None:
         with Workspace(tmp_path / "out", {}) as work:
@@ -346,6 +366,17 @@ class TestFolding:
                 < 1e-5
             )
             assert f"layers.{i}.input_layernorm.weight" in changed
+
+
+def test_an_interrupted_command_says_what_it_leaves(bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Calibrator, "_mtp", interrupt)
+    words = ["quantize", str(bed.model), "-o", str(tmp_path / "out"), "--calibrate", str(bed.text), "--keep-bits"]
+    found = CliRunner().invoke(app, [*words, "--effort", "fast"])
+    assert found.exit_code == 130
+    assert re.fullmatch(r"note: what is calibrated so far .* is kept in .*`edgeq clean .*` removes it\n", found.output)
 
 
 @pytest.mark.parametrize("layer", [0, 1])

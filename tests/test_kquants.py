@@ -201,6 +201,13 @@ def test_what_calibration_cannot_do_is_told_before(wide: tuple[Checkpoint, Path]
     assert not [*tmp_path.iterdir()]
 
 
+def test_no_matrix_to_calibrate(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", config_values(vocab_size=1088, layer_types=["full_attention"]))
+    source = open_checkpoint(tmp_path / "model")
+    with pytest.raises(UsageError, match="has no matrix to calibrate"):
+        export_gguf(source, tmp_path / "x.gguf", "q4_k_m", calibration=CalibrationRequest("t", "standard", 0))
+
+
 def test_a_damaged_result_is_not_left(
     wide: tuple[Checkpoint, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

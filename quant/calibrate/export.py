@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from edgeq.checkpoint import Checkpoint
+from edgeq.errors import UsageError
 from edgeq.formats.ggml import GGMLType
 from edgeq.quant.calibrate.allocation import Allowance
 from edgeq.quant.calibrate.blas import cores
@@ -33,13 +34,18 @@ def calibrated_blocks(
 ) -> AbstractContextManager[Calibration]:  # fmt: skip
     """What `specs` become in the file `out`: matrices of a K-quant by `types` are calibrated, and those of the
     language model get the types that cost least for a target's bytes, or for as many as `types` take, unless bits are
-    kept. UsageError for a target that is too small."""
+    kept. UsageError for a target that is too small, and where no matrix is of a K-quant."""
     source, threads = source_of(checkpoint), threads or cores()
     assignments = [
         Assignment(spec, spec.name, _SPECS[types[spec.name].name])
         for spec in specs
         if spec.role in (Role.LINEAR, Role.EMBEDDING) and types[spec.name].block == 256
     ]
+    if not assignments:
+        raise UsageError(
+            f"{checkpoint.path} has no matrix to calibrate: rows of K-quants are multiples of 256, and none here are",
+            hint="leave calibration out",
+        )
     tensors = ((spec, _nbytes(spec, types[spec.name])) for spec in specs)
     allowance = Allowance.of(request, tensors, [a for a in assignments if a.spec.part is Part.TEXT], KMenu())
     recipe = {"types": {name: kind.name for name, kind in types.items()}}
