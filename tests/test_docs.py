@@ -8,7 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from contextlib import suppress
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from process import run_python
 from edgeq.cli import app
 from edgeq.generate import GenerationSettings
 from edgeq.hub import DEMO
+from edgeq.machine.boards import board_facts
+from edgeq.machine.facts import keep_facts
 
 PAGES = pages()
 RUN = [page for page in PAGES if (page.name == "README.md" and page.parent == ROOT) or page.parent.name == "guides"]
@@ -141,13 +144,27 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     edgeq = folder / "bin" / "edgeq"
     edgeq.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -m edgeq "$@"\n')
     edgeq.chmod(0o755)
+    _remember_the_machine(folder / "cache")
     return folder
+
+
+def _remember_the_machine(cache: Path) -> None:
+    """Keep the rates of a board as those of this machine, so that no page's commands measure it for ten seconds;
+    tests/test_fit.py and tests/test_doctor.py are about that."""
+    with suppress(ImportError), pytest.MonkeyPatch.context() as patch:
+        from edgeq.backends.cpu import _native
+
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        now, threads = "2026-11-26T12:00:00", _native.thread_count()
+        facts = board_facts("pi5")
+        facts = replace(facts, isa=_native.isa(), measured=now, prompt_threads=threads, generation_threads=threads)
+        assert keep_facts(facts)
 
 
 def environment(desk: Path) -> dict[str, str]:
     return {
         "HF_HUB_CACHE": str(desk / "hub"), "HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THREADS": "1",
-        "XDG_CONFIG_HOME": str(desk), "XDG_STATE_HOME": str(desk),
+        "XDG_CONFIG_HOME": str(desk), "XDG_STATE_HOME": str(desk), "XDG_CACHE_HOME": str(desk / "cache"),
     }  # fmt: skip
 
 

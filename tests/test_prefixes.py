@@ -186,7 +186,7 @@ class Conversations(RuleBasedStateMachine):
     def branch(self) -> None:
         """Another conversation that stands where this one does."""
         other = self.warm.chat(**self.options)
-        other._restore(self.chat._save())
+        other._restore(self.chat._dialogue.saved())
         other.thinking = self.chat.thinking
         self.chats.append(other)
 
@@ -198,7 +198,7 @@ class Conversations(RuleBasedStateMachine):
         for chat in before:
             chat._settle()
             self.chats.append(self.warm.chat(**self.options))
-            self.chat._restore(chat._save())
+            self.chat._restore(chat._dialogue.saved())
             self.chat.thinking = chat.thinking
 
     @rule(data=st.data())
@@ -360,7 +360,7 @@ def test_another_process_goes_on(model: Model, tmp_path: Path) -> None:
     for limit in (None, 0):
         again(model, tmp_path, limit)
         other = talk(model)
-        other._restore(chat._save())
+        other._restore(chat._dialogue.saved())
         usage = done(other.send("more")).usage
         assert usage.cached_tokens >= len(chat.ids) - 1
         assert done(talk(model).send("hello")).usage.cached_tokens > 0

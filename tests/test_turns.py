@@ -90,19 +90,19 @@ def assert_state(chat: Chat) -> None:
     ids, position = list(chat.ids), chat.context.cached
     if ids:
         cold, _ = chat.model.forward([*ids, 7], visuals=chat.visuals)  # type: ignore[attr-defined]
-        seen = sum(place.frame == 0 for place in chat._places if place.start < position)
+        seen = sum(place.frame == 0 for place in chat._dialogue.places if place.start < position)
         warm, _ = chat.model.forward([*ids[position:], 7], chat._context.state, chat.visuals[seen:])  # type: ignore[attr-defined]
         assert nmse(cold, warm) <= 1e-6  # rounding: the tokens were cut elsewhere
 
 
 def rebuilt(chat: Chat) -> list[int]:
     """The ids of a fresh conversation in which the same was said and generated."""
-    old = chat._conversation
+    old = chat._dialogue.conversation
     new = Conversation(
         chat.model.language.need_tokenizer(), chat.model.language.need_template(), enable_thinking=chat.thinking,
         spelling=chat.model.language.spelling,
     )  # fmt: skip
-    new.append([] if chat._system is None else [chat._system.rendered])
+    new.append([] if chat._dialogue.system is None else [chat._dialogue.system.rendered])
     generated = [entry.ids for entry in old.entries if isinstance(entry, Generated)]
     for turn in chat.turns:
         new.enable_thinking = turn.thinking

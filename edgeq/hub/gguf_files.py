@@ -43,6 +43,7 @@ def choose(repo: str, names: list[str], tag: str | None, file: str | None) -> st
 
 
 def choose_tower(names: list[str]) -> str | None:
+    """The vision tower among a repository's GGUF files, in the best of its types; None where there is none."""
     towers = [name for name in names if "mmproj" in name.lower() and name.lower().endswith(".gguf")]
 
     def rank(name: str) -> int:

@@ -8,12 +8,11 @@ chat.send("What is this?", images=["photo.jpg"])
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -24,18 +23,17 @@ from edgeq.inputs import expand_user
 from edgeq.printable import brief
 from edgeq.session import turns as turns_of
 from edgeq.session.context import Context, Progress
+from edgeq.session.dialogue import Dialogue, SavedDialogue
 from edgeq.session.parts import text_of
-from edgeq.session.places import Place, rope_delta
 from edgeq.session.reply import Reply
 from edgeq.session.snapshot import Settings, Snapshot
 from edgeq.session.speaker import Speaker
 from edgeq.session.turns import ContextUse, Said, Turn
 from edgeq.session.visual_settings import CHAT_VISUALS, VisualSettings
 from edgeq.text.channels import ChannelParser, ends_in_thinking
-from edgeq.text.conversation import Conversation, Entry
-from edgeq.text.messages import check_thinking, checked_messages
+from edgeq.text.conversation import Conversation
+from edgeq.text.messages import check_thinking
 from edgeq.text.template import Content, Message
-from edgeq.text.visuals import Outline
 from edgeq.vision.visual import Visual
 
 if TYPE_CHECKING:
@@ -46,16 +44,6 @@ __all__ = ["Chat"]
 
 _WHOLE = (StopReason.STOP_TOKEN, StopReason.STOP_STRING, StopReason.COMPLETE)
 """How a reply ends that has nothing more to say."""
-
-
-class _Saved(NamedTuple):
-    """A conversation as it was."""
-
-    turns: list[Turn]
-    system: Said | None
-    entries: tuple[Entry, ...]
-    places: list[Place]
-    forgotten: int
 
 
 class Chat:
@@ -106,15 +94,12 @@ class Chat:
             engine, sight=model.sight, speculation=model.language.speculation(engine, draft),
             prefixes=model.prefixes, messages=model.language.messages, on_prefill=on_prefill, on_look=on_look,
         )  # fmt: skip
-        self._conversation = Conversation(
+        conversation = Conversation(
             tokenizer, template, tools=tools, enable_thinking=self.thinking, spelling=model.language.spelling,
             outer_vision_tokens=visual_settings.outer_vision_tokens,
         )  # fmt: skip
-        self._system: Said | None = None
-        self._turns = list[Turn]()
-        self._places: list[Place] = []  # of all pictures of the conversation
+        self._dialogue = Dialogue(conversation, model.sight)
         self._reply: Reply | None = None
-        self._forgotten = 0
         self._check: Callable[[], None] | None = None  # of what it was made of, before that is used
         self._file: SessionFile | None = None  # that it was saved to, or comes from
         model.language.constraint(self.settings)  # what is wrong with the options is told here
@@ -123,15 +108,15 @@ class Chat:
             if given and given[0].message["role"] == "system":
                 raise UsageError("there are two system prompts", hint="give it in system= or as the first message")
             given = [*self._read([{"role": "system", "content": system}]), *given]
-        self._append(given)
-        self._find_places()
+        self._dialogue.append(given, thinking=self.thinking)
+        self._dialogue.find_places()
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
     @property
     def ids(self) -> Sequence[int]:
         """Every token of the conversation so far; where something was said last, with the beginning of the reply."""
-        return [*self._conversation.ids, *self._coming]
+        return [*self._dialogue.conversation.ids, *self._coming]
 
     @property
     def overflow(self) -> str:
@@ -152,22 +137,22 @@ class Chat:
             raise UsageError(f"options must be settings by name, got {brief(self.options)}")
         chosen = [name for name, value in self.options.items() if value is not None]
         recommended = self._settings or language.recommended(
-            thinking=self.thinking, vision=bool(self._places), chosen=chosen
+            thinking=self.thinking, vision=bool(self._dialogue.places), chosen=chosen
         )
         return recommended.replace(**self.options)
 
     @property
     def system(self) -> Any:
         """The system prompt, text or parts; None without one."""
-        return None if self._system is None else self._system.message["content"]
+        return None if self._dialogue.system is None else self._dialogue.system.message["content"]
 
     @property
     def turns(self) -> tuple[Turn, ...]:
         """What was said and replied so far, the last reply as far as it has come."""
-        turns, coming = tuple(self._turns), self._coming
+        turns, coming = tuple(self._dialogue.turns), self._coming
         if self._reply is None or not coming:
             return turns
-        message = self._message(turns[-1], [*(self._conversation.generated or ()), *coming])
+        message = self._message(turns[-1], [*(self._dialogue.conversation.generated or ()), *coming])
         return (*turns[:-1], replace(turns[-1], reply=message, finish=self._reply.finish))
 
     @property
@@ -178,7 +163,7 @@ class Chat:
     @property
     def messages(self) -> list[dict[str, Any]]:
         """The conversation, OpenAI-shaped; pictures are parts with a Visual, which `messages=` takes as well."""
-        found = [] if self._system is None else [self._system.message]
+        found = [] if self._dialogue.system is None else [self._dialogue.system.message]
         for turn in self.turns:
             found += [*turn.messages, *([] if turn.reply is None else [turn.reply])]
         return [dict(message) for message in found]
@@ -190,7 +175,7 @@ class Chat:
     @property
     def visuals(self) -> list[Visual]:
         """The pictures of the conversation so far."""
-        return [place.visual for place in self._places if place.frame == 0]
+        return self._dialogue.visuals
 
     @property
     def context(self) -> ContextUse:
@@ -200,7 +185,7 @@ class Chat:
     @property
     def forgotten(self) -> int:
         """Turns that were forgotten so far because the context was full."""
-        return self._forgotten
+        return self._dialogue.forgotten
 
     # --- what can be done --------------------------------------------------------------------------------------------
 
@@ -227,9 +212,9 @@ class Chat:
         one object that has the results by the ids of their calls.
         """
         self._settle()
-        if not self._turns:
+        if not self._dialogue.turns:
             raise UsageError("a tool result cannot open a conversation", hint="start with a user's turn")
-        return self._say(self._read(turns_of.tool_results(results, self._turns[-1].reply)), assistant_prefix)
+        return self._say(self._read(turns_of.tool_results(results, self._dialogue.last.reply)), assistant_prefix)
 
     def answer(self, messages: Sequence[Message] | None = None, *, assistant_prefix: str = "") -> Reply:
         """Reply to what was said and has no reply.
@@ -238,11 +223,11 @@ class Chat:
         rest is read. Thinking that the history leaves out does not count as a difference.
         """
         self._settle()
-        saved = self._save()
+        saved = self._dialogue.saved()
         with self._undone_on_error(saved):
             if messages is not None:
-                self._adopt(self._read(messages))
-            if not self._turns or self._turns[-1].reply is not None:
+                self._dialogue.adopt(self._read(messages), self.messages, thinking=self.thinking)
+            if not self._dialogue.turns or self._dialogue.last.reply is not None:
                 raise UsageError(
                     "there is nothing to answer: the last message is not a user's or a tool's",
                     hint="use send, or resume",
@@ -252,14 +237,14 @@ class Chat:
     def regenerate(self) -> Reply:
         """Take back the last reply and generate another, with the next seed (`seed` + `Turn.attempt`)."""
         self._settle()
-        if not self._turns:
+        if not self._dialogue.turns:
             raise UsageError("nothing to answer again", hint="send something first")
-        saved, turn = self._save(), self._turns[-1]
+        saved, turn = self._dialogue.saved(), self._dialogue.last
         with self._undone_on_error(saved):
             if not turn.said:
                 raise UsageError("nothing was said that the last message replies to", hint="send something first")
             again = turn.attempt + (turn.reply is not None)
-            self._turns[-1] = Turn(turn.said, turn.mark, turn.asked, attempt=again)
+            self._dialogue.last = Turn(turn.said, turn.mark, turn.asked, attempt=again)
             return self._begin(saved, turn.prefix)
 
     def resume(self) -> Reply:
@@ -268,9 +253,9 @@ class Chat:
         Thinking goes on, too, or is closed first if `thinking` was turned off in the meantime.
         """
         self._settle()
-        if not self._turns or self._turns[-1].reply is None:
-            return self.answer(assistant_prefix=self._turns[-1].prefix if self._turns else "")
-        saved, turn = self._save(), self._turns[-1]
+        if not self._dialogue.turns or self._dialogue.last.reply is None:
+            return self.answer(assistant_prefix=self._dialogue.last.prefix if self._dialogue.turns else "")
+        saved, turn = self._dialogue.saved(), self._dialogue.last
         if turn.finish is not None and turn.finish.reason in _WHOLE:
             raise UsageError("the last reply is complete", hint="send something, or generate it again")
         with self._undone_on_error(saved):
@@ -284,11 +269,11 @@ class Chat:
         after that is forgotten. images, videos: None keeps the message's own, unless the content has parts.
         """
         self._settle()
-        users = [i for i, turn in enumerate(self._turns) if turn.role == "user"]
+        users = [i for i, turn in enumerate(self._dialogue.turns) if turn.role == "user"]
         if not _counts(back, len(users)):
             raise UsageError(f"there are {len(users)} messages to edit, got back={brief(back)}")
-        saved, place = self._save(), users[-back]
-        own = self._turns[place].visuals
+        saved, place = self._dialogue.saved(), users[-back]
+        own = self._dialogue.turns[place].visuals
         own = own if isinstance(content, str) else ()
         if images is None:
             images = [visual for visual in own if visual.kind == "image"]
@@ -296,18 +281,18 @@ class Chat:
             videos = [visual for visual in own if visual.kind == "video"]
         said = self._opened("user", content, images, videos)
         with self._undone_on_error(saved):
-            self._cut(place)
+            self._dialogue.cut(place)
             return self._say([said], assistant_prefix, saved)
 
     def undo(self, n: int = 1) -> tuple[Turn, ...]:
         """Take back the last `n` turns with their replies; returns them, the oldest first."""
         self._settle()
-        if not self._turns:
+        if not self._dialogue.turns:
             raise UsageError("nothing to undo", hint="send something first")
-        if not _counts(n, len(self._turns)):
-            raise UsageError(f"{len(self._turns)} turns can be undone, got {brief(n)}")
-        taken = tuple(self._turns[-n:])
-        self._cut(len(self._turns) - n)
+        if not _counts(n, len(self._dialogue.turns)):
+            raise UsageError(f"{len(self._dialogue.turns)} turns can be undone, got {brief(n)}")
+        taken = tuple(self._dialogue.turns[-n:])
+        self._dialogue.cut(len(self._dialogue.turns) - n)
         self._rewind_state()
         return taken
 
@@ -332,7 +317,7 @@ class Chat:
         Raises MemoryBudgetError where it does not fit the context.
         """
         self._settle()
-        ids = list(self._conversation.ids) or self._opening()
+        ids = list(self._dialogue.conversation.ids) or self._opening()
         if len(ids) >= (limit := self.model.engine.context_limit):
             raise MemoryBudgetError(
                 f"what the conversation begins with has {len(ids):,} tokens, the context window {limit:,}",
@@ -342,7 +327,7 @@ class Chat:
 
     def _opening(self) -> list[int]:
         """The ids that come before whatever is said first."""
-        conversation, found = self._conversation, list[list[int]]()
+        conversation, found = self._dialogue.conversation, list[list[int]]()
         mark = conversation.mark()
         for text in ("a", "b"):
             conversation.append([{"role": "user", "content": text}])
@@ -373,11 +358,10 @@ class Chat:
             self.thinking, self._settings, self.options, self._tools, self._template_kwargs, self.visual_settings,
             self.draft, self.overflow,
         )  # fmt: skip
-        ids = np.array(self._conversation.ids, np.int32)
+        ids = np.array(self._dialogue.conversation.ids, np.int32)
         prefixes = [prefix for prefix in self._context.kept() if np.array_equal(prefix.ids, ids[: len(prefix.ids)])]
-        return Snapshot(
-            given, self._system, list(self._turns), self._conversation.entries, self._places, self._forgotten, prefixes
-        )
+        turns, system, entries, places, forgotten = self._dialogue.saved()
+        return Snapshot(given, system, turns, entries, places, forgotten, prefixes)
 
     @classmethod
     def of(
@@ -388,10 +372,9 @@ class Chat:
         error that it raises leaves the conversation as it is. file: the SessionFile that it was in."""
         options = snapshot.settings._asdict()
         chat = cls(model, on_prefill=on_prefill, on_look=on_look, **options.pop("options"), **options)
-        _, chat._system, turns, entries, places, chat._forgotten, prefixes = snapshot
-        chat._turns, chat._places, chat._check, chat._file = list(turns), list(places), check, file
-        chat._conversation.restore(entries)
-        chat._stand()
+        _, system, turns, entries, places, forgotten, prefixes = snapshot
+        chat._dialogue.restore(SavedDialogue(list(turns), system, tuple(entries), list(places), forgotten))
+        chat._check, chat._file = check, file
         if prefixes:
             chat._context.take(prefixes)
         return chat
@@ -425,82 +408,15 @@ class Chat:
         return turns_of.said({"role": role, "content": content}, self.model.sight, self.visual_settings, images, videos)
 
     def _read(self, messages: Sequence[Message]) -> list[Said]:
-        return [
-            turns_of.said(message, self.model.sight, self.visual_settings) for message in checked_messages(messages)
-        ]
+        return self._dialogue.read(messages, self.visual_settings)
 
-    def _append(self, messages: Sequence[Said]) -> None:
-        """Messages of a history, or of one turn: each goes to the turn that it belongs to."""
-        for said in messages:
-            role, last = said.message["role"], self._turns[-1] if self._turns else None
-            begins, mark = not (self._turns or self._system), self._conversation.mark()
-            self._hear([said])
-            if role == "system" and begins:
-                self._system = said
-                continue
-            if last is None or last.reply is not None or (role == "user" and last.role in ("user", "tool")):
-                last = Turn((), mark, mark, thinking=self.thinking)
-                self._turns.append(last)
-            if role == "assistant":
-                self._turns[-1] = replace(last, reply=said.message, shown=said.visuals)
-            else:
-                self._turns[-1] = replace(last, said=(*last.said, said), asked=self._conversation.mark())
-
-    def _hear(self, messages: Sequence[Said]) -> None:
-        for said in messages:
-            self._conversation.append([said.rendered], visuals=[Outline.of(visual) for visual in said.visuals])
-
-    def _adopt(self, given: Sequence[Said]) -> None:
-        """Be a given history, keeping the turns that it begins with."""
-        same = turns_of.agreeing(self.messages, [said.message for said in given])
-        done, kept = int(self._system is not None), 0
-        for turn in self._turns:
-            size = len(turn.said) + (turn.reply is not None)
-            if done + size > same:
-                break
-            done, kept = done + size, kept + 1
-        self._cut(kept)
-        if not same:
-            self._conversation.rewind(0)
-            self._system, done = None, 0
-        self._append(given[done:])
-
-    def _cut(self, place: int) -> None:
-        """Take back the turns from a place on."""
-        if place < len(self._turns):
-            self._conversation.rewind(self._turns[place].mark)
-            del self._turns[place:]
-            self._stand()
-            self._find_places()
-
-    def _find_places(self) -> None:
-        """Find the pictures of what was said last; those before stay where they are."""
-        conversation = self._conversation
-        ids, start = conversation.ids, conversation.settled
-        before = [place for place in self._places if place.start < start]
-        visuals = [visual for turn in self._turns for visual in turn.visuals]
-        self._places = before + self.model.sight.places(
-            ids[start:], visuals[sum(place.frame == 0 for place in before) :], start=start,
-            position=start + rope_delta(before),
-        )  # fmt: skip
-
-    def _save(self) -> _Saved:
-        return _Saved(list(self._turns), self._system, self._conversation.entries, self._places, self._forgotten)
-
-    def _restore(self, saved: _Saved) -> None:
-        self._turns, self._system, entries, self._places, self._forgotten = saved
-        self._turns = list(self._turns)
-        self._conversation.restore(entries)
-        self._stand()
+    def _restore(self, saved: SavedDialogue) -> None:
+        """Be as it was, and let go of the states of what came since."""
+        self._dialogue.restore(saved)
         self._rewind_state()
 
-    def _stand(self) -> None:
-        """Expect a reply as it was expected before, if the last turn has none."""
-        if self._turns:
-            self._conversation.enable_thinking = self._turns[-1].thinking
-
     @contextmanager
-    def _undone_on_error(self, saved: _Saved) -> Iterator[None]:
+    def _undone_on_error(self, saved: SavedDialogue) -> Iterator[None]:
         try:
             yield
         except BaseException:
@@ -509,50 +425,43 @@ class Chat:
 
     def _rewind_state(self) -> None:
         """Let go of states that are not the conversation's."""
-        self._context.resume(self._conversation.ids, self._places, self._conversation.spoken)
+        self._context.resume(self._dialogue.conversation.ids, self._dialogue.places, self._dialogue.conversation.spoken)
 
     # --- replies -----------------------------------------------------------------------------------------------------
 
-    def _say(self, messages: Sequence[Said], prefix: str, saved: _Saved | None = None) -> Reply:
+    def _say(self, messages: Sequence[Said], prefix: str, saved: SavedDialogue | None = None) -> Reply:
         """Append a turn, and begin the reply to it. saved: the conversation before, if not as it is now."""
         self._settle()
-        saved = saved or self._save()
+        saved = saved or self._dialogue.saved()
         with self._undone_on_error(saved):
-            self._append(messages)
+            self._dialogue.append(messages, thinking=self.thinking)
             return self._begin(saved, prefix)
 
-    def _begin(self, saved: _Saved, prefix: str) -> Reply:
+    def _begin(self, saved: SavedDialogue, prefix: str) -> Reply:
         """The reply to the last turn, from its beginning."""
         if not isinstance(prefix, str):
             raise UsageError(f"assistant_prefix must be a text, got {brief(prefix)}")
         base = {"role": "assistant", "content": prefix} if prefix else None
-        self._turns[-1] = replace(self._turns[-1], thinking=self.thinking, prefix=prefix, base=base)
-        self._open(self._turns[-1])
+        self._dialogue.last = replace(self._dialogue.last, thinking=self.thinking, prefix=prefix, base=base)
+        self._dialogue.open(self._dialogue.last)
         return self._new_reply(saved)
 
-    def _go_on(self, saved: _Saved) -> Reply:
+    def _go_on(self, saved: SavedDialogue) -> Reply:
         """More of the last turn's reply."""
-        turn = self._turns[-1]
-        if self._conversation.generated is None:
-            self._turns[-1] = replace(turn, base=turn.reply)
-            self._open(self._turns[-1])
+        turn = self._dialogue.last
+        if self._dialogue.conversation.generated is None:
+            self._dialogue.last = replace(turn, base=turn.reply)
+            self._dialogue.open(self._dialogue.last)
         return self._new_reply(saved)
 
-    def _open(self, turn: Turn) -> None:
-        """Stand where the reply to a turn begins."""
-        self._conversation.rewind(turn.asked)
-        self._conversation.enable_thinking = turn.thinking
-        if turn.base is not None:
-            self._conversation.open(turn.base)
-
-    def _new_reply(self, saved: _Saved) -> Reply:
+    def _new_reply(self, saved: SavedDialogue) -> Reply:
         """The reply that comes next: a turn's, or more of it."""
         self._checked()
         language, limit, forgotten = self.model.language, self.model.engine.context_limit, 0
-        self._find_places()
-        if self.overflow == "shift" and len(self._conversation.ids) >= limit:
+        self._dialogue.find_places()
+        if self.overflow == "shift" and len(self._dialogue.conversation.ids) >= limit:
             forgotten = self._forget(limit // 2, limit - 1)
-        turn, ids = self._turns[-1], self._conversation.ids
+        turn, ids = self._dialogue.last, self._dialogue.conversation.ids
         begun, settings = turn.tokens, self._settings_of(turn)
         prompt, think = ids[: len(ids) - len(begun)], language.think_tokens()
         sampler = language.sampler(settings, drawn=turn.drawn)
@@ -561,7 +470,7 @@ class Chat:
             starts_in_thinking=think is not None and ends_in_thinking(prompt, language.need_tokenizer()),
             constraint=language.constraint(settings, text_of((turn.base or {}).get("content") or "")),
         )  # fmt: skip
-        found = self._context.resume(ids, self._places, self._conversation.spoken)
+        found = self._context.resume(ids, self._dialogue.places, self._dialogue.conversation.spoken)
 
         def record(reply: Reply) -> None:
             self._record(reply, decoding, sampler.drawn, saved)
@@ -589,17 +498,11 @@ class Chat:
             settings = settings.replace(thinking_budget=0)
         return settings
 
-    @property
-    def _prompt(self) -> Sequence[int]:
-        """The ids before the last turn's reply."""
-        ids, generated = self._conversation.ids, self._conversation.generated or ()
-        return ids[: len(ids) - len(generated)]
-
     def _tokens(self, decoding: Decoding, logits: Float32 | None) -> Iterator[Token]:
         """Drive a reply, also beyond the end of the context where turns can be forgotten. logits: those after what has
         been read, if known."""
         while True:
-            yield from self._context.tokens(decoding, self._places, start=0, logits=logits)
+            yield from self._context.tokens(decoding, self._dialogue.places, start=0, logits=logits)
             if decoding.finish.reason is not StopReason.CONTEXT_FULL or self.overflow != "shift":
                 return
             limit, said = self.model.engine.context_limit, [token.id for token in decoding.said]
@@ -608,80 +511,46 @@ class Chat:
                 return
             assert self._reply is not None, "the reply that is driven"
             self._reply.forgotten += forgotten
-            decoding.move(self._prompt)
-            prompt = self._prompt
-            spoken = [span for span in self._conversation.spoken if span[0] < len(prompt)]
+            decoding.move(self._dialogue.prompt)
+            prompt = self._dialogue.prompt
+            spoken = [span for span in self._dialogue.conversation.spoken if span[0] < len(prompt)]
             spoken.append((len(prompt), len(prompt) + len(said)))
-            logits = self._context.resume([*prompt, *said], self._places, spoken).logits
+            logits = self._context.resume([*prompt, *said], self._dialogue.places, spoken).logits
 
     def _forget(self, wanted: int, most: int) -> int:
-        """Forget the oldest turns until at most `wanted` tokens are left, or else as many as can be; how many.
-
-        None are forgotten if more than `most` tokens would be left. What is left begins with a user's turn, and is what
-        the chat template makes of its messages.
-        """
-        turns, saved = list(self._turns), self._save()
-        starts = [i for i in range(1, len(turns)) if turns[i].role == "user"]
-        if not starts:
+        """Forget the oldest turns (`Dialogue.forget`); how many."""
+        if not self._dialogue.can_forget:
             return 0
+        with self._undone_on_error(self._dialogue.saved()):
+            forgotten = self._dialogue.forget(wanted, most, self.visual_settings)
+            if not forgotten:
+                self._rewind_state()
+            return forgotten
 
-        def fits(i: int) -> bool:
-            self._replay(turns[i:])
-            return len(self._conversation.ids) <= wanted
-
-        with self._undone_on_error(saved):
-            place = starts[min(bisect_left(starts, True, key=fits), len(starts) - 1)]
-            self._replay(turns[place:])
-            if len(self._conversation.ids) > most:
-                self._restore(saved)
-                return 0
-            self._places = []
-            self._find_places()
-            self._forgotten += place
-        return place
-
-    def _replay(self, turns: Sequence[Turn]) -> None:
-        """Consist of some turns, whose messages are rendered anew; the reply to the last is begun as it was."""
-        conversation, generated = self._conversation, self._conversation.generated
-        conversation.rewind(0)
-        self._hear([self._system] if self._system else [])
-        self._turns = []
-        for turn in turns:
-            mark = conversation.mark()
-            self._hear(turn.said)
-            asked = conversation.mark()
-            if turn is not turns[-1] and turn.reply is not None:
-                self._hear(self._read([turn.reply]))
-                turn = replace(turn, base=None, tokens=())
-            self._turns.append(replace(turn, mark=mark, asked=asked))
-        self._open(self._turns[-1])
-        if generated is not None:
-            conversation.append_generated(generated)
-
-    def _record(self, reply: Reply, decoding: Decoding, drawn: int, saved: _Saved) -> None:
+    def _record(self, reply: Reply, decoding: Decoding, drawn: int, saved: SavedDialogue) -> None:
         """Keep what a reply said, which has just ended. saved: the conversation before it began."""
-        turn, conversation, new = self._turns[-1], self._conversation, reply.ids
+        turn, conversation, new = self._dialogue.last, self._dialogue.conversation, reply.ids
         if not new:
             old = saved.turns[-1] if saved.turns else None
             if reply.failed or (old is not None and old.said is turn.said and old.reply is not None):
                 self._restore(saved)
             else:  # the turn stays; what its reply was to begin with was not said
                 conversation.rewind(turn.asked)
-                self._turns[-1] = replace(turn, base=None)
+                self._dialogue.last = replace(turn, base=None)
             return
         if cut := reply.finish.reason is StopReason.STOP_STRING:
-            parser = self._transcript(turn, self._prompt, conversation.generated or ())
+            parser = self._transcript(turn, self._dialogue.prompt, conversation.generated or ())
             new = turns_of.before_stop(self.model.language.need_tokenizer(), parser, new, reply.shown)
         conversation.append_generated(new)
         if cut:  # the state has read more
             self._rewind_state()
         message = self._message(turn, conversation.generated or ())
-        self._turns[-1] = replace(turn, reply=message, finish=reply.finish, tokens=decoding.said, drawn=drawn)
+        self._dialogue.last = replace(turn, reply=message, finish=reply.finish, tokens=decoding.said, drawn=drawn)
         reply.message = message
 
     def _message(self, turn: Turn, generated: Sequence[int]) -> dict[str, Any]:
         """The message of a turn's reply, all of which is `generated` but for what it goes on with."""
-        prompt = self._prompt
+        prompt = self._dialogue.prompt
         message = turns_of.assistant_message(turn.base, self._transcript(turn, prompt), generated)
         return turns_of.with_calls(message, self._calls(len(prompt)))
 

@@ -59,6 +59,7 @@ def cache_groups(state: State[Any]) -> dict[str, list[KVCache[Any]]]:
 
 
 def row_key(caches: Sequence[KVCache[Any]], i: int) -> tuple[int, ...]:
+    """What tells the keys and values of a place, a layer each, from all others in memory."""
     return tuple(id(cache.mark(i)) for cache in caches)
 
 
@@ -68,4 +69,5 @@ def owner(name: str) -> str:
 
 
 def picture_name(visual: Visual) -> str:
+    """The array of what the model saw of a picture."""
     return f"picture.{visual.digest.hex()}"
