@@ -542,6 +542,16 @@ def test_start_refuses(start: Start, words: list[str], words_said: str, code: in
     assert words_said in done.stderr.splitlines()[-1]
 
 
+def test_start_without_kernels(start: Start) -> None:
+    """NumPy cannot keep to a limit: without a compiled module there is nothing to start."""
+    done = start("--model", "demo", python="exit 1")
+    assert done.returncode == 1
+    said, _, command = done.stderr.splitlines()[-1].partition("says: ")
+    assert "without its kernels" in said
+    assert shlex.split(command)[1:4] == ["-m", "pip", "install"]
+    assert done.args == ["python -P -c import edgeq.backends.cpu._native"]
+
+
 def test_start_without_a_limit(start: Start) -> None:
     """The size is picked for the memory that is free."""
     done = start("--memory", "none", systemd_run="true")
