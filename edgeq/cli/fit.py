@@ -210,13 +210,16 @@ def _reread(facts: Facts, target: Target, machine: str | None) -> float | None:
     """Bytes a second at which weights come that do not stay: from the page cache where there is room for them, else
     from their medium; None for a medium that is not known."""
     from edgeq.machine.system import medium_rate
+    from edgeq.memory.pages import turn_rate
     from edgeq.memory.plan import part_nbytes
     from edgeq.weights import Part
 
     free, nbytes = available_memory(), part_nbytes(target.variants[0].model, Part.TEXT)
-    if machine is not None or free is None or nbytes <= free:
-        return facts.pages
-    return medium_rate(target.checkpoint.weight_files()) if target.checkpoint is not None else None
+    cached = machine is not None or free is None or nbytes <= free
+    if target.checkpoint is None or machine is not None:
+        return facts.pages if cached else None
+    files = sorted(target.checkpoint.weight_files(), key=lambda path: path.stat().st_size)
+    return turn_rate(files[-1]) if cached else medium_rate(files)
 
 
 def _boards(wanted: Wanted, target: Target, context: int | None, machine: str | None) -> list[tuple[str, int, Fit]]:

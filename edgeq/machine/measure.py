@@ -30,13 +30,13 @@ from edgeq.backends.cpu.kv import NativeKV
 from edgeq.config import TextConfig
 from edgeq.engine import Engine, Feed
 from edgeq.family import family_config
-from edgeq.formats.mapped import Pages, map_file
 from edgeq.machine import system
 from edgeq.machine.facts import Facts
 from edgeq.machine.speed import delta_entries, values_per_token
 from edgeq.machine.stand_in import StandIn
 from edgeq.machine.stream import read_rate
 from edgeq.memory.ceiling import ceiling, machine_memory
+from edgeq.memory.pages import turn_rate
 from edgeq.weights import Role, TensorSpec, text_tensors
 
 __all__ = ["BITS", "KV_DTYPES", "Progress", "measure_machine"]
@@ -128,13 +128,12 @@ class _Probe:
             products=of("products", BITS), attention=of("attention", KV_DTYPES),
             prompt_attention=of("prompt attention", KV_DTYPES), delta=rates["delta"],
             prompt_delta=rates["prompt delta"], layers=layers, tokens=tokens, values=_values(rates),
-            pages=rates["pages"],
+            pages=turn_rate(Path(_native.__file__)),
         )  # fmt: skip
 
     def _of_a_token(self) -> _Steps:
         """The last step's are subtracted from each other."""
         return [
-            {"pages": _pages},
             *({f"attention {kv}": partial(self._attention, kv)} for kv in KV_DTYPES),
             *({f"weights {bits}": partial(self._weights, bits)} for bits in BITS if bits != 4),
             {
@@ -339,17 +338,6 @@ def _used(c: TextConfig) -> Iterator[TensorSpec]:
     """The matrices that a token goes through."""
     head = "embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"
     return (spec for spec in text_tensors(c) if spec.role is Role.LINEAR or spec.name == head)
-
-
-def _pages() -> _Pass:
-    """Bytes of a mapped file that come from the page cache: those of the kernels themselves, which are everywhere."""
-    pages = Pages([np.frombuffer(map_file(Path(_native.__file__)), np.uint8)])
-
-    def again() -> None:
-        pages.let_go()
-        pages.come()
-
-    return _Pass(pages.nbytes, again)
 
 
 def _large_pages(words: int) -> NDArray[np.uint32]:

@@ -12,22 +12,26 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from edgeq.errors import EdgeqError, MemoryBudgetError
 from edgeq.formats.bf16 import Array
-from edgeq.formats.mapped import is_mapped
+from edgeq.formats.mapped import Pages, is_mapped, map_file
 from edgeq.memory.ceiling import available_memory
 from edgeq.weights import TextWeights, leaves
 
-__all__ = ["Reading", "lock_pages", "missing_nbytes", "read_ahead", "weights_in_order"]
+__all__ = ["Reading", "lock_pages", "missing_nbytes", "read_ahead", "turn_rate", "weights_in_order"]
 
 Reading = Callable[[int, int], None]
 """Called with the bytes read and all bytes that are to be, before each piece and at the end."""
 
 _PIECE = 8 << 20  # bytes read between two reports
+_TURNED = 32 << 20  # bytes that are let go and come again, to see how long it takes
 _LITTLE = 16 << 20  # bytes that are not worth it
 _PAGE = mmap.PAGESIZE
 
@@ -64,6 +68,22 @@ def read_ahead(arrays: Sequence[Array], reading: Reading | None = None) -> int:
     if reading is not None:
         reading(total, total)
     return total
+
+
+def turn_rate(path: Path, nbytes: int = _TURNED) -> float:
+    """Bytes a second at which pages of a mapped file that is in the page cache are let go and come again, as those of
+    weights do that do not stay: `nbytes` from its middle on, the median of a few times."""
+    whole = np.frombuffer(map_file(path), np.uint8)
+    start = max(0, (len(whole) - nbytes) // 2)
+    pages, times = Pages([whole[start : start + nbytes]]), list[float]()
+    for _ in range(6):
+        started = perf_counter()
+        pages.read_ahead()
+        pages.come()
+        np.max(whole[start : start + nbytes : _PAGE])
+        pages.let_go()
+        times.append(perf_counter() - started)
+    return pages.nbytes / median(times[1:])
 
 
 def _pieces(x: Array) -> Iterator[Array]:
