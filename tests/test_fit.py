@@ -21,7 +21,7 @@ from edgeq.cli import main
 from edgeq.errors import EdgeqError, MemoryBudgetError, UsageError
 from edgeq.family import SIZES, family_config, size_of
 from edgeq.fit import PARTS, Wanted, find_target, picture_grids
-from edgeq.machine import measure
+from edgeq.machine import measure, system
 from edgeq.machine.boards import BOARDS, board_facts
 from edgeq.machine.facts import Facts, facts_file, keep_facts, kept_facts
 from edgeq.machine.speed import expected_speed
@@ -405,6 +405,20 @@ class TestFacts:
         assert steps == [(i, len(steps)) for i in range(len(steps))]
         keep_facts(facts)
         assert kept_facts(facts.isa) == facts
+
+    def test_a_busy_machine_does_not_get_fewer_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        native = pytest.importorskip("edgeq.backends.cpu")._native
+        for name, value in (("_ROUNDS", 1), ("_TOKENS", 16), ("_ROWS", 64), ("_PAST", 64)):
+            monkeypatch.setattr(measure, name, value)
+        monkeypatch.setattr(measure, "_model_config", lambda _: measure._least_config())
+        monkeypatch.setattr(measure, "_best_count", lambda _, default: default + 1)
+        default = native.thread_count()
+        for beside, threads in ((1.0, default), (0.0, default + 1)):
+            monkeypatch.setattr(
+                system.Neighbours, "__exit__", lambda self, *_, beside=beside: setattr(self, "load", beside)
+            )
+            facts = measure.measure_machine(seconds=0.0, nbytes=1 << 20)
+            assert (facts.prompt_threads, facts.generation_threads, facts.load) == (threads, threads, beside)
 
     def test_measured_on_a_busy_machine(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, native: Facts

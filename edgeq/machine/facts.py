@@ -21,7 +21,7 @@ from typing import Any
 
 from edgeq.inputs import cache_home, read_text
 
-__all__ = ["Facts", "facts_file", "keep_facts", "kept_facts", "machine_name"]
+__all__ = ["BUSY", "Facts", "facts_file", "keep_facts", "kept_facts", "machine_name"]
 
 _VERSION = 2
 _LIMIT = 1 << 16  # bytes of the file

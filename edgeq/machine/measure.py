@@ -31,7 +31,7 @@ from edgeq.config import TextConfig
 from edgeq.engine import Engine, Feed
 from edgeq.family import family_config
 from edgeq.machine import system
-from edgeq.machine.facts import Facts
+from edgeq.machine.facts import BUSY, Facts
 from edgeq.machine.speed import delta_entries, values_per_token
 from edgeq.machine.stand_in import StandIn
 from edgeq.machine.stream import read_rate
@@ -115,7 +115,10 @@ class _Probe:
         token, prompt, when = self._of_a_token(), self._of_a_prompt(), datetime.now().astimezone()
         self._steps = _ROUNDS * (3 * len(self._counts) + len(token) + len(prompt))
         with system.Neighbours() as neighbours:
-            stream, one, many = self._thread_counts()
+            with system.Neighbours() as first:
+                stream, one, many = self._thread_counts()
+            if first.load > BUSY:  # fewer threads are best beside others, which is no reason to use fewer ever after
+                one = many = self._default
             rates = self._best_round(one, token, "model") | self._best_round(many, prompt, "layer")
         layers, tokens = _beside(rates, self._whole)
 
