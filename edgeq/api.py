@@ -77,7 +77,7 @@ def load(
     on_read (done, total): called while weights are read ahead, with bytes.
     """
     bound = ceiling(memory)
-    Budget.process()  # before anything is mapped
+    Budget.look()  # before anything is mapped
     check_kv_bits(kv_bits)
     checkpoint = _opened(model, mmproj, adapter, rope_scaling, chat_template)
 
@@ -150,6 +150,7 @@ def _settled(model: Model, lock: bool, on_read: Progress | None, *, streamed: in
     read_ahead(weights, on_read)
     if lock:
         lock_pages(weights)
+        model.engine.budget.locked = True
     return model
 
 

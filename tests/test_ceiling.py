@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ceiling_machine import SHAPE
+from PIL import Image
 from process import run_python
 
 import edgeq
@@ -403,12 +404,110 @@ def test_a_ceiling_is_kept_whatever_is_asked(folder: Path, megabytes: int) -> No
     assert found["kept"]
 
 
+# Large pictures under a ceiling that leaves no room to decode them: which of them were seen, and the peak above it.
+LOOK = """
+import json, sys
+folder = sys.argv[1]
+import edgeq
+from edgeq.errors import MemoryBudgetError
+from edgeq.memory.budget import Budget
+from edgeq.memory.resident import peak_resident
+from PIL import Image
+ceiling = Budget.process() + 75 * 10**6
+model, seen = edgeq.load("demo", backend="cpu", memory=ceiling), []
+open("/proc/self/clear_refs", "w").write("5")
+for name in ("a.png", "b.webp", "c.tif", "d.gif", "e.jpg", "f.png"):
+    try:
+        list(model.chat(max_tokens=2).send("What is this?", images=[f"{folder}/{name}"]))
+        seen.append(name)
+    except MemoryBudgetError as error:
+        assert error.hint.startswith("make it smaller first"), error.hint
+print(json.dumps([seen, peak_resident() - ceiling]))
+"""
+
+
+@linux
+@native
+def test_pictures_are_decoded_within_the_ceiling(tmp_path: Path) -> None:
+    """A JPEG at a part of its size; formats that cannot be are refused, and the next picture is seen."""
+    for name in ("a.png", "b.webp", "c.tif", "d.gif", "e.jpg"):
+        Image.new("RGB", (4000, 3000), (20, 90, 30)).save(tmp_path / name)
+    Image.new("RGB", (300, 200)).save(tmp_path / "f.png")
+    done = run_python(LOOK, str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen, above = json.loads(done.stdout)
+    assert seen == ["e.jpg", "f.png"]
+    assert above <= 0
+
+
+# Four threads, each with a sequence of its own; how many were refused, and the peak above the ceiling.
+THREADS = """
+import json, sys
+from threading import Barrier, Thread
+import edgeq
+from edgeq.errors import MemoryBudgetError
+from edgeq.memory.budget import Budget
+from edgeq.memory.resident import peak_resident
+from edgeq.session.context import Context
+warm = edgeq.load(sys.argv[1], backend="cpu")
+Context(warm.engine).feed([5] * 300)
+del warm
+ceiling, together, refused, others = Budget.process() + 80 * 10**6, Barrier(4), [], []
+open("/proc/self/clear_refs", "w").write("5")
+model = edgeq.load(sys.argv[1], backend="cpu", memory=ceiling, kv_bits=16)
+def talk(number):
+    for _ in range(3):
+        together.wait()
+        context = Context(model.engine)
+        try:
+            for _ in range(3):
+                context.feed([number] * 200)
+        except MemoryBudgetError as error:
+            refused.append(error)
+        except Exception as error:
+            others.append(repr(error))
+threads = [Thread(target=talk, args=(i,)) for i in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(json.dumps([len(refused), others, peak_resident() - ceiling]))
+"""
+
+
+@linux
+@native
+def test_threads_take_what_they_claim_one_after_another(folder: Path) -> None:
+    done = run_python(THREADS, str(folder))
+    assert done.returncode == 0, done.stderr[-2000:]
+    refused, others, above = json.loads(done.stdout)
+    assert 0 < refused < 12
+    assert not others
+    assert above <= 0
+
+
 @linux
 @native
 def test_random_sequences_of_actions() -> None:
     """A few here; ten thousand by hand (tests/ceiling_machine.py)."""
     done = run_python("import sys; sys.path.insert(0, 'tests'); import ceiling_machine; ceiling_machine.main(12)")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@linux
+def test_weights_that_come_back_do_so_beside_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of libraries that came after the first look are known once weights have been let go."""
+    from edgeq.formats.mapped import map_file
+
+    (tmp_path / "weights").write_bytes(bytes(24 << 20))
+    pages = Pages([np.frombuffer(map_file(tmp_path / "weights"), np.uint8)])
+    monkeypatch.setattr(Budget, "_all", set())
+    monkeypatch.setattr(Budget, "_code", 0)  # as if everything had been imported since
+    budget = Budget(Ledger(), lambda: 24 << 20, lambda: None, Ceiling(1 << 40, "--memory"))
+    pages.come()
+    there = budget.used()
+    pages.let_go()
+    Budget.look(budget)
+    assert budget.used() == pytest.approx(there, abs=2 << 20)
+    assert budget.used(weights=False) == pytest.approx(there - (24 << 20), abs=2 << 20)
 
 
 class TestOptions:

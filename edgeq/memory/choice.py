@@ -91,7 +91,8 @@ class Choice(NamedTuple):
 
 
 def taken(more: int = 0) -> int:
-    """Bytes that the process takes, with what it imports later and `more`, in whole STEPs."""
+    """Bytes that the process takes, with what it imports later and `more`, in whole STEPs; before the model is there."""
+    Budget.look()  # libraries of the backend and of the tokenizer, since the last look
     return -(-(Budget.process() + IMPORTED_LATER + more) // STEP) * STEP
 
 
