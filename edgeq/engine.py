@@ -121,7 +121,8 @@ class Engine(Generic[A, M]):
         self.fingerprint = f"{checkpoint.fingerprint()} {ops.name} {ops.kv_dtype}"
         ops.limit_memory()
         ops.maps_states = choice is None
-        self.weights = LoadedWeights(checkpoint, ops, choice.resident if choice is not None else None)
+        resident, cached = (None, True) if choice is None else (choice.resident, choice.cached)
+        self.weights = LoadedWeights(checkpoint, ops, resident, cached=cached)
         self.ledger = Ledger()
         self.budget = Budget(self.ledger, self._resident_weights, ops.release_idle, choice.ceiling if choice else None)
         self._text = self.weights.text
@@ -297,7 +298,7 @@ class Engine(Generic[A, M]):
         head = stored["embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"]
         row_nbytes = head // self.config.vocab_size
         prefix = draft_prefix(row_nbytes, sum(stored.values()))
-        return DraftVocabulary(self.ops, self._text.lm_head, tokens, row_nbytes, prefix, always)
+        return DraftVocabulary(self.ops, self._text.lm_head, tokens, row_nbytes, prefix, always, self.budget.fits)
 
     def mtp_logits(self, ids: Sequence[int]) -> Float32:
         """What the MTP head says of a text: row k, read after the tokens up to k + 1, predicts token k + 2.
@@ -306,6 +307,7 @@ class Engine(Generic[A, M]):
         """
         state, logits = self.state(draft=True), [np.empty((0, self.config.vocab_size), np.float32)]
         head, tokens = self.need_head(), self.checked_ids(ids, state)
+        self.claim([(0, len(tokens), len(tokens))], drafts=True)
         for piece in self.cut(0, len(tokens)):
             _, [(state,)] = self._forward([Feed(state, tokens[piece])])
             if state.draft is not None and state.draft.waiting > 1:
@@ -324,6 +326,7 @@ class Engine(Generic[A, M]):
         tokens = self.checked_ids(ids, state)
         if not Range(1, self.context_limit, whole=True).holds(n):
             raise UsageError(f"drafts must be 1 to {self.context_limit}, got {brief(n)}")
+        self.claim([(0, len(tokens) + n, n)], drafts=True)
 
         def choose(hidden: A) -> int:
             logits.append(self._logits(hidden))
@@ -447,7 +450,9 @@ class Engine(Generic[A, M]):
         tower = part_nbytes(self.checkpoint, Part.VISION) - self.weights.nbytes(Part.VISION, mapped=False)
         self.budget.claim(
             tower + work, f"the vision tower and a picture of {patches // c.spatial_merge_size**2:,} tokens",
-            weights=False, hint="use --image-tokens, or more --memory (visual_settings=, memory= in Python)",
+            weights=False,
+            hint="leave out --lock, or allow more with --memory (lock=, memory= in Python)" if self.budget.locked
+            else "use --image-tokens, or more --memory (visual_settings=, memory= in Python)",
         )  # fmt: skip
 
     def checked_ids(self, ids: Sequence[int] | NDArray[Any], state: State[A]) -> Ids:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -402,6 +406,91 @@ def test_a_ceiling_is_kept_whatever_is_asked(folder: Path, megabytes: int) -> No
     assert found["peak"] <= megabytes * MB
     assert found["refused"]
     assert found["kept"]
+
+
+# The same in a control group, whose limit is the ceiling unless there is to be none; the system kills who goes above.
+GROUP = """
+import os, sys
+from pathlib import Path
+group, path, memory = sys.argv[1:]
+Path(group, "cgroup.procs").write_text(str(os.getpid()))
+import edgeq
+from edgeq.errors import MemoryBudgetError
+from edgeq.session.context import Context
+model = edgeq.load(path, backend="cpu", memory=memory or None, kv_bits=16)
+states, refused = [], 0
+for turn in range(40):
+    context = Context(model.engine, states[-1] if turn % 3 and states else None, prefixes=model.prefixes)
+    try:
+        context.feed([turn + 1] * 150)
+        states.append(context.state)
+    except MemoryBudgetError as error:
+        assert "of the control group, 170 MB, allows" in str(error), error
+        refused += 1
+print(len(states), refused)
+"""
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    """A control group that may take 170 MB, of whichever version there is."""
+    for root, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+        group = Path(root, f"edgeq-test-{os.getpid()}")
+        with suppress(OSError):
+            group.mkdir()
+        try:
+            with (group / limit).open("r+") as file:  # which the system makes, if it makes any
+                file.write(str(170 * MB))
+        except OSError:
+            continue
+        else:
+            yield group
+            return
+        finally:
+            with suppress(OSError):
+                group.rmdir()
+    pytest.skip("no control group with a limit of memory can be made here")
+
+
+@linux
+@native
+def test_a_real_limit_is_lived_under(folder: Path, group: Path) -> None:
+    done = run_python(GROUP, str(group), str(folder), "")
+    assert done.returncode == 0, done.stderr[-2000:]
+    kept, refused = map(int, done.stdout.split())
+    assert min(kept, refused) > 5
+    assert run_python(GROUP, str(group), str(folder), "none").returncode == -signal.SIGKILL
+
+
+@linux
+@native
+def test_what_is_read_of_a_long_text_is_claimed() -> None:
+    model = edgeq.load("demo", backend="cpu", memory=(peak_resident() or 0) + 80 * MB)
+    before, text = peak_resident() or 0, "the quick brown fox " * 400_000
+    for read in (lambda: model.generate(text), lambda: list(model.chat().send(text))):
+        with pytest.raises(
+            MemoryBudgetError, match="a text of 8,000,000 characters, and its tokens, do not fit"
+        ) as error:
+            read()
+        assert (error.value.hint or "").startswith("shorten the text")
+    assert (peak_resident() or 0) - before < 80 * MB
+
+
+@linux
+@native
+def test_what_was_dropped_makes_room_for_another_model(folder: Path) -> None:
+    """A model refers to itself: the memory of one that nobody has anymore waits for the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = edgeq.load(folder, backend="cpu", memory=Budget.process() + 120 * MB, kv_bits=16)
+        state = model.advance([5] * 1000)
+        ceiling, held = model.engine.budget.ceiling, Budget.process()
+        del model, state
+        edgeq.load(folder, backend="cpu", memory=ceiling, kv_bits=16)
+        assert Budget.process() < held
+    finally:
+        gc.enable()
 
 
 # Large pictures under a ceiling that leaves no room to decode them: which of them were seen, and the peak above it.

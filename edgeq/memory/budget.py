@@ -8,6 +8,7 @@ give way in the ledger's written order, and then the claim is refused with nothi
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from threading import RLock, get_ident
@@ -52,7 +53,9 @@ class Budget:
     @classmethod
     def look(cls, without: Budget | None = None) -> None:
         """Note how many pages of files are no weights, because those come back beside them: called where a model's have
-        been let go, and before there is one."""
+        been let go, and before there is one. What was dropped and waits for Python to see it is given back then."""
+        if without is None and cls._all:
+            cls._collect()
         others = sum(budget.weights() for budget in cls._all if budget is not without)
         if (now := resident()) is not None and not (without and without.locked):
             cls._code = max(now.files - others, cls._code if others else 0)
@@ -123,6 +126,7 @@ class Budget:
                     break
             else:
                 return
+        self._collect()
         if not self.fits(more := needed(), weights=weights):
             assert self.ceiling is not None
             whole = self.used(weights=weights) + more + SPARE
@@ -132,10 +136,17 @@ class Budget:
                 hint=hint or "let go of other conversations or states, or allow more with --memory (memory= in Python)",
             )
 
-    def _release(self) -> None:
-        for budget in Budget._all:
+    @classmethod
+    def _release(cls) -> None:
+        for budget in cls._all:
             budget.release()
         release_unused()
+
+    @classmethod
+    def _collect(cls) -> None:
+        """The same, after what refers to itself and is not used otherwise: a model that was dropped does."""
+        gc.collect()
+        cls._release()
 
     def _ledgers(self) -> Iterable[Ledger]:
         return [self.ledger, *(budget.ledger for budget in Budget._all if budget is not self)]

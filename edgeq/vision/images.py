@@ -66,7 +66,7 @@ _CANVAS = {
     "AVIF": 12,
 }  # bytes for each pixel that decoders of animations keep, some from opening
 _READ_WHOLE = ("WEBP", "AVIF", "TIFF")  # formats whose decoders read the file as a whole
-_WORK = 16 << 20  # bytes beside the decoded pixels: strips of rows on their way to another size, buffers of decoders
+_WORK = 6 << 20  # bytes, and an eighth of the pixels': strips of rows on their way to another size, buffers of decoders
 _LONGEST_STREAM = 1 << 30  # bytes of what cannot be read twice and is kept as a whole
 
 
@@ -302,7 +302,7 @@ def make_room(
     for a pixel and some more; an EdgeqError where there is none."""
     nbytes = int(each * size[0] * size[1]) + more
     if callable(memory):
-        memory(nbytes + _WORK, f"{'frames of ' if frames else ''}{size[1]} x {size[0]} pixels of {name}")
+        memory(nbytes + nbytes // 8 + _WORK, f"{'frames of ' if frames else ''}{size[1]} x {size[0]} pixels of {name}")
     elif nbytes > memory:
         raise _too_large(size, name, memory, frames=frames)
 
