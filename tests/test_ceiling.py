@@ -133,6 +133,14 @@ class TestControlGroups:
         assert found is not None
         assert found.nbytes == pytest.approx(0.99 * 800 * MB, abs=40 * MB)
 
+    def test_what_is_left_for_the_page_cache(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(of_ceiling, "available_memory", lambda: 500 * MB)
+        assert of_ceiling.cache_room(200 * MB, 300 * MB) == 300 * MB
+        self.write(root, "0::/\n", {"memory.max": "400000000\n"})
+        assert of_ceiling.cache_room(200 * MB, 300 * MB) == 96 * MB  # 1 % is the kernel's
+        monkeypatch.setattr(of_ceiling, "available_memory", lambda: None)
+        assert of_ceiling.cache_room(200 * MB, 390 * MB) == 6 * MB
+
 
 # --- what is chosen --------------------------------------------------------------------------------------------------
 
@@ -372,6 +380,28 @@ def test_pages_come_and_go(tmp_path: Path) -> None:
     assert there.files - after.files > 25 << 20
     assert int(x.sum()) == total
     assert x.nbytes <= pages.nbytes <= x.nbytes + 8192
+
+
+@linux
+def test_pages_that_are_not_locked_go(tmp_path: Path) -> None:
+    """Those before a locked part of a file, and those behind it."""
+    from edgeq.formats.mapped import drop_pages, map_file
+    from edgeq.memory.pages import lock_pages
+
+    (tmp_path / "file").write_bytes(bytes(24 << 20))
+    mapping = map_file(tmp_path / "file")
+    x = np.frombuffer(mapping, np.uint8)
+    try:
+        lock_pages([x[8 << 20 : 9 << 20]])
+    except MemoryBudgetError as error:
+        pytest.skip(str(error))
+    x.sum()
+    there = resident()
+    drop_pages(mapping)
+    after = resident()
+    assert there
+    assert after
+    assert 22 << 20 < there.files - after.files < 24 << 20
 
 
 # A conversation that outgrows its ceiling, in a process of its own: what was refused, and the peak against the ceiling.
