@@ -77,7 +77,7 @@ def load(
     on_read (done, total): called while weights are read ahead, with bytes.
     """
     bound = ceiling(memory)
-    Budget.process()  # before anything is mapped
+    Budget.look()  # before anything is mapped
     check_kv_bits(kv_bits)
     checkpoint = _opened(model, mmproj, adapter, rope_scaling, chat_template)
 
@@ -100,6 +100,7 @@ def load(
             check_cache(loaded.engine, loaded.tokenizer)
         return loaded
     language, asked = Language(checkpoint), Asked(context, kv_bits)
+    checkpoint.drop_pages()  # what was read of the file to get here is not there beside the weights
     choice = choose_settings(checkpoint, make_ops, bound, asked, taken())
     source["kv_bits"] = next((bits for bits, name in KV_DTYPES.items() if name == choice.ops.kv_dtype), kv_bits)
     loaded = Model(checkpoint, choice.ops, context=choice.context, choice=choice, language=language, source=source)
@@ -150,6 +151,7 @@ def _settled(model: Model, lock: bool, on_read: Progress | None, *, streamed: in
     read_ahead(weights, on_read)
     if lock:
         lock_pages(weights)
+        model.engine.budget.locked = True
     return model
 
 
@@ -218,6 +220,7 @@ class Model:
         self.source = source
         """What `load` was given, if it was that."""
         if tokenizer := self.language.tokenizer:
+            tokenizer.claim = self.engine.budget.claim
             self.engine.ledger.open("tokenizer tables", lambda: tokenizer.nbytes, mapped=True)
 
     @property

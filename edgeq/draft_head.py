@@ -103,14 +103,17 @@ class DraftVocabulary(Generic[A, M]):
     order of its merges, roughly the most frequent first), and others whose rows are gathered: `always` (control tokens)
     and all that the sequence holds.
 
-    tokens: how many ids exist; the rows behind them are padding.
+    tokens: how many ids exist; the rows behind them are padding. fits: whether there is room for so many bytes of rows
+    that are gathered; where there is none, tokens that are new wait.
     """
 
     alive: ClassVar[WeakSet[DraftVocabulary[Any, Any]]] = WeakSet()
 
     def __init__(
-        self, ops: Ops[A, M], head: M, tokens: int, row_nbytes: int, prefix: int, always: Collection[int] = ()
+        self, ops: Ops[A, M], head: M, tokens: int, row_nbytes: int, prefix: int, always: Collection[int] = (),
+        fits: Callable[[int], bool] = lambda _: True,
     ) -> None:  # fmt: skip
+        self._fits = fits
         self._ops, self._head, self._tokens, self._row_nbytes = ops, head, tokens, row_nbytes
         self._prefix = min(prefix, tokens)
         self._others = dict.fromkeys(sorted(i for i in always if self._prefix <= i < tokens))
@@ -130,7 +133,8 @@ class DraftVocabulary(Generic[A, M]):
     def choose(self, hidden: A) -> int:
         """The likeliest of them for what the MTP head says, [1, hidden]."""
         new = len(self._others) - len(self._gathered)
-        if new > len(self._gathered) // 64:  # so that a text of many rare words does not gather them for each
+        many = new > len(self._gathered) // 64  # so that a text of many rare words does not gather them for each
+        if many and self._fits(len(self._others) * self._row_nbytes):
             self._gathered = np.fromiter(self._others, np.int32)
             self._matrices[1:] = [self._ops.rows(self._head, self._gathered)]
         first, *others = (self._ops.numpy(y)[0] for y in self._ops.linears(hidden, self._matrices))

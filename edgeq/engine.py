@@ -12,7 +12,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,9 @@ from edgeq.printable import brief
 from edgeq.state import DeltaState, DraftState, KVCache, Rows, State, joined
 from edgeq.vision.visual import Grid, Pixels
 from edgeq.weights import Part
+
+if TYPE_CHECKING:
+    from edgeq.vision.images import Memory
 
 __all__ = ["Engine", "Feed", "Ids", "Output", "checked_context"]
 
@@ -118,7 +121,8 @@ class Engine(Generic[A, M]):
         self.fingerprint = f"{checkpoint.fingerprint()} {ops.name} {ops.kv_dtype}"
         ops.limit_memory()
         ops.maps_states = choice is None
-        self.weights = LoadedWeights(checkpoint, ops, choice.resident if choice is not None else None)
+        resident, cached = (None, True) if choice is None else (choice.resident, choice.cached)
+        self.weights = LoadedWeights(checkpoint, ops, resident, cached=cached)
         self.ledger = Ledger()
         self.budget = Budget(self.ledger, self._resident_weights, ops.release_idle, choice.ceiling if choice else None)
         self._text = self.weights.text
@@ -213,7 +217,7 @@ class Engine(Generic[A, M]):
         not enough."""
         if self.budget.ceiling is None:
             return
-        c, ops = self.config, self.ops
+        c, ops, several = self.config, self.ops, Budget.by_several()
         tokens = sum(more for _, more, _ in feeds)
         keys = sum(self._kv_nbytes(length + more) - self._kv_nbytes(length) for length, more, _ in feeds)
         keys += copies * ops.kv_nbytes(c, 1)
@@ -224,7 +228,7 @@ class Engine(Generic[A, M]):
 
         def nbytes() -> int:  # what is kept from call to call is there, unless it gives way
             states = len(feeds) * ops.state_nbytes(c) - ops.idle_nbytes(c)
-            held, most = ops.held().get("scratch", 0), min(tokens, self.chunk)
+            held, most = 0 if several else ops.held().get("scratch", 0), min(tokens, self.chunk)
             work = ops.scratch_nbytes(c, most)
             if work - 8 * most * c.hidden_size <= 1.05 * held:  # else it grows, and the allocator keeps what it was
                 work -= held
@@ -245,6 +249,13 @@ class Engine(Generic[A, M]):
         caller knows that it did), MemoryBudgetError where the ceiling leaves no room, ModelError where the logits are
         not numbers.
         """
+        with self.budget.alone:
+            outputs = self._run(feeds, checked)
+            if self.budget.ceiling is not None and Budget.by_several():
+                self.ops.release_scratch()
+            return outputs
+
+    def _run(self, feeds: Sequence[Feed[A]], checked: bool) -> list[Output[A]]:
         if self.budget.ceiling is not None:
             try:
                 copies = [feed for feed in feeds if self._copies(feed.state)]
@@ -287,7 +298,7 @@ class Engine(Generic[A, M]):
         head = stored["embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"]
         row_nbytes = head // self.config.vocab_size
         prefix = draft_prefix(row_nbytes, sum(stored.values()))
-        return DraftVocabulary(self.ops, self._text.lm_head, tokens, row_nbytes, prefix, always)
+        return DraftVocabulary(self.ops, self._text.lm_head, tokens, row_nbytes, prefix, always, self.budget.fits)
 
     def mtp_logits(self, ids: Sequence[int]) -> Float32:
         """What the MTP head says of a text: row k, read after the tokens up to k + 1, predicts token k + 2.
@@ -296,6 +307,7 @@ class Engine(Generic[A, M]):
         """
         state, logits = self.state(draft=True), [np.empty((0, self.config.vocab_size), np.float32)]
         head, tokens = self.need_head(), self.checked_ids(ids, state)
+        self.claim([(0, len(tokens), len(tokens))], drafts=True)
         for piece in self.cut(0, len(tokens)):
             _, [(state,)] = self._forward([Feed(state, tokens[piece])])
             if state.draft is not None and state.draft.waiting > 1:
@@ -314,6 +326,7 @@ class Engine(Generic[A, M]):
         tokens = self.checked_ids(ids, state)
         if not Range(1, self.context_limit, whole=True).holds(n):
             raise UsageError(f"drafts must be 1 to {self.context_limit}, got {brief(n)}")
+        self.claim([(0, len(tokens) + n, n)], drafts=True)
 
         def choose(hidden: A) -> int:
             logits.append(self._logits(hidden))
@@ -386,25 +399,49 @@ class Engine(Generic[A, M]):
                 hint="use a checkpoint that has its vision tower, or quantize the original again with it",
             )
         _check_patches(pixels, grid, c)
-        self.checkpoint.drop_pages()
-        try:
-            self._claim_sight(grid, c)
-            weights = self.weights.vision
-            assert weights is not None
-            with np.errstate(all="ignore"):  # as in `run`
-                features = vision.see(self.ops, c, weights, pixels, [grid])
-            finite = np.isfinite(self.ops.numpy(features)).all()
-        finally:
-            self.checkpoint.drop_pages()
-            if self.ops.maps_files and self.weights.nbytes(Part.VISION, mapped=False) > KEPT_COPIES:
-                self.weights.release(Part.VISION)
-            release_unused()  # pixels and the tower's work, before the prompt needs as much for other things
+        with self.budget.alone:
+            self._let_go()
+            try:
+                self._claim_sight(grid, c)
+                weights = self.weights.vision
+                assert weights is not None
+                with np.errstate(all="ignore"):  # as in `run`
+                    features = vision.see(self.ops, c, weights, pixels, [grid])
+                finite = np.isfinite(self.ops.numpy(features)).all()
+            finally:
+                self._let_go()
+                if self.ops.maps_files and self.weights.nbytes(Part.VISION, mapped=False) > KEPT_COPIES:
+                    self.weights.release(Part.VISION)
+                release_unused()  # pixels and the tower's work, before the prompt needs as much for other things
         if not finite:
             raise ModelError(
                 f"{self.checkpoint.path}: the vision tower's output is NaN or infinite",
                 hint="download the checkpoint, or quantize it, again",
             )
         return features
+
+    def _let_go(self) -> None:
+        """Let go of all pages of the file; the next call finds them again."""
+        self.checkpoint.drop_pages()
+        Budget.look(self.budget)
+
+    @property
+    def decoding_memory(self) -> Memory | None:
+        """What decoding a picture may take: under a ceiling what there is room for, with the language model's pages let
+        go if they have to be. The next call finds them again, as it does after the tower."""
+        if self.budget.ceiling is None:
+            return None
+
+        def make_room(nbytes: int, what: str) -> None:
+            if self.budget.fits(nbytes):
+                return
+            self._let_go()
+            self.budget.claim(
+                nbytes, what, weights=False,
+                hint="make it smaller first, or allow more with --memory (memory= in Python)",
+            )  # fmt: skip
+
+        return make_room
 
     def _claim_sight(self, grid: Grid, c: VisionConfig) -> None:
         """Make room for the tower and a picture; the language model's pages have been let go."""
@@ -413,7 +450,9 @@ class Engine(Generic[A, M]):
         tower = part_nbytes(self.checkpoint, Part.VISION) - self.weights.nbytes(Part.VISION, mapped=False)
         self.budget.claim(
             tower + work, f"the vision tower and a picture of {patches // c.spatial_merge_size**2:,} tokens",
-            weights=False, hint="use --image-tokens, or more --memory (visual_settings=, memory= in Python)",
+            weights=False,
+            hint="leave out --lock, or allow more with --memory (lock=, memory= in Python)" if self.budget.locked
+            else "use --image-tokens, or more --memory (visual_settings=, memory= in Python)",
         )  # fmt: skip
 
     def checked_ids(self, ids: Sequence[int] | NDArray[Any], state: State[A]) -> Ids:

@@ -47,13 +47,16 @@ class LoadedWeights(Generic[A, M]):
     """The weights of a checkpoint on a backend: a part is loaded when it is first asked for, until it is let go.
 
     resident: bytes of the language model's mapped matrices that stay in memory; the rest is let go as soon as it has
-    been used, and read anew in every pass: layers first to last, then rows of the head. None: all stay.
+    been used, and read anew in every pass: layers first to last, then rows of the head. None: all stay. cached: whether
+    the system's page cache has room for what is let go.
 
     Raises ModelError for NaN or infinity where a kernel would hide it. Elsewhere it shows in the logits.
     """
 
-    def __init__(self, checkpoint: Checkpoint, ops: Ops[A, M], resident: int | None = None) -> None:
-        self.checkpoint, self.ops, self._resident = checkpoint, ops, resident
+    def __init__(
+        self, checkpoint: Checkpoint, ops: Ops[A, M], resident: int | None = None, *, cached: bool = True
+    ) -> None:
+        self.checkpoint, self.ops, self._resident, self._cached = checkpoint, ops, resident, cached
         self.medium: Pages | None = None
         """Pages of some weights that do not stay; None where all do."""
         self._arrays: dict[str, list[Array]] = {}  # of the language model's matrices, where not all stay
@@ -110,7 +113,7 @@ class LoadedWeights(Generic[A, M]):
         layers = list[Pages | None]()
         for i in range(len(w.layers)):
             arrays = [x for name, some in self._arrays.items() if name.startswith(f"layers.{i}.") for x in some]
-            pages = Pages(arrays)
+            pages = Pages(arrays, cached=self._cached)
             layers.append(None if pages.nbytes <= left else pages)
             left -= min(left, pages.nbytes)
         name = "embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"
@@ -120,9 +123,12 @@ class LoadedWeights(Generic[A, M]):
         starts = [0] * (kept > 0) + list(range(kept, c.vocab_size, max(ROWS, HEAD_PIECE // row // ROWS * ROWS)))
         pieces = [slice(start, stop) for start, stop in zip(starts, [*starts[1:], c.vocab_size], strict=True)]
         self._head = [(rows, self.ops.rows(w.lm_head, rows)) for rows in pieces]
-        self._head_turns = Turns([None if rows.stop <= kept else Pages([x[rows] for x in head]) for rows in pieces])
+        self._head_turns = Turns(
+            [None if rows.stop <= kept else Pages([x[rows] for x in head], cached=self._cached) for rows in pieces]
+        )
         self._embedding = Pages(
-            [x[kept if c.tie_word_embeddings else 0 :] for x in self._arrays["embed_tokens.weight"]]
+            [x[kept if c.tie_word_embeddings else 0 :] for x in self._arrays["embed_tokens.weight"]],
+            cached=self._cached,
         )
         self.medium = next((pages for pages in layers if pages), None) or self._embedding
         self._arrays.clear()

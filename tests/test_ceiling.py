@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from ceiling_machine import SHAPE
+from PIL import Image
 from process import run_python
 
 import edgeq
@@ -127,6 +132,14 @@ class TestControlGroups:
         found = ceiling()
         assert found is not None
         assert found.nbytes == pytest.approx(0.99 * 800 * MB, abs=40 * MB)
+
+    def test_what_is_left_for_the_page_cache(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(of_ceiling, "available_memory", lambda: 500 * MB)
+        assert of_ceiling.cache_room(200 * MB, 300 * MB) == 300 * MB
+        self.write(root, "0::/\n", {"memory.max": "400000000\n"})
+        assert of_ceiling.cache_room(200 * MB, 300 * MB) == 96 * MB  # 1 % is the kernel's
+        monkeypatch.setattr(of_ceiling, "available_memory", lambda: None)
+        assert of_ceiling.cache_room(200 * MB, 390 * MB) == 6 * MB
 
 
 # --- what is chosen --------------------------------------------------------------------------------------------------
@@ -369,6 +382,28 @@ def test_pages_come_and_go(tmp_path: Path) -> None:
     assert x.nbytes <= pages.nbytes <= x.nbytes + 8192
 
 
+@linux
+def test_pages_that_are_not_locked_go(tmp_path: Path) -> None:
+    """Those before a locked part of a file, and those behind it."""
+    from edgeq.formats.mapped import drop_pages, map_file
+    from edgeq.memory.pages import lock_pages
+
+    (tmp_path / "file").write_bytes(bytes(24 << 20))
+    mapping = map_file(tmp_path / "file")
+    x = np.frombuffer(mapping, np.uint8)
+    try:
+        lock_pages([x[8 << 20 : 9 << 20]])
+    except MemoryBudgetError as error:
+        pytest.skip(str(error))
+    x.sum()
+    there = resident()
+    drop_pages(mapping)
+    after = resident()
+    assert there
+    assert after
+    assert 22 << 20 < there.files - after.files < 24 << 20
+
+
 # A conversation that outgrows its ceiling, in a process of its own: what was refused, and the peak against the ceiling.
 TALK = """
 import json, sys
@@ -403,12 +438,195 @@ def test_a_ceiling_is_kept_whatever_is_asked(folder: Path, megabytes: int) -> No
     assert found["kept"]
 
 
+# The same in a control group, whose limit is the ceiling unless there is to be none; the system kills who goes above.
+GROUP = """
+import os, sys
+from pathlib import Path
+group, path, memory = sys.argv[1:]
+Path(group, "cgroup.procs").write_text(str(os.getpid()))
+import edgeq
+from edgeq.errors import MemoryBudgetError
+from edgeq.session.context import Context
+model = edgeq.load(path, backend="cpu", memory=memory or None, kv_bits=16)
+states, refused = [], 0
+for turn in range(40):
+    context = Context(model.engine, states[-1] if turn % 3 and states else None, prefixes=model.prefixes)
+    try:
+        context.feed([turn + 1] * 150)
+        states.append(context.state)
+    except MemoryBudgetError as error:
+        assert "of the control group, 170 MB, allows" in str(error), error
+        refused += 1
+print(len(states), refused)
+"""
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    """A control group that may take 170 MB, of whichever version there is."""
+    for root, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+        group = Path(root, f"edgeq-test-{os.getpid()}")
+        with suppress(OSError):
+            group.mkdir()
+        try:
+            with (group / limit).open("r+") as file:  # which the system makes, if it makes any
+                file.write(str(170 * MB))
+        except OSError:
+            continue
+        else:
+            yield group
+            return
+        finally:
+            with suppress(OSError):
+                group.rmdir()
+    pytest.skip("no control group with a limit of memory can be made here")
+
+
+@linux
+@native
+def test_a_real_limit_is_lived_under(folder: Path, group: Path) -> None:
+    done = run_python(GROUP, str(group), str(folder), "")
+    assert done.returncode == 0, done.stderr[-2000:]
+    kept, refused = map(int, done.stdout.split())
+    assert min(kept, refused) > 5
+    assert run_python(GROUP, str(group), str(folder), "none").returncode == -signal.SIGKILL
+
+
+@linux
+@native
+def test_what_is_read_of_a_long_text_is_claimed() -> None:
+    model = edgeq.load("demo", backend="cpu", memory=(peak_resident() or 0) + 80 * MB)
+    before, text = peak_resident() or 0, "the quick brown fox " * 400_000
+    for read in (lambda: model.generate(text), lambda: list(model.chat().send(text))):
+        with pytest.raises(
+            MemoryBudgetError, match="a text of 8,000,000 characters, and its tokens, do not fit"
+        ) as error:
+            read()
+        assert (error.value.hint or "").startswith("shorten the text")
+    assert (peak_resident() or 0) - before < 80 * MB
+
+
+@linux
+@native
+def test_what_was_dropped_makes_room_for_another_model(folder: Path) -> None:
+    """A model refers to itself: the memory of one that nobody has anymore waits for the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = edgeq.load(folder, backend="cpu", memory=Budget.process() + 120 * MB, kv_bits=16)
+        state = model.advance([5] * 1000)
+        ceiling, held = model.engine.budget.ceiling, Budget.process()
+        del model, state
+        edgeq.load(folder, backend="cpu", memory=ceiling, kv_bits=16)
+        assert Budget.process() < held
+    finally:
+        gc.enable()
+
+
+# Large pictures under a ceiling that leaves no room to decode them: which of them were seen, and the peak above it.
+LOOK = """
+import json, sys
+folder = sys.argv[1]
+import edgeq
+from edgeq.errors import MemoryBudgetError
+from edgeq.memory.budget import Budget
+from edgeq.memory.resident import peak_resident
+from PIL import Image
+ceiling = Budget.process() + 75 * 10**6
+model, seen = edgeq.load("demo", backend="cpu", memory=ceiling), []
+open("/proc/self/clear_refs", "w").write("5")
+for name in ("a.png", "b.webp", "c.tif", "d.gif", "e.jpg", "f.png"):
+    try:
+        list(model.chat(max_tokens=2).send("What is this?", images=[f"{folder}/{name}"]))
+        seen.append(name)
+    except MemoryBudgetError as error:
+        assert error.hint.startswith("make it smaller first"), error.hint
+print(json.dumps([seen, peak_resident() - ceiling]))
+"""
+
+
+@linux
+@native
+def test_pictures_are_decoded_within_the_ceiling(tmp_path: Path) -> None:
+    """A JPEG at a part of its size; formats that cannot be are refused, and the next picture is seen."""
+    for name in ("a.png", "b.webp", "c.tif", "d.gif", "e.jpg"):
+        Image.new("RGB", (4000, 3000), (20, 90, 30)).save(tmp_path / name)
+    Image.new("RGB", (300, 200)).save(tmp_path / "f.png")
+    done = run_python(LOOK, str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen, above = json.loads(done.stdout)
+    assert seen == ["e.jpg", "f.png"]
+    assert above <= 0
+
+
+# Four threads, each with a sequence of its own; how many were refused, and the peak above the ceiling.
+THREADS = """
+import json, sys
+from threading import Barrier, Thread
+import edgeq
+from edgeq.errors import MemoryBudgetError
+from edgeq.memory.budget import Budget
+from edgeq.memory.resident import peak_resident
+from edgeq.session.context import Context
+warm = edgeq.load(sys.argv[1], backend="cpu")
+Context(warm.engine).feed([5] * 300)
+del warm
+ceiling, together, refused, others = Budget.process() + 80 * 10**6, Barrier(4), [], []
+open("/proc/self/clear_refs", "w").write("5")
+model = edgeq.load(sys.argv[1], backend="cpu", memory=ceiling, kv_bits=16)
+def talk(number):
+    for _ in range(3):
+        together.wait()
+        context = Context(model.engine)
+        try:
+            for _ in range(3):
+                context.feed([number] * 200)
+        except MemoryBudgetError as error:
+            refused.append(error)
+        except Exception as error:
+            others.append(repr(error))
+threads = [Thread(target=talk, args=(i,)) for i in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(json.dumps([len(refused), others, peak_resident() - ceiling]))
+"""
+
+
+@linux
+@native
+def test_threads_take_what_they_claim_one_after_another(folder: Path) -> None:
+    done = run_python(THREADS, str(folder))
+    assert done.returncode == 0, done.stderr[-2000:]
+    refused, others, above = json.loads(done.stdout)
+    assert 0 < refused < 12
+    assert not others
+    assert above <= 0
+
+
 @linux
 @native
 def test_random_sequences_of_actions() -> None:
     """A few here; ten thousand by hand (tests/ceiling_machine.py)."""
     done = run_python("import sys; sys.path.insert(0, 'tests'); import ceiling_machine; ceiling_machine.main(12)")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@linux
+def test_weights_that_come_back_do_so_beside_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of libraries that came after the first look are known once weights have been let go."""
+    from edgeq.formats.mapped import map_file
+
+    (tmp_path / "weights").write_bytes(bytes(24 << 20))
+    pages = Pages([np.frombuffer(map_file(tmp_path / "weights"), np.uint8)])
+    monkeypatch.setattr(Budget, "_all", set())
+    monkeypatch.setattr(Budget, "_code", 0)  # as if everything had been imported since
+    budget = Budget(Ledger(), lambda: 24 << 20, lambda: None, Ceiling(1 << 40, "--memory"))
+    pages.come()
+    there = budget.used()
+    pages.let_go()
+    Budget.look(budget)
+    assert budget.used() == pytest.approx(there, abs=2 << 20)
+    assert budget.used(weights=False) == pytest.approx(there - (24 << 20), abs=2 << 20)
 
 
 class TestOptions:

@@ -35,8 +35,10 @@ __all__ = [
 ]
 
 
+_PAGE_OUT = 21 if sys.platform == "linux" else None  # likewise
 _READ_AHEAD = 1 << 20  # bytes; the system reads no more ahead for one call
 _POPULATE_READ = 22 if sys.platform == "linux" else None  # Python 3.13 has its name
+_UNLOCKED = 256 << 10  # bytes of a file that are let go at a time where others are locked
 _LARGE = 64 << 20  # bytes of a file from which on page tables cost time
 
 
@@ -131,9 +133,14 @@ def map_file(path: Path) -> mmap.mmap:
 
 def drop_pages(mapping: mmap.mmap) -> None:
     """Tell the system that the pages read so far are not needed in memory; they stay readable. Locked ones stay."""
-    if hasattr(mapping, "madvise"):
-        with suppress(OSError):  # some of them are locked
-            mapping.madvise(mmap.MADV_DONTNEED)
+    if not hasattr(mapping, "madvise"):
+        return
+    try:
+        mapping.madvise(mmap.MADV_DONTNEED)
+    except OSError:  # some of them are locked, and those behind stay, too
+        for start in range(0, len(mapping), _UNLOCKED):
+            with suppress(OSError):
+                mapping.madvise(mmap.MADV_DONTNEED, start, min(_UNLOCKED, len(mapping) - start))
 
 
 def is_mapped(x: object) -> bool:
@@ -144,9 +151,14 @@ def is_mapped(x: object) -> bool:
 
 
 class Pages:
-    """The pages of mapped files that some NumPy arrays lie in; of those that lie elsewhere nothing."""
+    """The pages of mapped files that some NumPy arrays lie in; of those that lie elsewhere nothing.
 
-    def __init__(self, arrays: Iterable[Any]) -> None:
+    cached: whether the page cache is to have them when they have been let go. Where it has no room for all that is read
+    again and again, those that stay would have to leave it.
+    """
+
+    def __init__(self, arrays: Iterable[Any], *, cached: bool = True) -> None:
+        self._cached = cached
         self._parts = [part for x in arrays if x.nbytes and (part := _place(x)) is not None]
 
     @property
@@ -156,6 +168,9 @@ class Pages:
 
     def let_go(self) -> None:
         """They are no longer this process's memory; they come again, from the page cache or the disk, when read."""
+        if not self._cached:  # of a file that is its user's, and in no other process's memory
+            with suppress(OSError):  # a system before Linux 5.4
+                self._advise("MADV_PAGEOUT", default=_PAGE_OUT)
         self._advise("MADV_DONTNEED")
 
     def read_ahead(self) -> None:

@@ -8,7 +8,10 @@ give way in the ledger's written order, and then the claim is refused with nothi
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from threading import RLock, get_ident
 from typing import ClassVar
 from weakref import WeakSet
 
@@ -32,7 +35,10 @@ class Budget:
     """
 
     _all: ClassVar[WeakSet[Budget]] = WeakSet()
-    _code: ClassVar[int | None] = None  # pages of files before the first model: those of libraries
+    _code: ClassVar[int] = 0  # pages of files that are no weights: of libraries, of tables
+    _one_at_a_time: ClassVar[RLock] = RLock()
+    _caller: ClassVar[int | None] = None  # the thread that has called a model
+    _several: ClassVar[bool] = False  # have
 
     def __init__(
         self, ledger: Ledger, weights: Callable[[], int], release: Callable[[], None], ceiling: Ceiling | None = None
@@ -40,26 +46,48 @@ class Budget:
         self.ledger, self.weights, self.release = ledger, weights, release
         self.ceiling: int | None = ceiling.nbytes if ceiling else None
         self.origin = ceiling.origin if ceiling else ""
+        self.locked = False
+        """Whether the model's weights are locked in memory, so that nobody can let go of them."""
         Budget._all.add(self)
 
     @classmethod
+    def look(cls, without: Budget | None = None) -> None:
+        """Note how many pages of files are no weights, because those come back beside them: called where a model's have
+        been let go, and before there is one. What was dropped and waits for Python to see it is given back then."""
+        if without is None and cls._all:
+            cls._collect()
+        others = sum(budget.weights() for budget in cls._all if budget is not without)
+        if (now := resident()) is not None and not (without and without.locked):
+            cls._code = max(now.files - others, cls._code if others else 0)
+
+    @classmethod
     def process(cls) -> int:
-        """What the process takes, with all weights of its models that are planned to be resident; called first before
-        there is one."""
+        """What the process takes, with all weights of its models that are planned to be resident."""
         now = resident()
-        if cls._code is None:
-            cls._code = now.files if now else 0
         if now is None:
             return sum(budget.ledger.nbytes() for budget in cls._all)
         return now.private + max(now.files, cls._code + sum(budget.weights() for budget in cls._all))
 
     def used(self, *, weights: bool = True) -> int:
-        """The same; `weights`: with those of this model, which otherwise have been let go."""
+        """The same; `weights`: with those of this model, which otherwise have been let go (unless they are locked)."""
         now = resident()
-        if weights or now is None:
+        if weights or self.locked or now is None:
             return self.process()
         others = sum(budget.weights() for budget in Budget._all if budget is not self)
-        return now.private + max(now.files, (Budget._code or 0) + others)
+        return now.private + max(now.files, Budget._code + others)
+
+    @property
+    def alone(self) -> AbstractContextManager[object]:
+        """While it lasts, no other thread of the process claims: what has been claimed is taken before."""
+        return nullcontext() if self.ceiling is None else Budget._one_at_a_time
+
+    @classmethod
+    def by_several(cls) -> bool:
+        """Whether more threads than this one have called a model. Each has scratch memory of its own, which only itself
+        can give back, and so has to after its call."""
+        Budget._several |= Budget._caller not in (None, get_ident())
+        Budget._caller = get_ident()
+        return Budget._several
 
     def room(self, *, weights: bool = True) -> int | None:
         """Bytes that can be claimed with nobody giving way; None without a ceiling, negative above it. weights: as of
@@ -83,6 +111,10 @@ class Budget:
         if self.ceiling is None:
             return
         needed = nbytes if callable(nbytes) else lambda: nbytes
+        with self.alone:
+            self._make_room(needed, what, weights, hint)
+
+    def _make_room(self, needed: Callable[[], int], what: str, weights: bool, hint: str | None) -> None:
         if self.fits(needed(), weights=weights):
             return
         self._release()
@@ -94,7 +126,9 @@ class Budget:
                     break
             else:
                 return
+        self._collect()
         if not self.fits(more := needed(), weights=weights):
+            assert self.ceiling is not None
             whole = self.used(weights=weights) + more + SPARE
             raise MemoryBudgetError(
                 f"{what} do not fit: {megabytes(more)} more would make {megabytes(whole)}, "
@@ -102,10 +136,17 @@ class Budget:
                 hint=hint or "let go of other conversations or states, or allow more with --memory (memory= in Python)",
             )
 
-    def _release(self) -> None:
-        for budget in Budget._all:
+    @classmethod
+    def _release(cls) -> None:
+        for budget in cls._all:
             budget.release()
         release_unused()
+
+    @classmethod
+    def _collect(cls) -> None:
+        """The same, after what refers to itself and is not used otherwise: a model that was dropped does."""
+        gc.collect()
+        cls._release()
 
     def _ledgers(self) -> Iterable[Ledger]:
         return [self.ledger, *(budget.ledger for budget in Budget._all if budget is not self)]

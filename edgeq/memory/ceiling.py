@@ -12,7 +12,7 @@ from edgeq.errors import UsageError
 from edgeq.memory.resident import resident
 from edgeq.printable import brief
 
-__all__ = ["Ceiling", "Size", "available_memory", "ceiling", "machine_memory", "parse_memory"]
+__all__ = ["Ceiling", "Size", "available_memory", "cache_room", "ceiling", "machine_memory", "parse_memory"]
 
 Size = str | int
 """Bytes, or as people write them: "1.5G", "1500M", "1.5GiB", "50%"."""
@@ -94,6 +94,14 @@ def available_memory() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def cache_room(more: int, planned: int) -> int | None:
+    """Bytes of files' pages that the system can keep beside a process that takes `more` than now, `planned` in all, as
+    far as it tells."""
+    free, group = available_memory(), _group_limit()
+    rooms = ([] if free is None else [free - more]) + ([] if group is None else [group.nbytes - planned])
+    return min(rooms, default=None)
 
 
 # --- control groups --------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from edgeq.config import TextConfig
 from edgeq.errors import MemoryBudgetError
 from edgeq.formats.mapped import Pages
 from edgeq.memory.budget import SPARE, Budget, megabytes
-from edgeq.memory.ceiling import Ceiling, available_memory
+from edgeq.memory.ceiling import Ceiling, available_memory, cache_room
 from edgeq.memory.plan import (
     PAGE,
     SMALLEST_CHUNK,
@@ -73,6 +73,7 @@ class Choice(NamedTuple):
     plan: what it takes at its peak; where weights are read anew, `weights` are those resident at a time.
     streamed: bytes of the language model's mapped weights that are read anew in every pass.
     resident: bytes of them that stay; None where all do. resident_at_a_time: with those that are being read anew.
+    cached: whether the system's page cache has room for those; if not, they come from the disk.
     drafts: whether there is room for the MTP head as well. picture_tokens: of the largest picture, 0 if there is no
     room for the tower.
     """
@@ -88,10 +89,12 @@ class Choice(NamedTuple):
     streamed: int = 0
     resident: int | None = None
     resident_at_a_time: int = 0
+    cached: bool = True
 
 
 def taken(more: int = 0) -> int:
-    """Bytes that the process takes, with what it imports later and `more`, in whole STEPs."""
+    """Bytes that the process takes before the model is there, with what it imports later and `more`, in whole STEPs."""
+    Budget.look()  # libraries of the backend and of the tokenizer, since the last look
     return -(-(Budget.process() + IMPORTED_LATER + more) // STEP) * STEP
 
 
@@ -109,7 +112,9 @@ def choose_settings(model: Planned, make_ops: MakeOps, ceiling: Ceiling, asked: 
 def find_settings(model: Planned, make_ops: MakeOps, ceiling: Ceiling, asked: Asked, used: int = 0) -> Choice | None:
     """The same; None where nothing runs."""
     for choice in _choices(model, make_ops, ceiling, asked, used):
-        return choice._replace(plan=choice.plan._replace(runtime=max(choice.plan.runtime, used)))
+        plan = choice.plan._replace(runtime=max(choice.plan.runtime, used))
+        room = cache_room(max(0, plan.total - used), plan.total) if choice.streamed else None
+        return choice._replace(plan=plan, cached=room is None or room >= choice.streamed)
     return None
 
 
@@ -248,12 +253,14 @@ def _picture_tokens(model: Planned, ops: Ops[Any, Any], plan: Plan, room: int) -
 
 def tell(choice: Choice, asked: Asked, medium: Pages | None) -> None:
     """Warn of what somebody would not expect: fewer KV bits, and weights that are read anew, with how long that takes
-    now. medium: pages of some of these.
+    now: from the page cache if it holds all of them, else from the disk. medium: pages of some of these.
     """
     limit = choice.ceiling.origin
     if choice.kv_bits is not None and asked.kv_bits is None:
         warn(f"{limit}: keys and values are kept in {choice.kv_bits} bits, for {choice.context:,} tokens", stacklevel=3)
     if medium is not None and choice.streamed:
+        medium.come()
+        medium.let_go()
         started = perf_counter()
         medium.come()
         medium.let_go()
@@ -261,7 +268,8 @@ def tell(choice: Choice, asked: Asked, medium: Pages | None) -> None:
         whole = choice.plan.weights - choice.resident_at_a_time + choice.streamed + (choice.resident or 0)
         warn(
             f"{limit}: the weights take {megabytes(whole)}, of which {megabytes(choice.streamed)} are read anew for "
-            f"each token, and for {choice.chunk} tokens of a prompt: {seconds:.2g} s more each time, as measured now",
+            f"each token, and for {choice.chunk} tokens of a prompt: {seconds:.2g} s more each time, as measured now "
+            f"from the {'page cache' if choice.cached else 'disk'}",
             stacklevel=3,
         )
 

@@ -275,11 +275,12 @@ class PrefixStore:
         assert self.folder is not None
         engine = self._engine
         nbytes = engine.ops.state_nbytes(engine.config) + engine.ops.kv_nbytes(engine.config, filed.stop)
-        try:
-            engine.budget.claim(nbytes, "a kept prefix")
-        except MemoryBudgetError:
-            return None
-        state = self.folder.read(filed)
+        with engine.budget.alone:
+            try:
+                engine.budget.claim(nbytes, "a kept prefix")
+            except MemoryBudgetError:
+                return None
+            state = self.folder.read(filed)
         if state is None:
             return None
         kept = _Kept(state, None, filed.spoken, filed.line)

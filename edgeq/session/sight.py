@@ -91,7 +91,8 @@ class Sight:
     def open(self, source: Source, settings: VisualSettings) -> Visual:
         """A picture of a message, opened and resized; a Visual passes as it is.
 
-        Raises UsageError for a model that does not see and for what is no picture.
+        Raises UsageError for a model that does not see and for what is no picture, MemoryBudgetError where the ceiling
+        leaves no room to decode it.
         """
         square, what = self.square, source.what
         if isinstance(what, Visual):
@@ -101,12 +102,14 @@ class Sight:
         own, config = settings.replace(**source.settings), self._engine.checkpoint.config
         limits: dict[str, Any] = {"min_pixels": own.min_pixels, "max_pixels": own.max_pixels}
         tokens = (own.image_tokens if source.kind == "image" else own.video_tokens) if own.max_pixels is None else None
-        if source.kind == "image":
-            return vision.read_image(what, config, image_tokens=tokens, **limits)
-        most = vision.processor_of(config).max_frames
-        limits |= {"video_tokens": tokens, "max_frames": min(own.max_frames or most, most)}
-        limits["fps" if _is_frames(what) else "rate"] = own.fps
-        return vision.read_video(what, config, **limits)
+        limits["memory"] = self._engine.decoding_memory
+        with self._engine.budget.alone:
+            if source.kind == "image":
+                return vision.read_image(what, config, image_tokens=tokens, **limits)
+            most = vision.processor_of(config).max_frames
+            limits |= {"video_tokens": tokens, "max_frames": min(own.max_frames or most, most)}
+            limits["fps" if _is_frames(what) else "rate"] = own.fps
+            return vision.read_video(what, config, **limits)
 
     def known(self, visual: Visual) -> int:
         """How many of its temporal patches were seen already, and are kept."""

@@ -39,6 +39,10 @@ _FAMILY_SPECIAL = {
     "<tts_text_bos>", "<tts_text_bos_single>", "<tts_text_eod>",
 }  # fmt: skip
 
+_LONG, _TAKES = (
+    1 << 16,
+    48,
+)  # characters; bytes for each that the ids of a longer text take, and what they are made with
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _HIDDEN = 0xDC00  # what `Tokenizer.protect` hides of control tokens is this code point and those behind it
 
@@ -53,6 +57,8 @@ class Tokenizer:
 
     def __init__(self, bpe: Bpe, config: Mapping[str, Any]) -> None:
         self._bpe = bpe
+        self.claim: Callable[..., None] | None = None
+        """Asked before long texts are read: `edgeq.memory.budget.Budget.claim`."""
         added = _added_tokens(bpe, config)
         self._added = {text: token.id for text, token in added.items()}
         self._literal = {token.id: text for text, token in added.items()}
@@ -96,6 +102,7 @@ class Tokenizer:
     def encode(self, text: str, *, control: bool = False) -> list[int]:
         """Token ids of `text`; control tokens spelled in it are recognised only with `control=True`."""
         check_length(text)
+        self._claim(text)
         if not control:
             return self._encode_words(text)
         shown = self._hidden.shown(text)
@@ -108,6 +115,7 @@ class Tokenizer:
         What a control token begins or ends with is replaced by a lone surrogate, which valid text cannot contain
         and a template passes through: what is left of a message after a template trimmed or joined it stays safe.
         """
+        self._claim(text)
         return self._hidden.hidden(_SURROGATE.sub("\ufffd", text))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -137,6 +145,13 @@ class Tokenizer:
             return bytes(BYTE_OF[char] for char in token)
         except KeyError:  # not spelled in the byte alphabet: the library's decoder takes it literally, and so do we
             return token.encode()
+
+    def _claim(self, text: str) -> None:
+        if self.claim is not None and len(text) > _LONG:
+            self.claim(
+                _TAKES * len(text), f"a text of {len(text):,} characters, and its tokens,",
+                hint="shorten the text, or allow more with --memory (memory= in Python)",
+            )  # fmt: skip
 
     def _encode_words(self, text: str) -> list[int]:
         """Token ids of text in which added words are words."""

@@ -8,11 +8,10 @@ Decoding is Pillow's, which is imported when the first image comes.
 from __future__ import annotations
 
 import binascii
-import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from io import BytesIO
+from io import SEEK_END, BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import unquote_to_bytes
@@ -35,6 +34,7 @@ __all__ = [
     "MEMORY",
     "Array",
     "ArrayRows",
+    "Memory",
     "OpenImage",
     "Source",
     "open_image",
@@ -48,6 +48,11 @@ Source = Any
 """bytes, a path, a data: URL, a binary file, a Pillow image, or an array uint8 [h, w], [h, w, 3] or [h, w, 4]."""
 
 MEMORY = 512 << 20  # bytes that decoding an image may take, unless a caller says otherwise
+
+Memory = int | Callable[[int, str], None]
+"""Bytes that decoding may take; or who makes room for so many, and for what, and raises an EdgeqError where there is
+none."""
+
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 _HINT = "give an image that opens elsewhere, saved again as PNG or JPEG"
@@ -55,7 +60,13 @@ _ORIENTATION = 0x0112  # of EXIF
 _TRANSPOSE = (None, None, 0, 3, 1, 5, 4, 6, 2)  # Pillow's operation for each orientation
 _REVERSED = (3, 4, 7, 8)  # orientations whose first row is stored last, be it a row or a column
 _BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # of a pixel; of every other mode 4
-_CANVAS = 12  # bytes that decoders of animations keep for each pixel, some of them from when a file is opened
+_CANVAS = {
+    "WEBP": 16,
+    "GIF": 12,
+    "AVIF": 12,
+}  # bytes for each pixel that decoders of animations keep, some from opening
+_READ_WHOLE = ("WEBP", "AVIF", "TIFF")  # formats whose decoders read the file as a whole
+_WORK = 6 << 20  # bytes, and an eighth of the pixels': strips of rows on their way to another size, buffers of decoders
 _LONGEST_STREAM = 1 << 30  # bytes of what cannot be read twice and is kept as a whole
 
 
@@ -64,7 +75,7 @@ class OpenImage:
     statement."""
 
     def __init__(
-        self, image: Image.Image | Array, name: str, file: BinaryIO | None = None, memory: int = MEMORY
+        self, image: Image.Image | Array, name: str, file: BinaryIO | None = None, memory: Memory = MEMORY
     ) -> None:
         """`file` is None for an image that somebody else has opened."""
         self.name, self._image, self._file, self._memory = name, image, file, memory
@@ -73,8 +84,8 @@ class OpenImage:
         else:
             self._orientation, shape = _orientation(image), image.size[::-1]
         self.size = (shape[1], shape[0]) if self._orientation >= 5 else (shape[0], shape[1])
-        if file is not None and self._needed(8) > memory:
-            raise _too_large(name, *self.size[::-1], memory)
+        if file is not None:
+            self._make_room(self._most_reduced)
 
     def __enter__(self) -> OpenImage:
         return self
@@ -98,11 +109,9 @@ class OpenImage:
         if isinstance(image, np.ndarray):
             return ArrayRows(image)
         if self._file is not None:
-            fits = next((by for by in (1, 2, 4, 8) if self._needed(by) <= self._memory), 0)
-            if not fits or (fits > 1 and any(have // fits < want for have, want in zip(self.size, size, strict=True))):
-                raise _too_large(self.name, *self.size[::-1], self._memory)
-            if fits > 1:
-                image.draft(None, (image.width // fits, image.height // fits))
+            by = self._reduced(size)
+            if by > 1:
+                image.draft(None, (image.width // by, image.height // by))
         with _decoding(self.name):
             image.load()
         return _ImageRows(image, self._orientation, self.name)
@@ -115,8 +124,7 @@ class OpenImage:
         if image.format == "GIF":
             file.seek(0)
             for frame in gif_frames(file):
-                if _CANVAS * frame.width * frame.height > self._memory:
-                    raise _too_large(self.name, frame.width, frame.height, self._memory)
+                make_room(self._memory, _CANVAS["GIF"], (frame.height, frame.width), self.name)
                 yield frame.duration
             return
         with _decoding(self.name):
@@ -132,21 +140,41 @@ class OpenImage:
         with _decoding(self.name):
             self._image.seek(frame)
 
-    def _needed(self, reduced: int) -> int:
-        """Bytes that decoding takes, at most, at a size that is reduced so many times if the format can do that."""
+    def _reduced(self, size: tuple[int, int]) -> int:
+        """How many times smaller than its own the size is that there is room to decode it at, `size` at least."""
+        by = 1
+        while True:
+            try:
+                self._make_room(by)
+            except EdgeqError:
+                by *= 2
+                if by > self._most_reduced or any(
+                    have // by < want for have, want in zip(self.size, size, strict=True)
+                ):
+                    raise
+            else:
+                return by
+
+    @property
+    def _most_reduced(self) -> int:
+        """How many times smaller than its own the smallest size is that it can be decoded at."""
+        assert not isinstance(self._image, np.ndarray)
+        return 8 if self._image.format in ("JPEG", "MPO") else 1
+
+    def _make_room(self, by: int) -> None:
+        """Make room for what decoding takes, at most, at a size that is so many times smaller."""
         image = self._image
         assert not isinstance(image, np.ndarray)
-        by = reduced if image.format in ("JPEG", "MPO") else 1
         pixels: int = -(-image.width // by) * -(-image.height // by)
-        limit = pillow().MAX_IMAGE_PIXELS
+        limit, more = pillow().MAX_IMAGE_PIXELS, 0
         if limit is not None and pixels > limit:
-            return sys.maxsize
-        needed = pixels * _BYTES.get(image.mode, 4)
-        if image.format in ("WEBP", "GIF", "AVIF"):
-            needed = _CANVAS * pixels
+            raise _too_large(self.size, self.name, MEMORY)
         if image.info.get("progressive"):
-            needed += 6 * image.width * image.height  # 16-bit coefficients of three channels, in full size
-        return needed
+            more = 6 * image.width * image.height  # 16-bit coefficients of three channels, in full size
+        if image.format in _READ_WHOLE and self._file is not None:
+            more += self._file.seek(0, SEEK_END)
+        each = _CANVAS.get(image.format or "", _BYTES.get(image.mode, 4))
+        make_room(self._memory, each / by**2, self.size, self.name, more)
 
 
 class ArrayRows:
@@ -181,7 +209,7 @@ class _ImageRows:
             return _rgb(part if operation is None else part.transpose(operation), self._name)
 
 
-def open_image(source: Source, *, name: str | None = None, memory: int | None = None) -> OpenImage:
+def open_image(source: Source, *, name: str | None = None, memory: Memory | None = None) -> OpenImage:
     """Open an image; its size is known then, and nothing decoded.
 
     source: see `Source`. name: what errors call it; None for the path, or "image". memory: bytes that decoding may
@@ -243,14 +271,15 @@ def pillow() -> Any:
     return Image
 
 
-def opened(file: BinaryIO, name: str, memory: int) -> OpenImage:
+def opened(file: BinaryIO, name: str, memory: Memory) -> OpenImage:
     """An image in a file, which is closed with it."""
     head = file.read(30)
     file.seek(0)
-    canvas = webp_canvas(head) or next(((frame.width, frame.height) for frame in gif_frames(file)), (0, 0))
+    if canvas := webp_canvas(head):
+        make_room(memory, _CANVAS["WEBP"], canvas[::-1], name)
+    elif frame := next(gif_frames(file), None):
+        make_room(memory, _CANVAS["GIF"], (frame.height, frame.width), name)
     file.seek(0)
-    if _CANVAS * canvas[0] * canvas[1] > memory:
-        raise _too_large(name, *canvas, memory)
     with _decoding(name):
         try:
             image = pillow().open(file, formats=FORMATS)
@@ -266,12 +295,25 @@ def opened(file: BinaryIO, name: str, memory: int) -> OpenImage:
         return OpenImage(image, name, file, memory)
 
 
-def _too_large(name: str, width: int, height: int, memory: int) -> MediaError:
-    limit = pillow().MAX_IMAGE_PIXELS
+def make_room(
+    memory: Memory, each: float, size: tuple[int, int], name: str, more: int = 0, *, frames: bool = False
+) -> None:
+    """Make room for decoding an image, or the frames of a video, of a size (height, width), which takes `each` bytes
+    for a pixel and some more; an EdgeqError where there is none."""
+    nbytes = int(each * size[0] * size[1]) + more
+    if callable(memory):
+        memory(nbytes + nbytes // 8 + _WORK, f"{'frames of ' if frames else ''}{size[1]} x {size[0]} pixels of {name}")
+    elif nbytes > memory:
+        raise _too_large(size, name, memory, frames=frames)
+
+
+def _too_large(size: tuple[int, int], name: str, memory: int, *, frames: bool = False) -> MediaError:
+    limit = None if frames else pillow().MAX_IMAGE_PIXELS
     safe = f", and of {limit / 1e6:,.0f} million pixels, Pillow's limit" if limit is not None else ""
     return MediaError(
-        f"{name} has {width} x {height} pixels, too many to decode within {memory / 1e6:,.0f} MB{safe}",
-        hint="make the image smaller first",
+        f"{name} has {'frames of ' if frames else ''}{size[1]} x {size[0]} pixels, too many to decode within "
+        f"{memory / 1e6:,.0f} MB{safe}",
+        hint="make it smaller first",
     )
 
 

@@ -7,7 +7,7 @@ from hashlib import blake2b
 import numpy as np
 
 from edgeq.formats.bf16 import Float32
-from edgeq.vision.images import Source, open_image
+from edgeq.vision.images import Memory, Source, open_image
 from edgeq.vision.patches import Patches
 from edgeq.vision.resize import resize
 from edgeq.vision.settings import Config, processor_of
@@ -42,7 +42,7 @@ def preprocess(
 
 def read_image(
     image: Source, config: Config = None, *, min_pixels: int | None = None, max_pixels: int | None = None,
-    image_tokens: int | None = None, memory: int | None = None, name: str | None = None,
+    image_tokens: int | None = None, memory: Memory | None = None, name: str | None = None,
 ) -> Visual:  # fmt: skip
     """The same as a `Visual`, which makes its patches when they are wanted. `image` may be an `OpenImage`, too."""
     c = processor_of(config)
@@ -77,7 +77,7 @@ def preprocess_video(
 def read_video(
     video: Source, config: Config = None, *, fps: float | None = None, sample: bool = True, rate: float | None = None,
     max_frames: int | None = None, min_pixels: int | None = None, max_pixels: int | None = None,
-    video_tokens: int | None = None, memory: int | None = None, name: str | None = None,
+    video_tokens: int | None = None, memory: Memory | None = None, name: str | None = None,
 ) -> Visual:  # fmt: skip
     """The same as a `Visual`. Frames are resized as they come; all of them together are there only in the new size."""
     c = processor_of(config)

@@ -27,7 +27,19 @@ from edgeq.errors import MediaError
 from edgeq.foreign import translated
 from edgeq.inputs import expand_user, is_folder
 from edgeq.printable import one_line, printable
-from edgeq.vision.images import MEMORY, Array, ArrayRows, OpenImage, Source, open_image, opened, opened_file, pillow
+from edgeq.vision.images import (
+    MEMORY,
+    Array,
+    ArrayRows,
+    Memory,
+    OpenImage,
+    Source,
+    make_room,
+    open_image,
+    opened,
+    opened_file,
+    pillow,
+)
 from edgeq.vision.resize import Rows
 
 __all__ = ["OpenVideo", "open_video"]
@@ -40,6 +52,8 @@ _PACKET = re.compile(
 _NO_START, _DISCARDED = -(1 << 63), 4  # a pts that is none; a flag of packets that an edit list leaves out
 _HINT = "give a video that plays elsewhere, or a folder of its frames"
 _DELAY = 100  # milliseconds of a frame whose animation gives none, as browsers have it
+_CANVASES, _PIPED = 12, 6  # bytes for each pixel: of an animated PNG; of a frame that comes through a pipe in pieces
+_DECODER = 15  # of the frame that PyAV gives, and of eight that its decoder refers to
 _MOST_CHOSEN = 2048  # frames that are named to ffmpeg, whose arguments are limited; of more, all come here
 
 
@@ -75,7 +89,7 @@ class OpenVideo(ABC):
 
 
 def open_video(
-    source: Source, *, fps: float | None = None, name: str | None = None, memory: int | None = None
+    source: Source, *, fps: float | None = None, name: str | None = None, memory: Memory | None = None
 ) -> OpenVideo:
     """Open a video: its frames are counted then, and none decoded.
 
@@ -115,7 +129,7 @@ def open_video(
 class _Images(OpenVideo):
     """Images that are frames."""
 
-    def __init__(self, images: Sequence[Source], fps: float | None, name: str, memory: int) -> None:
+    def __init__(self, images: Sequence[Source], fps: float | None, name: str, memory: Memory) -> None:
         self.name, self.total, self.fps = name, len(images), fps
         self._images, self._memory = images, memory
         if not self.total:
@@ -138,12 +152,11 @@ class _Images(OpenVideo):
 class _Animation(OpenVideo):
     """An animated image."""
 
-    def __init__(self, file: BinaryIO, fps: float | None, name: str, memory: int) -> None:
+    def __init__(self, file: BinaryIO, fps: float | None, name: str, memory: Memory) -> None:
         self.name = name
         self._image = opened(file, name, memory)
         self.size = self._image.size
-        if 12 * math.prod(self.size) > memory:  # the canvases of a PNG's animation, too
-            raise _too_large(name, self.size, memory)
+        make_room(memory, _CANVASES, self.size, name, frames=True)
         durations = list(self._image.animation()) or [0]
         self.total = len(durations)
         self.fps = fps or 1000 * self.total / sum(given or _DELAY for given in durations)
@@ -182,7 +195,7 @@ class _FFmpeg(OpenVideo):
     both formats are the same in every version.
     """
 
-    def __init__(self, file: BinaryIO, path: Path | None, fps: float | None, name: str, memory: int) -> None:
+    def __init__(self, file: BinaryIO, path: Path | None, fps: float | None, name: str, memory: Memory) -> None:
         self.name, self._memory, self._file = name, memory, file
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._complaint = ""
@@ -250,8 +263,7 @@ class _FFmpeg(OpenVideo):
         if not (found := re.fullmatch(rb"P6\n(\d+) (\d+)\n255\n", header)):
             return None
         width, height = map(int, found.groups())
-        if 3 * width * height > self._memory:
-            raise _too_large(self.name, (height, width), self._memory)
+        make_room(self._memory, _PIPED, (height, width), self.name, frames=True)
         data = output.read(3 * width * height)
         if len(data) < 3 * width * height:
             return None
@@ -281,13 +293,12 @@ class _FFmpeg(OpenVideo):
 class _PyAV(OpenVideo):
     """A file that PyAV reads."""
 
-    def __init__(self, file: BinaryIO, path: Path | None, fps: float | None, name: str, memory: int) -> None:
+    def __init__(self, file: BinaryIO, path: Path | None, fps: float | None, name: str, memory: Memory) -> None:
         self.name, self._file, self._path = name, file, path
         packets, time_base = _Packets(), Fraction(1)
         with self._stream() as (container, stream):
             time_base = stream.time_base or time_base
-            if 4 * stream.height * stream.width > memory:
-                raise _too_large(name, (stream.height, stream.width), memory)
+            make_room(memory, _DECODER, (stream.height, stream.width), name, frames=True)
             for packet in container.demux(stream):
                 if packet.size and not packet.is_discard:
                     packets.add(packet.pts, max(packet.duration or 0, 0))
@@ -354,10 +365,3 @@ def _one_of(indices: Sequence[int]) -> str:
         return f"eq(n,{indices[0]})"
     half = len(indices) // 2
     return f"if(lt(n,{indices[half]}),{_one_of(indices[:half])},{_one_of(indices[half:])})"
-
-
-def _too_large(name: str, size: tuple[int, int], memory: int) -> MediaError:
-    return MediaError(
-        f"{name} has frames of {size[1]} x {size[0]} pixels, too many to decode within {memory / 1e6:,.0f} MB",
-        hint="make the video smaller first",
-    )

@@ -35,7 +35,8 @@ class StateReader:
         fit.
         """
         order = sorted(range(len(records)), key=lambda i: -number(records[i]["length"]))
-        found = {i: self._state(records[i]) for i in order if self._fits(records[i], needed=i == 0)}
+        with self._engine.budget.alone:
+            found = {i: self._state(records[i]) for i in order if self._fits(records[i], needed=i == 0)}
         return [found.get(i) for i in range(len(records))]
 
     def _fits(self, record: Mapping[str, Any], *, needed: bool) -> bool:
