@@ -18,10 +18,10 @@ from math import ceil
 
 __all__ = ["Pace"]
 
-START = 0.9
+START = 0.6
 """Plain passes that may be lost to find out what drafts are worth."""
 
-LOSS = 0.007
+LOSS = 0.004
 """Time that may be lost on top, in looking whether they have become worth it, as a part of the time of plain passes."""
 
 BANK = 6.0
