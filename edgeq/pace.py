@@ -14,13 +14,14 @@ passes and `LOSS` of the time.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import ceil
 
 __all__ = ["Pace"]
 
-START = 0.9
+START = 0.6
 """Plain passes that may be lost to find out what drafts are worth."""
 
-LOSS = 0.007
+LOSS = 0.004
 """Time that may be lost on top, in looking whether they have become worth it, as a part of the time of plain passes."""
 
 BANK = 6.0
@@ -32,8 +33,14 @@ _FORGET = 0.96
 _LEAST_WEIGHT = 0.06
 """Weight of the latest time of a kind of pass, once there are some."""
 
+_FADE, _LEAST_RECENT = 0.98, 1.5
+"""How fast a time grows old, by passes, and as how many new ones some have to count to be believed as they are."""
+
 _FIRST = 4
 """Times of a kind of pass that are few: one of them may be long because the machine had something else to do."""
+
+_REST = 16
+"""Most passes in a row that are plain without looking at a clock or at the text: small models feel both."""
 
 _PRIOR, _PRIOR_WEIGHT = 0.6, 2.0
 """Chance that a draft is right, before anything is known, and as how many drafts that counts."""
@@ -48,9 +55,11 @@ class _Mean:
 
     def __init__(self) -> None:
         self.value, self.count = 0.0, 0
+        self.recent = 0.0  # how many were added lately
 
     def add(self, value: float) -> None:
         self.count += 1
+        self.recent += 1
         if 1 < self.count <= _FIRST:
             self.value = min(self.value, 1.1 * value)
             value = min(value, 1.1 * self.value)
@@ -75,9 +84,16 @@ class Pace:
         mean = self._seconds.get(("", 0))
         return mean.value if mean is not None and mean.count >= _FIRST else None
 
-    def affords(self, sources: Iterable[str]) -> bool:
-        """Whether a pass with drafts of any of them may be chosen now."""
-        return self.plain is not None and any(self.cost(source, 1) - 1 <= self._credit for source in sources)
+    def rest(self, sources: Iterable[str]) -> int:
+        """How many plain passes come next, because drafts of none of `sources` can be afforded before; 0 for none."""
+        if self.plain is None:
+            return 1
+        missing = min((self.cost(source, 1) - 1 for source in sources), default=BANK) - self._credit
+        return min(_REST, max(0, ceil(missing / LOSS)))
+
+    def rested(self, passes: int) -> None:
+        """So many plain passes were not timed."""
+        self._credit = min(self._credit + LOSS * passes, BANK)
 
     def choose(self, most: Mapping[str, int]) -> tuple[str, int]:
         """The source and number of drafts for the next pass, given how many each source may have: ("", 0) for none."""
@@ -112,13 +128,24 @@ class Pace:
         return chance
 
     def cost(self, source: str, drafts: int) -> float:
-        """What a pass with so many drafts takes, making them included, in plain passes; from the nearest kind known."""
-        plain = self.plain or 1.0
-        known = [n for name, n in self._seconds if name == source]
-        if not known:
-            return 1 + drafts * _STEP[source]
-        nearest = min(known, key=lambda n: (abs(n - drafts), n))
-        there = self._seconds[source, nearest].value / plain
+        """What a pass with so many drafts takes, making them included, in plain passes.
+
+        A time that is old, or the only one, may have been an accident: better ones of the nearest kind of pass are then
+        believed instead, so that it is tried again.
+        """
+        own, expected = self._seconds.get((source, drafts)), self._expected(source, drafts)
+        if own is None:
+            return expected if expected is not None else 1 + drafts * _STEP[source]
+        measured = own.value / (self.plain or 1.0)
+        return measured if own.recent >= _LEAST_RECENT or expected is None else min(measured, expected)
+
+    def _expected(self, source: str, drafts: int) -> float | None:
+        """The same from the nearest other kind of pass; None where there is none."""
+        others = [n for name, n in self._seconds if name == source and n != drafts]
+        if not others:
+            return None
+        nearest = min(others, key=lambda n: (abs(n - drafts), n))
+        there = self._seconds[source, nearest].value / (self.plain or 1.0)
         each = max(0.0, there - 1) / nearest
         return there + (drafts - nearest) * each
 
@@ -144,6 +171,8 @@ class Pace:
 
     def _time(self, source: str, drafts: int, seconds: float) -> None:
         """Take a time into its average; where the machine has become faster or slower, the others follow slowly."""
+        for other in self._seconds.values():
+            other.recent *= _FADE
         mean = self._seconds.setdefault((source, drafts), _Mean())
         if mean.count >= _FIRST:
             seconds = min(1.5 * mean.value, max(seconds, mean.value / 1.5))  # the machine had something else to do

@@ -81,6 +81,23 @@ def test_nothing_is_chosen_where_there_is_nothing() -> None:
         pace.record("", 0, 0.01, 0)
 
 
+def test_plain_passes_are_told_ahead_where_nothing_can_be_afforded() -> None:
+    pace, rested = Pace(), 0
+    assert pace.rest({"mtp"}) == 1  # a pass has to be timed first
+    for _ in range(400):
+        if rest := pace.rest({"mtp"}):
+            assert rest <= 16
+            assert pace.choose({"mtp": 4}) == ("", 0)
+            pace.record("", 0, 0.01, 0)
+            pace.rested(rest - 1)
+            rested += rest - 1
+        else:
+            source, drafts = pace.choose({"mtp": 4})
+            pace.record(source, drafts, 0.01 * (1 + 0.4 * drafts), 0)
+    assert rested > 2000  # of five or six thousand passes, of which a look pays for some sixty
+    assert Pace().rest(()) == 1
+
+
 def test_what_was_asked_for_is_not_paid_out_of_the_allowance() -> None:
     pace = Pace()
     for _ in range(50):

@@ -83,7 +83,7 @@ def rows_table(model: Model, repetitions: int) -> None:
 def forced(model: Model, options: argparse.Namespace) -> None:
     """Rows of the table for the acceptances asked for."""
     draft = check_draft(options.draft)
-    prompt = np.random.default_rng(1).integers(0, 30000, 64).tolist()
+    prompt = np.random.default_rng(1).integers(0, min(30000, model.vocab_size), 64).tolist()
     _, truth, _ = run(model, prompt, options.n, "off", 0, [], 0)
     for knows in map(float, options.p.split(",")):
         model.engine.pace = type(model.engine.pace)()

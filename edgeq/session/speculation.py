@@ -64,6 +64,7 @@ class Speculation:
         self._ahead = deque[_Ahead]()
         self._pass: tuple[str, int, float] | None = None
         self._accepted = 0
+        self._rest, self._rested = 0, 0  # plain passes to come that need no look at anything, and those that were
         self.bend: Callable[[int, list[int]], list[int]] | None = None
         """For measurements: what stands in for the drafts made of the tokens from a place on."""
 
@@ -86,6 +87,12 @@ class Speculation:
             self._accepted += 1
             tally.accepted += 1
             return logits, self._state
+        tally.passes += 1
+        if self._rest:
+            self._rest -= 1
+            self._rested += 1
+            (output,) = self.engine.run([Feed(state, np.array([token], np.int32))], checked=True)
+            return output.logits[0], output.state
         self.settle()
         started = perf_counter()
         source, drafts, state = self._draft(state, token, remaining - 1)
@@ -94,7 +101,6 @@ class Speculation:
         self._pass = source, len(drafts), perf_counter() - started
         self._state, *others = output.states
         self._ahead.extend(map(_Ahead, drafts, output.logits[1:], others))
-        tally.passes += 1
         tally.drafted += len(drafts)
         return output.logits[0], self._state
 
@@ -106,12 +112,17 @@ class Speculation:
             for now, later in zip(self._state.layers, self._ahead[-1].state.layers, strict=True):
                 if isinstance(now, KVCache) and isinstance(later, KVCache):
                     now.take_back(later)
+        if self._rested:
+            self.engine.pace.rested(self._rested)
+        self._rest, self._rested = 0, 0
         self._pass, self._accepted, self._state = None, 0, None
         self._ahead.clear()
 
     def _draft(self, state: State[Any], token: int, room: int) -> tuple[str, list[int], State[Any]]:
         """Where the next drafts come from, the drafts, and the state with the MTP head caught up if it made them."""
-        if room < 1 or not (self._fixed or self.engine.pace.affords(self._most)):
+        rest = 0 if self._fixed else self.engine.pace.rest(self._most)
+        if rest or room < 1:
+            self._rest = max(0, rest - 1)  # this one is timed
             return "", [], state
         most = {source: min(high, room) for source, high in self._most.items()}
         known, found = self._ids[: state.length + 1], list[int]()
