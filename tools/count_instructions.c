@@ -1,6 +1,7 @@
 /* A plugin of qemu (interface: docs/devel/tcg-plugins of qemu, version 1): counts the instructions that a program runs.
  * When it ends, stderr gets a line "count file" for every file that had some: the program, its libraries, and "?" for
- * what is in none. Only exact for a program of one thread. Declared here, because Debian has no package of the header. */
+ * what is in none. Only exact for a program of one thread. Declared here, because Debian has no package of the header.
+ */
 #include <inttypes.h>
 #include <stddef.h>
 #include <stdint.h>
