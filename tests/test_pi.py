@@ -479,7 +479,7 @@ def start(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         done = subprocess.run(
             ["sh", TOOLS / "pi/start", "--home", "home", *words], capture_output=True, text=True, cwd=tmp_path,
             env={"PATH": f"{binaries}:{os.environ['PATH']}", "VENV": str(binaries.parent), "HOME": str(tmp_path),
-                 "PYTHONPATH": os.pathsep.join(sys.path)},
+                 "PYTHONPATH": os.pathsep.join([str(Path(edgeq.__file__).parents[1]), *sys.path])},
         )  # fmt: skip
         return subprocess.CompletedProcess(log.read_text().splitlines(), done.returncode, done.stdout, done.stderr)
 
