@@ -13,6 +13,7 @@ from edgeq.config import TextConfig
 from edgeq.engine import Engine
 from edgeq.errors import UsageError
 from edgeq.formats.bf16 import Array, to_float32
+from edgeq.formats.mapped import Pages
 from edgeq.printable import brief
 from edgeq.session.files.checked import CheckedFile, number
 from edgeq.state import BLOCK, DeltaState, DraftState, KVCache, Rows, State
@@ -42,6 +43,7 @@ class StateReader:
     def _fits(self, record: Mapping[str, Any], *, needed: bool) -> bool:
         c, ops, budget, length = self._config, self._ops, self._engine.budget, number(record["length"])
         nbytes = ops.state_nbytes(c) + (0 if self._read or not length else ops.kv_nbytes(c, length))
+        nbytes *= 1 if ops.maps_states else 2  # pages of the file are there beside the copy, until it is made
         if needed:
             budget.claim(nbytes, f"{length:,} tokens of {self._file.path}")
         return needed or budget.fits(nbytes)
@@ -56,11 +58,13 @@ class StateReader:
         conv_shape = (n, c.linear_conv_kernel_dim - 1, c.conv_dim)
         matrix_shape = (n, c.linear_num_value_heads, c.linear_value_head_dim, c.linear_key_head_dim)
         array = self._file.array
-        pairs = iter(zip(array(f"{name}.conv", conv_shape), array(f"{name}.matrix", matrix_shape), strict=True))
+        stored = array(f"{name}.conv", conv_shape), array(f"{name}.matrix", matrix_shape)
+        pairs = iter(zip(*stored, strict=True))
         layers = tuple(
             next(caches) if kind == "full_attention" else DeltaState(*map(ops.array, next(pairs)))
             for kind in c.layer_types
         )
+        self._let_go(stored)
         state: State[Any] = State(layers, length, position, self._engine.fingerprint, self._draft(record, name, length))
         logits = array(f"{name}.logits", (c.vocab_size,)) if record["logits"] else None
         return state, logits
@@ -95,8 +99,14 @@ class StateReader:
                 return [cache.truncated(length) for cache in caches]
         found = [self._block(row, layers) for row in rows]
         made = [self._cache([block[layer] for block in found], length) for layer in range(layers)]
+        self._let_go(found)
         self._read[group].append((rows, made))
         return made
+
+    def _let_go(self, arrays: Sequence[Array]) -> None:
+        """Of pages of the file, where what is in them has been copied."""
+        if not self._ops.maps_states:
+            Pages(arrays).let_go()
 
     def _block(self, row: tuple[str, int], layers: int) -> Array:
         """What a row of a segment holds, a layer each."""
