@@ -95,7 +95,7 @@ struct LinearKernels {
     void (*quantize)(const float* x, int64_t n, int group, Order order, int8_t* codes, float* scales, float* sums,
                      int32_t* totals);
     // y[t * stride + row] for rows [row0, row1) and tokens [t0, t1). For few tokens and few rows: reads the rows once
-    // for every four tokens. Activations are in gemv_order.
+    // for every gemv_tokens tokens. Activations are in gemv_order.
     void (*gemv)(const Matrix& w, const Activations& a, int64_t row0, int64_t row1, int64_t t0, int64_t t1, float* y,
                  int64_t stride);
     // The same for many tokens; natural activations.
